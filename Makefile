@@ -1,0 +1,31 @@
+# make demo: the whole of BEiT v2 on 2,624 photographs; make test: the tests. Both install what they need into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/pip --disable-pip-version-check
+DATA ?=
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python train/demo.py $(if $(DATA),--data $(DATA))
+
+test: $(VENV)/.installed lint
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest bench/ --benchmark-only
+
+# torch comes first: the C++ ops are compiled against the torch they will run with.
+$(VENV)/.installed: setup.py pyproject.toml $(wildcard kernels/*/*.cpp)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade "setuptools>=77" wheel ninja
+	$(PIP) install "torch>=2.7" "torchvision>=0.22"
+	$(PIP) install --no-build-isolation --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

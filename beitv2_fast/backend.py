@@ -1,0 +1,145 @@
+"""What differs between training with plain torch (one process or DDP) and with DeepSpeed: five methods."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import load_model, read_weights, save_model
+from .config import TrainConfig
+from .distributed import World
+from .errors import CheckpointError, UserError, require
+
+
+class TorchBackend:
+    """AdamW on one process, or DistributedDataParallel on several."""
+
+    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: TrainConfig, world: World):
+        self.model, self.clip = model, config.clip_grad
+        self.parameters = [p for group in groups for p in group["params"]]
+        groups = [{k: v for k, v in group.items() if k != "names"} for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=1e-8, fused=True)
+        self.wrapped: nn.Module = model
+        if world.size > 1:
+            # The codebook is a buffer that every rank computes to the same bits: nothing to broadcast.
+            self.wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+    def step(self, loss: Tensor, lr: float) -> Tensor:
+        """Backward, clip, step. Returns the norm of the gradient before clipping."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip or float("inf"))
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        return norm
+
+    def save(self, folder: Path, world: World) -> None:
+        if world.rank == 0:
+            save_model(self.model, folder / "model.safetensors")
+            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+
+    def load(self, folder: Path) -> None:
+        load_model(self.model, read_weights(folder / "model.safetensors"), str(folder))
+        if not (folder / "optimizer.pt").is_file():
+            raise CheckpointError(f"{folder} was written under DeepSpeed: resume it with the `deepspeed` launcher")
+        self.optimizer.load_state_dict(read_weights(folder / "optimizer.pt"))
+
+
+class DeepSpeedBackend:
+    """DeepSpeed's engine: ZeRO, offload and its checkpoints, from a JSON file of the user's."""
+
+    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: TrainConfig, world: World):
+        deepspeed = require("deepspeed", "deepspeed", "Training with DeepSpeed")
+        self.model = model
+        optimizer = torch.optim.AdamW(
+            [{k: v for k, v in group.items() if k != "names"} for group in groups],
+            lr=0.0,
+            betas=config.betas,
+            eps=1e-8,
+            fused=True,
+        )
+        self.wrapped, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_settings(config)
+        )
+
+    def step(self, loss: Tensor, lr: float) -> Tensor:
+        self.wrapped.backward(loss)
+        set_lr(self.optimizer, lr)
+        self.wrapped.step()
+        return torch.as_tensor(self.wrapped.get_global_grad_norm() or 0.0)
+
+    def save(self, folder: Path, world: World) -> None:
+        if self.wrapped.zero_optimization_partition_weights():  # ZeRO-3: no rank has all weights
+            state = self.wrapped._zero3_consolidated_16bit_state_dict()
+            buffers = {name: b for name, b in self.model.state_dict().items() if name not in (state or {})}
+            if world.rank == 0:
+                safetensors = require("safetensors.torch", "train", "Saving a checkpoint")
+                both = {name: t.detach().cpu().contiguous() for name, t in {**buffers, **state}.items()}
+                safetensors.save_file(both, folder / "model.safetensors")
+        elif world.rank == 0:
+            save_model(self.model, folder / "model.safetensors")
+        self.wrapped.save_checkpoint(str(folder / "deepspeed"), tag="state")
+
+    def load(self, folder: Path) -> None:
+        if not (folder / "deepspeed").is_dir():
+            raise CheckpointError(f"{folder} was written without DeepSpeed: resume it with plain python or torchrun")
+        with weights_only_loads():
+            self.wrapped.load_checkpoint(str(folder / "deepspeed"), tag="state")
+        # DeepSpeed leaves buffers of a frozen or partitioned model to the user: the codebook comes from the weights.
+        stored = read_weights(folder / "model.safetensors")
+        for name, buffer in self.model.named_buffers():
+            if name in stored:
+                buffer.copy_(stored[name])
+
+
+def deepspeed_settings(config: TrainConfig) -> dict[str, Any]:
+    """The user's JSON, completed by what the training's own options say."""
+    settings: dict[str, Any] = {}
+    if config.deepspeed_config is not None:
+        try:
+            settings = json.loads(config.deepspeed_config.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"--deepspeed-config {config.deepspeed_config} cannot be read: {error}") from error
+    owned = {"train_micro_batch_size_per_gpu": config.batch_size, "gradient_clipping": config.clip_grad}
+    for name, value in owned.items():
+        if settings.get(name, value) != value:
+            raise UserError(
+                f"{config.deepspeed_config} says {name} = {settings[name]}, the options say {value}. "
+                "Leave it out of the JSON: it follows from --batch-size and --clip-grad."
+            )
+    return {"zero_optimization": {"stage": 0}, "steps_per_print": 10**9, **settings, **owned}
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+@contextmanager
+def weights_only_loads() -> Iterator[None]:
+    """DeepSpeed reads its checkpoints with torch.load(weights_only=False), which would run code from the file.
+
+    Inside, every torch.load is weights_only, with DeepSpeed's own harmless state classes allowed.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    original = torch.load
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        kwargs["weights_only"] = True
+        return original(*args, **kwargs)
+
+    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        torch.load = load
+        try:
+            yield
+        finally:
+            torch.load = original

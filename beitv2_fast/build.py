@@ -1,0 +1,79 @@
+"""Models from configs and from run folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .checkpoint import latest_weights, load_model, read_weights
+from .config import PretrainConfig, TokenizerConfig, TrainConfig
+from .errors import UserError
+from .run import read_config
+from .student import Student, StudentConfig
+from .tokenizer import Tokenizer, TokenizerModelConfig
+from .vit import ViTConfig
+
+
+def vit_config(config: TrainConfig, **values: Any) -> ViTConfig:
+    """The ViT of a training config; a shape that cannot be built is the user's error."""
+    names = {f.name for f in dataclasses.fields(ViTConfig)} & {f.name for f in dataclasses.fields(config)}
+    try:
+        return ViTConfig(**{**{name: getattr(config, name) for name in names}, **values})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def build_tokenizer(config: TokenizerConfig, teacher_dim: int) -> Tokenizer:
+    return Tokenizer(
+        TokenizerModelConfig(
+            encoder=vit_config(config, position="absolute"),
+            decoder_depth=config.decoder_depth,
+            num_codes=config.num_codes,
+            code_dim=config.code_dim,
+            teacher_dim=teacher_dim,
+            decay=config.decay,
+            commitment_weight=config.commitment_weight,
+            kmeans_init=config.kmeans_init,
+            dead_after=config.dead_after,
+        )
+    )
+
+
+def build_student(config: PretrainConfig, num_codes: int) -> Student:
+    try:
+        return Student(
+            StudentConfig(
+                vit=vit_config(config, position="shared_relative"),
+                num_codes=num_codes,
+                early_layer=config.early_layer,
+                aggregation_depth=config.aggregation_depth,
+                shared_head=config.shared_head,
+            )
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def load_run_model(run: Path) -> tuple[nn.Module, TokenizerConfig | PretrainConfig]:
+    """The model of a tokenizer's or a pre-training's run folder, from its newest checkpoint, in eval mode."""
+    kind = TokenizerConfig if "num_codes" in _stored(run) else PretrainConfig
+    config = read_config(kind, run)
+    path = latest_weights(run)
+    state = read_weights(path)
+    if kind is TokenizerConfig:
+        model: nn.Module = build_tokenizer(config, state["decode_task_layer.2.weight"].shape[0])
+    else:
+        model = build_student(config, state["lm_head.weight"].shape[0])
+    load_model(model, state, str(path))
+    return model.eval(), config
+
+
+def _stored(run: Path) -> dict[str, Any]:
+    file = run / "config.json"
+    if not file.is_file():
+        raise UserError(f"{run} is no run folder: it has no config.json. Train that stage first, or name its folder.")
+    return json.loads(file.read_text())

@@ -1,0 +1,123 @@
+"""Checkpoints that a kill at any moment leaves loadable: written beside, flushed, then renamed.
+
+checkpoints/step_00000200/model.safetensors   weights and buffers (codebook included)
+                          training.json       the step
+                          optimizer.pt        or deepspeed/: what the optimiser needs to go on
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointError, UserError, require
+
+
+def save_model(model: nn.Module, path: Path) -> None:
+    """Parameters and persistent buffers as safetensors."""
+    safetensors = require("safetensors.torch", "train", "Saving a checkpoint")
+    safetensors.save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, path)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A .safetensors file, or a .pth/.pt file of plain tensors (weights_only: no code in it is run)."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return require("safetensors.torch", "train", "Reading a checkpoint").load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # every library has its own exceptions for a damaged file
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}") from error
+    return state["model"] if isinstance(state, dict) and isinstance(state.get("model"), dict) else state
+
+
+def load_model(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load all of a state dict, or raise an error that names every missing, unexpected and reshaped entry."""
+    own = model.state_dict()
+    problems = [f"missing: {name}" for name in own if name not in state]
+    problems += [f"unexpected: {name}" for name in state if name not in own]
+    problems += [
+        f"{name}: {list(value.shape)} in the file, {list(own[name].shape)} in the model"
+        for name, value in state.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise CheckpointError(f"{source} does not fit this {type(model).__name__}. {'; '.join(problems[:12])}{more}")
+    model.load_state_dict(state)
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder, self.keep = folder, max(keep, 1)
+
+    def all(self) -> list[Path]:
+        """Complete checkpoints, oldest first. A folder has its final name only once everything in it is on disk."""
+        return sorted(p for p in self.folder.glob("step_*") if p.is_dir())
+
+    def begin(self, step: int) -> Path:
+        """An empty folder to write a checkpoint into; ``commit`` makes it one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob(".writing_*"):
+            shutil.rmtree(stale)
+        temporary = self.folder / f".writing_{step:08d}"
+        temporary.mkdir()
+        return temporary
+
+    def commit(self, temporary: Path, step: int) -> Path:
+        (temporary / "training.json").write_text(json.dumps({"step": step}))
+        for path in [*temporary.rglob("*"), temporary]:
+            _flush(path)
+        final = self.folder / f"step_{step:08d}"
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush(self.folder)
+        for old in self.all()[: -self.keep]:
+            shutil.rmtree(old)
+        return final
+
+    def latest(self, load: Callable[[Path], None], warn: Callable[[str], None]) -> int:
+        """Load the newest checkpoint that can be read; returns its step, 0 if there is none.
+
+        A damaged one is reported and the one before it is tried; if none of several can be read, that is an error.
+        """
+        problems = []
+        for path in reversed(self.all()):
+            try:
+                load(path)
+                return int(json.loads((path / "training.json").read_text())["step"])
+            except (CheckpointError, OSError, ValueError, KeyError) as error:
+                problems.append(f"{path.name}: {error}")
+                warn(f"checkpoint {path} cannot be used ({error}); trying the one before it")
+        if problems:
+            raise CheckpointError(f"no checkpoint in {self.folder} can be loaded. {' | '.join(problems)}")
+        return 0
+
+
+def latest_weights(run: Path) -> Path:
+    """model.safetensors of the newest checkpoint of a run folder."""
+    checkpoints = Checkpoints(run / "checkpoints").all()
+    if not checkpoints:
+        raise CheckpointError(f"{run} has no checkpoint yet. Let its training reach one, or name another run folder.")
+    return checkpoints[-1] / "model.safetensors"
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or folder, so that the rename that follows cannot reach the disk before it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,88 @@
+"""Which process this is, and how it was started: plain python, torchrun or the DeepSpeed launcher."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import UserError
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item()) if self.size > 1 else flag
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed instead of returning it to the kernel.
+
+    On the CPU every large activation is otherwise mapped, filled with zeros page by page and unmapped again in every
+    step: half of the teacher's time in the demo (`python -m bench.malloc` shows it).
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    except (OSError, AttributeError):
+        return  # another C library: nothing lost but speed
+
+
+def start(device: str) -> World:
+    """Join the other ranks if a launcher set RANK and WORLD_SIZE; pick this rank's device."""
+    cuda = torch.cuda.is_available()
+    if device == "auto":
+        device = "cuda" if cuda else "cpu"
+    if device == "cuda" and not cuda:
+        raise UserError("--device cuda was asked for, but torch sees no GPU. Use --device cpu, or install a GPU torch.")
+    if device == "cpu":
+        keep_freed_memory()
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return World(rank, size, torch.device(device, local_rank) if device == "cuda" else torch.device(device))
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a command: a UserError becomes one paragraph and exit code 2, and ranks leave together."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        code = 2
+    if dist.is_available() and dist.is_initialized():
+        if code == 0:
+            dist.barrier()
+        dist.destroy_process_group()
+        # A thread of gloo may still hold tensors when the interpreter is torn down, which aborts: leave without that.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,25 @@
+"""What a person can mend: raised with one paragraph that says what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class UserError(ValueError):
+    """A wrong option, file or folder. Commands print its text alone and exit with code 2."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or made by another model or config."""
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import a module of an optional dependency, or say which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{purpose} needs the package {module.split('.')[0]!r}, which could not be imported ({error}). "
+            f"Install it with: pip install 'beitv2-fast[{extra}]'"
+        ) from error

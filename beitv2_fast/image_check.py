@@ -1,0 +1,170 @@
+"""Decodes every image once before a training starts, so that a damaged file does not end it hours later."""
+
+import json
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from .errors import require
+from .images import DataError, ImageList, open_image
+
+LISTED_REJECTIONS = 10
+CACHE_VERSION = 1
+FILES_PER_TASK = 16
+FILES_BETWEEN_SAVES = 20_000
+
+log = logging.getLogger(__name__)
+
+
+def check_images(images: ImageList, *, cache: Path | None, min_size: int, workers: int) -> ImageList:
+    """Decodes every file once and leaves out those that cannot be trained on.
+
+    Left out are unreadable, truncated and empty files, files that are no images, images whose shorter side is below
+    `min_size` pixels, and such of more than PIL's limit of pixels (decompression bombs). The first ones and their
+    number are logged when they are found.
+
+    Args:
+        images: what `find_images` returned.
+        cache: a JSON file for the result, so that a restart decodes only what has changed (by path, size and
+            modification time); None: no file.
+        min_size: the least width and height in pixels.
+        workers: processes that decode; 0: this one.
+
+    Returns:
+        the list without the files that were left out; those are added to `rejected`.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    known = _read_cache(cache, images.root)
+    states = {path: _file_state(images.root / path) for path in images.paths}
+    todo = [path for path in images.paths if states[path] is None or known.get(path, [None])[0] != states[path]]
+    found = {path: known[path] for path in images.paths if path in known and known[path][0] == states[path]}
+    try:
+        for count, (path, width, height, error) in enumerate(_decode_all(images.root, todo, workers), 1):
+            found[path] = [states[path], width, height, error]
+            if count % FILES_BETWEEN_SAVES == 0:
+                _write_cache(cache, images.root, found)
+    finally:  # also when interrupted: the next start goes on from here
+        if todo:
+            _write_cache(cache, images.root, found)
+
+    bad = {}
+    for path, (_, width, height, error) in found.items():
+        if error is not None:
+            bad[path] = error
+        elif min(width, height) < min_size:
+            bad[path] = f"too small: {width}x{height} pixels, needed {min_size}x{min_size}"
+    return _without(images, bad, listed=bool(todo) or cache is None)
+
+
+def _without(images: ImageList, bad: dict[str, str], *, listed: bool) -> ImageList:
+    rejected = images.rejected + [(path, bad[path]) for path in images.paths if path in bad]
+    keep = [i for i, path in enumerate(images.paths) if path not in bad]
+    total = len(images.paths) + len(images.rejected)
+    lines = [f"  {path}: {reason}" for path, reason in rejected[:LISTED_REJECTIONS]]
+    if len(rejected) > LISTED_REJECTIONS:
+        lines.append(f"  ... and {len(rejected) - LISTED_REJECTIONS} more")
+    if not keep:
+        raise DataError(
+            f"None of the {total} files in {images.root} can be used:\n" + "\n".join(lines) + "\n"
+            "Repair or replace them, or pass another folder (smaller images need a preset with a smaller image size)."
+        )
+    if rejected and listed:
+        log.warning("%d of %d files in %s are left out:\n%s", len(rejected), total, images.root, "\n".join(lines))
+    elif rejected:
+        log.info("%d of %d files in %s are left out, as before", len(rejected), total, images.root)
+    labels = None if images.labels is None else [images.labels[i] for i in keep]
+    return replace(images, paths=[images.paths[i] for i in keep], labels=labels, rejected=rejected)
+
+
+def _file_state(path: Path) -> list[int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _decode_all(root: Path, paths: list[str], workers: int) -> Iterator[tuple[str, int, int, str | None]]:
+    if not paths:
+        return
+    tqdm = require("tqdm", "train", "A progress bar").tqdm
+    bar = tqdm(total=len(paths), desc="checking images", unit="image", mininterval=0.5)
+    tasks = [(root, paths[i : i + FILES_PER_TASK]) for i in range(0, len(paths), FILES_PER_TASK)]
+    pool = ProcessPoolExecutor(workers, initializer=_ignore_interrupts) if workers > 0 else None
+    try:
+        results = map(_decode_some, tasks) if pool is None else pool.map(_decode_some, tasks)
+        for result in results:
+            bar.update(len(result))
+            yield from result
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"A process that decoded images in {root} died (out of memory, or a file that crashes the decoder). "
+            "Run again with fewer workers; if it happens again, look for a damaged file."
+        ) from error
+    finally:
+        bar.close()
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches every process of the group; one message, from the parent, is enough."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _decode_some(task: tuple[Path, list[str]]) -> list[tuple[str, int, int, str | None]]:
+    root, paths = task
+    results = []
+    for path in paths:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                width, height = open_image(root / path).size
+            results.append((path, width, height, None))
+        except Exception as error:  # a decoder may raise anything at all on a damaged file
+            results.append((path, 0, 0, _reason(root / path, error)))
+    return results
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if not path.is_file():
+        return "not a file, or gone"
+    if path.stat().st_size == 0:
+        return "an empty file"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _read_cache(cache: Path | None, root: Path) -> dict[str, list]:
+    """-> {path: [[bytes, mtime in ns], width, height, None or the reason to reject it]}; empty if it cannot be used."""
+    try:
+        content = json.loads(cache.read_text(encoding="utf-8")) if cache is not None else {}
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(content, dict) or (content.get("version"), content.get("root")) != (CACHE_VERSION, str(root)):
+        return {}
+    return content["files"]
+
+
+def _write_cache(cache: Path | None, root: Path, files: dict[str, list]) -> None:
+    if cache is None:
+        return
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    part = cache.with_name(f"{cache.name}.{os.getpid()}.part")
+    content = {"version": CACHE_VERSION, "root": str(root), "files": files}
+    part.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
+    os.replace(part, cache)

@@ -1,0 +1,58 @@
+"""Parameter groups (no decay, layer decay) and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, layer_decay: float = 1.0, skip: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Groups for AdamW: biases, norms, layer scales and the names in ``skip`` are not decayed.
+
+    With ``layer_decay`` < 1 layer i of n (embeddings 0, block i is i + 1, the rest n + 1) gets
+    ``lr_scale = layer_decay ** (n + 1 - i)``; multiply the learning rate of a group by it.
+
+    Returns:
+        dicts with params, names, weight_decay, lr_scale, in the order in which the model names its parameters.
+    """
+    num_layers = len(model.blocks) if layer_decay < 1.0 else 0
+    groups: dict[tuple[bool, int], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decayed = parameter.dim() > 1 and not name.endswith("bias") and name not in skip
+        layer = _layer_of(name, num_layers) if layer_decay < 1.0 else 0
+        scale = layer_decay ** (num_layers + 1 - layer) if layer_decay < 1.0 else 1.0
+        group = groups.setdefault(
+            (decayed, layer),
+            {"params": [], "names": [], "weight_decay": weight_decay if decayed else 0.0, "lr_scale": scale},
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def _layer_of(name: str, num_layers: int) -> int:
+    if name in ("cls_token", "mask_token", "pos_embed") or name.startswith("patch_embed."):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return num_layers + 1
+
+
+def cosine_schedule(
+    step: int, *, peak: float, final: float, total_steps: int, warmup_steps: int, start: float = 0.0
+) -> float:
+    """Learning rate of a step (from 0): a line from ``start`` to ``peak``, then half a cosine to ``final``.
+
+    ``final + (peak - final) / 2 * (1 + cos(pi i / n))`` for step i of the n after the warm-up.
+    """
+    if step < warmup_steps:
+        return start + (peak - start) * step / max(warmup_steps - 1, 1)
+    i, n = step - warmup_steps, max(total_steps - warmup_steps, 1)
+    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * min(i / n, 1.0)))

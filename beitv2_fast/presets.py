@@ -1,0 +1,58 @@
+"""Presets: configs by name. base and large hold the numbers of arXiv 2208.06366 (appendix), demo fits a laptop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from .config import PretrainConfig, ProbeConfig, TokenizerConfig
+
+_TOKENIZER = TokenizerConfig(
+    epochs=100, batch_size=64, lr=5e-5, lr_batch=128, min_lr=1e-5, warmup_epochs=10, weight_decay=1e-4,
+    betas=(0.9, 0.99), clip_grad=0.0, teacher="clip",
+)  # fmt: skip
+
+TOKENIZER = {
+    # batch 512 on 8 GPUs
+    "base": _TOKENIZER,
+    # the paper trains ViT-L on the same B/16 tokenizer
+    "large": _TOKENIZER,
+    "demo": replace(
+        _TOKENIZER,
+        data=Path("runs/demo/data"), out=Path("runs/demo/tokenizer"), image_size=128, teacher_image_size=256,
+        dim=192, depth=4, heads=3, teacher="efficientnet_lite0", num_codes=256, epochs=8, batch_size=32, lr=1e-3,
+        lr_batch=32, warmup_epochs=1, crop_scale=(0.3, 1.0), clip_grad=3.0, log_every=20, save_every=100,
+    ),
+}  # fmt: skip
+
+_PRETRAIN = PretrainConfig(
+    epochs=300, batch_size=256, lr=1.5e-3, lr_batch=2048, min_lr=1e-5, warmup_epochs=10, weight_decay=0.05,
+    betas=(0.9, 0.98), clip_grad=3.0, drop_path=0.0, layer_scale=0.1,
+)  # fmt: skip
+
+PRETRAIN = {
+    # batch 2048 on 8 GPUs
+    "base": _PRETRAIN,
+    "base_1600": replace(_PRETRAIN, epochs=1600, betas=(0.9, 0.999), drop_path=0.1),
+    # batch 2048 on 32 GPUs
+    "large": replace(_PRETRAIN, dim=1024, depth=24, heads=16, early_layer=21, layer_scale=1e-5, batch_size=64),
+    "large_1600": replace(
+        _PRETRAIN, dim=1024, depth=24, heads=16, early_layer=21, layer_scale=1e-5, batch_size=64, epochs=1600,
+        betas=(0.9, 0.999), drop_path=0.1,
+    ),
+    "demo": replace(
+        _PRETRAIN,
+        data=Path("runs/demo/data"), out=Path("runs/demo/pretrain"), tokenizer=Path("runs/demo/tokenizer"),
+        image_size=128, dim=192, depth=6, heads=3, early_layer=4, num_masked=26, min_mask_patches=4, epochs=20,
+        batch_size=32, lr=1e-3, lr_batch=32, warmup_epochs=2, crop_scale=(0.4, 1.0), log_every=20, save_every=200,
+    ),
+}  # fmt: skip
+
+PROBE = {
+    "base": ProbeConfig(),
+    "large": ProbeConfig(),
+    "demo": ProbeConfig(
+        data=Path("runs/demo/data"), out=Path("runs/demo/probe"), run=Path("runs/demo/pretrain"),
+        tokenizer=Path("runs/demo/tokenizer"),
+    ),
+}  # fmt: skip

@@ -1,0 +1,19 @@
+"""The ops of beitv2_fast, one folder each: public function, reference definition, fast versions side by side.
+
+Imported as ``beitv2_fast.kernels``. They depend on torch alone.
+"""
+
+from .codebook_search import CodebookSearch, codebook_search
+from .codebook_update import codebook_update
+from .masked_cross_entropy import masked_cross_entropy, masked_gather
+from .vector_quantize import VectorQuantize, vector_quantize
+
+__all__ = [
+    "CodebookSearch",
+    "VectorQuantize",
+    "codebook_search",
+    "codebook_update",
+    "masked_cross_entropy",
+    "masked_gather",
+    "vector_quantize",
+]

@@ -1,0 +1,38 @@
+"""Argument checks that several ops share: each failure says what was given, what was expected and what to do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+METRICS = ("cosine", "euclidean")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_metric(metric: str) -> None:
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
+
+
+def check_vectors(op: str, x: Tensor, codebook: Tensor) -> None:
+    """x is [N, D], codebook is [K, D] with K >= 1 and D >= 1, both floating point and on one device."""
+    if x.dim() != 2 or codebook.dim() != 2 or x.shape[1] != codebook.shape[1]:
+        raise ValueError(
+            f"{op}: x must be [N, D] and codebook [K, D] with the same D; "
+            f"got x {tuple(x.shape)} and codebook {tuple(codebook.shape)}. Flatten leading dimensions with "
+            "x.reshape(-1, x.shape[-1])."
+        )
+    if codebook.shape[0] < 1 or codebook.shape[1] < 1:
+        raise ValueError(f"{op}: the codebook must hold at least one code of width >= 1; got {tuple(codebook.shape)}")
+    for name, tensor in (("x", x), ("codebook", codebook)):
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{op}: {name} must be floating point; got {tensor.dtype}. Cast it with .float().")
+    if x.device != codebook.device:
+        raise ValueError(f"{op}: x is on {x.device}, the codebook on {codebook.device}; move one of them.")
+
+
+def check_indices(op: str, indices: Tensor, count: int) -> None:
+    if indices.dtype != torch.int64 or indices.shape != (count,):
+        raise ValueError(
+            f"{op}: indices must be int64 of shape [{count}]; got {indices.dtype} of shape {list(indices.shape)}"
+        )

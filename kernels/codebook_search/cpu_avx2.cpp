@@ -1,0 +1,38 @@
+// The search in AVX2 and FMA: 6 codes x 16 vectors in 12 of 16 registers.
+#include "../cpu_target.h"
+#include "cpu_search.h"
+
+#if BEITV2_FAST_X86
+#include <string.h>
+BEITV2_FAST_TARGET_BEGIN("avx2,fma")
+#include "cpu_kernels.h"
+
+namespace beitv2_fast {
+namespace {
+
+struct Avx2 {
+  using V = __m256;
+  static constexpr int LANES = 8, WIDE = 1, CODES = 6;
+  static inline V set(float a) { return _mm256_set1_ps(a); }
+  static inline V load(const float* p) { return _mm256_loadu_ps(p); }
+  static inline void store(float* p, V a) { _mm256_storeu_ps(p, a); }
+  static inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static inline V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static inline V max(V a, V b) { return _mm256_max_ps(a, b); }
+  static inline uint32_t reaches(V a, V b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
+};
+
+const Screen exact = {false, nothing, nothing, screen_fp32<Avx2>};
+const Kernels kernels = {nullptr, &exact, pack_codes, pack_rows, filter<Avx2>, resolve<Avx2>};
+
+}  // namespace
+
+const Kernels& avx2_kernels() { return kernels; }
+
+}  // namespace beitv2_fast
+BEITV2_FAST_TARGET_END
+#else
+namespace beitv2_fast {
+const Kernels& avx2_kernels() { return portable_kernels(); }
+}  // namespace beitv2_fast
+#endif

@@ -1,0 +1,27 @@
+// Packs a codebook for the CPU search: once a call, in parallel.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <vector>
+
+#include "cpu_search.h"
+
+namespace beitv2_fast {
+
+struct PackedCodebook {
+  Codes codes = {};
+  at::Tensor values;               // [K, D] fp32 or fp64, contiguous: what the exact scores are made of
+  std::vector<int32_t> positions;  // where the finite codes are in it; empty when all are finite
+  int64_t count = 0;               // how many are finite
+  int exponent = 0;                // they were divided by 2^exponent
+  std::unique_ptr<float[]> packed, bias;
+  std::unique_ptr<uint16_t[]> bf16;
+
+  int64_t original(int64_t position) const { return positions.empty() ? position : positions[position]; }
+};
+
+PackedCodebook pack_codebook(const at::Tensor& codebook, bool cosine, const Kernels& kernels);
+
+}  // namespace beitv2_fast

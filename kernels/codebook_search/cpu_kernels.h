@@ -1,0 +1,162 @@
+// Screening in fp32, and what follows every screening, for lanes of any width; compiled once for every instruction set.
+//
+// `I` is an instruction set: a vector type V of LANES floats and its operations; CODES and WIDE are the register tile:
+// CODES codes (broadcast) against WIDE panels of 16 vectors (in the lanes), so no sum ever crosses lanes.
+#pragma once
+
+#include "cpu_pack.h"
+
+namespace beitv2_fast {
+namespace {
+
+// The maximum of CODES codes for PANELS_WIDE panels; first: of a group. FLOPs 2 * CODES * 16 * WIDE * dim.
+template <class I, int CODES, int WIDE>
+inline void screen_tile(const Codes& codes, const float* packed, const float* bias, const float* panels,
+                        typename I::V* highest) {
+  using V = typename I::V;
+  constexpr int PER = PANEL / I::LANES, VECTORS = WIDE * PER;
+  V sums[CODES][VECTORS];
+#pragma GCC unroll 16
+  for (int c = 0; c < CODES; ++c)
+#pragma GCC unroll 16
+    for (int v = 0; v < VECTORS; ++v) sums[c][v] = I::set(bias ? bias[c] : 0.0f);
+  for (int64_t d = 0; d < codes.dim; ++d) {
+    V x[VECTORS];
+#pragma GCC unroll 16
+    for (int v = 0; v < VECTORS; ++v)
+      x[v] = I::load(panels + (v / PER) * codes.dim * PANEL + d * PANEL + (v % PER) * I::LANES);
+#pragma GCC unroll 16
+    for (int c = 0; c < CODES; ++c) {
+      const V code = I::set(packed[d * GROUP + c]);
+#pragma GCC unroll 16
+      for (int v = 0; v < VECTORS; ++v) sums[c][v] = I::fma(x[v], code, sums[c][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < VECTORS; ++v)
+#pragma GCC unroll 16
+    for (int c = 0; c < CODES; ++c) highest[v] = I::max(highest[v], sums[c][v]);
+}
+
+template <class I, int WIDE>
+inline void screen_group(const Codes& codes, int64_t group, const float* panels, float* out, float* best) {
+  constexpr int PER = PANEL / I::LANES, VECTORS = WIDE * PER, CODES = I::CODES;
+  constexpr int FULL = GROUP % CODES ? GROUP / CODES - 1 : GROUP / CODES, REST = (GROUP - FULL * CODES) / 2;
+  const float* packed = codes.packed + group * codes.dim * GROUP;
+  const float* bias = codes.bias ? codes.bias + group * GROUP : nullptr;
+  typename I::V highest[VECTORS];
+#pragma GCC unroll 16
+  for (int v = 0; v < VECTORS; ++v) highest[v] = I::set(-__builtin_inff());
+  for (int c = 0; c < FULL * CODES; c += CODES)
+    screen_tile<I, CODES, WIDE>(codes, packed + c, bias ? bias + c : nullptr, panels, highest);
+  if constexpr (REST > 0)
+    for (int c = FULL * CODES; c < GROUP; c += REST)
+      screen_tile<I, REST, WIDE>(codes, packed + c, bias ? bias + c : nullptr, panels, highest);
+#pragma GCC unroll 16
+  for (int v = 0; v < VECTORS; ++v) {
+    float* raised = best + v * I::LANES;
+    I::store(out + (v / PER) * CHUNK * PANEL + (v % PER) * I::LANES, highest[v]);
+    I::store(raised, I::max(I::load(raised), highest[v]));
+  }
+}
+
+template <class I>
+void screen_fp32(const Codes& codes, const void* panels, int64_t count, int64_t begin, int64_t end, float* group_max,
+                 float* best) {
+  constexpr int WIDE = I::WIDE;
+  const float* x = static_cast<const float*>(panels);
+  // A few groups at a time stay in the first-level cache while all panels pass over them.
+  const int64_t step = codes.dim < 128 ? 128 / codes.dim : 1;
+  for (int64_t from = begin; from < end; from += step) {
+    const int64_t to = from + step < end ? from + step : end;
+    int64_t p = 0;
+    for (; p + WIDE <= count; p += WIDE)
+      for (int64_t g = from; g < to; ++g)
+        screen_group<I, WIDE>(codes, g, x + p * codes.dim * PANEL, group_max + (p * CHUNK + g - begin) * PANEL,
+                              best + p * PANEL);
+    for (; p < count; ++p)
+      for (int64_t g = from; g < to; ++g)
+        screen_group<I, 1>(codes, g, x + p * codes.dim * PANEL, group_max + (p * CHUNK + g - begin) * PANEL,
+                           best + p * PANEL);
+  }
+}
+
+template <class I>
+void filter(const float* group_max, const float* best, const Row* info, int64_t begin, int64_t end,
+            Candidates& candidates) {
+  constexpr int PER = PANEL / I::LANES;
+  float threshold[PANEL];
+  for (int64_t lane = 0; lane < PANEL; ++lane) threshold[lane] = best[lane] - 2 * info[lane].screen_error;
+  typename I::V least[PER];
+#pragma GCC unroll 16
+  for (int v = 0; v < PER; ++v) least[v] = I::load(threshold + v * I::LANES);
+  for (int64_t g = begin; g < end; ++g, group_max += PANEL) {
+    uint32_t reached = 0;
+#pragma GCC unroll 16
+    for (int v = 0; v < PER; ++v)
+      reached |= I::reaches(I::load(group_max + v * I::LANES), least[v]) << (v * I::LANES);
+    for (; reached; reached &= reached - 1) {
+      const int lane = __builtin_ctz(reached);
+      const int64_t slot = candidates.count[lane]++;
+      candidates.group[lane][slot] = static_cast<int32_t>(g);
+      candidates.screened[lane][slot] = group_max[lane];
+    }
+  }
+}
+
+template <class I>
+inline float score_group(const Codes& codes, int64_t group, const float* row, float* scores) {
+  constexpr int N = GROUP / I::LANES;
+  const float* packed = codes.packed + group * codes.dim * GROUP;
+  typename I::V sums[N], others[N];
+#pragma GCC unroll 16
+  for (int v = 0; v < N; ++v) {
+    sums[v] = codes.bias ? I::load(codes.bias + group * GROUP + v * I::LANES) : I::set(0.0f);
+    others[v] = I::set(0.0f);
+  }
+  int64_t d = 0;
+  for (; d + 2 <= codes.dim; d += 2) {
+#pragma GCC unroll 16
+    for (int v = 0; v < N; ++v) {
+      sums[v] = I::fma(I::set(row[d]), I::load(packed + d * GROUP + v * I::LANES), sums[v]);
+      others[v] = I::fma(I::set(row[d + 1]), I::load(packed + (d + 1) * GROUP + v * I::LANES), others[v]);
+    }
+  }
+  typename I::V highest = I::set(-__builtin_inff());
+#pragma GCC unroll 16
+  for (int v = 0; v < N; ++v) {
+    if (d < codes.dim) sums[v] = I::fma(I::set(row[d]), I::load(packed + d * GROUP + v * I::LANES), sums[v]);
+    sums[v] = I::add(sums[v], others[v]);
+    I::store(scores + v * I::LANES, sums[v]);
+    highest = I::max(highest, sums[v]);
+  }
+  float lanes[I::LANES], best = -__builtin_inff();
+  I::store(lanes, highest);
+  for (int l = 0; l < I::LANES; ++l) best = lanes[l] > best ? lanes[l] : best;
+  return best;
+}
+
+template <class I>
+int64_t resolve(const Codes& codes, const float* row, const Row& info, const int32_t* group, const float* screened,
+                int64_t count, float least_screened, float* scores, int32_t* kept) {
+  float best = -__builtin_inff();
+  int32_t* scored = kept + count * GROUP;  // behind the room for the codes themselves
+  int64_t groups = 0, codes_kept = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (screened[i] < least_screened) continue;
+    const float highest = score_group<I>(codes, group[i], row, scores + groups * GROUP);
+    best = highest > best ? highest : best;
+    scored[groups++] = group[i];
+  }
+  const typename I::V least = I::set(best - 2 * info.resolve_error);
+  for (int64_t i = 0; i < groups; ++i)
+    for (int v = 0; v < GROUP; v += I::LANES)
+      for (uint32_t m = I::reaches(I::load(scores + i * GROUP + v), least); m; m &= m - 1)
+        kept[codes_kept++] = scored[i] * static_cast<int32_t>(GROUP) + v + __builtin_ctz(m);
+  return codes_kept;
+}
+
+inline void nothing() {}
+
+}  // namespace
+}  // namespace beitv2_fast

