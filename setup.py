@@ -28,5 +28,12 @@ setup(
     package_dir={"beitv2_fast": "beitv2_fast", "beitv2_fast.kernels": "kernels"},
     package_data={"beitv2_fast": ["py.typed"], "beitv2_fast.kernels": ["py.typed"]},
     install_requires=["torch>=2.7"],
-    extras_require={"train": TRAIN, "deepspeed": DEEPSPEED, "demo": [*TRAIN, *DEMO], "bench": BENCH, "test": TEST},
+    extras_require={
+        "train": TRAIN,
+        "teachers": ["open_clip_torch>=2.24", "timm>=1.0"],
+        "deepspeed": DEEPSPEED,
+        "demo": [*TRAIN, *DEMO],
+        "bench": BENCH,
+        "test": TEST,
+    },
 )

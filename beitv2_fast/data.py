@@ -6,12 +6,11 @@ global batches do not depend on the number of ranks they are divided among.
 
 import hashlib
 import logging
-import os
 import random
 import signal
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -38,6 +37,7 @@ __all__ = [
 ]
 
 Key = tuple[int, int]  # epoch, index
+CAN_TELL_SENDERS = hasattr(signal, "sigwaitinfo")  # Linux
 
 log = logging.getLogger(__name__)
 
@@ -198,11 +198,25 @@ def eval_loader(dataset: ImageFolder, batch_size: int, workers: int = 0) -> Data
 
 
 class _Loader(DataLoader):
-    """A DataLoader that passes on what a DataError said, without the worker's traceback around it."""
+    """A DataLoader whose workers obey nobody else, and that passes on a DataError without the worker's traceback.
+
+    A signal to stop reaches every process of the group (Ctrl-C) or the tree (DeepSpeed's launcher, Slurm), while the
+    trainer still needs its batches to end the step and save. Workers therefore end only when the loader does, when the
+    trainer itself sends SIGTERM (multiprocessing does at exit), or when they find the trainer gone (torch looks).
+    """
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        if self.num_workers > 0 and CAN_TELL_SENDERS:
+            resource_tracker.ensure_running()  # starting it later would unblock the signal
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for all threads of the workers
+            try:
+                batches = super().__iter__()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        else:
+            batches = super().__iter__()
         try:
-            yield from super().__iter__()
+            yield from batches
         except DataError as error:
             raise DataError(str(error).rpartition("DataError: ")[2]) from None
 
@@ -219,20 +233,10 @@ def _loader_options(workers: int) -> dict:
 
 
 def _start_worker(worker_id: int) -> None:
-    # A signal to stop reaches every process of the group (Ctrl-C) or the tree (DeepSpeed's launcher, Slurm), while the
-    # trainer still needs its batches to end the step and save. So a worker obeys its parent alone; torch's loop ends it
-    # too when it finds the parent gone.
+    # Ctrl-C reaches every process of the group, while the trainer still needs its batches to end the step and save.
+    # SIGTERM keeps its meaning: the parent ends its workers with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_when_parent_asks, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)  # the parent's threads and the other workers need the cores
-
-
-def _exit_when_parent_asks(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
 
 
 def _hash(*numbers: int) -> int:

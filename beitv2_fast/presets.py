@@ -21,7 +21,7 @@ TOKENIZER = {
         _TOKENIZER,
         data=Path("runs/demo/data"), out=Path("runs/demo/tokenizer"), image_size=128, teacher_image_size=256,
         dim=192, depth=4, heads=3, teacher="efficientnet_lite0", num_codes=256, epochs=8, batch_size=32, lr=1e-3,
-        lr_batch=32, warmup_epochs=1, crop_scale=(0.3, 1.0), clip_grad=3.0, log_every=20, save_every=100,
+        lr_batch=32, warmup_epochs=1, crop_scale=(0.8, 1.0), clip_grad=3.0, log_every=20, save_every=100,
     ),
 }  # fmt: skip
 
@@ -44,7 +44,7 @@ PRETRAIN = {
         _PRETRAIN,
         data=Path("runs/demo/data"), out=Path("runs/demo/pretrain"), tokenizer=Path("runs/demo/tokenizer"),
         image_size=128, dim=192, depth=6, heads=3, early_layer=4, num_masked=26, min_mask_patches=4, epochs=20,
-        batch_size=32, lr=1e-3, lr_batch=32, warmup_epochs=2, crop_scale=(0.4, 1.0), log_every=20, save_every=200,
+        batch_size=32, lr=1e-3, lr_batch=32, warmup_epochs=2, crop_scale=(0.6, 1.0), log_every=20, save_every=200,
     ),
 }  # fmt: skip
 

@@ -93,9 +93,8 @@ def test_images_kept_in_memory_change_no_pixel(folder, dataset):
 def test_ranks_divide_the_batches_of_one_rank(dataset):
     whole = batches(dataset, batch_size=4)
     ranks = [batches(dataset, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
-    joined = [
-        {name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in zip(*ranks, strict=True)
-    ]
+    pairs = zip(*ranks, strict=True)
+    joined = [{name: torch.cat([first[name], second[name]]) for name in first} for first, second in pairs]
     assert_same(whole, joined)
 
 
@@ -131,9 +130,7 @@ def test_sampler_and_loader_know_their_length(dataset):
 
 
 def test_a_batch_larger_than_the_data_set_is_refused(dataset):
-    with pytest.raises(
-        DataError, match=r"A batch of 24 images \(12 on each of 2 ranks\) is larger than the data set of 22"
-    ):
+    with pytest.raises(DataError, match=r"A batch of 24 images \(12 on each of 2 ranks\) is larger than the data set"):
         train_loader(dataset, batch_size=12, world_size=2, total_steps=3)
     assert steps_per_epoch(COUNT, 11, 2) == 1
 
@@ -172,14 +169,13 @@ def test_a_file_that_vanishes_or_breaks_is_named(tmp_path, workers, damage):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="signals are told apart by their sender on Linux")
-def test_workers_survive_a_stop_signal_that_was_sent_to_every_process(dataset):
+def test_workers_survive_a_ctrl_c_that_reaches_every_process(dataset):
     expected = batches(dataset)
     iterator = iter(train_loader(dataset, batch_size=4, seed=1, total_steps=12, workers=1))
     seen = [next(iterator)]
     workers = [str(process.pid) for process in multiprocessing.active_children()]
     assert workers
-    for name in ("TERM", "INT"):
-        subprocess.run(["kill", f"-{name}", *workers], check=True)
+    subprocess.run(["kill", "-INT", *workers], check=True)
     assert_same(expected, seen + list(iterator))
 
 

@@ -15,7 +15,7 @@ from beitv2_fast.masking import block_mask, random_mask
 
 SAMPLES = 8000
 # The largest deviation, in standard errors of the difference of two samples, that chance may cause: each test looks at
-# up to 196 numbers, of which one exceeds 4.5 in 1 of 700 samples. The seed is fixed, so a test that passes keeps passing.
+# up to 196 numbers, of which one exceeds 4.5 in 1 of 700 samples. The seed is fixed: what passes keeps passing.
 Z_MAX = 4.5
 REFERENCE_COMPONENT_SAMPLES = 5000
 

@@ -1,4 +1,4 @@
-"""The whole of BEiT v2 in one command: images, tokenizer, pre-training, probe, report (`make demo`).
+"""The whole of BEiT v2 in one command: images, tokenizer, pre-training, probe (`make demo`).
 
 Interrupted and started again, it goes on where it was: every stage resumes from its own run folder.
 """
@@ -25,19 +25,18 @@ def commands(root: Path, data: Path) -> list[tuple[str, list[str]]]:
     tokenizer, pretrain, probe = root / "tokenizer", root / "pretrain", root / "probe"
     return [
         (
-            "1/4  tokenizer: VQ-KD, from the teacher EfficientNet-Lite0",
+            "1/3  tokenizer: VQ-KD, from the teacher EfficientNet-Lite0",
             [python, str(TRAIN / "tokenizer.py"), *common, "--out", str(tokenizer)],
         ),
         (
-            "2/4  pre-training: masked image modelling with patch aggregation",
+            "2/3  pre-training: masked image modelling with patch aggregation",
             [*deepspeed, str(TRAIN / "pretrain.py"), *common, "--tokenizer", str(tokenizer), "--out", str(pretrain)],
         ),
         (
-            "3/4  linear probe of the frozen backbone",
+            "3/3  linear probe of the frozen backbone",
             [python, str(TRAIN / "linear_probe.py"), *common, "--run", str(pretrain), "--tokenizer", str(tokenizer),
              "--out", str(probe)],
         ),
-        ("4/4  report", [python, str(TRAIN / "report.py"), "--runs", str(root), "--data", str(data)]),
     ]  # fmt: skip
 
 
@@ -52,7 +51,7 @@ def print_table(results: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the four runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the runs")
     parser.add_argument("--data", type=Path, help="your image folder (train/CLASS, test/CLASS) instead of solar cells")
     args = parser.parse_args()
     data = args.data or write_demo_images(args.out / "data")
@@ -63,7 +62,7 @@ def main() -> int:
             print("stopped; the same command goes on from here", file=sys.stderr)
             return code
     print_table(args.out / "probe" / "results.json")
-    print(f"\nreport: {(args.out / 'report' / 'report.html').resolve()}")
+    print(f"\nlogs, metrics and checkpoints: {args.out.resolve()}")
     return 0
 
 

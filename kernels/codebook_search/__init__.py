@@ -12,7 +12,7 @@ from .reference import codebook_search_reference
 
 
 class CodebookSearch(NamedTuple):
-    """indices [N] int64; on request normalized [N, D] fp32, codes [N, D] of the codebook's dtype, distances [N] fp32."""
+    """indices [N] int64; on request normalized [N, D] fp32, codes [N, D] as the codebook, distances [N] fp32."""
 
     indices: Tensor
     normalized: Tensor | None

@@ -11,10 +11,7 @@ from torch import Tensor
 
 def masked_gather_reference(tokens: Tensor, mask: Tensor, num_masked: int | None) -> Tensor:
     flat = mask.flatten()
-    if num_masked is None:
-        positions = flat.nonzero()
-    else:
-        positions = torch.nonzero_static(flat, size=mask.shape[0] * num_masked)
+    positions = flat.nonzero() if num_masked is None else torch.nonzero_static(flat, size=len(mask) * num_masked)
     return tokens.flatten(0, 1)[positions[:, 0]]
 
 
