@@ -10,7 +10,6 @@ import random
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import resource_tracker
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -37,7 +36,6 @@ __all__ = [
 ]
 
 Key = tuple[int, int]  # epoch, index
-CAN_TELL_SENDERS = hasattr(signal, "sigwaitinfo")  # Linux
 
 log = logging.getLogger(__name__)
 
@@ -198,25 +196,11 @@ def eval_loader(dataset: ImageFolder, batch_size: int, workers: int = 0) -> Data
 
 
 class _Loader(DataLoader):
-    """A DataLoader whose workers obey nobody else, and that passes on a DataError without the worker's traceback.
-
-    A signal to stop reaches every process of the group (Ctrl-C) or the tree (DeepSpeed's launcher, Slurm), while the
-    trainer still needs its batches to end the step and save. Workers therefore end only when the loader does, when the
-    trainer itself sends SIGTERM (multiprocessing does at exit), or when they find the trainer gone (torch looks).
-    """
+    """A DataLoader that passes on what a DataError said, without the worker's traceback around it."""
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        if self.num_workers > 0 and CAN_TELL_SENDERS:
-            resource_tracker.ensure_running()  # starting it later would unblock the signal
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for all threads of the workers
-            try:
-                batches = super().__iter__()
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        else:
-            batches = super().__iter__()
         try:
-            yield from batches
+            yield from super().__iter__()
         except DataError as error:
             raise DataError(str(error).rpartition("DataError: ")[2]) from None
 
