@@ -42,7 +42,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep what is freed instead of returning it to the kernel.
 
     On the CPU every large activation is otherwise mapped, filled with zeros page by page and unmapped again in every
-    step: half of the teacher's time in the demo (`python -m bench.malloc` shows it).
+    step, which can cost as much as the arithmetic.
     """
     try:
         libc = ctypes.CDLL(None)
