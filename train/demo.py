@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,24 @@ def commands(root: Path, data: Path) -> list[tuple[str, list[str]]]:
     ]  # fmt: skip
 
 
+def run(command: list[str]) -> int:
+    """Run a stage to its end; asked to stop, wait until it has saved.
+
+    Ctrl-C reaches the stage by itself, since it is of the same process group; SIGTERM is passed on.
+    """
+    stage = subprocess.Popen(command)
+    handlers = {
+        signal.SIGINT: lambda number, frame: None,
+        signal.SIGTERM: lambda number, frame: stage.send_signal(number),
+    }
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        return stage.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def print_table(results: Path) -> None:
     table = json.loads(results.read_text())
     print(f"\n{table['metric']} of {table['task']}, {table['seeds']} seeds, chance {table['chance']:.2f}")
@@ -57,7 +76,7 @@ def main() -> int:
     data = args.data or write_demo_images(args.out / "data")
     for title, command in commands(args.out, data):
         print(f"\n== {title}\n   {' '.join(command)}", flush=True)
-        code = subprocess.run(command).returncode
+        code = run(command)
         if code:
             print("stopped; the same command goes on from here", file=sys.stderr)
             return code
