@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
@@ -144,7 +145,7 @@ def train(
         workers=config.workers,
     )
     log = _Log(task, run, world, plan, config, step)
-    with StopSignal() as stop, log:
+    with StopSignal() as stop, log, _stopped_with_workers(stop):
         for batch in loader:
             batch = {name: value.to(world.device, non_blocking=True) for name, value in batch.items()}
             torch.manual_seed(_mix(config.seed, step, world.rank))
@@ -162,6 +163,20 @@ def train(
                 return 128 + (stop.received or signal.SIGTERM)
     run.print(f"{task.name}: done, {log.elapsed()}; checkpoint {checkpoints.all()[-1]}")
     return 0
+
+
+@contextmanager
+def _stopped_with_workers(stop: StopSignal) -> Iterator[None]:
+    """SIGTERM to the whole process group ends the data workers too, perhaps amid a step: that step is not saved."""
+    try:
+        yield
+    except RuntimeError as error:
+        if stop.received is None or "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            "stopped by a signal that also ended the data workers, so this step could not be finished and saved. "
+            "The same command resumes from the last checkpoint."
+        ) from None
 
 
 def _mix(seed: int, step: int, rank: int) -> int:
