@@ -129,6 +129,14 @@ def test_the_same_generator_state_gives_the_same_mask():
     assert not torch.equal(masks[0], masks[1])
 
 
+def test_a_block_is_smaller_than_the_grid_in_both_directions():
+    # In a 2x2 grid only single patches are, so the two diagonals are 2 of 6 equally likely pairs.
+    generator = random.Random(0)
+    masks = torch.stack([block_mask((2, 2), 2, generator, min_patches=2) for _ in range(2000)])
+    diagonals = (masks[:, 0, 0] == masks[:, 1, 1]).double().mean()
+    assert abs(diagonals - 1 / 3) < Z_MAX * math.sqrt(1 / 3 * 2 / 3 / 2000)
+
+
 def test_random_masks_hide_every_patch_equally_often():
     generator = random.Random(3)
     share = torch.stack([random_mask((6, 5), 12, generator) for _ in range(4000)]).double().mean(0)
