@@ -4,7 +4,7 @@ VENV ?= .venv
 PIP = $(VENV)/bin/pip --disable-pip-version-check
 DATA ?=
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python train/demo.py $(if $(DATA),--data $(DATA))
@@ -15,9 +15,6 @@ test: $(VENV)/.installed lint
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-
-bench: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest bench/ --benchmark-only
 
 # torch comes first: the C++ ops are compiled against the torch they will run with.
 $(VENV)/.installed: setup.py pyproject.toml $(wildcard kernels/*/*.cpp)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import load_model, read_weights, save_model
+from .checkpoint import load_model, read_weights, save_weights
 from .config import TrainConfig
 from .distributed import World
 from .errors import CheckpointError, UserError, require
@@ -23,8 +23,7 @@ class TorchBackend:
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: TrainConfig, world: World):
         self.model, self.clip = model, config.clip_grad
         self.parameters = [p for group in groups for p in group["params"]]
-        groups = [{k: v for k, v in group.items() if k != "names"} for group in groups]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=1e-8, fused=True)
+        self.optimizer = adamw(groups, config)
         self.wrapped: nn.Module = model
         if world.size > 1:
             # The codebook is a buffer that every rank computes to the same bits: nothing to broadcast.
@@ -41,7 +40,7 @@ class TorchBackend:
 
     def save(self, folder: Path, world: World) -> None:
         if world.rank == 0:
-            save_model(self.model, folder / "model.safetensors")
+            save_weights(self.model.state_dict(), folder / "model.safetensors")
             torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
 
     def load(self, folder: Path) -> None:
@@ -57,15 +56,8 @@ class DeepSpeedBackend:
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: TrainConfig, world: World):
         deepspeed = require("deepspeed", "deepspeed", "Training with DeepSpeed")
         self.model = model
-        optimizer = torch.optim.AdamW(
-            [{k: v for k, v in group.items() if k != "names"} for group in groups],
-            lr=0.0,
-            betas=config.betas,
-            eps=1e-8,
-            fused=True,
-        )
         self.wrapped, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_settings(config)
+            model=model, optimizer=adamw(groups, config), config=deepspeed_settings(config)
         )
 
     def step(self, loss: Tensor, lr: float) -> Tensor:
@@ -79,11 +71,9 @@ class DeepSpeedBackend:
             state = self.wrapped._zero3_consolidated_16bit_state_dict()
             buffers = {name: b for name, b in self.model.state_dict().items() if name not in (state or {})}
             if world.rank == 0:
-                safetensors = require("safetensors.torch", "train", "Saving a checkpoint")
-                both = {name: t.detach().cpu().contiguous() for name, t in {**buffers, **state}.items()}
-                safetensors.save_file(both, folder / "model.safetensors")
+                save_weights({**buffers, **state}, folder / "model.safetensors")
         elif world.rank == 0:
-            save_model(self.model, folder / "model.safetensors")
+            save_weights(self.model.state_dict(), folder / "model.safetensors")
         self.wrapped.save_checkpoint(str(folder / "deepspeed"), tag="state")
 
     def load(self, folder: Path) -> None:
@@ -114,6 +104,12 @@ def deepspeed_settings(config: TrainConfig) -> dict[str, Any]:
                 "Leave it out of the JSON: it follows from --batch-size and --clip-grad."
             )
     return {"zero_optimization": {"stage": 0}, "steps_per_print": 10**9, **settings, **owned}
+
+
+def adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW on ``parameter_groups``; the learning rate is set before every step."""
+    groups = [{k: v for k, v in group.items() if k != "names"} for group in groups]
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=1e-8, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from .errors import CheckpointError, UserError, require
 
 
-def save_model(model: nn.Module, path: Path) -> None:
+def save_weights(state: dict[str, Tensor], path: Path) -> None:
     """Parameters and persistent buffers as safetensors."""
     safetensors = require("safetensors.torch", "train", "Saving a checkpoint")
-    safetensors.save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, path)
+    safetensors.save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, path)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -66,16 +66,20 @@ class Checkpoints:
         """Complete checkpoints, oldest first. A folder has its final name only once everything in it is on disk."""
         return sorted(p for p in self.folder.glob("step_*") if p.is_dir())
 
-    def begin(self, step: int) -> Path:
-        """An empty folder to write a checkpoint into; ``commit`` makes it one."""
+    def unfinished(self, step: int) -> Path:
+        """The folder that a checkpoint is written into until ``commit`` gives it its name."""
+        return self.folder / f".writing_{step:08d}"
+
+    def begin(self, step: int) -> None:
+        """Make that folder, empty."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in self.folder.glob(".writing_*"):
             shutil.rmtree(stale)
-        temporary = self.folder / f".writing_{step:08d}"
-        temporary.mkdir()
-        return temporary
+        self.unfinished(step).mkdir()
 
-    def commit(self, temporary: Path, step: int) -> Path:
+    def commit(self, step: int) -> None:
+        """Flush everything to disk, rename, and remove what ``keep`` no longer covers."""
+        temporary = self.unfinished(step)
         (temporary / "training.json").write_text(json.dumps({"step": step}))
         for path in [*temporary.rglob("*"), temporary]:
             _flush(path)
@@ -86,7 +90,6 @@ class Checkpoints:
         _flush(self.folder)
         for old in self.all()[: -self.keep]:
             shutil.rmtree(old)
-        return final
 
     def latest(self, load: Callable[[Path], None], warn: Callable[[str], None]) -> int:
         """Load the newest checkpoint that can be read; returns its step, 0 if there is none.

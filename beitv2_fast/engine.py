@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from .backend import DeepSpeedBackend, TorchBackend
 from .checkpoint import Checkpoints
 from .config import TrainConfig
-from .data import DataError, ImageFolder, steps_per_epoch, train_loader
+from .data import ImageFolder, ImageList, check_images, find_images, steps_per_epoch, train_loader
 from .distributed import World
 from .errors import UserError
 from .optim import cosine_schedule, parameter_groups
 from .run import RunFolder
+from .transforms import View
 
 Batch = dict[str, Tensor]
 
@@ -102,6 +103,22 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
         precision = "bf16" if fast else "fp32"
     return torch.bfloat16 if precision == "bf16" else None
+
+
+def training_images(config: TrainConfig, view: View, run: RunFolder, world: World) -> ImageFolder:
+    """The images of --data, checked once: rank 0 decodes them all, the others read what it wrote beside the run."""
+
+    def checked() -> ImageList:
+        found = find_images(config.data, "train")
+        cache = run.path / "images.json"
+        return check_images(found, cache=cache, min_size=config.patch_size, workers=config.workers)
+
+    if world.rank == 0:
+        images = checked()
+    world.barrier()
+    if world.rank != 0:
+        images = checked()
+    return ImageFolder(images, view, config.seed)
 
 
 def train(
@@ -185,16 +202,14 @@ def _mix(seed: int, step: int, rank: int) -> int:
 
 
 def _save(checkpoints: Checkpoints, backend: TorchBackend | DeepSpeedBackend, step: int, world: World) -> None:
-    final = checkpoints.folder / f"step_{step:08d}"
-    temporary = final.with_name(f".writing_{step:08d}")
     try:
         if world.rank == 0:
             checkpoints.begin(step)
         world.barrier()
-        backend.save(temporary, world)
+        backend.save(checkpoints.unfinished(step), world)
         world.barrier()
         if world.rank == 0:
-            checkpoints.commit(temporary, step)
+            checkpoints.commit(step)
     except OSError as error:
         raise UserError(
             f"the checkpoint of step {step} could not be written: {error}. The one before it is intact; "
@@ -266,6 +281,3 @@ class _Log:
             f"{int(left // 60)}:{int(left % 60):02d} left"
         )
         self.sums, self.count, self.window_started = {}, 0, time.monotonic()
-
-
-__all__ = ["Batch", "DataError", "Plan", "Task", "autocast_dtype", "train"]

@@ -57,6 +57,12 @@ class Student(ViT):
         for i, block in enumerate(self.cls_pt_layers if config.aggregation_depth else []):
             rescale_outputs(block, config.early_layer + i + 1)
 
+    @property
+    def aggregation_head(self) -> tuple[nn.LayerNorm, nn.Linear]:
+        """Norm and head of the aggregation branch: the last layer's own, unless they are separate."""
+        separate = self.config.aggregation_depth and not self.config.shared_head
+        return (self.cls_pt_norm, self.cls_pt_lm_head) if separate else (self.norm, self.lm_head)
+
     def encode(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens before the final norm: of the last layer, and of the aggregation branch (None without one).
 
@@ -90,7 +96,7 @@ class Student(ViT):
         if self.config.shared_head:
             losses, correct = self._head(branches, mask, labels, num_masked, self.norm, self.lm_head)
         else:
-            heads = [(self.norm, self.lm_head), (self.cls_pt_norm, self.cls_pt_lm_head)]
+            heads = [(self.norm, self.lm_head), self.aggregation_head]
             parts = [
                 self._head([tokens], mask, labels, num_masked, norm, head)
                 for tokens, (norm, head) in zip(branches, heads, strict=False)
@@ -124,8 +130,6 @@ class Student(ViT):
         last, aggregated = self.encode(images, mask)
         logits = [self.lm_head(self.norm(last[:, 1:]))]
         if aggregated is not None:
-            norm, head = (
-                (self.norm, self.lm_head) if self.config.shared_head else (self.cls_pt_norm, self.cls_pt_lm_head)
-            )
+            norm, head = self.aggregation_head
             logits.append(head(norm(aggregated[:, 1:])))
         return logits

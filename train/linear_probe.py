@@ -6,17 +6,16 @@ teacher's features, from which the tokenizer learnt.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from beitv2_fast.build import build_student, load_run_model
-from beitv2_fast.config import PretrainConfig, ProbeConfig, parse
+from beitv2_fast.config import PretrainConfig, ProbeConfig, TokenizerConfig, parse
 from beitv2_fast.data import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     EvalView,
     ImageFolder,
     ImageList,
@@ -31,22 +30,24 @@ from beitv2_fast.probe import ProbeResult, linear_probe
 from beitv2_fast.run import RunFolder, read_config, write_atomically
 from beitv2_fast.student import Student
 from beitv2_fast.teachers import create_teacher
+from beitv2_fast.transforms import normalise
 
 PIXELS = 32  # side of the images whose raw pixels are probed
 Split = dict[str, ImageList]
 Features = dict[str, Tensor]  # by split
 
 
-def student_features(model: Student, kind: str) -> Callable[[Tensor], Tensor]:
-    """Images [B, 3, H, W] in [0, 1] -> global features [B, C] of the normed last tokens."""
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+KINDS = {"cls": "CLS token", "mean": "mean of patches"}
+
+
+def student_features(model: Student) -> Callable[[Tensor], Tensor]:
+    """Images [B, 3, H, W] in [0, 1] -> normed global features [B, 2, C], in the order of ``KINDS``."""
 
     def features(images: Tensor) -> Tensor:
-        last, aggregated = model.encode((images - mean.to(images)) / std.to(images))
-        if kind == "mean":
-            return model.norm(last[:, 1:]).mean(1)
-        tokens, norm = (last, model.norm) if aggregated is None else (aggregated, model.norm)
-        return norm(tokens[:, 0])
+        last, aggregated = model.encode(normalise(images))
+        norm, _ = model.aggregation_head
+        cls = norm((last if aggregated is None else aggregated)[:, 0])
+        return torch.stack([cls, model.norm(last[:, 1:]).mean(1)], dim=1)
 
     return features
 
@@ -54,8 +55,8 @@ def student_features(model: Student, kind: str) -> Callable[[Tensor], Tensor]:
 class Extractor:
     """Runs a feature function over both splits."""
 
-    def __init__(self, splits: Split, config: ProbeConfig, device: torch.device, run: RunFolder):
-        self.splits, self.config, self.device, self.run = splits, config, device, run
+    def __init__(self, splits: Split, config: ProbeConfig, device: torch.device):
+        self.splits, self.config, self.device = splits, config, device
 
     @torch.inference_mode()
     def __call__(self, name: str, size: int, function: Callable[[Tensor], Tensor]) -> Features:
@@ -95,28 +96,27 @@ def find_labelled(config: ProbeConfig, run: RunFolder, min_size: int) -> Split:
 
 def rows(config: ProbeConfig, pretrain: PretrainConfig, extract: Extractor, model: Student) -> Iterator[tuple]:
     """(name, seed -> features by split) of every row of the table."""
-    size, device, num_codes = pretrain.image_size, extract.device, model.config.num_codes
-    kinds = {"auto": ("cls", "mean"), "cls": ("cls",), "mean": ("mean",)}[config.features]
-    titles = {"cls": "CLS token", "mean": "mean of patches"}
-    for kind in kinds:
-        name = f"pre-trained, {titles[kind]}"
-        found = extract(name, size, student_features(model, kind))
-        yield name, lambda seed, found=found: found
-    for kind in kinds:
-        name = f"untrained, {titles[kind]}"
+    trained = extract("pre-trained", pretrain.image_size, student_features(model))
 
-        def untrained(seed: int, kind: str = kind, name: str = name) -> Features:
-            torch.manual_seed(1000 + seed)
-            fresh: nn.Module = build_student(pretrain, num_codes).to(device).eval()
-            return extract(name, size, student_features(fresh, kind))
+    @functools.cache
+    def untrained(seed: int) -> Features:
+        torch.manual_seed(1000 + seed)
+        fresh = build_student(pretrain, model.config.num_codes).to(extract.device).eval()
+        return extract("untrained", pretrain.image_size, student_features(fresh))
 
-        yield name, untrained
+    for name, features in (("pre-trained", lambda seed: trained), ("untrained", untrained)):
+        for column, (kind, title) in enumerate(KINDS.items()):
+            if config.features in ("auto", kind):
+                yield (
+                    f"{name}, {title}",
+                    lambda seed, f=features, c=column: {split: x[:, c] for split, x in f(seed).items()},
+                )
     found = extract("pixels", PIXELS, lambda images: images.flatten(1))
     yield f"pixels, {PIXELS}x{PIXELS}", lambda seed, found=found: found
     if config.tokenizer is not None:
-        _, stored = load_run_model(config.tokenizer)
+        stored = read_config(TokenizerConfig, config.tokenizer)
         grid = (stored.image_size // stored.patch_size,) * 2
-        teacher = create_teacher(stored.teacher, grid, stored.teacher_weights).to(device)
+        teacher = create_teacher(stored.teacher, grid, stored.teacher_weights).to(extract.device)
         view = stored.teacher_image_size or stored.image_size
         found = extract("teacher", view, lambda images: teacher(images, grid).mean(1))
         yield f"teacher ({stored.teacher}), mean of patches", lambda seed, found=found: found
@@ -125,8 +125,7 @@ def rows(config: ProbeConfig, pretrain: PretrainConfig, extract: Extractor, mode
 def main(argv: list[str] | None = None) -> int:
     config, _ = parse(ProbeConfig, PROBE, argv)
     world = start(config.device)
-    pretrain = read_config(PretrainConfig, config.run)
-    model, _ = load_run_model(config.run)
+    model, pretrain = load_run_model(config.run)
     if not isinstance(model, Student):
         raise UserError(f"--run {config.run} is the run folder of a tokenizer; the probe needs a pre-training's")
     model.to(world.device)
@@ -134,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     splits = find_labelled(config, run, pretrain.patch_size)
     labels = {split: torch.tensor(images.labels) for split, images in splits.items()}
     results: list[ProbeResult] = []
-    for name, features in rows(config, pretrain, Extractor(splits, config, world.device, run), model):
+    for name, features in rows(config, pretrain, Extractor(splits, config, world.device), model):
 
         def both(seed: int, features: Callable[[int], Features] = features) -> tuple[Tensor, Tensor]:
             found = features(seed)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from beitv2_fast.build import build_student, load_run_model
 from beitv2_fast.config import PretrainConfig, TokenizerConfig, parse
-from beitv2_fast.data import ImageFolder, PretrainView, check_images, find_images
+from beitv2_fast.data import PretrainView
 from beitv2_fast.distributed import run_main, start
-from beitv2_fast.engine import Batch, train
+from beitv2_fast.engine import Batch, train, training_images
 from beitv2_fast.errors import UserError
 from beitv2_fast.pictures import masked_picture, token_map
 from beitv2_fast.presets import PRETRAIN
@@ -86,17 +86,10 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     run = RunFolder(config, world.rank)
-    world.barrier()
-    images = check_images(
-        find_images(config.data, "train"),
-        cache=run.path / "images.json",
-        min_size=config.patch_size,
-        workers=config.workers,
-    )
     return train(
         PretrainTask(model, tokenizer.to(world.device), config.num_masked),
         config,
-        ImageFolder(images, view, config.seed),
+        training_images(config, view, run, world),
         run,
         world,
         deepspeed=local_rank is not None or config.deepspeed_config is not None,

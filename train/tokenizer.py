@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from beitv2_fast.build import build_tokenizer
 from beitv2_fast.config import TokenizerConfig, parse
-from beitv2_fast.data import ImageFolder, TokenizerView, check_images, find_images
+from beitv2_fast.data import TokenizerView
 from beitv2_fast.distributed import run_main, start
-from beitv2_fast.engine import Batch, train
+from beitv2_fast.engine import Batch, train, training_images
 from beitv2_fast.pictures import token_map
 from beitv2_fast.presets import TOKENIZER
 from beitv2_fast.run import RunFolder
@@ -62,18 +62,11 @@ def main(argv: list[str] | None = None) -> int:
     teacher = create_teacher(config.teacher, (side, side), config.teacher_weights)
     model = build_tokenizer(config, teacher.dim)
     run = RunFolder(config, world.rank)
-    world.barrier()
-    images = check_images(
-        find_images(config.data, "train"),
-        cache=run.path / "images.json",
-        min_size=config.patch_size,
-        workers=config.workers,
-    )
     view = TokenizerView(config.teacher_image_size or config.image_size, config.crop_scale)
     return train(
         TokenizerTask(model, teacher.to(world.device)),
         config,
-        ImageFolder(images, view, config.seed),
+        training_images(config, view, run, world),
         run,
         world,
         deepspeed=local_rank is not None or config.deepspeed_config is not None,
