@@ -70,6 +70,10 @@ class Checkpoints:
         """The folder that a checkpoint is written into until ``commit`` gives it its name."""
         return self.folder / f".writing_{step:08d}"
 
+    def finished(self, step: int) -> Path:
+        """Where ``commit`` puts the checkpoint of a step."""
+        return self.folder / f"step_{step:08d}"
+
     def begin(self, step: int) -> None:
         """Make that folder, empty."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +87,7 @@ class Checkpoints:
         (temporary / "training.json").write_text(json.dumps({"step": step}))
         for path in [*temporary.rglob("*"), temporary]:
             _flush(path)
-        final = self.folder / f"step_{step:08d}"
+        final = self.finished(step)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)

@@ -178,7 +178,7 @@ def train(
             if stopping and step < plan.total_steps:
                 run.print(f"{task.name}: stopped at step {step}, saved; the same command resumes")
                 return 128 + (stop.received or signal.SIGTERM)
-    run.print(f"{task.name}: done, {log.elapsed()}; checkpoint {checkpoints.all()[-1]}")
+    run.print(f"{task.name}: done, {log.elapsed()}; checkpoint {checkpoints.finished(step)}")
     return 0
 
 
