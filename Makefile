@@ -17,7 +17,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 
 # torch comes first: the C++ ops are compiled against the torch they will run with.
-$(VENV)/.installed: setup.py pyproject.toml $(wildcard kernels/*/*.cpp)
+$(VENV)/.installed: setup.py pyproject.toml $(wildcard kernels/*.cpp kernels/*.h kernels/*/*.cpp kernels/*/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade "setuptools>=77" wheel ninja
 	$(PIP) install "torch>=2.7" "torchvision>=0.22"

@@ -4,6 +4,24 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+SOURCES = sorted(str(path) for path in Path("kernels").rglob("cpu*.cpp"))
+
+
+def native_ops() -> dict:
+    """The C++ ops, compiled against the torch that is installed (``--no-build-isolation``); without it, none.
+
+    ``optional``: a compiler that is missing or fails leaves a package that runs the PyTorch references.
+    """
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        print("beitv2_fast: torch is not visible to this build, so the C++ ops are left out (--no-build-isolation)")
+        return {}
+    flags = ["-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
+    extension = CppExtension("beitv2_fast.kernels._cpu", SOURCES, extra_compile_args=flags, optional=True)
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+
+
 TRAIN = ["numpy>=1.26", "pillow>=10", "safetensors>=0.5", "tensorboard>=2.16", "torchvision>=0.22", "tqdm>=4.66"]
 DEEPSPEED = ["deepspeed>=0.19"]
 DEMO = [
@@ -36,4 +54,5 @@ setup(
         "bench": BENCH,
         "test": TEST,
     },
+    **native_ops(),
 )
