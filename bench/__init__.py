@@ -1,0 +1,1 @@
+"""Benchmarks: ``pytest bench/ --benchmark-only`` times every op beside its peers, in one run."""
