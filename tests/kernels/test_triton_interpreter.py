@@ -9,10 +9,11 @@ import sys
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 from .triton_tools import guarded
+
+triton = pytest.importorskip("triton")
+tl = triton.language
 
 pytestmark = pytest.mark.interpreted
 
