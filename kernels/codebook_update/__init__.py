@@ -7,7 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checks import check_indices, check_metric, check_vectors
-from .reference import batch_statistics_reference, ema_average_reference, norm_ema_reference
+from .dead_codes import fresh_rows
+from .ops import apply_statistics, codebook_statistics
+
+MAX_DIM = 32768  # of the fixed-point squares
 
 
 @torch.no_grad()
@@ -22,42 +25,116 @@ def codebook_update(
     embed_avg: Tensor | None = None,
     eps: float = 1e-5,
     process_group: dist.ProcessGroup | None = None,
+    idle: Tensor | None = None,
+    dead_after: float = 0.0,
+    dead_below: float = 0.0,
+    restart_seed: int | None = None,
 ) -> Tensor:
-    """Move every code towards the mean of the vectors that chose it. ``codebook`` and ``cluster_size`` change in place.
+    """Move every code towards the mean of the vectors that chose it. All state given changes in place.
 
     With ``bins_j`` the number of vectors that chose code j and ``sum_j`` their sum, both over all ranks:
 
     - without ``embed_avg`` (BEiT v2): ``mean_j = l2(sum_j / bins_j)`` where bins_j > 0, else the old v_j;
       ``v_j <- l2(decay v_j + (1 - decay) mean_j)``.
-    - with ``embed_avg`` [K, D] (VQ-VAE, appendix A.1): ``embed_avg_j <- decay embed_avg_j + (1 - decay) sum_j``;
-      ``v_j <- embed_avg_j / n_j``, n the Laplace-smoothed cluster size; l2-normalised for cosine.
+    - with ``embed_avg`` (VQ-VAE, appendix A.1): ``embed_avg_j <- decay embed_avg_j + (1 - decay) sum_j``;
+      ``v_j <- embed_avg_j / n_j`` with the smoothed cluster size ``n_j = (c_j + eps) / (C + K eps) * C``,
+      ``C = sum_j c_j``; l2-normalised for cosine. A code with n_j = 0 stays.
 
-    In both, ``cluster_size <- decay cluster_size + (1 - decay) bins``.
+    In both, ``cluster_size: c <- decay c + (1 - decay) bins``.
 
-    The sums are accumulated in fixed point, so the result is the same bits whatever the order of the rows and however
-    the batch is split over ranks. Vectors with NaN or Inf are not counted.
+    Dead codes, if ``restart_seed`` is given: codes with ``c_j < dead_below``, or idle for more than ``dead_after``
+    vectors, restart at vectors of the batch, drawn by the seed, with all of their state: ``v_j`` is the vector (l2 of
+    it for cosine), ``c_j`` the average cluster size (at least dead_below), ``embed_avg_j = c_j v_j``, ``idle_j = 0``.
+    Draws that are not finite, or zero for cosine, restart nothing. Give every rank the same seed.
+
+    Bit-reproducible: the state after the call is the same bits whatever the number of threads, the instruction set,
+    the order of the rows and the split of the batch over ranks (restarts are the same on all ranks, but follow order
+    and split). The sums are integers: multiples of 2^-36 for cosine, exact to 2^27 vectors in a code; multiples of
+    2^-40 for euclidean, exact to 2^27 vectors and |x| < 2^32. Ranks do one all-reduce of one int64 buffer, [K, 1 + D]
+    for cosine and [K, 1 + 2 D] for euclidean, with [K, D / 2] for the restarts beside it when a seed is given.
+
+    Not counted: vectors with NaN or Inf (or |x| >= 2^32 for euclidean), and vectors with index -1, which marks padding.
+    Any other index outside 0..K-1 raises on the CPU. A GPU is not asked, to spare the host a wait: such a vector is not
+    counted, and with TRITON_DEBUG=1 it trips an assertion.
 
     Args:
         codebook: [K, D] fp32. cluster_size: [K] fp32.
-        x: [N, D] vectors; for cosine they are l2-normalised first. indices: [N] int64 in 0..K-1.
-        decay: of the moving averages, in [0, 1]. eps: of the Laplace smoothing.
+        x: [N, D] vectors, any float dtype and strides, N >= 0, computed from fp32; l2-normalised first for cosine.
+        indices: [N] int64 in 0..K-1, or -1.
+        decay: of the moving averages, in [0, 1].
+        embed_avg: [K, D] fp32, the moving average of the sums; required for euclidean.
+        eps: of the smoothing of cluster sizes; 0 for none.
         process_group: ranks whose statistics are summed; the default group when torch.distributed is initialised.
+        idle: [K] int64, how many vectors were seen since a code was last chosen; kept up to date.
 
     Returns:
         bins [K] int64: how often each code was chosen, over all ranks.
+
+    Raises:
+        ValueError, TypeError, IndexError: naming what does not fit.
 
     Source: arXiv 2208.06366 section 2.2; arXiv 1711.00937 appendix A.1.
     """
     check_metric(metric)
     check_vectors("codebook_update", x, codebook)
     check_indices("codebook_update", indices, x.shape[0])
+    _check_state(codebook, cluster_size, embed_avg, idle)
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"codebook_update: decay must lie in [0, 1]; got {decay}")
+    if eps < 0 or dead_after < 0 or dead_below < 0:
+        raise ValueError(
+            f"codebook_update: eps, dead_after and dead_below must be >= 0; got {eps}, {dead_after} and {dead_below}"
+        )
     if metric == "euclidean" and embed_avg is None:
         raise ValueError("codebook_update: metric='euclidean' needs embed_avg, the moving average of the sums [K, D]")
-    statistics = batch_statistics_reference(x, indices, codebook.shape[0], metric)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(statistics, group=process_group)
-    if embed_avg is None:
-        return norm_ema_reference(codebook, cluster_size, statistics, decay)
-    return ema_average_reference(codebook, cluster_size, embed_avg, statistics, decay, metric, eps)
+    if dead_after > 0 and idle is None:
+        raise ValueError("codebook_update: dead_after needs idle, an int64 buffer [K] that counts idle vectors")
+    statistics = codebook_statistics(x, indices, codebook.shape[0], metric)
+    fresh = None
+    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1
+    if restart_seed is not None:
+        rank, ranks = (dist.get_rank(process_group), dist.get_world_size(process_group)) if distributed else (0, 1)
+        fresh = fresh_rows(x, codebook.shape[0], restart_seed, rank, ranks)
+    if distributed:
+        statistics, fresh = _sum_over_ranks(statistics, fresh, process_group)
+    state = (codebook, cluster_size, embed_avg, idle, fresh)
+    return apply_statistics(statistics, *state, decay, metric, eps, dead_after, dead_below)
+
+
+def _sum_over_ranks(
+    statistics: Tensor, fresh: Tensor | None, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor | None]:
+    """One all-reduce. The bits of fresh are summed as integers: all ranks but one hold zeros."""
+    if fresh is None:
+        dist.all_reduce(statistics, group=group)
+        return statistics, None
+    width = fresh.shape[1]
+    bits = torch.nn.functional.pad(fresh, (0, width % 2)).view(torch.int64)
+    flat = torch.cat([statistics, bits], dim=1)
+    dist.all_reduce(flat, group=group)
+    statistics, bits = flat.split([statistics.shape[1], bits.shape[1]], dim=1)
+    return statistics.contiguous(), bits.contiguous().view(torch.float32)[:, :width].contiguous()
+
+
+def _check_state(codebook: Tensor, cluster_size: Tensor, embed_avg: Tensor | None, idle: Tensor | None) -> None:
+    count, dim = codebook.shape
+    if dim > MAX_DIM:
+        raise ValueError(f"codebook_update: D must be at most {MAX_DIM}; got {dim}")
+    for name, tensor, shape, dtype in (
+        ("codebook", codebook, (count, dim), torch.float32),
+        ("cluster_size", cluster_size, (count,), torch.float32),
+        ("embed_avg", embed_avg, (count, dim), torch.float32),
+        ("idle", idle, (count,), torch.int64),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(
+                f"codebook_update: {name} must be {dtype}; got {tensor.dtype}. The steps of a moving average vanish in "
+                "a shorter type: keep the buffer as it is when the model is cast."
+            )
+        if tensor.shape != shape or tensor.device != codebook.device:
+            raise ValueError(
+                f"codebook_update: {name} must be {list(shape)} on {codebook.device}; "
+                f"got {list(tensor.shape)} on {tensor.device}"
+            )

@@ -1,0 +1,193 @@
+// codebook_update on the CPU: vectors sorted by code and summed run by run, then one pass over the codes.
+//
+// Statistics read N (D + 1) elements and write K (1 + D) integers; no buffer a thread. The second pass reads these and
+// reads and writes the state once. Integers are added, so neither the threads' shares nor their order show in the bits.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <numeric>
+#include <optional>
+
+#include "../cpu_row_reader.h"
+#include "cpu_rows.h"
+
+namespace beitv2_fast {
+namespace {
+
+constexpr int64_t GRAIN = 16384;  // elements that make a task worth a thread
+constexpr int64_t AHEAD = 8;      // rows fetched before they are needed
+
+int64_t grain(int64_t width) { return std::max<int64_t>(1, GRAIN / width); }
+
+struct SortedRows {
+  std::vector<int32_t> rows;   // by code
+  std::vector<int32_t> begin;  // of each code [K + 1]
+};
+
+// A counting sort; rows with index -1 are left out.
+SortedRows sort_by_code(const at::Tensor& indices, int64_t num_codes) {
+  const int64_t* index = indices.const_data_ptr<int64_t>();
+  const int64_t stride = indices.stride(0), count = indices.size(0);
+  SortedRows sorted;
+  sorted.begin.assign(num_codes + 2, 0);
+  int32_t* next = sorted.begin.data() + 1;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t code = index[i * stride];
+    TORCH_CHECK_INDEX(code >= -1 && code < num_codes, "codebook_update: indices must lie in 0..", num_codes - 1,
+                      ", or be -1 for vectors not to be counted; got ", code, " at position ", i);
+    if (code >= 0) ++next[code + 1];
+  }
+  std::partial_sum(next, next + num_codes + 1, next);
+  sorted.rows.resize(next[num_codes]);
+  for (int64_t i = 0; i < count; ++i)
+    if (index[i * stride] >= 0) sorted.rows[next[index[i * stride]]++] = static_cast<int32_t>(i);
+  return sorted;  // begin[j] is now where code j begins, as next[j - 1] is where code j - 1 ends
+}
+
+at::Tensor statistics(const at::Tensor& x, const at::Tensor& indices, int64_t num_codes, bool cosine) {
+  const int64_t dim = x.size(1), width = 1 + (cosine ? dim : 2 * dim);
+  TORCH_CHECK_VALUE(x.size(0) <= INT32_MAX, "codebook_update: at most 2^31 - 1 vectors; got ", x.size(0));
+  at::Tensor result = at::zeros({num_codes, width}, x.options().dtype(at::kLong));
+  int64_t* sums = result.mutable_data_ptr<int64_t>();
+  const auto add = cosine ? update_rows().add_cosine : update_rows().add_euclidean;
+  const SortedRows sorted = sort_by_code(indices, num_codes);
+  const int64_t count = static_cast<int64_t>(sorted.rows.size());
+  at::parallel_for(0, count, grain(dim), [&](int64_t begin, int64_t end) {
+    RowReader reader(x);
+    std::vector<int64_t> shared(width);
+    const int32_t* first = sorted.begin.data();
+    int64_t code = std::upper_bound(first, first + num_codes + 1, static_cast<int32_t>(begin)) - first - 1;
+    for (int64_t i = begin; i < end; ++code) {
+      const int64_t stop = std::min<int64_t>(first[code + 1], end);
+      if (stop == i) continue;
+      const bool alone = first[code] >= begin && first[code + 1] <= end;
+      int64_t* out = sums + code * width;
+      int64_t* target = alone ? out : shared.data();
+      for (; i < stop; ++i) {
+        if (i + AHEAD < end) reader.prefetch(sorted.rows[i + AHEAD]);
+        target[0] += add(reader.row(sorted.rows[i]), dim, target + 1);
+      }
+      if (alone) continue;
+      for (int64_t w = 0; w < width; ++w) std::atomic_ref<int64_t>(out[w]).fetch_add(shared[w], std::memory_order_relaxed);
+      std::fill(shared.begin(), shared.end(), 0);
+    }
+  });
+  return result;
+}
+
+using MaybeTensor = std::optional<at::Tensor>;
+
+struct Update {
+  const int64_t* statistics;
+  int64_t num_codes, dim, width;
+  float *codebook, *cluster_size, *embed_avg;  // embed_avg, idle and fresh may be null
+  int64_t* idle;
+  const float* fresh;
+  float decay, rest, eps;
+  double total;
+  int64_t seen;
+  bool cosine;
+  double dead_after, dead_below;
+
+  void move_sphere(const UpdateRows& rows, int64_t j, float* mean) const {
+    const int64_t* row = statistics + j * width;
+    float* code = codebook + j * dim;
+    if (row[0] > 0) {
+      (cosine ? rows.mean_cosine : rows.mean_euclidean)(row + 1, dim, 1 / static_cast<double>(row[0]), mean);
+      rows.l2(mean, dim, mean);
+    }
+    rows.mix(code, row[0] > 0 ? mean : code, dim, decay, rest, code);
+    rows.l2(code, dim, code);
+  }
+
+  void move_average(const UpdateRows& rows, int64_t j, float* sum) const {
+    float *average = embed_avg + j * dim, *code = codebook + j * dim;
+    (cosine ? rows.mean_cosine : rows.mean_euclidean)(statistics + j * width + 1, dim, 1, sum);
+    rows.mix(average, sum, dim, decay, rest, average);
+    const double k_eps = static_cast<double>(num_codes) * eps;
+    const double smoothed = (static_cast<double>(cluster_size[j]) + eps) / (total + k_eps) * total;
+    if (!(smoothed > 0)) return;
+    rows.scale(average, dim, 1 / smoothed, code);
+    if (cosine) rows.l2(code, dim, code);
+  }
+
+  void restart(const UpdateRows& rows, int64_t j, float* start) const {
+    const bool dead = cluster_size[j] < dead_below || (idle && dead_after > 0 && static_cast<double>(idle[j]) > dead_after);
+    if (!dead) return;
+    std::copy_n(fresh + j * dim, dim, start);
+    if (cosine) rows.l2(start, dim, start);
+    if (!std::all_of(start, start + dim, [](float value) { return std::isfinite(value); })) return;
+    if (cosine && std::all_of(start, start + dim, [](float value) { return value == 0; })) return;
+    // As popular as the average code: neither dead again at once, nor a weight that outlives its start.
+    const float size = static_cast<float>(std::max(total / static_cast<double>(num_codes), dead_below));
+    std::copy_n(start, dim, codebook + j * dim);
+    cluster_size[j] = size;
+    if (embed_avg) rows.scale(start, dim, size, embed_avg + j * dim);
+    if (idle) idle[j] = 0;
+  }
+};
+
+// First the sizes, whose total the codes need.
+void move_sizes(Update& update, int64_t* bins) {
+  int64_t total = 0;
+  for (int64_t j = 0; j < update.num_codes; ++j) {
+    bins[j] = update.statistics[j * update.width];
+    update.seen += bins[j];
+    const double moved = static_cast<double>(update.decay) * update.cluster_size[j] +
+                         static_cast<double>(update.rest) * static_cast<float>(bins[j]);
+    update.cluster_size[j] = static_cast<float>(moved);
+    total += std::llrint(static_cast<double>(update.cluster_size[j]) * 0x1p30);
+  }
+  update.total = static_cast<double>(total) * 0x1p-30;
+}
+
+at::Tensor apply(const at::Tensor& statistics, const at::Tensor& codebook, const at::Tensor& cluster_size,
+                 const MaybeTensor& embed_avg, const MaybeTensor& idle, const MaybeTensor& fresh, double decay,
+                 bool cosine, double eps, double dead_after, double dead_below) {
+  Update update = {};
+  update.statistics = statistics.const_data_ptr<int64_t>();
+  update.num_codes = codebook.size(0), update.dim = codebook.size(1), update.width = statistics.size(1);
+  update.codebook = codebook.mutable_data_ptr<float>();
+  update.cluster_size = cluster_size.mutable_data_ptr<float>();
+  update.embed_avg = embed_avg ? embed_avg->mutable_data_ptr<float>() : nullptr;
+  update.idle = idle ? idle->mutable_data_ptr<int64_t>() : nullptr;
+  update.fresh = fresh ? fresh->const_data_ptr<float>() : nullptr;
+  update.decay = static_cast<float>(decay), update.rest = static_cast<float>(1 - decay);
+  update.eps = static_cast<float>(eps), update.cosine = cosine;
+  update.dead_after = dead_after, update.dead_below = dead_below;
+  at::Tensor bins = at::empty({update.num_codes}, statistics.options());
+  move_sizes(update, bins.mutable_data_ptr<int64_t>());
+  const UpdateRows& rows = update_rows();
+  at::parallel_for(0, update.num_codes, grain(update.width), [&](int64_t begin, int64_t end) {
+    std::vector<float> buffer(update.dim);
+    for (int64_t j = begin; j < end; ++j) {
+      if (update.embed_avg) update.move_average(rows, j, buffer.data());
+      else update.move_sphere(rows, j, buffer.data());
+      if (update.idle) update.idle[j] = update.statistics[j * update.width] > 0 ? 0 : update.idle[j] + update.seen;
+      if (update.fresh) update.restart(rows, j, buffer.data());
+    }
+  });
+  return bins;
+}
+
+TORCH_LIBRARY_FRAGMENT(beitv2_fast_cpu, m) {
+  m.def("codebook_statistics(Tensor x, Tensor indices, int num_codes, bool cosine) -> Tensor");
+  m.def(
+      "apply_codebook_statistics(Tensor statistics, Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!)? embed_avg, "
+      "Tensor(d!)? idle, Tensor? fresh, float decay, bool cosine, float eps, float dead_after, float dead_below) "
+      "-> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(beitv2_fast_cpu, CPU, m) {
+  m.impl("codebook_statistics", statistics);
+  m.impl("apply_codebook_statistics", apply);
+}
+
+}  // namespace
+}  // namespace beitv2_fast

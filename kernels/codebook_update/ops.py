@@ -1,0 +1,72 @@
+"""The two passes of codebook_update as custom ops; the dispatcher picks the version for the tensors' device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..native import native_ops
+from .reference import apply_statistics_reference, codebook_statistics_reference
+
+
+@torch.library.custom_op("beitv2_fast::codebook_statistics", mutates_args=())
+def codebook_statistics(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:
+    return codebook_statistics_reference(x, indices, num_codes, metric)
+
+
+@codebook_statistics.register_fake
+def _(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:
+    limbs = 1 if metric == "cosine" else 2
+    return x.new_empty(num_codes, 1 + limbs * x.shape[1], dtype=torch.int64)
+
+
+@codebook_statistics.register_kernel("cpu")
+def _(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:
+    if not native_ops():
+        _check_range(indices, num_codes)
+        return codebook_statistics_reference(x, indices, num_codes, metric)
+    return torch.ops.beitv2_fast_cpu.codebook_statistics(x, indices, num_codes, metric == "cosine")
+
+
+def _check_range(indices: Tensor, num_codes: int) -> None:
+    if len(indices) and (indices.min() < -1 or indices.max() >= num_codes):
+        raise IndexError(
+            f"codebook_update: indices must lie in 0..{num_codes - 1}, or be -1 for vectors not to be counted; "
+            f"got {indices.min().item()}..{indices.max().item()}"
+        )
+
+
+@torch.library.custom_op(
+    "beitv2_fast::apply_codebook_statistics", mutates_args=("codebook", "cluster_size", "embed_avg", "idle")
+)
+def apply_statistics(
+    statistics: Tensor,
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_avg: Tensor | None,
+    idle: Tensor | None,
+    fresh: Tensor | None,
+    decay: float,
+    metric: str,
+    eps: float,
+    dead_after: float,
+    dead_below: float,
+) -> Tensor:
+    state = (codebook, cluster_size, embed_avg, idle, fresh)
+    return apply_statistics_reference(statistics, *state, decay, metric, eps, dead_after, dead_below)
+
+
+@apply_statistics.register_fake
+def _(statistics, codebook, cluster_size, embed_avg, idle, fresh, decay, metric, eps, dead_after, dead_below):
+    return statistics.new_empty(statistics.shape[0])
+
+
+@apply_statistics.register_kernel("cpu")
+def _(statistics, codebook, cluster_size, embed_avg, idle, fresh, decay, metric, eps, dead_after, dead_below):
+    state = (codebook, cluster_size, embed_avg, idle, fresh)
+    if not native_ops() or not all(tensor is None or tensor.is_contiguous() for tensor in state):
+        return apply_statistics_reference(statistics, *state, decay, metric, eps, dead_after, dead_below)
+    cosine = metric == "cosine"
+    return torch.ops.beitv2_fast_cpu.apply_codebook_statistics(
+        statistics, *state, decay, cosine, eps, dead_after, dead_below
+    )

@@ -1,0 +1,99 @@
+"""vector_quantize and its derivative as custom ops, with their autograd and autocast rules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..codebook_search import codebook_search
+from ..codebook_update.ops import codebook_statistics
+from ..codebook_update.reference import unpack_statistics
+from ..native import native_ops
+from .reference import backward_reference, vector_quantize_reference
+
+
+@torch.library.custom_op("beitv2_fast::vector_quantize", mutates_args=())
+def quantize(
+    x: Tensor, codebook: Tensor, metric: str, commitment_weight: float, codebook_weight: float, return_compared: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # The search returns codes and distances in its own pass, on any device: a sum is all that is left to do.
+    if x.dtype == torch.float64:
+        *results, compared = vector_quantize_reference(x, codebook, metric, commitment_weight, codebook_weight)
+        return *results, compared.clone() if return_compared else x.new_empty(0)
+    found = codebook_search(
+        x,
+        codebook,
+        metric=metric,
+        return_codes=True,
+        return_distances=True,
+        return_normalized=return_compared and metric == "cosine",
+    )
+    loss = found.distances.sum() * ((commitment_weight + codebook_weight) / max(1, x.numel()))
+    compared = loss.new_empty(0)
+    if return_compared:
+        compared = found.normalized if metric == "cosine" else x.to(torch.float32, copy=True)
+    return found.codes.float(), found.indices, loss, compared
+
+
+@quantize.register_fake
+def _(x, codebook, metric, commitment_weight, codebook_weight, return_compared):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        x.new_empty(x.shape, dtype=dtype),
+        x.new_empty(x.shape[0], dtype=torch.int64),
+        x.new_empty((), dtype=dtype),
+        x.new_empty(x.shape if return_compared else 0, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("beitv2_fast::vector_quantize_backward", mutates_args=())
+def quantize_backward(
+    x: Tensor,
+    quantized: Tensor,
+    grad_quantized: Tensor | None,
+    grad_loss: Tensor | None,
+    commitment_weight: float,
+    metric: str,
+) -> Tensor:
+    return backward_reference(x, quantized, grad_quantized, grad_loss, commitment_weight, metric)
+
+
+@quantize_backward.register_fake
+def _(x, quantized, grad_quantized, grad_loss, commitment_weight, metric):
+    return x.new_empty(x.shape)
+
+
+@quantize_backward.register_kernel("cpu")
+def _(x, quantized, grad_quantized, grad_loss, commitment_weight, metric):
+    if x.dtype == torch.float64 or not native_ops():
+        return backward_reference(x, quantized, grad_quantized, grad_loss, commitment_weight, metric)
+    weight = 0.0 if grad_loss is None else 2 * commitment_weight * grad_loss.item() / max(1, x.numel())
+    return torch.ops.beitv2_fast_cpu.vector_quantize_backward(x, quantized, grad_quantized, weight, metric == "cosine")
+
+
+def _setup_context(ctx, inputs, output):
+    x, codebook, ctx.metric, ctx.commitment_weight, ctx.codebook_weight, _ = inputs
+    quantized, indices, _, compared = output
+    ctx.mark_non_differentiable(indices, compared)
+    ctx.set_materialize_grads(False)
+    ctx.trains_codebook = ctx.codebook_weight != 0 and ctx.needs_input_grad[1]
+    ctx.save_for_backward(x, quantized, *((indices, codebook) if ctx.trains_codebook else ()))
+
+
+def _backward(ctx, grad_quantized, _indices, grad_loss, _compared):
+    x, quantized, *rest = ctx.saved_tensors
+    grad_x = grad_codebook = None
+    if ctx.needs_input_grad[0] and not (grad_quantized is None and grad_loss is None):
+        grad_x = quantize_backward(x, quantized, grad_quantized, grad_loss, ctx.commitment_weight, ctx.metric)
+    if ctx.trains_codebook and grad_loss is not None:
+        # The sum of 2 w / (N D) (v_j - y_i) over the vectors that chose code j.
+        indices, codebook = rest
+        bins, sums = unpack_statistics(codebook_statistics(x, indices, codebook.shape[0], ctx.metric), ctx.metric)
+        scale = grad_loss.double() * (2 * ctx.codebook_weight / max(1, x.numel()))
+        grad_codebook = (scale * (bins[:, None] * codebook.double() - sums)).to(codebook.dtype)
+    return grad_x, grad_codebook, None, None, None, None
+
+
+quantize.register_autograd(_backward, setup_context=_setup_context)
+quantize.register_autocast("cpu", torch.float32)
+quantize.register_autocast("cuda", torch.float32)
