@@ -7,14 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .quantizer import PUBLISHED_NAMES, PUBLISHED_UNUSED
+
 # published name -> ours; every other parameter has the same name in both
-TOKENIZER_NAMES = {
-    "quantize.embedding.weight": "quantize.codebook",
-    "quantize.embedding.initted": "quantize.initialized",
-    "quantize.cluster_size": "quantize.cluster_size",
-}
+TOKENIZER_NAMES = {f"quantize.{name}": f"quantize.{ours}" for name, ours in PUBLISHED_NAMES.items()}
 # statistics that the reference stores and never reads again, and tables that follow from the shape
-UNUSED = ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg", "relative_position_index")
+UNUSED = (*(f"quantize.{name}" for name in PUBLISHED_UNUSED), "relative_position_index")
 
 
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

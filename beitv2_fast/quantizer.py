@@ -2,176 +2,330 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dead_codes import replace_dead_codes, start_codebook
 from .kernels import codebook_search, codebook_update, vector_quantize
+from .layout import Layout
+from .options import QuantizerOptions
+from .rotation import rotate_to
+from .sampling import world
 
-REPLACE_EVERY = 8  # steps between looks for dead codes
+# names of the reference implementation's quantizer -> ours
+PUBLISHED_NAMES = {"embedding.weight": "codebook", "embedding.initted": "initialized", "cluster_size": "cluster_size"}
+# statistics that the reference stores and never reads again
+PUBLISHED_UNUSED = ("embedding.cluster_size", "embedding.embed_avg")
 
 
 class Quantized(NamedTuple):
-    """quantized, of the input's shape; indices [...] int64; the scalar commitment loss."""
+    """What a quantizer returns.
+
+    quantized: of the input's shape and dtype. indices: int64, the input's shape without the channels, and [..., heads]
+    with several heads. loss: scalar fp32, 0 in a batch of no vectors. counts: int64 [K], how often each code was
+    chosen in this batch over all ranks ([heads, K] with separate codebooks).
+    """
 
     quantized: Tensor
     indices: Tensor
     loss: Tensor
+    counts: Tensor
+
+    @property
+    def perplexity(self) -> Tensor:
+        """exp(entropy) of the codes' frequencies in this batch: [] or [heads]."""
+        return perplexity(self.counts)
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """exp(entropy) of frequencies counts / sum: [..., K] -> [...] float64."""
+    p = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
+    return torch.exp(-torch.special.xlogy(p, p).sum(-1))
 
 
 class FusedVectorQuantizer(nn.Module):
-    """Quantizer of BEiT v2: l2-normalised vectors, cosine search, EMA codebook (arXiv 2208.06366 section 2.2).
+    """A layer that replaces vectors by codes of a codebook that it learns.
 
-    Buffers: ``codebook`` [K, D] fp32, unit rows; ``cluster_size`` [K] fp32, an EMA of how often each code is chosen
-    (also updated in eval mode, as the reference does for its usage reports); ``initialized`` bool; ``idle`` [K] int64,
-    vectors seen since a code was last chosen; ``steps`` int64.
+    By default the quantizer of BEiT v2 (arXiv 2208.06366 section 2.2): l2-normalised vectors, cosine search, codebook
+    moved by EMA, k-means on the first batch. Dead codes restart, which the reference's do not: ``dead_after=0`` is
+    exact parity with it. Options: see ``QuantizerOptions``; all of them are keyword arguments.
 
-    Dead codes: without help most of a codebook dies on small data. A code that was not chosen for ``dead_after * K``
-    vectors (a code of average popularity would have been chosen ``dead_after`` times) starts again at a vector of the
-    batch, the same one on every rank, with all of its state.
+        quantizer = FusedVectorQuantizer(num_codes=8192, dim=32)
+        out = quantizer(z)  # z [..., 32] -> out.quantized, out.indices, out.loss, out.counts, out.perplexity
 
-    Args:
-        num_codes: K. dim: D.
-        decay: of the EMA. commitment_weight: beta.
-        kmeans_init: the first training batch initialises the codebook by k-means (10 iterations, the same on every
-            rank); otherwise it starts as random unit vectors.
-        dead_after: see above; 0 leaves dead codes dead, as the reference does.
-        seed: of the random start and of the k-means samples.
+    With ``y = l2(z)`` (cosine) or ``y = z`` (euclidean) and code ``v`` nearest to ``y``: ``quantized = y + sg(v - y)``,
+    ``loss = commitment_weight mean((sg(v) - y)^2)``, and with a codebook learnt by gradient
+    ``+ codebook_weight mean((v - sg(y))^2)``.
+
+    State (float buffers stay fp32 whatever ``.to(dtype)`` says): ``codebook`` [K, D], or [heads, K, D] with separate
+    codebooks; ``cluster_size`` [K], EMA of how often each code is chosen (for the learning rules that do not need it
+    also updated in eval mode, as the reference does for its usage reports); ``embed_avg`` with sum_ema; ``initialized``
+    bool; ``idle`` [K] int64, vectors seen since a code was last chosen; ``steps`` int64. All of it holds the same bits
+    on every rank: statistics are summed over the default process group, in eval mode too (see ``track_eval_usage``).
     """
 
-    def __init__(
-        self,
-        num_codes: int,
-        dim: int,
-        *,
-        decay: float = 0.99,
-        commitment_weight: float = 1.0,
-        kmeans_init: bool = True,
-        kmeans_iterations: int = 10,
-        dead_after: float = 200.0,
-        seed: int = 0,
-    ):
+    def __init__(self, num_codes: int, dim: int, **options: Any):
         super().__init__()
-        if num_codes < 1 or dim < 1:
-            raise ValueError(f"num_codes and dim must be positive; got {num_codes} and {dim}")
+        self.options = o = QuantizerOptions(**options)
+        o.check(num_codes, dim)
         self.num_codes, self.dim = num_codes, dim
-        self.decay, self.commitment_weight = decay, commitment_weight
-        self.kmeans_iterations, self.dead_after, self.seed = kmeans_iterations, dead_after, seed
-        start = torch.randn(num_codes, dim, generator=torch.Generator().manual_seed(seed))
-        self.register_buffer("codebook", F.normalize(start, dim=-1))
-        self.register_buffer("cluster_size", torch.zeros(num_codes))
-        self.register_buffer("initialized", torch.tensor(not kmeans_init))
-        self.register_buffer("idle", torch.zeros(num_codes, dtype=torch.int64))
+        self.code_dim = dim // o.heads
+        self.groups = 1 if o.share_codebook else o.heads  # codebooks
+        self.layout = Layout(dim, o.heads, self.groups, o.channel_last)
+        shape = (num_codes,) if self.groups == 1 else (self.groups, num_codes)
+        start = torch.randn(*shape, self.code_dim, generator=torch.Generator().manual_seed(o.seed))
+        codebook = F.normalize(start, dim=-1) if o.metric == "cosine" else start
+        if o.learns_by == "gradient":
+            self.codebook = nn.Parameter(codebook)
+        else:
+            self.register_buffer("codebook", codebook)
+        sums = o.learns_by == "sum_ema"
+        self.register_buffer("cluster_size", torch.ones(shape) if sums else torch.zeros(shape))
+        self.register_buffer("embed_avg", codebook.clone() if sums else None)
+        self.register_buffer("initialized", torch.tensor(not o.kmeans_init))
+        self.register_buffer("idle", torch.zeros(shape, dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        # How often each code was chosen since the last usage(reset=True): for the logs, no part of a checkpoint.
-        self.register_buffer("window_counts", torch.zeros(num_codes, dtype=torch.int64), persistent=False)
-        # Copies on the host of ``initialized`` and ``steps``, which spare it a look at the device in every step.
-        self._is_initialized = not kmeans_init
-        self._host_steps: int | None = None
+        self.register_buffer("recent", torch.zeros(shape, dtype=torch.int64) if o.restart_below else None)
+        # For the logs, no part of a checkpoint: how often each code was chosen, and how many restarted, in the window.
+        self.register_buffer("window_counts", torch.zeros(shape, dtype=torch.int64), persistent=False)
+        self.register_buffer("window_replaced", torch.zeros((), dtype=torch.int64), persistent=False)
+        # (initialized, steps) on the CPU, which spares the host a look at the device in every step; 0: look first.
+        self._clock = torch.zeros(2, dtype=torch.int64, device="cpu")
 
     def extra_repr(self) -> str:
-        return f"num_codes={self.num_codes}, dim={self.dim}, decay={self.decay}, beta={self.commitment_weight}"
+        return f"num_codes={self.num_codes}, dim={self.dim}, {self.options.changed()}"
 
-    def forward(self, z: Tensor) -> Quantized:
-        """Quantize vectors [..., D]; in training mode also move the codebook."""
-        if z.shape[-1] != self.dim:
-            raise ValueError(f"expected vectors of width {self.dim} in the last dimension; got {list(z.shape)}")
-        x = z.reshape(-1, self.dim)
-        if self.training and not self._is_initialized:
-            self._initialize(x.detach())
-        result = vector_quantize(x, self.codebook, commitment_weight=self.commitment_weight)
-        if self.training:
-            bins = codebook_update(self.codebook, self.cluster_size, x.detach(), result.indices, decay=self.decay)
-            self._replace_dead_codes(x.detach(), bins)
-        else:
-            bins = torch.bincount(result.indices, minlength=self.num_codes)
-            if _distributed():
-                dist.all_reduce(bins)
-            self.cluster_size.lerp_(bins.to(self.cluster_size.dtype), 1 - self.decay)
-        self.window_counts += bins
-        return Quantized(result.quantized.view(z.shape), result.indices.view(z.shape[:-1]), result.loss)
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
+        """Quantize vectors; in training mode also move the codebook.
+
+        Args:
+            z: [..., dim], or [B, dim, ...] with ``channel_last=False``, e.g. image maps [B, C, H, W]. Any float dtype.
+            mask: bool, the shape of z without the channels: True for the vectors that count. The others influence
+                nothing and come out as zeros with index -1.
+
+        Raises:
+            ValueError: z or mask of another shape. TypeError: z or mask of another dtype.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            x = self.layout.rows(z)  # [G, N, D]
+            keep = None if mask is None else self.layout.row_mask(mask, z)
+            if keep is not None:
+                x = torch.where(keep[:, None], x, 1.0)  # padding may hold NaN, and zeros have no direction
+            # The update leaves out vectors of NaN: that is how it is told which ones do not count.
+            seen = x.detach() if keep is None else x.detach().masked_fill(~keep[:, None], torch.nan)
+            if self.training:
+                self._start(seen)
+            parts = [self._quantize(x[g], g, keep) for g in self._each()]
+            quantized, indices, losses = (_stack(part) for part in zip(*parts, strict=True))  # [G, N, D], [G, N], [G]
+            counts = self._learn(seen, indices, keep)
+            loss = losses.mean()
+            quantized = self.layout.unrows(quantized, z)
+        if mask is not None:
+            indices = torch.where(keep, indices, -1)
+        return Quantized(quantized, self.layout.unrow_indices(indices, z), loss, counts)
 
     @torch.no_grad()
-    def encode(self, z: Tensor) -> Tensor:
-        """Vectors [..., D] -> codes [...] int64, and nothing else changes."""
-        return codebook_search(z.reshape(-1, self.dim), self.codebook).indices.view(z.shape[:-1])
+    def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Vectors -> indices as in ``forward``, and nothing else changes."""
+        with torch.autocast(z.device.type, enabled=False):
+            x = self.layout.rows(z)
+            indices = [codebook_search(x[g], self._codes(g), metric=self.options.metric).indices for g in self._each()]
+        indices = _stack(indices)
+        if mask is not None:
+            indices = torch.where(self.layout.row_mask(mask, z), indices, -1)
+        return self.layout.unrow_indices(indices, z)
 
+    def decode(self, indices: Tensor) -> Tensor:
+        """Indices as ``forward`` returns them -> the vectors that it returned, fp32; index -1 gives zeros.
+
+        Raises:
+            ValueError: with several heads, a last dimension that is not ``heads``.
+        """
+        heads = self.options.heads
+        if heads > 1 and (indices.dim() == 0 or indices.shape[-1] != heads):
+            raise ValueError(f"decode: indices must be [..., {heads}], one for each head; got {list(indices.shape)}")
+        chosen = indices.clamp(min=0)
+        if self.groups == 1:
+            codes = F.embedding(chosen, self._codes(0))
+        else:
+            codes = torch.stack([F.embedding(chosen[..., g], self._codes(g)) for g in self._each()], dim=-2)
+        codes = torch.where((indices >= 0)[..., None], codes, 0.0)
+        if heads > 1:
+            codes = codes.flatten(-2)
+        return codes if self.options.channel_last or codes.dim() < 2 else codes.movedim(-1, 1)
+
+    @torch.no_grad()
     def usage(self, reset: bool = False) -> dict[str, float]:
-        """Share of codes chosen since the last reset, and perplexity exp(entropy) of their frequencies."""
-        counts = self.window_counts.double()
-        p = counts / counts.sum().clamp(min=1)
+        """Since the last reset: share of codes chosen, perplexity of their frequencies, how many dead codes restarted.
+
+        Share and perplexity are means over the codebooks.
+        """
         result = {
-            "used_codes": (counts > 0).double().mean().item(),
-            "perplexity": torch.exp(-torch.special.xlogy(p, p).sum()).item(),
+            "used_codes": (self.window_counts > 0).double().mean().item(),
+            "perplexity": perplexity(self.window_counts).mean().item(),
+            "replaced_codes": float(self.window_replaced),
         }
         if reset:
             self.window_counts.zero_()
+            self.window_replaced.zero_()
         return result
 
+    @torch.no_grad()
     def reset_cluster_size(self) -> None:
         """Forget the usage statistics, as the reference does at the start of every epoch and before evaluation."""
+        if self.embed_avg is not None:
+            raise RuntimeError("with learning='sum_ema' the codes are embed_avg / cluster_size: it cannot be forgotten")
         self.cluster_size.zero_()
 
-    @torch.no_grad()
-    def _initialize(self, x: Tensor) -> None:
-        """Spherical k-means on the first batch of all ranks."""
-        if not self.initialized.item():
-            everything = F.normalize(_gather_rows(x.float()), dim=-1)
-            pick = _sample_rows(len(everything), self.num_codes, torch.Generator().manual_seed(self.seed))
-            self.codebook.copy_(everything[pick.to(x.device)])
-            counts = torch.zeros_like(self.cluster_size)
-            for _ in range(self.kmeans_iterations):
-                # With decay 0 the EMA step is the k-means step: codes become the means of their vectors.
-                indices = codebook_search(x, self.codebook).indices
-                codebook_update(self.codebook, counts, x, indices, decay=0.0)
-            self.initialized.fill_(True)
-        self._is_initialized = True
+    def _each(self) -> range:
+        return range(self.groups)
+
+    def _codes(self, g: int) -> Tensor:
+        """Codebook g as it is searched, [K, D]; differentiable when it learns by gradient."""
+        codes = self.codebook if self.groups == 1 else self.codebook[g]
+        if self.options.learns_by == "gradient" and self.options.metric == "cosine":
+            # A copy, since backward may need it after a dead code was replaced in place.
+            return F.normalize(codes.clone().float(), dim=-1)
+        return codes
+
+    def _quantize(self, x: Tensor, g: int, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """One codebook: x [N, D] -> (quantized [N, D], indices [N], loss)."""
+        o = self.options
+        codebook = self._codes(g)
+        if keep is None and o.gradient == "straight_through" and o.learns_by != "gradient":
+            fused = vector_quantize(x, codebook, metric=o.metric, commitment_weight=o.commitment_weight)
+            return fused.quantized, fused.indices, fused.loss
+        x = x if x.dtype == torch.float64 else x.float()
+        y = F.normalize(x, dim=-1) if o.metric == "cosine" else x
+        indices = codebook_search(x.detach(), codebook.detach(), metric=o.metric).indices
+        codes = F.embedding(indices, codebook).to(y.dtype)
+        loss = o.commitment_weight * _mean_square(codes.detach() - y, keep)
+        if o.learns_by == "gradient":
+            loss = loss + o.codebook_weight * _mean_square(codes - y.detach(), keep)
+        codes = codes.detach()
+        quantized = rotate_to(y, codes) if o.gradient == "rotation" else y + (codes - y).detach()
+        return quantized if keep is None else torch.where(keep[:, None], quantized, 0.0), indices, loss
 
     @torch.no_grad()
-    def _replace_dead_codes(self, x: Tensor, bins: Tensor) -> None:
-        """Every few steps, restart the codes that were idle too long; on no step does the host read the device."""
-        self.steps += 1
-        self._host_steps = self.steps.item() if self._host_steps is None else self._host_steps + 1
-        self.idle.add_(bins.sum()).masked_fill_(bins > 0, 0)
-        if self.dead_after <= 0 or self._host_steps % REPLACE_EVERY or not len(x):
+    def _learn(self, seen: Tensor, indices: Tensor, keep: Tensor | None) -> Tensor:
+        """Move the codebook and keep the statistics; returns how often each code was chosen, over all ranks."""
+        o = self.options
+        state, tracked = self._state(), self.training or o.track_eval_usage
+        if self.training and o.learns_by in ("code_ema", "sum_ema"):
+            counts = []
+            for g in self._each():
+                average = state["embed_avg"][g] if self.embed_avg is not None else None
+                counts.append(
+                    codebook_update(
+                        state["codebook"][g],
+                        state["cluster_size"][g],
+                        seen[g],
+                        indices[g],
+                        decay=o.decay,
+                        metric=o.metric,
+                        embed_avg=average,
+                        eps=o.eps,
+                    )
+                )
+            counts = _stack(counts)
+        else:
+            ones = torch.ones_like(indices) if keep is None else keep.long().expand_as(indices)
+            counts = torch.zeros_like(self.idle).view(self.groups, -1).scatter_add_(1, indices, ones)
+            if tracked and world()[1] > 1:
+                dist.all_reduce(counts)
+            if tracked and o.learns_by != "sum_ema":
+                state["cluster_size"].lerp_(counts.to(torch.float32), 1 - o.decay)
+        if self.training and o.learns_by != "frozen":
+            replace_dead_codes(
+                **state,
+                replaced=self.window_replaced,
+                steps=self.steps,
+                clock=self._clock,
+                x=seen,
+                bins=counts,
+                metric=o.metric,
+                seed=o.seed,
+                dead_after=float(o.dead_after),
+                dead_below=float(o.dead_below),
+            )
+        counts = counts.view(self.window_counts.shape)
+        if tracked:
+            self.window_counts += counts
+        return counts
+
+    @torch.no_grad()
+    def _start(self, seen: Tensor) -> None:
+        """k-means, in the first step or after a collapse."""
+        o = self.options
+        # Compiled code cannot look at the clock; the op does it.
+        if not torch.compiler.is_compiling() and not o.restart_below and self._clock[0]:
             return
-        dead = self.idle > self.dead_after * self.num_codes
-        fresh = F.normalize(self._sample_batch(x.float()), dim=-1)
-        self.codebook.copy_(torch.where(dead[:, None], fresh, self.codebook))
-        # As popular as the average code: neither dead again at once, nor a weight that outlives its start.
-        self.cluster_size.masked_fill_(dead, 0.0).add_(dead * self.cluster_size.mean())
-        self.idle.masked_fill_(dead, 0)
+        start_codebook(
+            **self._state(),
+            initialized=self.initialized,
+            steps=self.steps,
+            clock=self._clock,
+            x=seen,
+            metric=o.metric,
+            iterations=o.kmeans_iterations,
+            seed=o.seed,
+            restart_below=float(o.restart_below),
+            restart_after=o.restart_after,
+        )
 
-    def _sample_batch(self, x: Tensor) -> Tensor:
-        """K rows of the batch of all ranks, the same bits on every rank: [K, D]."""
-        generator = torch.Generator().manual_seed(self.seed + 7919 * self._host_steps)
-        ranks, rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
-        pick = _sample_rows(len(x) * ranks, self.num_codes, generator).to(x.device)
-        mine = pick // len(x) == rank
-        rows = torch.where(mine[:, None], x[pick % len(x)], 0)
-        if ranks > 1:
-            dist.all_reduce(rows)  # every row is zero on all ranks but one: the sum is exact
-        return rows
+    def _state(self) -> dict[str, Tensor]:
+        """Views of what changes with a code, with a leading dimension for the codebook; absent ones are empty."""
+        empty = torch.empty(0, device=self.idle.device)
+        state = {
+            "codebook": self.codebook.detach(),
+            "cluster_size": self.cluster_size,
+            "embed_avg": self.embed_avg,
+            "idle": self.idle,
+            "recent": self.recent,
+        }
+        return {name: empty if t is None else t.unsqueeze(0) if self.groups == 1 else t for name, t in state.items()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedVectorQuantizer:
+        """Moves between devices, but not to another dtype: averages of small steps need fp32.
+
+        A codebook that learns by gradient is a parameter like any other and takes the dtype.
+        """
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype or isinstance(t, nn.Parameter) else t.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Also accepts the reference implementation's names, and checkpoints from before idleness was counted."""
+        state_names = {name for name in state if name.startswith(prefix)}
+        if prefix + "embedding.weight" in state_names:
+            for name in PUBLISHED_UNUSED:
+                state.pop(prefix + name, None)
+            for name, ours in PUBLISHED_NAMES.items():
+                if prefix + name in state:
+                    value = state.pop(prefix + name)
+                    state[prefix + ours] = value.to(torch.bool).reshape(()) if ours == "initialized" else value
+        for name in ("idle", "steps"):
+            state.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
+        super()._load_from_state_dict(state, prefix, *args)
+        self._clock.zero_()
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """torch.stack, without a copy of a single one."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
 
 
-def _sample_rows(count: int, wanted: int, generator: torch.Generator) -> Tensor:
-    """Indices of ``wanted`` rows: distinct ones if there are enough, otherwise drawn with replacement."""
-    if count >= wanted:
-        return torch.randperm(count, generator=generator)[:wanted]
-    return torch.randint(count, (wanted,), generator=generator)
-
-
-def _gather_rows(x: Tensor) -> Tensor:
-    """The rows of all ranks, in rank order (equally many on each)."""
-    if not _distributed():
-        return x
-    rows = x.new_empty(x.shape[0] * dist.get_world_size(), x.shape[1])
-    dist.all_gather_into_tensor(rows, x.contiguous())
-    return rows
+def _mean_square(difference: Tensor, keep: Tensor | None) -> Tensor:
+    """Mean of the squares over the rows that count, fp32 (fp64 stays); 0 for no rows."""
+    if keep is None:
+        return difference.square().sum() / max(difference.numel(), 1)
+    count = keep.sum() * difference.shape[-1]
+    return torch.where(keep[:, None], difference, 0.0).square().sum() / count.clamp(min=1)

@@ -120,7 +120,7 @@ class Tokenizer(nn.Module):
         expected = (images.shape[0], self.grid[0] * self.grid[1], self.config.teacher_dim)
         if teacher_features.shape != expected:
             raise ValueError(f"teacher features must be {list(expected)}; got {list(teacher_features.shape)}")
-        quantized, indices, commit_loss = self.quantize(self.features(images))
-        reconstruction = self.decode(quantized)
+        codes = self.quantize(self.features(images))
+        reconstruction = self.decode(codes.quantized)
         rec_loss = (1 - F.cosine_similarity(reconstruction.float(), teacher_features.float(), dim=-1)).mean()
-        return TokenizerOutput(rec_loss + commit_loss, rec_loss, commit_loss, indices, reconstruction)
+        return TokenizerOutput(rec_loss + codes.loss, rec_loss, codes.loss, codes.indices, reconstruction)

@@ -1,0 +1,78 @@
+"""Random rows of a batch that is spread over ranks: the same bits on every rank, and no look at the device."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world() -> tuple[int, int]:
+    """(rank, ranks) of the default process group; (0, 1) without one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def salt(*numbers: int) -> int:
+    """One int64 from several, such that neighbours do not collide."""
+    value = 0
+    for number in numbers:
+        value = (value * 6364136223846793005 + number + 1442695040888963407) % 2**64
+    return value - 2**63
+
+
+def uniform(index: Tensor, salt: int) -> Tensor:
+    """float64 in [0, 1), a function of the index and the salt alone (splitmix64): [n] int64 -> [n]."""
+    z = index * -7046029254386353131 + salt
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * -4658895280553007687
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * -7723592293110705685
+    z = z ^ ((z >> 31) & (2**33 - 1))
+    return ((z >> 11) & (2**53 - 1)).double() / 2**53
+
+
+def sample_rows(x: Tensor, wanted: int, salt: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Draw rows without replacement from the batch of all ranks.
+
+    Rows that hold NaN or Inf and rows of weight 0 are never drawn. Ranks may hold different numbers of rows, also none.
+    A row's chance depends on its number in the whole batch, not on the rank that holds it.
+
+    Args:
+        x: [n, D], this rank's rows. wanted: how many. salt: another salt draws other rows.
+        weights: [n], chances in proportion to them; by default all are equal.
+
+    Returns:
+        (rows [wanted, D] fp32, found [wanted] bool); where the batch has too few rows, found is False at the end.
+    """
+    rank, ranks = world()
+    n = len(x)
+    numbers = torch.arange(n, device=x.device)
+    if ranks > 1:
+        counts = torch.empty(ranks, dtype=torch.int64, device=x.device)
+        dist.all_gather_into_tensor(counts, torch.full((1,), n, device=x.device))
+        numbers += counts[:rank].sum()
+    # Exponential races: the row with the largest weight / Exp(1) wins with probability proportional to its weight.
+    keys = 1 / -torch.log1p(-uniform(numbers, salt)).clamp(max=-1e-300)
+    if weights is not None:
+        keys = keys * weights
+    keys = torch.where(x.isfinite().all(-1) & (keys > 0), keys, -1.0)  # NaN weights compare False
+    best, row = keys.topk(min(wanted, n))
+    best = torch.nn.functional.pad(best, (0, wanted - len(best)), value=-1.0)
+    row = torch.nn.functional.pad(row, (0, wanted - len(row)))
+    if ranks == 1:
+        found = best > 0
+        return _take(x, row, found), found
+    everyones = torch.empty(ranks * wanted, dtype=best.dtype, device=x.device)
+    dist.all_gather_into_tensor(everyones, best)
+    best, place = everyones.topk(wanted)
+    found = best > 0
+    rows = _take(x, row[place % wanted], found & (place // wanted == rank))
+    dist.all_reduce(rows)  # every row is zero on all ranks but one: the sum is exact
+    return rows, found
+
+
+def _take(x: Tensor, row: Tensor, take: Tensor) -> Tensor:
+    """x[row] in fp32 where ``take``, else zeros."""
+    if not len(x):
+        return torch.zeros(len(row), x.shape[1], device=x.device)
+    return torch.where(take[:, None], x[row].float(), 0.0)
