@@ -120,6 +120,22 @@ class ProbeConfig(RunConfig):
     batch_size: int = option(64, "images a forward", free=True)
 
 
+@dataclass(frozen=True)
+class ReportConfig(RunConfig):
+    """The report: one HTML file and its pictures, from the run folders of the other commands."""
+
+    out: Path = option(Path("runs/report"), "folder of the report: report.html and PNG files; replaced if there is one")
+    data: Path = option(Path("data"), "the image folder; examples come from FOLDER/test or FOLDER/val, if there is one")
+    tokenizer: Path = option(Path("runs/tokenizer"), "run folder of the tokenizer")
+    pretrain: Path = option(Path("runs/pretrain"), "run folder of the pre-training")
+    probe: Path = option(Path("runs/probe"), "run folder of the linear probe")
+    max_images: int = option(5000, "images of train, and of test or val, that are encoded; more: a sample")
+    examples: int = option(6, "photographs shown with their token map; up to 4 with their mask")
+    code_rows: int = option(24, "codes on the sheet of patches: half the most frequent, half a spread of the others")
+    scale: float = option(2.0, "pixels of the pictures for each pixel of the page; 2: sharp on dense screens")
+    batch_size: int = option(64, "images a forward", free=True)
+
+
 def fingerprint(config: RunConfig) -> dict[str, Any]:
     """The values that determine a run's result, as JSON types."""
     return {

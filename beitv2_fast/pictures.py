@@ -1,4 +1,4 @@
-"""Small pictures as tensors, for TensorBoard: token maps and masked images."""
+"""Small pictures as tensors, for TensorBoard and the report: token maps and masked images."""
 
 from __future__ import annotations
 
@@ -6,16 +6,51 @@ import torch
 from torch import Tensor
 
 
-def token_map(codes: Tensor, cell: int) -> Tensor:
-    """Codes [h, w] -> [3, h*cell, w*cell] in [0, 1]: a colour for every code, the same in every picture."""
-    hue = codes.double() * 0.6180339887498949 % 1  # the golden ratio keeps neighbouring ids apart
-    phase = torch.stack([hue, hue + 1 / 3, hue + 2 / 3]) * 2 * torch.pi
-    colours = 0.55 + 0.35 * torch.cos(phase)
-    return colours.float().repeat_interleave(cell, 1).repeat_interleave(cell, 2)
+def token_map(codes: Tensor, cell: int, colours: Tensor | None = None) -> Tensor:
+    """Codes [h, w] -> [3, h*cell, w*cell] in [0, 1]: a colour for every code, the same in every picture.
+
+    Args:
+        colours: [K, 3], such as ``code_colours``; by default unrelated hues, which need no codebook.
+    """
+    if colours is not None:
+        cells = colours[codes].movedim(-1, 0)
+    else:
+        hue = codes.double() * 0.6180339887498949 % 1  # the golden ratio keeps neighbouring ids apart
+        cells = _from_hue(hue, torch.tensor(0.55), torch.tensor(0.35))
+    return cells.float().repeat_interleave(cell, 1).repeat_interleave(cell, 2)
 
 
-def masked_picture(image: Tensor, mask: Tensor) -> Tensor:
-    """Image [3, H, W] with its masked patches [h, w] in grey."""
+def code_colours(codebook: Tensor, counts: Tensor) -> Tensor:
+    """A colour for each code such that codes near each other in the codebook look alike: [K, D] -> [K, 3] in [0, 1].
+
+    The direction in the plane of the first two principal components gives the hue, the third component the lightness,
+    both spread evenly over the codes. A code weighs as the root of how often it occurs (counts [K]).
+    """
+    weight = (counts.double() + 1e-6).sqrt()
+    weight = weight / weight.sum()
+    centred = codebook.double() - weight @ codebook.double()
+    axes = torch.linalg.svd(weight.sqrt()[:, None] * centred, full_matrices=False).Vh[:3]
+    x = torch.nn.functional.pad(centred @ axes.T, (0, 3 - len(axes)))  # [K, 3]
+    hue = _evenly(torch.atan2(x[:, 1], x[:, 0]), weight)
+    return _from_hue(hue, 0.45 + 0.22 * _evenly(x[:, 2], weight), torch.tensor(0.33)).T.clamp(0, 1).float()
+
+
+def _evenly(values: Tensor, weight: Tensor) -> Tensor:
+    """Order kept, spread over [0, 1] by weight."""
+    order = values.argsort(stable=True)
+    spread = torch.empty_like(values)
+    spread[order] = weight[order].cumsum(0) - weight[order] / 2
+    return spread
+
+
+def masked_picture(image: Tensor, mask: Tensor, fill: Tensor | None = None) -> Tensor:
+    """Image [3, H, W] with its masked patches [h, w] in grey, or in the pixels of ``fill`` [3, H or 1, W or 1]."""
     hidden = mask.repeat_interleave(image.shape[1] // mask.shape[0], 0)
     hidden = hidden.repeat_interleave(image.shape[2] // mask.shape[1], 1)
-    return torch.where(hidden, 0.5, image)
+    return torch.where(hidden, torch.tensor(0.5) if fill is None else fill, image)
+
+
+def _from_hue(hue: Tensor, lightness: Tensor, chroma: Tensor) -> Tensor:
+    """Hue in turns [...] -> [3, ...]."""
+    phase = torch.stack([hue, hue + 1 / 3, hue + 2 / 3]) * 2 * torch.pi
+    return lightness + chroma * torch.cos(phase)

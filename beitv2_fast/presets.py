@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from .config import PretrainConfig, ProbeConfig, TokenizerConfig
+from .config import PretrainConfig, ProbeConfig, ReportConfig, TokenizerConfig
 
 _TOKENIZER = TokenizerConfig(
     epochs=100, batch_size=64, lr=5e-5, lr_batch=128, min_lr=1e-5, warmup_epochs=10, weight_decay=1e-4,
@@ -54,5 +54,14 @@ PROBE = {
     "demo": ProbeConfig(
         data=Path("runs/demo/data"), out=Path("runs/demo/probe"), run=Path("runs/demo/pretrain"),
         tokenizer=Path("runs/demo/tokenizer"),
+    ),
+}  # fmt: skip
+
+REPORT = {
+    "base": ReportConfig(),
+    "large": ReportConfig(),
+    "demo": ReportConfig(
+        data=Path("runs/demo/data"), out=Path("runs/demo/report"), tokenizer=Path("runs/demo/tokenizer"),
+        pretrain=Path("runs/demo/pretrain"), probe=Path("runs/demo/probe"),
     ),
 }  # fmt: skip

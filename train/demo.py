@@ -1,4 +1,4 @@
-"""The whole of BEiT v2 in one command: images, tokenizer, pre-training, probe (`make demo`).
+"""The whole of BEiT v2 in one command: images, tokenizer, pre-training, probe, report (`make demo`).
 
 Interrupted and started again, it goes on where it was: every stage resumes from its own run folder.
 """
@@ -26,17 +26,22 @@ def commands(root: Path, data: Path) -> list[tuple[str, list[str]]]:
     tokenizer, pretrain, probe = root / "tokenizer", root / "pretrain", root / "probe"
     return [
         (
-            "1/3  tokenizer: VQ-KD, from the teacher EfficientNet-Lite0",
+            "1/4  tokenizer: VQ-KD, from the teacher EfficientNet-Lite0",
             [python, str(TRAIN / "tokenizer.py"), *common, "--out", str(tokenizer)],
         ),
         (
-            "2/3  pre-training: masked image modelling with patch aggregation",
+            "2/4  pre-training: masked image modelling with patch aggregation",
             [*deepspeed, str(TRAIN / "pretrain.py"), *common, "--tokenizer", str(tokenizer), "--out", str(pretrain)],
         ),
         (
-            "3/3  linear probe of the frozen backbone",
+            "3/4  linear probe of the frozen backbone",
             [python, str(TRAIN / "linear_probe.py"), *common, "--run", str(pretrain), "--tokenizer", str(tokenizer),
              "--out", str(probe)],
+        ),
+        (
+            "4/4  report: curves, codes, pictures",
+            [python, str(TRAIN / "report.py"), *common, "--tokenizer", str(tokenizer), "--pretrain", str(pretrain),
+             "--probe", str(probe), "--out", str(root / "report")],
         ),
     ]  # fmt: skip
 
@@ -81,7 +86,8 @@ def main() -> int:
             print("stopped; the same command goes on from here", file=sys.stderr)
             return code
     print_table(args.out / "probe" / "results.json")
-    print(f"\nlogs, metrics and checkpoints: {args.out.resolve()}")
+    print(f"\nreport: {(args.out / 'report' / 'report.html').resolve()}")
+    print(f"logs, metrics and checkpoints: {args.out.resolve()}")
     return 0
 
 
