@@ -125,8 +125,8 @@ def test_a_difference_within_the_noise_is_no_difference():
     rows = [("pre-trained", 0.72, 0.02), ("untrained", 0.71, 0.01), ("teacher", 0.5, 0.0)]
     rows = [{"features": name, "mean": mean, "std": std} for name, mean, std in rows]
     assert verdict({"rows": rows}) == [
-        "The pre-trained backbone's better feature (0.720) is as good as the untrained backbone (0.710) and 0.220 "
-        "above the teacher (0.500)."
+        "The pre-trained backbone's better feature (0.720) is about as good as the untrained backbone (0.710) and "
+        "0.220 above the teacher (0.500)."
     ]
 
 

@@ -39,12 +39,13 @@ def tiles(found: Findings) -> list[str]:
         result.append(tile("Similarity to the teacher", f"{similarity:.3f}", "cosine, 1 is perfect, last steps"))
     if found.usage:
         usage = found.usage
-        remark = f"perplexity {usage.perplexity:.1f}, as if so many were used equally"
+        remark = f"perplexity {usage.perplexity:.1f}: as varied as so many equally frequent ones"
         result.append(tile("Codes used", f"{usage.used:,} of {usage.num_codes:,}", remark))
     if found.guesses:
-        guess = f"always saying the most frequent code: {found.hidden_usage.shares.max():.1%}"
-        where = "held-out photographs" if found.held_out else "photographs"
-        result.append(tile(f"Hidden codes named, {where}", f"{next(iter(found.guesses.right.values()))[0]:.1%}", guess))
+        guess = f"{found.hidden_usage.shares.max():.1%} by always naming the most frequent"
+        where = "held-out" if found.held_out else "training"
+        guess = f"{where} photographs; {guess}"
+        result.append(tile("Hidden codes named right", f"{next(iter(found.guesses.right.values()))[0]:.1%}", guess))
     return result
 
 
@@ -96,7 +97,7 @@ def verdict(results: Row) -> list[str]:
             continue
         gap = own["mean"] - other["mean"]
         noise = (own["std"] ** 2 + other["std"] ** 2) ** 0.5
-        word = "as good as" if abs(gap) <= noise else f"{abs(gap):.3f} {'above' if gap > 0 else 'below'}"
+        word = "about as good as" if abs(gap) <= noise else f"{abs(gap):.3f} {'above' if gap > 0 else 'below'}"
         parts.append(f"{word} {name} ({other['mean']:.3f})")
     if not parts:
         return []
