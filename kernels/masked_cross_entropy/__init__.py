@@ -7,22 +7,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .reference import masked_cross_entropy_reference, masked_gather_reference
+from .gather import gather_rows, masked_positions
+from .ops import masked_cross_entropy_op, with_gradient
 
 
 def masked_gather(tokens: Tensor, mask: Tensor, *, num_masked: int | None = None) -> Tensor:
-    """The tokens at masked positions, in row-major order.
+    """The tokens at masked positions, in row-major order; differentiable.
 
     Args:
-        tokens: [B, N, C]. mask: [B, N] bool.
+        tokens: [B, N, C] of any dtype and strides: a slice such as ``tokens[:, 1:]`` is not copied. mask: [B, N] bool.
         num_masked: masked positions of each image, when all have the same number (block masks do): the result's shape
             is then known and the host does not wait for the device.
 
     Returns:
         [M, C] with M = B * num_masked, or the number of True in the mask.
+
+    Raises:
+        ValueError: wrong shapes; on the CPU also a mask that disagrees with num_masked. A GPU would have to be waited
+            for, so there surplus positions are left out and missing ones read the batch's last token.
     """
     _check_mask("masked_gather", [tokens], mask)
-    return masked_gather_reference(tokens, mask, num_masked)
+    return gather_rows(tokens, masked_positions(mask, num_masked))
 
 
 def masked_cross_entropy(
@@ -40,27 +45,65 @@ def masked_cross_entropy(
     """Cross entropy of the shared head on the masked tokens of each branch.
 
     For branch b with masked tokens t_i: ``logits_i = W LayerNorm(t_i) + c``,
-    ``loss_b = mean_i(logsumexp(logits_i) - logits_i[label_i])`` and ``correct_b = #{i : argmax(logits_i) = label_i}``.
+    ``loss_b = mean_i(logsumexp(logits_i) - logits_i[label_i])`` and ``correct_b = #{i : argmax(logits_i) = label_i}``
+    (of equal logits the lowest index counts; a token with a NaN logit is never correct). The [M, V] logits are never in
+    memory, only chunks of them. The gradients are computed along with the losses, if grad mode is on and an input
+    requires one; each branch's loss may then be weighted at will, but not differentiated twice (an error).
 
     Args:
-        branches: tensors [B, N, C], e.g. the last layer's patch tokens and the aggregation branch's.
+        branches: tensors [B, N, C] of any strides, e.g. the last layer's patch tokens and the aggregation branch's.
         mask: [B, N] bool. labels: [M] int64, the codes of the masked patches in row-major order.
         norm_weight, norm_bias: [C]; eps: of the LayerNorm. weight: [V, C]; bias: [V] or None.
         num_masked: see ``masked_gather``.
 
+    Precision: the LayerNorm, softmax and losses are computed in fp32, sums of products in fp32. The products' operands
+    are the autocast dtype under autocast, else the widest of the tokens' and the weight's; fp64 is fp64 throughout.
+
     Returns:
-        (losses [len(branches)] fp32, correct [len(branches)] int64).
+        (losses [len(branches)] fp32 (fp64 if computed so), correct [len(branches)] int64). No masked token: 0 and 0.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or devices; on the CPU also a mask that disagrees with num_masked, and labels
+            that are too many, too few or outside [0, V). A GPU is not waited for: there a label outside gives a NaN loss.
 
     Source: arXiv 2208.06366 eq. 5 (the MIM loss) and section 2.3 (the shared head).
     """
     _check_mask("masked_cross_entropy", branches, mask)
-    if labels.dim() != 1 or labels.dtype != torch.int64:
-        raise ValueError(f"masked_cross_entropy: labels must be int64 [M]; got {labels.dtype} {tuple(labels.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != branches[0].shape[-1]:
-        raise ValueError(
-            f"masked_cross_entropy: weight must be [V, {branches[0].shape[-1]}]; got {tuple(weight.shape)}"
+    _check_head(branches, labels, norm_weight, norm_bias, weight, bias)
+    norm, head = [norm_weight, norm_bias], [weight] if bias is None else [weight, bias]
+    tracked = torch.is_grad_enabled()
+    wanted = [tracked and any(t.requires_grad for t in group) for group in (branches, norm, head)]
+    positions = masked_positions(mask, num_masked)
+    with torch.no_grad():
+        losses, correct, grad_rows, grad_norm, grad_weight, grad_bias = masked_cross_entropy_op(
+            list(branches), positions, labels, *norm, weight, bias, eps, _product_dtype(branches, weight), *wanted
         )
-    return masked_cross_entropy_reference(branches, mask, labels, norm_weight, norm_bias, weight, bias, eps, num_masked)
+    scale = 1.0 / max(positions.shape[0], 1)
+    if wanted[0]:
+        losses = torch.cat(
+            [
+                with_gradient(losses[b : b + 1], tokens, grad_rows[b : b + 1], scale, positions)
+                if tokens.requires_grad
+                else losses[b : b + 1]
+                for b, tokens in enumerate(branches)
+            ]
+        )
+    parameters = [(norm_weight, grad_norm[:, 0]), (norm_bias, grad_norm[:, 1])] if wanted[1] else []
+    parameters += [(weight, grad_weight), (bias, grad_bias)] if wanted[2] else []
+    for parameter, gradient in parameters:
+        if parameter is not None and parameter.requires_grad:
+            losses = with_gradient(losses, parameter, gradient, scale, None)
+    return losses, correct
+
+
+def _product_dtype(branches: Sequence[Tensor], weight: Tensor) -> torch.dtype:
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    dtype = weight.dtype
+    for tokens in branches:
+        dtype = torch.promote_types(dtype, tokens.dtype)
+    return dtype
 
 
 def _check_mask(op: str, branches: Sequence[Tensor], mask: Tensor) -> None:
@@ -73,4 +116,34 @@ def _check_mask(op: str, branches: Sequence[Tensor], mask: Tensor) -> None:
             raise ValueError(
                 f"{op}: tokens must be [B, N, C] = [{mask.shape[0]}, {mask.shape[1]}, C] as the mask says; "
                 f"got {tuple(tokens.shape)}. Leave the CLS token out."
+            )
+
+
+def _check_head(
+    branches: Sequence[Tensor],
+    labels: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> None:
+    op, dim = "masked_cross_entropy", branches[0].shape[-1]
+    if labels.dim() != 1 or labels.dtype != torch.int64:
+        raise ValueError(f"{op}: labels must be int64 [M]; got {labels.dtype} {tuple(labels.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != dim or not weight.shape[0]:
+        raise ValueError(f"{op}: weight must be [V, {dim}] with V >= 1; got {tuple(weight.shape)}")
+    for name, tensor, size in (
+        ("norm_weight", norm_weight, dim),
+        ("norm_bias", norm_bias, dim),
+        ("bias", bias, weight.shape[0]),
+    ):
+        if tensor is not None and tensor.shape != (size,):
+            raise ValueError(f"{op}: {name} must be [{size}]; got {tuple(tensor.shape)}")
+    for name, tensor in (("every branch", branches[-1]), ("labels", labels), ("weight", weight)):
+        if tensor.device != branches[0].device:
+            raise ValueError(f"{op}: {name} must be on {branches[0].device} as the first; got {tensor.device}")
+    for name, tensor in (*(("tokens", tokens) for tokens in branches), ("weight", weight)):
+        if not tensor.is_floating_point() or tensor.shape[-1] != dim:
+            raise ValueError(
+                f"{op}: {name} must be floating point [..., {dim}]; got {tensor.dtype} {tuple(tensor.shape)}"
             )

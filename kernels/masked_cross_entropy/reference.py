@@ -30,8 +30,9 @@ def masked_cross_entropy_reference(
     for tokens in branches:
         masked = masked_gather_reference(tokens, mask, num_masked)  # [M, C]
         hidden = F.layer_norm(masked, masked.shape[-1:], norm_weight, norm_bias, eps)
-        logits = F.linear(hidden, weight, bias).float()  # [M, V]
+        logits = F.linear(hidden, weight, bias)  # [M, V]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
         # The mean over no masked token is 0, not NaN.
         losses.append(F.cross_entropy(logits, labels) if len(labels) else logits.sum())
-        correct.append((logits.argmax(-1) == labels).sum())
+        correct.append(((logits.argmax(-1) == labels) & ~logits.isnan().any(-1)).sum())
     return torch.stack(losses), torch.stack(correct)
