@@ -64,7 +64,7 @@ def masked_cross_entropy(
 
     Raises:
         ValueError: wrong shapes, dtypes or devices; on the CPU also a mask that disagrees with num_masked, and labels
-            that are too many, too few or outside [0, V). A GPU is not waited for: there a label outside gives a NaN loss.
+            that are too many, too few or outside [0, V). A GPU is not waited for: there such a label gives a NaN loss.
 
     Source: arXiv 2208.06366 eq. 5 (the MIM loss) and section 2.3 (the shared head).
     """

@@ -54,7 +54,7 @@ class Device(NamedTuple):
 
 
 class Results(NamedTuple):
-    """losses, correct [branches]; the gradients of M times each branch's loss, [branches, ...], of size 0 if not wanted.
+    """losses, correct [branches]; the gradients of M times each loss, [branches, ...], of size 0 if not wanted.
 
     The factor M keeps them in the range of fp16; with_gradient divides by it.
     """
@@ -71,10 +71,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def empty_results(branches: Sequence[Tensor], positions: Tensor, head: Head, dtype: torch.dtype, wanted: Wanted):
+def empty_results(
+    branches: Sequence[Tensor], positions: Tensor, head: Head, dtype: torch.dtype, wanted: Wanted
+) -> Results:
     """Results whose gradients are zero; losses and correct are of the rows: [branches, M]."""
     count, rows, (classes, dim) = len(branches), positions.shape[0], head.weight.shape
-    zeros = lambda when, *shape: branches[0].new_zeros((count, *shape) if when else 0, dtype=accumulation_dtype(dtype))  # noqa: E731
+    wide = accumulation_dtype(dtype)
+
+    def zeros(when: bool, *shape: int) -> Tensor:
+        return branches[0].new_zeros((count, *shape) if when else 0, dtype=wide)
+
     return Results(
         zeros(True, rows),
         branches[0].new_zeros((count, rows), dtype=torch.bool),
@@ -107,7 +113,7 @@ def head_losses(
         None if head.bias is None else head.bias.to(wide),
     )
     rows, classes = len(positions), len(weight)
-    size = min(max(device.chunk_logits // classes, 128), rows)
+    size = max(min(max(device.chunk_logits // classes, 128), rows), 1)
     fused = device.loss is not None and not any(wanted)
     buffer = weight.new_empty(0 if fused else size, classes)
     for b, tokens in enumerate(branches):

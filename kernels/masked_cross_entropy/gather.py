@@ -10,8 +10,8 @@ from torch import Tensor
 def masked_positions(mask: Tensor, num_masked: int | None) -> Tensor:
     """Row-major indices [M] of the True elements of mask [B, N]; with num_masked, M = B * num_masked is known before.
 
-    If the mask disagrees with num_masked: an error on the CPU. Elsewhere, where to look would be to wait for the device,
-    surplus positions are left out and missing ones are -1, which reads the last token.
+    If the mask disagrees with num_masked: an error on the CPU. Elsewhere, where looking would mean waiting for the
+    device, surplus positions are left out and missing ones are -1, which reads the last token.
     """
     flat = mask.flatten()
     if num_masked is None:
@@ -27,9 +27,9 @@ def _(mask: Tensor, num_masked: int | None) -> Tensor:
         if len(wrong):
             image = int(wrong[0])
             raise ValueError(
-                f"num_masked = {num_masked}, but image {image} of the batch has {int(mask[image].sum())} masked patches "
-                f"({len(wrong)} of {len(mask)} images differ). Make every mask hold num_masked patches, or leave "
-                "num_masked out."
+                f"num_masked = {num_masked}, but image {image} of the batch has {int(mask[image].sum())} masked "
+                f"patches ({len(wrong)} of {len(mask)} images differ). Make every mask hold num_masked patches, or "
+                "leave num_masked out."
             )
     return positions
 
@@ -53,7 +53,7 @@ def _(tokens: Tensor, positions: Tensor) -> Tensor:
 
 @torch.library.custom_op("beitv2_fast::masked_scatter", mutates_args=())
 def scatter_rows(rows: Tensor, positions: Tensor, images: int, patches: int) -> Tensor:
-    """Zeros [B, N, C] with rows [M, C] at the positions, which differ from each other: no sum, so no order to depend on."""
+    """Zeros [B, N, C] with rows [M, C] at the positions, which all differ: nothing is summed, so no order matters."""
     out = rows.new_zeros(images, patches, rows.shape[1])
     out.view(images * patches, -1)[positions] = rows
     return out

@@ -1,4 +1,4 @@
-"""The custom ops of masked_cross_entropy: the losses together with their gradients, and what hands those to autograd."""
+"""The custom ops of masked_cross_entropy: the losses with their gradients, and what hands those to autograd."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..native import native_ops
 from .chunked import Device, Head, Results, Wanted, accumulation_dtype, empty_results, head_losses, softmax_reference_
-from .gather import gather_rows, scatter_rows
+from .gather import scatter_rows
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
