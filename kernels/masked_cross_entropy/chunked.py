@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gather import rows_at
+from . import steps
 
 
 class Head(NamedTuple):
@@ -42,13 +42,15 @@ class Wanted(NamedTuple):
 class Device(NamedTuple):
     """What differs between devices.
 
-    softmax_: ``(logits [R, V], bias, labels, losses, correct, gradient, grad_bias) -> None``: see softmax_reference_.
-    chunk_logits: logits in a chunk. widen: compute low-precision products in fp32 (of rounded operands: the products
-    are exact, and the sums better). loss: the losses alone, without logits in memory, or None.
+    chunk_logits: logits in a chunk. softmax_, normalize, normalize_backward: see steps.py. widen: compute low-precision
+    products in fp32 (of rounded operands: each product is exact, and so are more of the sums' digits). loss: the losses
+    alone, without logits in memory: ``(hidden, weight, bias, labels, losses, correct)``, or None.
     """
 
-    softmax_: Callable[..., None]
     chunk_logits: int
+    softmax_: Callable[..., None] = steps.softmax_
+    normalize: Callable[..., steps.Normalized] = steps.normalize
+    normalize_backward: Callable[..., None] = steps.normalize_backward
     widen: bool = False
     loss: Callable[..., None] | None = None
 
@@ -104,57 +106,35 @@ def head_losses(
     out = empty_results(branches, positions, head, dtype, wanted)
     wide = accumulation_dtype(dtype)
     multiply = wide if device.widen else dtype
-    weight = head.weight.to(dtype).to(multiply)
-    prepared = Head(
-        head.norm_weight.to(wide),
-        head.norm_bias.to(wide),
-        head.eps,
-        weight,
-        None if head.bias is None else head.bias.to(wide),
-    )
+    gamma, beta, weight = head.norm_weight.to(wide), head.norm_bias.to(wide), head.weight.to(dtype).to(multiply)
+    bias = None if head.bias is None else head.bias.to(wide)
     rows, classes = len(positions), len(weight)
-    size = max(min(max(device.chunk_logits // classes, 128), rows), 1)
     fused = device.loss is not None and not any(wanted)
+    size = max(rows if fused else min(max(device.chunk_logits // classes, 128), rows), 1)
     buffer = weight.new_empty(0 if fused else size, classes)
     for b, tokens in enumerate(branches):
         for start in range(0, rows, size):
             chunk = slice(start, min(start + size, rows))
-            x = rows_at(tokens, positions[chunk]).to(wide)
-            hidden, mean, rstd = torch.native_layer_norm(
-                x, x.shape[1:], prepared.norm_weight, prepared.norm_bias, head.eps
-            )
-            hidden = hidden.to(dtype).to(multiply)
+            normalized = device.normalize(tokens, positions[chunk], gamma, beta, head.eps, dtype)
+            hidden = normalized.hidden.to(multiply)
+            results = labels[chunk], out.losses[b, chunk], out.correct[b, chunk]
             if fused:
-                device.loss(hidden, weight, prepared.bias, labels[chunk], out.losses[b, chunk], out.correct[b, chunk])
+                device.loss(hidden, weight, bias, *results)
                 continue
-            logits = torch.mm(hidden, weight.t(), out=buffer[: len(x)])
-            grad_bias = out.grad_bias[b] if out.grad_bias.numel() else None
-            device.softmax_(
-                logits,
-                prepared.bias,
-                labels[chunk],
-                out.losses[b, chunk],
-                out.correct[b, chunk],
-                any(wanted),
-                grad_bias,
-            )
+            logits = torch.mm(hidden, weight.t(), out=buffer[: len(hidden)])
+            device.softmax_(logits, bias, *results, any(wanted), out.grad_bias[b] if out.grad_bias.numel() else None)
             if wanted.head:
                 _add_product(out.grad_weight[b], logits.t(), hidden)
             if wanted.tokens or wanted.norm:
-                grad_x, grad_gamma, grad_beta = torch.ops.aten.native_layer_norm_backward(
-                    torch.mm(logits, weight).to(wide),
-                    x,
-                    x.shape[1:],
-                    mean,
-                    rstd,
-                    prepared.norm_weight,
-                    prepared.norm_bias,
-                    [wanted.tokens, wanted.norm, wanted.norm],
+                device.normalize_backward(
+                    torch.mm(logits, weight),
+                    tokens,
+                    positions[chunk],
+                    normalized,
+                    gamma,
+                    out.grad_rows[b, chunk] if wanted.tokens else None,
+                    out.grad_norm[b] if wanted.norm else None,
                 )
-                if wanted.tokens:
-                    out.grad_rows[b, chunk] = grad_x
-                if wanted.norm:
-                    out.grad_norm[b] += torch.stack([grad_gamma, grad_beta])
     return out._replace(losses=out.losses.sum(1) / max(rows, 1), correct=out.correct.sum(1))
 
 
@@ -164,29 +144,3 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.addmm_(a, b)
     else:
         out.add_(torch.mm(a, b))
-
-
-def softmax_reference_(
-    logits: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    losses: Tensor,
-    correct: Tensor,
-    gradient: bool,
-    grad_bias: Tensor | None,
-) -> None:
-    """Cross entropy of logits + bias into losses [R] and correct [R]; with ``gradient``, softmax - one_hot replaces the
-    logits and its column sums are added to grad_bias [V]."""
-    wide = logits if logits.dtype == losses.dtype else logits.to(losses.dtype)
-    if bias is not None:
-        wide += bias
-    target = labels[:, None]
-    torch.sub(wide.logsumexp(1), wide.gather(1, target)[:, 0], out=losses)
-    correct.copy_((wide.argmax(1) == labels) & ~losses.isnan())
-    if gradient:
-        torch.softmax(wide, 1, out=wide)
-        wide.scatter_add_(1, target, -torch.ones_like(wide[:, :1]).expand_as(target))
-        if grad_bias is not None:
-            grad_bias += wide.sum(0)
-        if wide is not logits:
-            logits.copy_(wide)

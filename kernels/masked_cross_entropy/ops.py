@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..native import native_ops
-from .chunked import Device, Head, Results, Wanted, accumulation_dtype, empty_results, head_losses, softmax_reference_
+from . import steps
+from .chunked import Device, Head, Results, Wanted, accumulation_dtype, empty_results, head_losses
 from .gather import scatter_rows
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -31,7 +32,7 @@ def masked_cross_entropy_op(
 ) -> Outputs:
     """(losses, correct, gradients...) as in chunked.Results; ``dtype``: of the matrix products' operands."""
     head, wanted = Head(norm_weight, norm_bias, eps, weight, bias), Wanted(grad_tokens, grad_norm, grad_head)
-    return _run(branches, positions, labels, head, dtype, wanted, Device(softmax_reference_, 1 << 22))
+    return _run(branches, positions, labels, head, dtype, wanted, Device(1 << 22))
 
 
 @masked_cross_entropy_op.register_kernel("cpu")
@@ -39,7 +40,7 @@ def _(branches, positions, labels, norm_weight, norm_bias, weight, bias, eps, dt
     check_labels(labels, len(positions), len(weight))
     head, wanted = Head(norm_weight, norm_bias, eps, weight, bias), Wanted(grad_tokens, grad_norm, grad_head)
     # Without matrix units for bf16 (AMX), fp32 products are about twice as fast as the libraries' bf16 ones.
-    device = Device(softmax_native_, 1 << 22, widen=not torch.cpu._is_amx_tile_supported())
+    device = Device(1 << 22, softmax_native_, widen=not torch.cpu._is_amx_tile_supported())
     return _run(branches, positions, labels, head, dtype, wanted, device)
 
 
@@ -76,9 +77,9 @@ def check_labels(labels: Tensor, rows: int, classes: int) -> None:
 
 
 def softmax_native_(logits, bias, labels, losses, correct, gradient, grad_bias) -> None:
-    """softmax_reference_ by the compiled op, which knows fp32: low-precision logits are widened and narrowed."""
+    """steps.softmax_ by the compiled op, which knows fp32: low-precision logits are widened and narrowed."""
     if losses.dtype != torch.float32 or not native_ops():
-        return softmax_reference_(logits, bias, labels, losses, correct, gradient, grad_bias)
+        return steps.softmax_(logits, bias, labels, losses, correct, gradient, grad_bias)
     wide = logits.float()
     torch.ops.beitv2_fast_cpu.softmax_cross_entropy_(wide, bias, labels, losses, correct, gradient, grad_bias)
     if gradient and wide is not logits:

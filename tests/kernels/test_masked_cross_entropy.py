@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from beitv2_fast.kernels.masked_cross_entropy.chunked import Device, Head, Wanted, head_losses, softmax_reference_
+from beitv2_fast.kernels.masked_cross_entropy.chunked import Device, Head, Wanted, head_losses
 from beitv2_fast.kernels.masked_cross_entropy.gather import masked_positions
 from beitv2_fast.kernels.masked_cross_entropy.ops import (
     masked_cross_entropy_op,
@@ -17,6 +17,7 @@ from beitv2_fast.kernels.masked_cross_entropy.ops import (
     with_gradient,
     with_gradient_backward,
 )
+from beitv2_fast.kernels.masked_cross_entropy.steps import softmax_ as softmax_reference_
 from beitv2_fast.kernels.native import native_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -114,7 +115,7 @@ def test_products_in_a_low_dtype_sum_in_fp32(dtype):
         run = lambda device: head_losses(  # noqa: E731
             p.branches, positions, p.labels, head, dtype, Wanted(True, True, True), device
         )
-        narrow, wide = run(Device(softmax_native_, 500)), run(Device(softmax_native_, 500, widen=True))
+        narrow, wide = run(Device(500, softmax_native_)), run(Device(500, softmax_native_, widen=True))
     for name, a, b in zip(narrow._fields, narrow, wide, strict=True):
         if name != "correct":
             assert a.dtype == torch.float32
