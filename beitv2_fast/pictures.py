@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+HIDDEN = (0.36, 0.45, 0.60)  # of masked patches: no colour that a grey photograph has
+
 
 def token_map(codes: Tensor, cell: int, colours: Tensor | None = None) -> Tensor:
     """Codes [h, w] -> [3, h*cell, w*cell] in [0, 1]: a colour for every code, the same in every picture.
@@ -44,10 +46,10 @@ def _evenly(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def masked_picture(image: Tensor, mask: Tensor, fill: Tensor | None = None) -> Tensor:
-    """Image [3, H, W] with its masked patches [h, w] in grey, or in the pixels of ``fill`` [3, H or 1, W or 1]."""
+    """Image [3, H, W] with its masked patches [h, w] in slate blue, or in the pixels of ``fill`` [3, H, W]."""
     hidden = mask.repeat_interleave(image.shape[1] // mask.shape[0], 0)
     hidden = hidden.repeat_interleave(image.shape[2] // mask.shape[1], 1)
-    return torch.where(hidden, torch.tensor(0.5) if fill is None else fill, image)
+    return torch.where(hidden, image.new_tensor(HIDDEN).view(3, 1, 1) if fill is None else fill, image)
 
 
 def _from_hue(hue: Tensor, lightness: Tensor, chroma: Tensor) -> Tensor:

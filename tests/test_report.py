@@ -18,7 +18,7 @@ from beitv2_fast.checkpoint import save_weights
 from beitv2_fast.config import PretrainConfig, ReportConfig, TokenizerConfig, to_json
 from beitv2_fast.errors import UserError
 from beitv2_fast.images import find_images
-from beitv2_fast.pictures import code_colours, token_map
+from beitv2_fast.pictures import HIDDEN, code_colours, masked_picture, token_map
 from beitv2_fast.report import build_report
 from beitv2_fast.report.data import CodeUsage, choose_codes, choose_patches, read_metrics, sample_images
 from beitv2_fast.report.findings import gather
@@ -282,3 +282,10 @@ def test_a_token_map_has_the_colour_of_each_code():
     picture = token_map(torch.tensor([[3, 1]]), 2, colours)
     assert picture.shape == (3, 2, 4) and torch.equal(picture[:, 0, 0], colours[3])
     assert torch.equal(picture[:, 1, 3], colours[1])
+
+
+def test_a_masked_picture_hides_the_masked_patches_alone():
+    image = torch.rand(3, 4, 4)
+    picture = masked_picture(image, torch.tensor([[True, False], [False, False]]))
+    assert torch.equal(picture[:, 0, 1], torch.tensor(HIDDEN)) and torch.equal(picture[:, 2:], image[:, 2:])
+    assert torch.equal(picture[:, :2, 2:], image[:, :2, 2:])

@@ -15,7 +15,6 @@ from ..pictures import masked_picture, token_map
 from .data import CodeUsage, choose_patches
 from .theme import WIDTH, Theme
 
-HIDDEN = (0.36, 0.45, 0.60)  # what the student does not see: no colour that a grey photograph has
 DIMMED = 0.35
 FONT, SMALL = 13, 11.5  # CSS pixels
 LABEL = 118  # width of the row labels
@@ -111,7 +110,7 @@ def mask_sheet(
     for i, (photo, mask) in enumerate(zip(photos, masks, strict=True)):
         cell = photo.shape[1] // mask.shape[0]
         dim = DIMMED * photo + (1 - DIMMED) * torch.tensor(theme.rgb(theme.paper)).view(3, 1, 1)
-        seen = _image(masked_picture(photo, mask, torch.tensor(HIDDEN).view(3, 1, 1)))
+        seen = _image(masked_picture(photo, mask))
         asked, guessed = (_image(masked_picture(dim, mask, token_map(c[i], cell, colours))) for c in (codes, guesses))
         right = mask & (codes[i] == guesses[i])
         rows.append([_image(photo), seen, asked, _dots(guessed, right, cell)])
