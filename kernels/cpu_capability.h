@@ -1,4 +1,4 @@
-// Which instruction sets the CPU ops may use, decided once per process. BEITV2_FAST_CPU_CAPABILITY names a lower one.
+// Which instruction sets the CPU ops may use. BEITV2_FAST_CPU_CAPABILITY names a lower one than the best.
 #pragma once
 
 #include <string>
@@ -6,12 +6,10 @@
 
 namespace beitv2_fast {
 
-enum class Capability { portable, avx2, avx512, avx512_bf16, amx_bf16 };
+enum class Capability { portable, avx2, avx512, avx512_vnni };
 
-// The highest one that this CPU, the operating system and the compiler of this file support, or the one that
-// the environment variable names. Throws when the variable names one that is not available.
+// The highest one that this CPU, the operating system and the compiler of this file support, or the one that the
+// environment variable or use_capability names. Throws when the variable names one that is not available.
 Capability cpu_capability();
-std::string capability_name(Capability capability);
-std::vector<std::string> available_capabilities();
 
 }  // namespace beitv2_fast

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import torch
 
+FOLDER = Path(__file__).parent
+
 
 @functools.cache
 def native_ops() -> bool:
     """Whether the C++ ops ``torch.ops.beitv2_fast_cpu`` could be loaded; the first failure is a warning."""
-    libraries = sorted(Path(__file__).parent.glob("_cpu*.so"))
+    libraries = sorted(path for pattern in ("_cpu*.so", "_cpu*.pyd") for path in FOLDER.glob(pattern))
     if not libraries:
         warnings.warn(
             "beitv2_fast: the C++ ops were not compiled at installation, so on the CPU the plain PyTorch references "
-            "run: same results, 10 to 100 times slower and with an N x K matrix in memory. Install a C++20 compiler "
-            "(g++ >= 11), then `pip install --no-build-isolation --force-reinstall --no-deps` this package.",
+            "run: same results, 10 to 100 times slower. Install a C++20 compiler (g++ >= 11), then "
+            "`pip install --no-build-isolation --force-reinstall --no-deps` this package.",
             stacklevel=2,
         )
         return False

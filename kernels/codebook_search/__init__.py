@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_metric, check_vectors
+from ..native import native_ops
 from .reference import codebook_search_reference
 
 
@@ -35,8 +36,10 @@ def codebook_search(
     cosine:    ``indices[i] = argmax_j <l2(x_i), v_j>``. The codes are used as they are; keep them at unit length.
     euclidean: ``indices[i] = argmin_j ||x_i - v_j||^2``.
 
-    The index is the one that exact arithmetic on the given values yields; ties go to the lowest index. A zero vector
-    has equal cosine similarity 0 to every code: index 0. A vector with NaN or Inf gets index 0 and a NaN distance.
+    The index is the one that exact arithmetic on the given values yields; ties go to the lowest index (docs/numerics.md
+    says how, and to what depth). A zero vector has equal cosine similarity 0 to every code: the lowest index. A vector
+    with NaN or Inf gets index 0 and a NaN distance. A code with NaN or Inf is never chosen, unless all have one: then
+    every index is 0. No memory grows with N * K.
 
     Args:
         x: [N, D] vectors, fp32, fp16, bf16 or fp64, any strides, N >= 0.
@@ -53,9 +56,54 @@ def codebook_search(
     """
     check_metric(metric)
     check_vectors("codebook_search", x, codebook)
-    indices, normalized = codebook_search_reference(x, codebook, metric)
-    codes = codebook[indices] if return_codes or return_distances else None
-    distances = (normalized - codes.float()).square().sum(-1) if return_distances else None
+    indices, normalized, codes, distances = _search(
+        x, codebook, metric, return_normalized, return_codes, return_distances
+    )
     return CodebookSearch(
-        indices, normalized if return_normalized else None, codes if return_codes else None, distances
+        indices,
+        normalized if return_normalized else None,
+        codes if return_codes else None,
+        distances if return_distances else None,
+    )
+
+
+# An output that was not asked for is a tensor of size 0.
+@torch.library.custom_op("beitv2_fast::codebook_search", mutates_args=())
+def _search(
+    x: Tensor, codebook: Tensor, metric: str, return_normalized: bool, return_codes: bool, return_distances: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    indices, normalized = codebook_search_reference(x, codebook, metric)
+    codes = codebook[indices] if return_codes or return_distances else codebook.new_empty(0)
+    distances = normalized.new_empty(0)
+    if return_distances:
+        distances = (normalized - codes.float()).square().sum(-1)
+        distances.masked_fill_(~x.isfinite().all(-1), torch.nan)
+    return (
+        indices,
+        normalized if return_normalized else normalized.new_empty(0),
+        codes if return_codes else codebook.new_empty(0),
+        distances,
+    )
+
+
+@_search.register_kernel("cpu")
+def _search_cpu(
+    x: Tensor, codebook: Tensor, metric: str, return_normalized: bool, return_codes: bool, return_distances: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted = (return_normalized, return_codes, return_distances)
+    if torch.float64 in (x.dtype, codebook.dtype) or not native_ops():
+        return _search._init_fn(x, codebook, metric, *wanted)
+    return torch.ops.beitv2_fast_cpu.codebook_search(x, codebook, metric == "cosine", *wanted)
+
+
+@_search.register_fake
+def _search_fake(
+    x: Tensor, codebook: Tensor, metric: str, return_normalized: bool, return_codes: bool, return_distances: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = x.shape[0]
+    return (
+        x.new_empty(rows, dtype=torch.int64),
+        x.new_empty(x.shape if return_normalized else 0, dtype=torch.float32),
+        codebook.new_empty((rows, codebook.shape[1]) if return_codes else 0),
+        x.new_empty(rows if return_distances else 0, dtype=torch.float32),
     )

@@ -22,8 +22,7 @@ struct Avx2 {
   static inline uint32_t reaches(V a, V b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
 };
 
-const Screen exact = {false, nothing, nothing, screen_fp32<Avx2>};
-const Kernels kernels = {nullptr, &exact, pack_codes, pack_rows, filter<Avx2>, resolve<Avx2>};
+const Kernels kernels = {nullptr, screen_fp32<Avx2>, pack_codes, pack_rows, filter<Avx2>, resolve<Avx2>};
 
 }  // namespace
 

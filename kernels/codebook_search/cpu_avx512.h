@@ -1,4 +1,4 @@
-// The AVX-512 lanes that three files share; include it between BEITV2_FAST_TARGET_BEGIN and _END.
+// The AVX-512 lanes that two files share; include it between BEITV2_FAST_TARGET_BEGIN and _END.
 #pragma once
 
 #include "cpu_kernels.h"
@@ -17,8 +17,6 @@ struct Avx512 {
   static inline V max(V a, V b) { return _mm512_max_ps(a, b); }
   static inline uint32_t reaches(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 };
-
-const Screen exact = {false, nothing, nothing, screen_fp32<Avx512>};
 
 }  // namespace
 }  // namespace beitv2_fast

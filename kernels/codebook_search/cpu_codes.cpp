@@ -11,41 +11,34 @@
 namespace beitv2_fast {
 namespace {
 
-template <class T, class Bits>
-T largest_magnitude(const T* row, int64_t dim) {
-  Bits largest = 0;
-  for (int64_t d = 0; d < dim; ++d) {
-    Bits bits;
-    std::memcpy(&bits, row + d, sizeof(T));
-    bits = static_cast<Bits>(bits << 1) >> 1;  // without the sign, NaN and Inf compare above every finite number
-    largest = bits > largest ? bits : largest;
+constexpr int32_t INFINITE = 0x7f800000;
+constexpr int64_t WIDEST_BYTES = 32768;  // 255 * 127 * D stays an int32
+
+// As bits, in which NaN and Inf compare above every finite number.
+int32_t largest_magnitude(const float* row, int64_t count) {
+  int32_t largest = 0;
+  for (int64_t d = 0; d < count; ++d) {
+    int32_t bits;
+    std::memcpy(&bits, row + d, 4);
+    largest = std::max(largest, bits & 0x7fffffff);
   }
-  T value;
-  std::memcpy(&value, &largest, sizeof(T));
-  return value;
+  return largest;
 }
 
-template <class T>
-T largest_of(const T* row, int64_t dim) {
-  if constexpr (sizeof(T) == 4) return largest_magnitude<T, uint32_t>(row, dim);
-  return largest_magnitude<T, uint64_t>(row, dim);
-}
-
-// Finds the finite codes and the exponent of their largest element.
-template <class T>
-void measure(PackedCodebook& book, int64_t total, int64_t dim) {
-  const T* values = book.values.const_data_ptr<T>();
-  T largest = 0;
+// Finds the finite codes; returns the largest magnitude among them.
+float measure(PackedCodebook& book, int64_t total, int64_t dim) {
+  const float* values = book.values.const_data_ptr<float>();
+  int32_t largest = 0;
   bool all_finite = true;
   std::mutex mutex;
-  at::parallel_for(0, total, std::max<int64_t>(1, 65536 / dim), [&](int64_t begin, int64_t end) {
-    T mine = largest_of(values + begin * dim, (end - begin) * dim);
-    bool finite = std::isfinite(mine);
+  at::parallel_for(0, total, std::max<int64_t>(1, 262144 / dim), [&](int64_t begin, int64_t end) {
+    int32_t mine = largest_magnitude(values + begin * dim, (end - begin) * dim);
+    const bool finite = mine < INFINITE;
     if (!finite) {
       mine = 0;
       for (int64_t j = begin; j < end; ++j) {
-        const T row = largest_of(values + j * dim, dim);
-        if (std::isfinite(row)) mine = std::max(mine, row);
+        const int32_t row = largest_magnitude(values + j * dim, dim);
+        if (row < INFINITE) mine = std::max(mine, row);
       }
     }
     std::lock_guard<std::mutex> lock(mutex);
@@ -55,36 +48,28 @@ void measure(PackedCodebook& book, int64_t total, int64_t dim) {
   book.count = total;
   if (!all_finite) {
     for (int64_t j = 0; j < total; ++j)
-      if (std::isfinite(largest_of(values + j * dim, dim))) book.positions.push_back(static_cast<int32_t>(j));
+      if (largest_magnitude(values + j * dim, dim) < INFINITE) book.positions.push_back(static_cast<int32_t>(j));
     book.count = static_cast<int64_t>(book.positions.size());
   }
-  if (largest > 0) book.exponent = std::ilogb(largest);
-  if (sizeof(T) == 4) book.exponent = std::clamp(book.exponent, -126, 126);  // so that 2^-exponent is a float
+  float value;
+  std::memcpy(&value, &largest, 4);
+  return value;
 }
 
-template <class T>
 void fill(PackedCodebook& book, const Kernels& kernels) {
   Codes& codes = book.codes;
-  const T* values = book.values.const_data_ptr<T>();
-  const double scale = std::ldexp(1.0, -book.exponent);
   std::mutex mutex;
   at::parallel_for(0, codes.groups, std::max<int64_t>(1, 1024 / codes.dim), [&](int64_t begin, int64_t end) {
     std::unique_ptr<float[]> rows(new float[GROUP * codes.dim]);
     GroupBounds bounds = {0, 0, 0};
     for (int64_t g = begin; g < end; ++g) {
       const float* source = rows.get();
-      float factor = 1;
-      if constexpr (sizeof(T) == 4) factor = static_cast<float>(scale);
-      if (sizeof(T) == 4 && book.positions.empty() && (g + 1) * GROUP <= book.count) {
-        source = reinterpret_cast<const float*>(values + g * GROUP * codes.dim);
-      } else {
-        for (int64_t c = 0; c < GROUP; ++c) {
-          const T* row = values + book.original(std::min(g * GROUP + c, book.count - 1)) * codes.dim;
-          for (int64_t d = 0; d < codes.dim; ++d)
-            rows[c * codes.dim + d] = sizeof(T) == 4 ? static_cast<float>(row[d]) : static_cast<float>(row[d] * scale);
-        }
-      }
-      const GroupBounds group = kernels.pack_codes(source, factor, codes, g);
+      if (book.positions.empty() && (g + 1) * GROUP <= book.count)
+        source = book.code(g * GROUP);
+      else
+        for (int64_t c = 0; c < GROUP; ++c)
+          std::memcpy(&rows[c * codes.dim], book.code(std::min(g * GROUP + c, book.count - 1)), codes.dim * 4);
+      const GroupBounds group = kernels.pack_codes(source, book.scale, codes, g);
       bounds.norm = std::max(bounds.norm, group.norm);
       bounds.residual = std::max(bounds.residual, group.residual);
       bounds.bias = std::max(bounds.bias, group.bias);
@@ -100,26 +85,25 @@ void fill(PackedCodebook& book, const Kernels& kernels) {
 
 PackedCodebook pack_codebook(const at::Tensor& codebook, bool cosine, const Kernels& kernels) {
   PackedCodebook book;
-  const bool wide = codebook.scalar_type() == at::kDouble;
-  book.values = (wide ? codebook : codebook.to(at::kFloat)).contiguous();
-  const int64_t total = codebook.size(0), dim = codebook.size(1);
-  wide ? measure<double>(book, total, dim) : measure<float>(book, total, dim);
+  book.values = codebook.to(at::kFloat).contiguous();
+  const int64_t dim = codebook.size(1);
+  const float largest = measure(book, codebook.size(0), dim);
+  // A power of two that is a float and brings the largest magnitude to [1, 4).
+  if (largest > 0) book.scale = std::ldexp(1.0f, -std::clamp(std::ilogb(largest), -126, 126));
   Codes& codes = book.codes;
   codes.groups = (book.count + GROUP - 1) / GROUP;
   codes.dim = dim;
-  codes.depth = (dim + 31) / 32 * 32;
+  codes.depth = (dim + 3) / 4 * 4;
   if (!book.count) return book;
-  book.packed.reset(new float[codes.groups * GROUP * dim]);
-  codes.packed = book.packed.get();
-  if (kernels.fast) {
-    book.bf16.reset(new uint16_t[codes.groups * GROUP * codes.depth]);
-    codes.bf16 = book.bf16.get();
+  const int64_t padded = codes.groups * GROUP;
+  book.packed.reset(codes.packed = new float[padded * dim]);
+  if (!cosine) book.bias.reset(codes.bias = new float[padded]);
+  if (kernels.screen_bytes && dim <= WIDEST_BYTES) {
+    codes.step = largest > 0 ? largest * book.scale / 126.99f : 1.0f;
+    book.bytes.reset(codes.bytes = new int8_t[padded * codes.depth]);
+    book.offset.reset(codes.offset = new int32_t[padded]);
   }
-  if (!cosine) {
-    book.bias.reset(new float[codes.groups * GROUP]);
-    codes.bias = book.bias.get();
-  }
-  wide ? fill<double>(book, kernels) : fill<float>(book, kernels);
+  fill(book, kernels);
   return book;
 }
 

@@ -12,14 +12,18 @@ namespace beitv2_fast {
 
 struct PackedCodebook {
   Codes codes = {};
-  at::Tensor values;               // [K, D] fp32 or fp64, contiguous: what the exact scores are made of
+  at::Tensor values;               // [K, D] fp32, contiguous: what the exact scores are made of
   std::vector<int32_t> positions;  // where the finite codes are in it; empty when all are finite
   int64_t count = 0;               // how many are finite
-  int exponent = 0;                // they were divided by 2^exponent
+  float scale = 1;                 // they were multiplied by this power of two
   std::unique_ptr<float[]> packed, bias;
-  std::unique_ptr<uint16_t[]> bf16;
+  std::unique_ptr<int8_t[]> bytes;
+  std::unique_ptr<int32_t[]> offset;
 
   int64_t original(int64_t position) const { return positions.empty() ? position : positions[position]; }
+  const float* code(int64_t position) const {
+    return values.const_data_ptr<float>() + original(position) * codes.dim;
+  }
 };
 
 PackedCodebook pack_codebook(const at::Tensor& codebook, bool cosine, const Kernels& kernels);

@@ -9,7 +9,7 @@
 namespace beitv2_fast {
 namespace {
 
-// The maximum of CODES codes for PANELS_WIDE panels; first: of a group. FLOPs 2 * CODES * 16 * WIDE * dim.
+// The maximum of CODES codes for WIDE panels; first: of a group. FLOPs 2 * CODES * 16 * WIDE * dim.
 template <class I, int CODES, int WIDE>
 inline void screen_tile(const Codes& codes, const float* packed, const float* bias, const float* panels,
                         typename I::V* highest) {
@@ -155,8 +155,6 @@ int64_t resolve(const Codes& codes, const float* row, const Row& info, const int
         kept[codes_kept++] = scored[i] * static_cast<int32_t>(GROUP) + v + __builtin_ctz(m);
   return codes_kept;
 }
-
-inline void nothing() {}
 
 }  // namespace
 }  // namespace beitv2_fast

@@ -8,29 +8,20 @@
 namespace beitv2_fast {
 namespace {
 
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  return bits;
-}
-
 inline float float_of(uint32_t bits) {
   float value;
   memcpy(&value, &bits, 4);
   return value;
 }
 
-inline uint16_t to_bf16(float value) {  // to nearest, ties to even; finite values only
-  const uint32_t bits = bits_of(value);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 // The largest magnitude as bits: NaN and Inf compare above every finite number.
 inline int32_t max_magnitude(const float* row, int64_t dim) {
   int32_t largest = 0;
   for (int64_t d = 0; d < dim; ++d) {
-    const int32_t magnitude = static_cast<int32_t>(bits_of(row[d]) & 0x7fffffff);
-    largest = magnitude > largest ? magnitude : largest;
+    int32_t bits;
+    memcpy(&bits, row + d, 4);
+    bits &= 0x7fffffff;
+    largest = bits > largest ? bits : largest;
   }
   return largest;
 }
@@ -46,120 +37,130 @@ inline float sum_of_squares(const float* row, int64_t dim) {
   return sum;
 }
 
-// Rounds a row to bf16 [depth], zeros after dim; returns the square of what rounding took away.
-inline float round_row(const float* row, int64_t dim, int64_t depth, uint16_t* out) {
+// Writes factor * row / step + 128 as bytes; returns the square of what rounding took away. |factor * row| <= 127 step.
+inline float round_row(const float* row, float factor, int64_t dim, float step, uint8_t* out) {
+  const float inverse = 1 / step;
   float lanes[PANEL] = {}, lost = 0;
+  const auto round = [&](int64_t d) {
+    const float value = row[d] * factor;
+    const int32_t rounded = static_cast<int32_t>(value * inverse + 128.5f);
+    out[d] = static_cast<uint8_t>(rounded);
+    const float rest = value - static_cast<float>(rounded - 128) * step;
+    return rest * rest;
+  };
   int64_t d = 0;
   for (; d + PANEL <= dim; d += PANEL)
-    for (int64_t l = 0; l < PANEL; ++l) {
-      out[d + l] = to_bf16(row[d + l]);
-      const float rest = row[d + l] - float_of(static_cast<uint32_t>(out[d + l]) << 16);
-      lanes[l] += rest * rest;
-    }
-  for (; d < dim; ++d) {
-    out[d] = to_bf16(row[d]);
-    const float rest = row[d] - float_of(static_cast<uint32_t>(out[d]) << 16);
-    lost += rest * rest;
-  }
-  for (; d < depth; ++d) out[d] = 0;
+    for (int64_t l = 0; l < PANEL; ++l) lanes[l] += round(d + l);
+  for (; d < dim; ++d) lost += round(d);
   for (int64_t l = 0; l < PANEL; ++l) lost += lanes[l];
+  return lost;
+}
+
+// A row of bytes and its offset; returns the square of what rounding took away.
+inline float pack_code_bytes(const float* row, float scale, const Codes& codes, int64_t code) {
+  int8_t* bytes = codes.bytes + code * codes.depth;
+  const float lost = round_row(row, scale, codes.dim, codes.step, reinterpret_cast<uint8_t*>(bytes));
+  int32_t sum = 0;
+  for (int64_t d = 0; d < codes.dim; ++d) {
+    bytes[d] = static_cast<int8_t>(bytes[d] ^ 0x80);  // minus 128
+    sum += bytes[d];
+  }
+  for (int64_t d = codes.dim; d < codes.depth; ++d) bytes[d] = 0;
+  codes.offset[code] = -128 * sum;
   return lost;
 }
 
 GroupBounds pack_codes(const float* rows, float scale, const Codes& codes, int64_t group) {
   const int64_t dim = codes.dim;
-  GroupBounds bounds = {0, 0, 0};
   float* packed = codes.packed + group * dim * GROUP;
-  for (int64_t c = 0; c < GROUP; ++c)
-    for (int64_t d = 0; d < dim; ++d) packed[d * GROUP + c] = rows[c * dim + d] * scale;
-  float scaled[4096];
-  for (int64_t c = 0; c < GROUP; ++c) {
-    float square = 0, lost = 0;
-    for (int64_t start = 0; start < dim; start += 4096) {
-      const int64_t width = dim - start < 4096 ? dim - start : 4096;
-      const bool last = start + width == dim;
-      for (int64_t d = 0; d < width; ++d) scaled[d] = rows[c * dim + start + d] * scale;
-      square += sum_of_squares(scaled, width);
-      if (codes.bf16)
-        lost += round_row(scaled, width, last ? codes.depth - start : width,
-                          codes.bf16 + (group * GROUP + c) * codes.depth + start);
+  float square[GROUP] = {};
+  for (int64_t d = 0; d < dim; ++d)
+    for (int64_t c = 0; c < GROUP; ++c) {
+      const float value = rows[c * dim + d] * scale;
+      packed[d * GROUP + c] = value;
+      square[c] += value * value;
     }
-    const float bias = -0.5f * square;
-    if (codes.bias) codes.bias[group * GROUP + c] = bias;
-    bounds.norm = square > bounds.norm ? square : bounds.norm;
-    bounds.residual = lost > bounds.residual ? lost : bounds.residual;
-    bounds.bias = -bias > bounds.bias ? -bias : bounds.bias;
+  float largest = 0, lost = 0;
+  for (int64_t c = 0; c < GROUP; ++c) {
+    if (codes.bias) codes.bias[group * GROUP + c] = -0.5f * square[c];
+    largest = square[c] > largest ? square[c] : largest;
+    if (!codes.bytes) continue;
+    const float rest = pack_code_bytes(rows + c * dim, scale, codes, group * GROUP + c);
+    lost = rest > lost ? rest : lost;
   }
-  bounds.norm = __builtin_sqrtf(bounds.norm);
-  bounds.residual = __builtin_sqrtf(bounds.residual);
-  return bounds;
+  return {__builtin_sqrtf(largest), __builtin_sqrtf(lost), 0.5f * largest};
 }
 
-inline Row scale_row(float* row, const Codes& codes, bool cosine, float scale) {
+// The exponent that brings a largest magnitude to [1, 4) as a factor that is a float.
+inline float scale_of(int32_t largest) {
+  const int32_t exponent = (largest >> 23) - 127;
+  return float_of(static_cast<uint32_t>(127 - (exponent < 126 ? exponent : 126)) << 23);
+}
+
+inline void multiply(float* row, int64_t dim, float factor) {
+  for (int64_t d = 0; d < dim; ++d) row[d] *= factor;
+}
+
+// Scales a row: cosine by its own power of two, euclidean by the codebook's.
+inline Row scale_row(float* row, const Codes& codes, float scale) {
   Row info = {};
-  const int32_t largest = max_magnitude(row, codes.dim);
+  int32_t largest = max_magnitude(row, codes.dim);
   info.finite = largest < 0x7f800000;
   info.zero = largest == 0;
-  if (!info.finite || info.zero) {
-    memset(row, 0, codes.dim * sizeof(float));
-    return info;
-  }
-  if (cosine) {
-    // Two factors: the inverse of the smallest powers of two is not a float.
-    info.exponent = (largest >> 23) - 127;
-    const int half = info.exponent / 2;
-    const float first = float_of(static_cast<uint32_t>(127 - half) << 23);
-    const float second = float_of(static_cast<uint32_t>(127 - (info.exponent - half)) << 23);
-    for (int64_t d = 0; d < codes.dim; ++d) row[d] = row[d] * first * second;
-    if (largest < 0x00800000) {  // subnormal: now below 1, once more
-      const int exponent = info.exponent;
-      info = scale_row(row, codes, cosine, scale);
-      info.exponent += exponent;
-      return info;
+  if (info.finite && !info.zero) {
+    if (codes.bias) {
+      multiply(row, codes.dim, scale);
+      info.far = max_magnitude(row, codes.dim) > 0x5d800000;  // 2^60
+    } else {
+      if (largest < 0x00800000) {  // subnormal
+        multiply(row, codes.dim, 0x1p100f);
+        largest = max_magnitude(row, codes.dim);
+      }
+      multiply(row, codes.dim, scale_of(largest));
     }
-  } else {
-    for (int64_t d = 0; d < codes.dim; ++d) row[d] *= scale;
-    info.far = max_magnitude(row, codes.dim) > 0x5d800000;  // 2^60
-    if (info.far) memset(row, 0, codes.dim * sizeof(float));
   }
+  if (!info.finite || info.far) memset(row, 0, codes.dim * sizeof(float));  // not screened: have another answer
+  info.norm = __builtin_sqrtf(sum_of_squares(row, codes.dim));
+  const float rounding = (2 * codes.dim + 40) * 6e-8f;
+  info.resolve_error = 1.01f * rounding * (info.norm * codes.max_norm + codes.max_bias) + SMALL;
+  info.screen_error = info.resolve_error;
   return info;
 }
 
-void pack_rows(float* rows, const Codes& codes, bool cosine, float scale, bool bf16, void* panel, Row* info) {
+// The panel of bytes of 16 scaled rows; each has its own step.
+inline void pack_bytes(const float* rows, const Codes& codes, void* panel, Row* info) {
   const int64_t dim = codes.dim;
-  const float slack = 1.001f + dim * 1.2e-7f, rounding = (codes.depth + 8) * 6e-8f;
-  uint16_t rounded[PANEL][64];
+  float* inverse_unit = static_cast<float*>(panel);
+  uint8_t* out = static_cast<uint8_t*>(panel) + PANEL * sizeof(float);
+  // Not so small that the bias, counted in units, leaves the range of int32.
+  const float least = codes.max_bias / (codes.step * 0x1p30f) + 1e-20f;
+  uint8_t rounded[64];
   for (int64_t lane = 0; lane < PANEL; ++lane) {
-    float* row = rows + lane * dim;
-    info[lane] = scale_row(row, codes, cosine, scale);
-    Row& r = info[lane];
-    r.norm = __builtin_sqrtf(sum_of_squares(row, dim));
-    r.resolve_error = slack * rounding * (r.norm * codes.max_norm + codes.max_bias) + SMALL;
-    r.screen_error = r.resolve_error;
-  }
-  if (!bf16) {
-    float* out = static_cast<float*>(panel);
-    for (int64_t lane = 0; lane < PANEL; ++lane)
-      for (int64_t d = 0; d < dim; ++d) out[d * PANEL + lane] = rows[lane * dim + d];
-    return;
-  }
-  uint32_t* out = static_cast<uint32_t*>(panel);  // pairs of neighbours of one vector
-  float lost[PANEL] = {};
-  for (int64_t start = 0; start < codes.depth; start += 64) {
-    const int64_t depth = codes.depth - start < 64 ? codes.depth - start : 64;
-    const int64_t width = dim - start < depth ? dim - start : depth;
-    for (int64_t lane = 0; lane < PANEL; ++lane) {
-      lost[lane] += round_row(rows + lane * dim + start, width, depth, rounded[lane]);
+    const float* row = rows + lane * dim;
+    const float needed = float_of(static_cast<uint32_t>(max_magnitude(row, dim))) / 126.99f;
+    const float step = needed > least ? needed : least;
+    float lost = 0;
+    for (int64_t start = 0; start < codes.depth; start += 64) {
+      const int64_t depth = codes.depth - start < 64 ? codes.depth - start : 64;
+      const int64_t width = dim - start < depth ? dim - start : depth;
+      memset(rounded, 0, sizeof rounded);  // meets zeros in the codes
+      lost += round_row(row + start, 1, width, step, rounded);
+      for (int64_t d = 0; d < depth; d += 4) memcpy(out + ((start + d) * PANEL + lane * 4), rounded + d, 4);
     }
-    for (int64_t p = 0; p < depth / 2; ++p)
-      for (int64_t lane = 0; lane < PANEL; ++lane)
-        memcpy(out + (start / 2 + p) * PANEL + lane, rounded[lane] + 2 * p, 4);
+    const float residual = __builtin_sqrtf(lost), unit = step * codes.step;
+    const float quantisation = residual * codes.max_norm + (info[lane].norm + residual) * codes.max_residual;
+    inverse_unit[lane] = 1 / unit;
+    info[lane].screen_error = 1.01f * (quantisation + info[lane].resolve_error) / unit + 1;
   }
-  for (int64_t lane = 0; lane < PANEL; ++lane) {
-    const float residual = __builtin_sqrtf(lost[lane]);
-    info[lane].screen_error +=
-        slack * (residual * codes.max_norm * (1 + rounding) + (info[lane].norm + residual) * codes.max_residual);
-  }
+}
+
+void pack_rows(float* rows, const Codes& codes, float scale, bool bytes, void* panel, Row* info) {
+  const int64_t dim = codes.dim;
+  for (int64_t lane = 0; lane < PANEL; ++lane) info[lane] = scale_row(rows + lane * dim, codes, scale);
+  if (bytes) return pack_bytes(rows, codes, panel, info);
+  float* out = static_cast<float*>(panel);
+  for (int64_t d = 0; d < dim; ++d)
+    for (int64_t lane = 0; lane < PANEL; ++lane) out[d * PANEL + lane] = rows[lane * dim + d];
 }
 
 }  // namespace

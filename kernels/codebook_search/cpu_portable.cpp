@@ -29,12 +29,10 @@ struct Portable {
   }
 };
 
-const Screen exact = {false, nothing, nothing, screen_fp32<Portable>};
-
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static const Kernels kernels = {nullptr, &exact, pack_codes, pack_rows, filter<Portable>, resolve<Portable>};
+  static const Kernels kernels = {nullptr, screen_fp32<Portable>, pack_codes, pack_rows, filter<Portable>, resolve<Portable>};
   return kernels;
 }
 

@@ -1,0 +1,105 @@
+// The search screened with byte dot products (vpdpbusd): four products an instruction and lane, sums exact in int32.
+//
+// Twice as fast as bf16 dot products can be and four times as fast as fp32. Rounding to bytes leaves about one group more
+// than the best to resolve in fp32 for each vector at D = 32, which costs a few percent of what the screening saves.
+#include "../cpu_target.h"
+#include "cpu_search.h"
+
+#if BEITV2_FAST_COMPILES_VNNI
+#include <string.h>
+BEITV2_FAST_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")
+#include "cpu_avx512.h"
+
+namespace beitv2_fast {
+namespace {
+
+constexpr int TILE = 8;  // codes of a register tile: 24 sums, 3 vectors and a code in 32 registers
+
+// The maximum of 8 codes for WIDE panels. bias, offset: of the 8 codes.
+template <int WIDE, bool BIAS>
+inline void tile_bytes(const Codes& codes, int64_t code, const char* panels, int64_t stride, __m512i* highest) {
+  const int8_t* rows = codes.bytes + code * codes.depth;
+  __m512i sums[TILE][WIDE];
+#pragma GCC unroll 16
+  for (int w = 0; w < WIDE; ++w)
+#pragma GCC unroll 16
+    for (int c = 0; c < TILE; ++c) {
+      sums[c][w] = _mm512_set1_epi32(codes.offset[code + c]);
+      if (BIAS) {
+        const __m512 bias = _mm512_mul_ps(_mm512_set1_ps(codes.bias[code + c]), _mm512_loadu_ps(panels + w * stride));
+        sums[c][w] = _mm512_add_epi32(sums[c][w], _mm512_cvtps_epi32(bias));
+      }
+    }
+  const char* x = panels + PANEL * sizeof(float);
+  for (int64_t d = 0; d < codes.depth; d += 4) {
+    __m512i four[WIDE];
+#pragma GCC unroll 16
+    for (int w = 0; w < WIDE; ++w) four[w] = _mm512_loadu_si512(x + w * stride + d * PANEL);
+#pragma GCC unroll 16
+    for (int c = 0; c < TILE; ++c) {
+      int32_t bytes;
+      memcpy(&bytes, rows + c * codes.depth + d, 4);
+      const __m512i code_bytes = _mm512_set1_epi32(bytes);
+#pragma GCC unroll 16
+      for (int w = 0; w < WIDE; ++w) sums[c][w] = _mm512_dpbusd_epi32(sums[c][w], four[w], code_bytes);
+    }
+  }
+#pragma GCC unroll 16
+  for (int c = 0; c < TILE; ++c)
+#pragma GCC unroll 16
+    for (int w = 0; w < WIDE; ++w) highest[w] = _mm512_max_epi32(highest[w], sums[c][w]);
+}
+
+template <int WIDE, bool BIAS>
+inline void group_bytes(const Codes& codes, int64_t group, const char* panels, int64_t stride, float* out, float* best) {
+  __m512i highest[WIDE];
+#pragma GCC unroll 16
+  for (int w = 0; w < WIDE; ++w) highest[w] = _mm512_set1_epi32(-0x7fffffff - 1);
+  for (int c = 0; c < GROUP; c += TILE) tile_bytes<WIDE, BIAS>(codes, group * GROUP + c, panels, stride, highest);
+#pragma GCC unroll 16
+  for (int w = 0; w < WIDE; ++w) {
+    const __m512 score = _mm512_cvtepi32_ps(highest[w]);
+    _mm512_storeu_ps(out + w * CHUNK * PANEL, score);
+    _mm512_storeu_ps(best + w * PANEL, _mm512_max_ps(_mm512_loadu_ps(best + w * PANEL), score));
+  }
+}
+
+template <bool BIAS>
+void screen(const Codes& codes, const char* panels, int64_t count, int64_t begin, int64_t end, float* group_max,
+            float* best) {
+  // A few groups at a time stay in the first-level cache while all panels pass over them.
+  const int64_t stride = (4 + codes.depth) * PANEL, step = codes.depth < 512 ? 512 / codes.depth : 1;
+  for (int64_t from = begin; from < end; from += step) {
+    const int64_t to = from + step < end ? from + step : end;
+    int64_t p = 0;
+    for (; p + 3 <= count; p += 3)
+      for (int64_t g = from; g < to; ++g)
+        group_bytes<3, BIAS>(codes, g, panels + p * stride, stride, group_max + (p * CHUNK + g - begin) * PANEL,
+                             best + p * PANEL);
+    for (; p < count; ++p)
+      for (int64_t g = from; g < to; ++g)
+        group_bytes<1, BIAS>(codes, g, panels + p * stride, stride, group_max + (p * CHUNK + g - begin) * PANEL,
+                             best + p * PANEL);
+  }
+}
+
+void screen_bytes(const Codes& codes, const void* panels, int64_t count, int64_t begin, int64_t end, float* group_max,
+                  float* best) {
+  const char* x = static_cast<const char*>(panels);
+  codes.bias ? screen<true>(codes, x, count, begin, end, group_max, best)
+             : screen<false>(codes, x, count, begin, end, group_max, best);
+}
+
+const Kernels kernels = {screen_bytes, screen_fp32<Avx512>, pack_codes, pack_rows, filter<Avx512>, resolve<Avx512>};
+
+}  // namespace
+
+const Kernels& avx512_vnni_kernels() { return kernels; }
+
+}  // namespace beitv2_fast
+BEITV2_FAST_TARGET_END
+#else
+namespace beitv2_fast {
+const Kernels& avx512_vnni_kernels() { return avx512_kernels(); }
+}  // namespace beitv2_fast
+#endif

@@ -1,0 +1,161 @@
+// See cpu_block.h.
+#include "cpu_block.h"
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "cpu_exact.h"
+
+namespace beitv2_fast {
+namespace {
+
+// Bytes screen four times as many codes a cycle as fp32; resolving a group costs as much as screening 64 codes in fp32.
+// When bytes leave more groups than this share of all of them, fp32 is faster from the start.
+constexpr int64_t GROUPS_A_CANDIDATE = 4;
+
+template <class T>
+void convert(const T* source, int64_t stride, int64_t dim, float* out) {
+  if (stride == 1)
+    for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<float>(source[d]);
+  else
+    for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<float>(source[d * stride]);
+}
+
+// What F.normalize yields in double: x / max(|x|, 1e-12).
+void normalize(const float* x, int64_t dim, float* out) {
+  double square = 0;
+  for (int64_t d = 0; d < dim; ++d) square += static_cast<double>(x[d]) * x[d];
+  const double denominator = std::sqrt(square) < 1e-12 ? 1e-12 : std::sqrt(square);
+  for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<float>(x[d] / denominator);
+}
+
+float squared_distance(const float* y, const float* code, int64_t dim) {
+  float lanes[PANEL] = {}, sum = 0;
+  int64_t d = 0;
+  for (; d + PANEL <= dim; d += PANEL)
+    for (int64_t l = 0; l < PANEL; ++l) lanes[l] += (y[d + l] - code[d + l]) * (y[d + l] - code[d + l]);
+  for (; d < dim; ++d) sum += (y[d] - code[d]) * (y[d] - code[d]);
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
+
+}  // namespace
+
+Block::Block(const Search& search)
+    : search_(search),
+      codes_(search.book.codes),
+      bytes_(codes_.bytes && codes_.groups > GROUPS_A_CANDIDATE),
+      rows_(new float[ROWS * codes_.dim]),
+      panels_(new float[ROWS * std::max(codes_.dim, codes_.depth / 4 + 1)]),
+      group_max_(new float[ROWS * CHUNK]),
+      row_(new float[codes_.dim]),
+      compared_(new float[codes_.dim]) {}
+
+void Block::run(int64_t first, int64_t count) {
+  int64_t found = 0;
+  if (codes_.groups) {
+    pack(first, count);
+    found = screen(count);
+  }
+  for (int64_t i = 0; i < count; ++i) finish(first + i, codes_.groups ? nearest(first + i, i) : 0);
+  if (found * GROUPS_A_CANDIDATE > codes_.groups * count) bytes_ = false;
+}
+
+// A row as it was given, in fp32.
+void Block::read(int64_t row, float* out) const {
+  const at::Tensor& x = search_.x;
+  const int64_t start = row * x.stride(0), stride = x.stride(1);
+  switch (x.scalar_type()) {
+    case at::kHalf: return convert(x.const_data_ptr<c10::Half>() + start, stride, codes_.dim, out);
+    case at::kBFloat16: return convert(x.const_data_ptr<c10::BFloat16>() + start, stride, codes_.dim, out);
+    default: return convert(x.const_data_ptr<float>() + start, stride, codes_.dim, out);
+  }
+}
+
+void Block::pack(int64_t first, int64_t count) {
+  const int64_t panels = (count + PANEL - 1) / PANEL, dim = codes_.dim;
+  for (int64_t i = 0; i < count; ++i) read(first + i, &rows_[i * dim]);
+  std::fill(&rows_[count * dim], &rows_[0] + panels * PANEL * dim, 0.0f);
+  for (int64_t p = 0; p < panels; ++p)
+    search_.kernels.pack_rows(&rows_[p * PANEL * dim], codes_, search_.book.scale, bytes_, panel(p), info_ + p * PANEL);
+}
+
+// Fills the candidates of every row; returns how many there are.
+int64_t Block::screen(int64_t count) {
+  const int64_t panels = (count + PANEL - 1) / PANEL;
+  const Screen run = bytes_ ? search_.kernels.screen_bytes : search_.kernels.screen_fp32;
+  int64_t found = 0;
+  std::fill_n(best_, ROWS, -std::numeric_limits<float>::infinity());
+  for (int64_t i = 0; i < count; ++i) candidates_[i].group.clear(), candidates_[i].screened.clear();
+  for (int64_t begin = 0; begin < codes_.groups; begin += CHUNK) {
+    const int64_t end = std::min(begin + CHUNK, codes_.groups);
+    run(codes_, panels_.get(), panels, begin, end, group_max_.get(), best_);
+    for (int64_t p = 0; p < panels; ++p) {
+      std::fill_n(chunk_.count, PANEL, 0);
+      search_.kernels.filter(&group_max_[p * CHUNK * PANEL], best_ + p * PANEL, info_ + p * PANEL, begin, end, chunk_);
+      for (int64_t lane = 0; lane < PANEL && p * PANEL + lane < count; ++lane) {
+        const int64_t i = p * PANEL + lane, n = chunk_.count[lane];
+        if (!info_[i].finite || info_[i].far || (info_[i].zero && search_.cosine)) continue;  // have another answer
+        RowCandidates& row = candidates_[i];
+        found += n;
+        row.group.insert(row.group.end(), chunk_.group[lane], chunk_.group[lane] + n);
+        row.screened.insert(row.screened.end(), chunk_.screened[lane], chunk_.screened[lane] + n);
+      }
+    }
+  }
+  return found;
+}
+
+// The best of `count` positions (all of them when kept is null) in twice double precision.
+int64_t Block::settle(int64_t row, const int32_t* kept, int64_t count) {
+  const PackedCodebook& book = search_.book;
+  const auto position = [kept](int64_t n) { return kept ? static_cast<int64_t>(kept[n]) : n; };
+  read(row, row_.get());
+  return book.original(position(exact_best(
+      row_.get(), count, [&](int64_t n) { return book.code(position(n)); }, codes_.dim, search_.cosine)));
+}
+
+int64_t Block::nearest(int64_t row, int64_t i) {
+  const Row& info = info_[i];
+  const PackedCodebook& book = search_.book;
+  if (!info.finite) return 0;
+  if (info.zero && search_.cosine) return book.original(0);
+  if (info.far) return settle(row, nullptr, book.count);
+  const RowCandidates& groups = candidates_[i];
+  const size_t count = groups.group.size();
+  if (scores_.size() < count * GROUP) scores_.resize(count * GROUP), kept_.resize(count * (GROUP + 1));
+  int64_t kept = search_.kernels.resolve(codes_, &rows_[i * codes_.dim], info, groups.group.data(),
+                                         groups.screened.data(), static_cast<int64_t>(count),
+                                         best_[i] - 2 * info.screen_error, scores_.data(), kept_.data());
+  while (kept > 1 && kept_[kept - 1] >= book.count) --kept;  // the copies that pad the last group
+  return kept == 1 ? book.original(kept_[0]) : settle(row, kept_.data(), kept);
+}
+
+// Writes what was asked for of a row whose nearest code is known.
+void Block::finish(int64_t row, int64_t index) {
+  const int64_t dim = codes_.dim;
+  search_.indices[row] = index;
+  if (search_.found)
+    std::memcpy(search_.found + row * search_.code_bytes, search_.codebook + index * search_.code_bytes,
+                search_.code_bytes);
+  if (!search_.normalized && !search_.distances) return;
+  float* compared = search_.normalized ? search_.normalized + row * dim : compared_.get();
+  read(row, row_.get());
+  if (search_.cosine)
+    normalize(row_.get(), dim, compared);
+  else
+    std::copy_n(row_.get(), dim, compared);
+  if (!search_.distances) return;
+  float distance = squared_distance(compared, search_.book.values.const_data_ptr<float>() + index * dim, dim);
+  // Infinite: because it overflows, or because the vector was.
+  if (std::isinf(distance) && !std::all_of(compared, compared + dim, [](float y) { return std::isfinite(y); }))
+    distance = std::numeric_limits<float>::quiet_NaN();
+  search_.distances[row] = distance;
+}
+
+}  // namespace beitv2_fast

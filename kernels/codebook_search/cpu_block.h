@@ -1,0 +1,57 @@
+// One thread's part of a search: blocks of 192 vectors, screened against all codes, then resolved one by one.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "cpu_codes.h"
+
+namespace beitv2_fast {
+
+// What all threads share. Every pointer but indices and codebook may be null: then nobody asked.
+struct Search {
+  const Kernels& kernels;
+  const PackedCodebook& book;
+  const at::Tensor& x;  // [N, D] fp32, fp16 or bf16, any strides
+  bool cosine;
+  int64_t* indices;
+  float *normalized, *distances;
+  char* found;           // the codes, in the codebook's dtype
+  const char* codebook;  // contiguous, in its own dtype
+  int64_t code_bytes;
+};
+
+class Block {
+ public:
+  static constexpr int64_t ROWS = PANELS * PANEL;
+
+  explicit Block(const Search& search);
+  void run(int64_t first, int64_t count);  // vectors first .. first + count, count <= ROWS
+
+ private:
+  struct RowCandidates {
+    std::vector<int32_t> group;
+    std::vector<float> screened;
+  };
+
+  void read(int64_t row, float* out) const;
+  void pack(int64_t first, int64_t count);
+  int64_t screen(int64_t count);
+  int64_t nearest(int64_t row, int64_t i);
+  int64_t settle(int64_t row, const int32_t* kept, int64_t count);
+  void finish(int64_t row, int64_t index);
+  float* panel(int64_t p) { return panels_.get() + p * PANEL * (bytes_ ? codes_.depth / 4 + 1 : codes_.dim); }
+
+  const Search& search_;
+  const Codes& codes_;
+  bool bytes_;  // whether bytes screen; otherwise fp32
+  std::unique_ptr<float[]> rows_, panels_, group_max_, row_, compared_;
+  std::vector<float> scores_;
+  std::vector<int32_t> kept_;
+  Candidates chunk_;
+  RowCandidates candidates_[ROWS];
+  Row info_[ROWS];
+  float best_[ROWS];
+};
+
+}  // namespace beitv2_fast
