@@ -29,6 +29,10 @@ RESULTS = Path(__file__).parent / "results"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+class Unavailable(Exception):
+    """An implementation cannot run here; says why. Benchmarks turn it into a skip."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One implementation of a group: seconds of wall-clock time, processor seconds of all threads (on a machine that

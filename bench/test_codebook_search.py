@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from beitv2_fast.kernels import codebook_search
 
-from .harness import DEVICE, OURS, measure
+from .harness import DEVICE, OURS, Unavailable, measure
 
 N, K, D = 12_544, 8192, 32  # 64 images of 196 patches; the default codebook
 GROUP = f"codebook_search N={N} K={K} D={D}"
@@ -35,9 +35,12 @@ def torch_cdist(x: torch.Tensor, codebook: torch.Tensor) -> Callable[[], torch.T
 
 def faiss_flat(x: torch.Tensor, codebook: torch.Tensor) -> Callable[[], torch.Tensor]:
     """IndexFlatIP with the codebook already added: its time holds no preparation of the codebook, ours does."""
-    faiss = pytest.importorskip("faiss", reason="faiss-cpu is not installed (extra: bench)")
+    try:
+        import faiss
+    except ImportError:
+        raise Unavailable("faiss-cpu is not installed (extra: bench)") from None
     if DEVICE.type != "cpu":
-        pytest.skip("faiss-cpu runs on the CPU")
+        raise Unavailable("faiss-cpu runs on the CPU")
     faiss.omp_set_num_threads(torch.get_num_threads())
     index = faiss.IndexFlatIP(codebook.shape[1])
     index.add(codebook.numpy())
@@ -46,12 +49,11 @@ def faiss_flat(x: torch.Tensor, codebook: torch.Tensor) -> Callable[[], torch.Te
 
 def vector_quantize_pytorch(x: torch.Tensor, codebook: torch.Tensor) -> Callable[[], torch.Tensor]:
     """The eval forward of VectorQuantize(use_cosine_sim=True)."""
-    vq = pytest.importorskip(
-        "vector_quantize_pytorch", reason="vector-quantize-pytorch is not installed (extra: bench)"
-    )
-    module = (
-        vq.VectorQuantize(dim=codebook.shape[1], codebook_size=len(codebook), use_cosine_sim=True).to(DEVICE).eval()
-    )
+    try:
+        from vector_quantize_pytorch import VectorQuantize
+    except ImportError:
+        raise Unavailable("vector-quantize-pytorch is not installed (extra: bench)") from None
+    module = VectorQuantize(dim=codebook.shape[1], codebook_size=len(codebook), use_cosine_sim=True).to(DEVICE).eval()
     module._codebook.embed.data.copy_(codebook[None])
     batch = x[None]
 
@@ -74,7 +76,10 @@ IMPLEMENTATIONS = {
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_codebook_search(benchmark, name):
     x, codebook = problem()
-    run = IMPLEMENTATIONS[name](x, codebook)
+    try:
+        run = IMPLEMENTATIONS[name](x, codebook)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
     agree = (run() == codebook_search(x, codebook).indices).double().mean().item()
     assert agree > 0.999, f"{name} does something else: only {agree:.2%} of its indices are the nearest codes"
     measure(benchmark, GROUP, name, run)
