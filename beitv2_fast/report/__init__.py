@@ -141,7 +141,7 @@ def _write(out: Path, html: str, pictures: list[Picture]) -> None:
             for name, image in ((picture.name, picture.light), (f"{picture.name}_dark", picture.dark)):
                 part = out / f".{name}.{os.getpid()}"
                 buffer = io.BytesIO()
-                image.save(buffer, "png", optimize=True)
+                image.save(buffer, "png")
                 part.write_bytes(buffer.getvalue())
                 part.replace(out / f"{name}.png")
     except OSError as error:
