@@ -37,7 +37,8 @@ BENCH = [
     "faiss-cpu>=1.8",
     "vector-quantize-pytorch>=1.20",
 ]
-TEST = [*TRAIN, *DEEPSPEED, *DEMO, *BENCH, "hypothesis>=6.100", "ruff>=0.9"]
+REPLACE = ["diffusers>=0.42", "vector-quantize-pytorch>=1.32"]  # whose quantizers replace_quantizers swaps
+TEST = [*REPLACE, *TRAIN, *DEEPSPEED, *DEMO, *BENCH, "hypothesis>=6.100", "ruff>=0.9"]
 
 setup(
     name="beitv2-fast",

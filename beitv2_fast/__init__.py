@@ -1,15 +1,20 @@
 """BEiT v2 on fused vector-quantisation kernels. The package itself needs torch alone; extras bring the rest."""
 
+from .adapters import EmbeddingAdapter, NormEMAAdapter, Unsupported, VectorQuantizeAdapter
 from .classifier import Classifier, ClassifierConfig
 from .quantizer import FusedVectorQuantizer, Quantized
+from .replace import ADAPTERS, replace_quantizers
 from .student import Student, StudentConfig, StudentOutput
 from .tokenizer import Tokenizer, TokenizerModelConfig, TokenizerOutput
 from .vit import ViT, ViTConfig
 
 __all__ = [
+    "ADAPTERS",
     "Classifier",
     "ClassifierConfig",
+    "EmbeddingAdapter",
     "FusedVectorQuantizer",
+    "NormEMAAdapter",
     "Quantized",
     "Student",
     "StudentConfig",
@@ -17,8 +22,11 @@ __all__ = [
     "Tokenizer",
     "TokenizerModelConfig",
     "TokenizerOutput",
+    "Unsupported",
+    "VectorQuantizeAdapter",
     "ViT",
     "ViTConfig",
+    "replace_quantizers",
 ]
 
 __version__ = "0.1.0"

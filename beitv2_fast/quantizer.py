@@ -188,25 +188,32 @@ class FusedVectorQuantizer(nn.Module):
     def _codes(self, g: int) -> Tensor:
         """Codebook g as it is searched, [K, D]; differentiable when it learns by gradient."""
         codes = self.codebook if self.groups == 1 else self.codebook[g]
-        if self.options.learns_by == "gradient" and self.options.metric == "cosine":
-            # A copy, since backward may need it after a dead code was replaced in place.
-            return F.normalize(codes.clone().float(), dim=-1)
-        return codes
+        if self.options.learns_by != "gradient":
+            return codes
+        codes = codes.clone().float()  # a copy, since backward may need it after a dead code was replaced in place
+        return F.normalize(codes, dim=-1) if self.options.metric == "cosine" else codes
 
     def _quantize(self, x: Tensor, g: int, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """One codebook: x [N, D] -> (quantized [N, D], indices [N], loss)."""
         o = self.options
         codebook = self._codes(g)
-        if keep is None and o.gradient == "straight_through" and o.learns_by != "gradient":
-            fused = vector_quantize(x, codebook, metric=o.metric, commitment_weight=o.commitment_weight)
+        codebook_weight = o.codebook_weight if o.learns_by == "gradient" else 0.0
+        if keep is None and o.gradient == "straight_through":
+            fused = vector_quantize(
+                x,
+                codebook,
+                metric=o.metric,
+                commitment_weight=o.commitment_weight,
+                codebook_weight=codebook_weight,
+            )
             return fused.quantized, fused.indices, fused.loss
         x = x if x.dtype == torch.float64 else x.float()
         y = F.normalize(x, dim=-1) if o.metric == "cosine" else x
         indices = codebook_search(x.detach(), codebook.detach(), metric=o.metric).indices
         codes = F.embedding(indices, codebook).to(y.dtype)
         loss = o.commitment_weight * _mean_square(codes.detach() - y, keep)
-        if o.learns_by == "gradient":
-            loss = loss + o.codebook_weight * _mean_square(codes - y.detach(), keep)
+        if codebook_weight:
+            loss = loss + codebook_weight * _mean_square(codes - y.detach(), keep)
         codes = codes.detach()
         quantized = rotate_to(y, codes) if o.gradient == "rotation" else y + (codes - y).detach()
         return quantized if keep is None else torch.where(keep[:, None], quantized, 0.0), indices, loss

@@ -1,0 +1,85 @@
+"""replace_quantizers: the quantizers of an existing model become fused ones, and the model does not notice."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from .adapters import EmbeddingAdapter, Unsupported, VectorQuantizeAdapter
+
+# Makes the replacement for a module; raises Unsupported for options that it cannot keep.
+Adapter = Callable[..., nn.Module]
+
+# By class, or by a class's full name, so that nothing needs to be imported here. To teach it a class for good, add it.
+ADAPTERS: dict[type | str, Adapter] = {
+    "vector_quantize_pytorch.vector_quantize_pytorch.VectorQuantize": VectorQuantizeAdapter,
+    "diffusers.models.autoencoders.vae.VectorQuantizer": EmbeddingAdapter,
+}
+
+
+def replace_quantizers(
+    model: nn.Module,
+    adapters: Mapping[type, Adapter] | None = None,
+    *,
+    unsupported: str = "error",
+    **options: Any,
+) -> nn.Module:
+    """Swap the quantizers of a model, in place, for ones on the fused ops; weights and call signatures stay.
+
+    Known by themselves: vector-quantize-pytorch's ``VectorQuantize`` and diffusers' ``VectorQuantizer`` (in
+    ``VQModel``). Classes that are copied from project to project are named by the caller, with the adapter for them:
+
+        replace_quantizers(model, {NormEMAVectorQuantizer: NormEMAAdapter})  # BEiT v2, LaBraM, LaVIT, ...
+        replace_quantizers(model, {VectorQuantizer2: EmbeddingAdapter})  # taming-transformers
+
+    A class must match exactly: a subclass may compute something else. A module that occurs at several places is
+    replaced by one module. Outputs agree in eval mode, and in training with the same options, to rounding; what is
+    drawn at random (k-means start, restarts of dead codes) is drawn differently, and the same on every rank.
+    Swap before the optimiser and DDP are made.
+
+    Args:
+        model: changed in place, unless it is itself a quantizer.
+        adapters: class -> adapter, beside ``ADAPTERS``. An adapter is called with the module and ``options``.
+        unsupported: what to do with a quantizer that uses an option no adapter can keep: "error", or "keep" the
+            module as it is and warn.
+        options: of the FusedVectorQuantizer that learns by EMA, over those of the replaced module: for example
+            ``dead_after=200.0`` or ``restart_below=0.2``.
+
+    Returns:
+        The model; or its replacement if the model is a quantizer.
+
+    Raises:
+        Unsupported (a ValueError): naming the option and the module. ValueError: there is no quantizer in the model.
+    """
+    if unsupported not in ("error", "keep"):
+        raise ValueError(f"unsupported must be 'error' or 'keep'; got {unsupported!r}")
+    known = {**ADAPTERS, **(adapters or {})}
+    found = {path: module for path, module in model.named_modules() if _adapter(module, known) is not None}
+    if not found:
+        names = ", ".join(key if isinstance(key, str) else key.__qualname__ for key in known)
+        raise ValueError(f"{type(model).__name__} holds no quantizer of a known class ({names}): name its class")
+    # All replacements are made before the first is put in, so that an error leaves the model as it was.
+    replacements: dict[nn.Module, nn.Module] = {}
+    for path, module in found.items():
+        try:
+            replacements[module] = _adapter(module, known)(module, **options).train(module.training)
+        except Unsupported as error:
+            message = f"{path or 'the model'} ({type(module).__name__}): {error}"
+            if unsupported == "error":
+                raise Unsupported(f"{message}. With unsupported='keep' such quantizers stay as they are.") from None
+            warnings.warn(f"replace_quantizers leaves {message}", stacklevel=2)
+    if model in replacements:
+        return replacements[model]
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in replacements:
+                setattr(parent, name, replacements[child])
+    return model
+
+
+def _adapter(module: nn.Module, known: Mapping[type | str, Adapter]) -> Adapter | None:
+    cls = type(module)
+    return known.get(cls) or known.get(f"{cls.__module__}.{cls.__qualname__}")

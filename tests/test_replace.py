@@ -1,0 +1,311 @@
+"""replace_quantizers against the real packages, and against minimal classes with the interfaces that callers name."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beitv2_fast import (
+    EmbeddingAdapter,
+    FusedVectorQuantizer,
+    NormEMAAdapter,
+    Unsupported,
+    VectorQuantizeAdapter,
+    replace_quantizers,
+)
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # fp32, sums in another order
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed))
+
+
+def assert_same_step(theirs: nn.Module, ours: nn.Module, z: Tensor, *args: object, **kwargs: object) -> None:
+    """Outputs of any structure, and in training mode the gradients of the input and of all parameters."""
+    results = []
+    for module in (theirs, ours):
+        module.zero_grad()
+        x = z.clone().requires_grad_()
+        out = module(x, *args, **kwargs)
+        quantized, *rest = out
+        loss = next(t for t in rest if t.dim() == 0)
+        if module.training:
+            (loss + (quantized * noise(*quantized.shape, seed=9)).sum()).backward()
+        gradients = {name.rsplit(".", 1)[-1]: p.grad for name, p in module.named_parameters()}
+        results.append((out, x.grad, gradients))
+    (a, grad_a, params_a), (b, grad_b, params_b) = results
+    torch.testing.assert_close(b, a, **TOLERANCE)
+    torch.testing.assert_close(grad_b, grad_a, **TOLERANCE)
+    assert params_a.keys() == params_b.keys()
+    torch.testing.assert_close(params_b, params_a, **TOLERANCE)
+
+
+# vector-quantize-pytorch -------------------------------------------------------------------------------------------
+
+
+def vector_quantize(**options: object) -> nn.Module:
+    package = pytest.importorskip("vector_quantize_pytorch")
+    torch.manual_seed(0)
+    return package.VectorQuantize(**{"dim": 16, "codebook_size": 32, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({}, (3, 20, 16)),
+        ({"rotation_trick": False, "decay": 0.95, "eps": 1e-3, "commitment_weight": 0.25}, (3, 20, 16)),
+        ({"use_cosine_sim": True}, (3, 20, 16)),
+        ({"use_cosine_sim": True, "rotation_trick": False}, (7, 16)),
+        ({"codebook_dim": 4, "layernorm_after_project_in": True}, (3, 20, 16)),
+        ({"heads": 4, "codebook_dim": 4}, (3, 20, 16)),
+        ({"heads": 2, "codebook_dim": 8, "separate_codebook_per_head": True, "use_cosine_sim": True}, (3, 20, 16)),
+        ({"accept_image_fmap": True, "heads": 2, "codebook_dim": 4}, (2, 16, 4, 5)),
+        ({"accept_3d_fmap": True}, (2, 16, 2, 3, 4)),
+        ({"channel_last": False, "codebook_dim": 8}, (3, 16, 20)),
+        ({"freeze_codebook": True, "commitment_weight": 0.0}, (3, 20, 16)),
+    ],
+)
+def test_vector_quantize_pytorch_agrees_over_training_steps_and_in_eval(options, shape):
+    theirs = vector_quantize(**options)
+    ours = replace_quantizers(copy.deepcopy(theirs))
+    assert type(ours) is VectorQuantizeAdapter
+    for step in range(4):
+        assert_same_step(theirs, ours, 0.5 * noise(*shape, seed=step))
+        torch.testing.assert_close(ours._codebook.embed, theirs._codebook.embed, **TOLERANCE)
+    if ours.embed_avg is not None:
+        torch.testing.assert_close(ours.cluster_size, theirs._codebook.cluster_size.squeeze(0), **TOLERANCE)
+    theirs.eval()
+    ours.eval()
+    assert_same_step(theirs, ours, noise(*shape, seed=8))
+    torch.testing.assert_close(ours.codebook, theirs.codebook, **TOLERANCE)
+    quantized, indices, _ = ours(noise(*shape, seed=8))
+    torch.testing.assert_close(ours.get_output_from_indices(indices), quantized)
+    if "heads" not in options and "channel_last" not in options:  # where theirs gives another shape, or fails
+        torch.testing.assert_close(theirs.get_output_from_indices(indices), quantized, **TOLERANCE)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_vector_quantize_pytorch_agrees_on_padded_sequences(zeros):
+    theirs = vector_quantize(return_zeros_for_masked_padding=zeros)
+    ours = replace_quantizers(copy.deepcopy(theirs))
+    z, lens = noise(3, 10, 16), torch.tensor([10, 4, 1])
+    assert_same_step(theirs, ours, z, lens=lens)
+    assert_same_step(theirs, ours, z, mask=torch.arange(10) < lens[:, None], return_loss_breakdown=True)
+    torch.testing.assert_close(ours._codebook.embed, theirs._codebook.embed, **TOLERANCE)
+
+
+def test_vector_quantize_pytorchs_dead_codes_restart_at_its_threshold():
+    ours = replace_quantizers(vector_quantize(threshold_ema_dead_code=2)).train()
+    for step in range(24):
+        ours(noise(3, 40, 16, seed=step))
+    assert (ours.cluster_size >= 1).all() and ours.usage()["replaced_codes"] > 0
+
+
+def test_a_residual_stack_of_vector_quantize_pytorch_agrees():
+    package = pytest.importorskip("vector_quantize_pytorch")
+    torch.manual_seed(0)
+    theirs = package.ResidualVQ(dim=16, codebook_size=32, num_quantizers=3)
+    ours = replace_quantizers(copy.deepcopy(theirs))
+    for step in range(2):
+        for a, b in zip(theirs(noise(2, 20, 16, seed=step)), ours(noise(2, 20, 16, seed=step)), strict=True):
+            torch.testing.assert_close(b, a, **TOLERANCE)
+    indices = ours.eval()(noise(2, 20, 16))[1]
+    codes = [module.get_codes_from_indices(indices) for module in (theirs, ours)]
+    torch.testing.assert_close(codes[1], codes[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"learnable_codebook": True, "ema_update": False}, "learnable_codebook"),
+        ({"affine_param": True}, "affine_param"),
+        ({"stochastic_sample_codes": True}, "stochastic_sample_codes"),
+        ({"orthogonal_reg_weight": 1.0, "ema_update": False, "learnable_codebook": True}, "orthogonal_reg_weight"),
+        ({"codebook_diversity_loss_weight": 1.0}, "codebook_diversity_loss_weight"),
+    ],
+)
+def test_options_without_a_counterpart_are_named_with_the_module_and_nothing_changes(options, named):
+    model = nn.Sequential(vector_quantize(), nn.ModuleDict({"vq": vector_quantize(**options)}))
+    before = list(model.modules())
+    with pytest.raises(Unsupported, match=rf"1\.vq \(VectorQuantize\).*{named}"):
+        replace_quantizers(model)
+    assert list(model.modules()) == before
+    with pytest.warns(UserWarning, match=rf"1\.vq.*{named}"):
+        replace_quantizers(model, unsupported="keep")
+    assert type(model[0]) is VectorQuantizeAdapter and model[1]["vq"] in before
+
+
+def test_arguments_of_forward_without_a_counterpart_are_refused():
+    ours = replace_quantizers(vector_quantize())
+    with pytest.raises(Unsupported, match="topk"):
+        ours(noise(2, 3, 16), topk=2)
+    with pytest.raises(Unsupported, match="freeze_codebook"):
+        ours(noise(2, 3, 16), freeze_codebook=True)
+
+
+# diffusers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vq_model() -> nn.Module:
+    models = pytest.importorskip("diffusers.models.autoencoders.vq_model")
+    torch.manual_seed(0)
+    model = models.VQModel(
+        block_out_channels=(8,), latent_channels=4, num_vq_embeddings=32, vq_embed_dim=4, norm_num_groups=4
+    )
+    model.quantize.embedding.weight.data.normal_()
+    return model
+
+
+def test_diffusers_vq_model_runs_unchanged_and_agrees(vq_model):
+    theirs, ours = copy.deepcopy(vq_model), copy.deepcopy(vq_model)
+    parameter = ours.quantize.embedding.weight
+    assert replace_quantizers(ours) is ours
+    assert type(ours.quantize) is EmbeddingAdapter and ours.quantize.embedding.weight is parameter
+    assert theirs.state_dict().keys() == ours.state_dict().keys()
+    images = noise(2, 3, 16, 16)
+    outputs = [model(images) for model in (theirs, ours)]
+    for a, b in zip(*(out.to_tuple() for out in outputs), strict=True):
+        torch.testing.assert_close(b, a, **TOLERANCE)
+    for out in outputs:
+        (out.sample.square().mean() + out.commit_loss.mean()).backward()
+    for (name, a), b in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, **TOLERANCE, msg=name)
+    shape = (2, 16, 16, 4)
+    codes = ours.quantize.get_codebook_entry(torch.arange(512) % 32, shape)
+    torch.testing.assert_close(codes, theirs.quantize.get_codebook_entry(torch.arange(512) % 32, shape))
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("unknown_index", ["random", "extra", 1, None])
+def test_diffusers_quantizer_agrees_with_both_betas_and_remaps(vq_model, tmp_path, legacy, unknown_index):
+    numpy = pytest.importorskip("numpy")
+    remap = None
+    if unknown_index is not None:
+        remap = str(tmp_path / "used.npy")
+        numpy.save(remap, numpy.arange(32)[::-1] if unknown_index == "random" else numpy.array([5, 3, 17, 8]))
+    options = {"remap": remap, "unknown_index": unknown_index, "legacy": legacy, "sane_index_shape": legacy}
+    theirs = type(vq_model.quantize)(32, 4, 0.25, **options)
+    theirs.embedding.weight.data.normal_()
+    ours = replace_quantizers(copy.deepcopy(theirs))
+    assert_same_step(theirs, ours, noise(2, 4, 6, 5))
+    if remap:
+        indices = torch.randint(0, 4, (10,))
+        expected = theirs.get_codebook_entry(indices.clone(), (1, 2, 5, 4))
+        torch.testing.assert_close(ours.get_codebook_entry(indices, (1, 2, 5, 4)), expected)
+
+
+# Classes that the caller names: the smallest ones with these interfaces ----------------------------------------------
+
+
+class NormEMAVectorQuantizer(nn.Module):
+    """BEiT v2's interface and formulas."""
+
+    def __init__(self, num_tokens: int, codebook_dim: int, beta: float = 1.0, decay: float = 0.9):
+        super().__init__()
+        self.num_tokens, self.codebook_dim, self.beta, self.decay = num_tokens, codebook_dim, beta, decay
+        self.embedding = nn.Module()
+        start = F.normalize(noise(num_tokens, codebook_dim, seed=7), dim=-1)
+        self.embedding.weight = nn.Parameter(start, requires_grad=False)
+        self.embedding.register_buffer("cluster_size", torch.zeros(num_tokens))
+        self.embedding.register_buffer("embed_avg", start.clone())
+        self.embedding.register_buffer("initted", torch.ones(1))
+        self.register_buffer("cluster_size", torch.zeros(num_tokens))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = F.normalize(z.movedim(1, -1), dim=-1)
+        weight = self.embedding.weight
+        indices = (y.flatten(0, -2) @ weight.T).argmax(1)
+        one_hot = F.one_hot(indices, self.num_tokens).float()
+        codes = (one_hot @ weight).view(y.shape)
+        bins = one_hot.sum(0)
+        self.cluster_size.lerp_(bins, 1 - self.decay)
+        if self.training:
+            sums = one_hot.T @ y.detach().flatten(0, -2)
+            mean = torch.where(bins[:, None] > 0, F.normalize(sums, dim=-1), weight)
+            weight.data = F.normalize(self.decay * weight + (1 - self.decay) * mean, dim=-1)
+        loss = self.beta * F.mse_loss(codes.detach(), y)
+        return (y + (codes - y).detach()).movedim(-1, 1), loss, indices
+
+
+class VectorQuantizer2(nn.Module):
+    """taming-transformers' interface and formulas."""
+
+    def __init__(self, n_e: int, e_dim: int, beta: float, legacy: bool = True):
+        super().__init__()
+        self.n_e, self.e_dim, self.beta, self.legacy = n_e, e_dim, beta, legacy
+        self.embedding = nn.Embedding(n_e, e_dim)
+        self.remap, self.re_embed, self.sane_index_shape = None, n_e, False
+
+    def forward(self, z: Tensor, temp=None, rescale_logits=False, return_logits=False):
+        last = z.movedim(1, -1)
+        indices = torch.cdist(last.reshape(-1, self.e_dim), self.embedding.weight).argmin(1)
+        codes = self.embedding(indices).view(last.shape)
+        commitment, codebook = F.mse_loss(codes.detach(), last), F.mse_loss(codes, last.detach())
+        loss = commitment + self.beta * codebook if self.legacy else self.beta * commitment + codebook
+        return (last + (codes - last).detach()).movedim(-1, 1), loss, (None, None, indices)
+
+
+def test_the_references_quantizer_agrees_over_training_steps_and_its_checkpoints_load():
+    theirs = NormEMAVectorQuantizer(32, 8, beta=0.5)
+    model = replace_quantizers(nn.Sequential(copy.deepcopy(theirs)), {NormEMAVectorQuantizer: NormEMAAdapter})
+    ours = model[0]
+    assert isinstance(ours, FusedVectorQuantizer) and ours.options.dead_after == 0
+    for step in range(5):
+        z = noise(2, 8, 4, 5, seed=step)
+        assert_same_step_without_parameters(theirs, ours, z)
+        torch.testing.assert_close(ours.codebook, theirs.embedding.weight.data, **TOLERANCE)
+        torch.testing.assert_close(ours.cluster_size, theirs.cluster_size, **TOLERANCE)
+    assert_same_step_without_parameters(theirs.eval(), ours.eval(), noise(2, 8, 4, 5, seed=6))
+    ours.codebook.zero_()
+    model.load_state_dict({f"0.{name}": value for name, value in theirs.state_dict().items()})
+    assert torch.equal(ours.codebook, theirs.embedding.weight)
+
+
+def assert_same_step_without_parameters(theirs: nn.Module, ours: nn.Module, z: Tensor) -> None:
+    """The reference's codebook is a parameter without a gradient; ours is a buffer."""
+    inputs = [z.clone().requires_grad_() for _ in range(2)]
+    outputs = [module(x) for module, x in zip((theirs, ours), inputs, strict=True)]
+    torch.testing.assert_close(outputs[1], outputs[0], **TOLERANCE)
+    for quantized, loss, _ in outputs:
+        (loss + quantized.pow(3).sum()).backward()
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, **TOLERANCE)
+
+
+def test_options_of_the_caller_win_over_those_of_the_replaced_module():
+    model = nn.Sequential(NormEMAVectorQuantizer(32, 8))
+    replace_quantizers(model, {NormEMAVectorQuantizer: NormEMAAdapter}, dead_after=50.0, restart_below=0.2)
+    assert model[0].options.dead_after == 50 and model[0].options.restart_below == 0.2
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_tamings_quantizer_agrees(legacy):
+    theirs = VectorQuantizer2(32, 4, 0.25, legacy)
+    ours = replace_quantizers(copy.deepcopy(theirs), {VectorQuantizer2: EmbeddingAdapter})
+    assert_same_step(theirs, ours, noise(2, 4, 5, 6))
+    assert_same_step(theirs, ours, noise(2, 4, 5, 6), temp=1.0)
+    with pytest.raises(Unsupported, match="return_logits"):
+        ours(noise(2, 4, 5, 6), return_logits=True)
+
+
+def test_a_shared_quantizer_stays_shared_and_subclasses_are_left_alone():
+    class Subclass(VectorQuantizer2):
+        pass
+
+    shared = VectorQuantizer2(32, 4, 0.25)
+    model = nn.ModuleList([shared, nn.Sequential(shared), Subclass(32, 4, 0.25)]).eval()
+    replace_quantizers(model, {VectorQuantizer2: EmbeddingAdapter})
+    assert type(model[0]) is EmbeddingAdapter and model[1][0] is model[0] and type(model[2]) is Subclass
+    assert not model[0].training
+
+
+def test_a_model_without_quantizers_and_a_wrong_policy_are_errors():
+    with pytest.raises(ValueError, match="holds no quantizer"):
+        replace_quantizers(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="unsupported must be"):
+        replace_quantizers(nn.Linear(2, 2), unsupported="ignore")
