@@ -44,6 +44,16 @@ def _(branches, positions, labels, norm_weight, norm_bias, weight, bias, eps, dt
     return _run(branches, positions, labels, head, dtype, wanted, device)
 
 
+@masked_cross_entropy_op.register_kernel("cuda")
+def _(branches, positions, labels, norm_weight, norm_bias, weight, bias, eps, dtype, grad_tokens, grad_norm, grad_head):
+    from .triton_kernel import device_for  # here, so that the package imports without triton
+
+    if len(labels) != len(positions):
+        raise ValueError(_wrong_label_count(labels, len(positions)))
+    head, wanted = Head(norm_weight, norm_bias, eps, weight, bias), Wanted(grad_tokens, grad_norm, grad_head)
+    return _run(branches, positions, labels, head, dtype, wanted, device_for(dtype))
+
+
 @masked_cross_entropy_op.register_fake
 def _(branches, positions, labels, norm_weight, norm_bias, weight, bias, eps, dtype, grad_tokens, grad_norm, grad_head):
     head, wanted = Head(norm_weight, norm_bias, eps, weight, bias), Wanted(grad_tokens, grad_norm, grad_head)
@@ -63,12 +73,16 @@ def _run(branches, positions, labels, head: Head, dtype: torch.dtype, wanted: Wa
         return tuple(head_losses(branches, positions, labels, head, dtype, wanted, device))
 
 
+def _wrong_label_count(labels: Tensor, rows: int) -> str:
+    return (
+        f"masked_cross_entropy: {len(labels)} labels for {rows} masked tokens; labels holds one code for each "
+        "masked patch, row-major, as masked_gather(codes[..., None], mask)[:, 0] gives them."
+    )
+
+
 def check_labels(labels: Tensor, rows: int, classes: int) -> None:
     if len(labels) != rows:
-        raise ValueError(
-            f"masked_cross_entropy: {len(labels)} labels for {rows} masked tokens; labels holds one code for each "
-            "masked patch, row-major, as masked_gather(codes[..., None], mask)[:, 0] gives them."
-        )
+        raise ValueError(_wrong_label_count(labels, rows))
     if rows and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(
             f"masked_cross_entropy: labels must lie in [0, {classes}), the rows of weight; they span "

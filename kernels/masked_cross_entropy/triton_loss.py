@@ -1,0 +1,91 @@
+"""Kernel: linear layer and cross entropy without logits in memory, for losses that need no gradient.
+
+Per block of BLOCK_M tokens and part of the vocabulary: logits in registers, BLOCK_M x BLOCK_V at a time, from tensor
+cores; a running maximum, sum of exponentials, argmax and target logit of each token. FLOPs 2 M C V; bytes: W once for
+every block of tokens, through the L2 cache. Bound by the tensor cores.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_softmax import NO_INDEX, finite_or_zero
+
+
+@triton.jit
+def linear_loss(
+    hidden, weight, bias, labels, tops, indices, sums, targets, M, V, C, blocks_of_part,
+    HAS_BIAS: tl.constexpr, EVEN_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Program (part, block of tokens): maximum, lowest index of it, sum of e^(x - maximum) and the label's logit over
+    blocks_of_part blocks of the vocabulary, into row ``part`` of tops, indices, sums and targets [parts, M]."""
+    part = tl.program_id(0)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = rows < M
+    label = tl.load(labels + rows, mask=row_mask, other=-1)
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    index = tl.full((BLOCK_M,), NO_INDEX, tl.int32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    target = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    offs_c = tl.arange(0, BLOCK_C)
+    a_pointers = hidden + rows.to(tl.int64)[:, None] * C + offs_c[None, :]
+    first = part * blocks_of_part
+    for block in range(first, tl.minimum(first + blocks_of_part, tl.cdiv(V, BLOCK_V))):
+        columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
+        column_mask = columns < V
+        b_pointers = weight + columns.to(tl.int64)[None, :] * C + offs_c[:, None]
+        x = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+        for start in range(0, C, BLOCK_C):
+            if EVEN_C:
+                a = tl.load(a_pointers + start, mask=row_mask[:, None], other=0.0)
+                b = tl.load(b_pointers + start, mask=column_mask[None, :], other=0.0)
+            else:
+                inside = offs_c < C - start
+                a = tl.load(a_pointers + start, mask=row_mask[:, None] & inside[None, :], other=0.0)
+                b = tl.load(b_pointers + start, mask=column_mask[None, :] & inside[:, None], other=0.0)
+            x = tl.dot(a, b, x, input_precision="ieee")
+        if HAS_BIAS:
+            x += tl.load(bias + columns, mask=column_mask, other=0.0)[None, :]
+        x = tl.where(column_mask[None, :], x, -float("inf"))
+        block_top = tl.max(x, 1)
+        block_index = tl.min(tl.where(x == block_top[:, None], columns[None, :], NO_INDEX), 1)
+        higher = tl.maximum(top, block_top)
+        index = tl.where(block_top > top, block_index, index)
+        shift = finite_or_zero(higher)
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift[:, None]), 1)
+        top = higher
+        target = tl.maximum(target, tl.max(tl.where(columns[None, :] == label[:, None], x, -float("inf")), 1))
+    at = part * M + rows
+    tl.store(tops + at, top, mask=row_mask)
+    tl.store(indices + at, index, mask=row_mask)
+    tl.store(sums + at, total, mask=row_mask)
+    tl.store(targets + at, target, mask=row_mask)
+
+
+@triton.jit
+def combine_parts(
+    tops, indices, sums, targets, labels, losses, correct, M, V, parts, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """losses and correct [M] from the parts, in order: of equal maxima the first part's, which has the lowest index."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = rows < M
+    label = tl.load(labels + rows, mask=mask, other=-1)
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    index = tl.full((BLOCK_M,), NO_INDEX, tl.int32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    target = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    for part in range(parts):
+        at = part * M + rows
+        part_top = tl.load(tops + at, mask=mask, other=0.0)
+        index = tl.where(part_top > top, tl.load(indices + at, mask=mask, other=0), index)
+        higher = tl.maximum(top, part_top)
+        shift = finite_or_zero(higher)
+        total = total * tl.exp(top - shift) + tl.load(sums + at, mask=mask, other=0.0) * tl.exp(part_top - shift)
+        top = higher
+        target = tl.maximum(target, tl.load(targets + at, mask=mask, other=0.0))
+    known = (label >= 0) & (label < V)
+    loss = tl.where(known, finite_or_zero(top) + tl.log(total) - target, float("nan"))
+    tl.store(losses + rows, loss, mask=mask)
+    tl.store(correct + rows, (index == label) & (loss == loss), mask=mask)
