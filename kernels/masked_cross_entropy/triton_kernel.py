@@ -41,7 +41,7 @@ LOSS_CONFIGS = {
     "gfx942": LossConfig(128, 128, 64, 8, 2),
     "interpreter": LossConfig(32, 64, 16, 4, 1),
 }
-SOFTMAX_BLOCK, SOFTMAX_WARPS = 2048, 4
+SOFTMAX_BLOCK, SOFTMAX_WARPS = 1024, 4
 NORM_ROWS = 8  # rows of a program of the LayerNorm's backward
 
 
