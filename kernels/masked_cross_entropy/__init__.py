@@ -117,6 +117,8 @@ def _check_mask(op: str, branches: Sequence[Tensor], mask: Tensor) -> None:
                 f"{op}: tokens must be [B, N, C] = [{mask.shape[0]}, {mask.shape[1]}, C] as the mask says; "
                 f"got {tuple(tokens.shape)}. Leave the CLS token out."
             )
+        if tokens.device != mask.device:
+            raise ValueError(f"{op}: tokens are on {tokens.device}, the mask on {mask.device}; move one of them.")
 
 
 def _check_head(
@@ -139,9 +141,9 @@ def _check_head(
     ):
         if tensor is not None and tensor.shape != (size,):
             raise ValueError(f"{op}: {name} must be [{size}]; got {tuple(tensor.shape)}")
-    for name, tensor in (("every branch", branches[-1]), ("labels", labels), ("weight", weight)):
-        if tensor.device != branches[0].device:
-            raise ValueError(f"{op}: {name} must be on {branches[0].device} as the first; got {tensor.device}")
+    for name, tensor in (("labels", labels), ("norm_weight", norm_weight), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != branches[0].device:
+            raise ValueError(f"{op}: {name} must be on {branches[0].device} as the tokens are; got {tensor.device}")
     for name, tensor in (*(("tokens", tokens) for tokens in branches), ("weight", weight)):
         if not tensor.is_floating_point() or tensor.shape[-1] != dim:
             raise ValueError(
