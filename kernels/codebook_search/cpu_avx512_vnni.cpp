@@ -13,53 +13,63 @@ BEITV2_FAST_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma
 namespace beitv2_fast {
 namespace {
 
+// Sums as int32 rather than __m512i, of int64: GCC keeps a copy of each in either type, half of them on the stack.
+typedef int32_t Ints __attribute__((vector_size(64)));
+
 constexpr int TILE = 8;  // codes of a register tile: 24 sums, 3 vectors and a code in 32 registers
 
-// The maximum of 8 codes for WIDE panels. bias, offset: of the 8 codes.
+// Raises out [WIDE, 16] to the maximum of 8 codes.
 template <int WIDE, bool BIAS>
-inline void tile_bytes(const Codes& codes, int64_t code, const char* panels, int64_t stride, __m512i* highest) {
+inline void tile_bytes(const Codes& codes, int64_t code, const char* panels, int64_t stride, float* out) {
   const int8_t* rows = codes.bytes + code * codes.depth;
-  __m512i sums[TILE][WIDE];
+  const int64_t depth = codes.depth;
+  Ints sums[TILE][WIDE];
+  __m512i four[WIDE];
 #pragma GCC unroll 16
-  for (int w = 0; w < WIDE; ++w)
+  for (int c = 0; c < TILE; ++c) {
+    const Ints offset = (Ints)_mm512_set1_epi32(codes.offset[code + c]);
 #pragma GCC unroll 16
-    for (int c = 0; c < TILE; ++c) {
-      sums[c][w] = _mm512_set1_epi32(codes.offset[code + c]);
+    for (int w = 0; w < WIDE; ++w) {
+      sums[c][w] = offset;
       if (BIAS) {
         const __m512 bias = _mm512_mul_ps(_mm512_set1_ps(codes.bias[code + c]), _mm512_loadu_ps(panels + w * stride));
-        sums[c][w] = _mm512_add_epi32(sums[c][w], _mm512_cvtps_epi32(bias));
+        sums[c][w] += (Ints)_mm512_cvtps_epi32(bias);
       }
     }
+  }
   const char* x = panels + PANEL * sizeof(float);
-  for (int64_t d = 0; d < codes.depth; d += 4) {
-    __m512i four[WIDE];
+  int64_t d = 0;
+  do {
 #pragma GCC unroll 16
     for (int w = 0; w < WIDE; ++w) four[w] = _mm512_loadu_si512(x + w * stride + d * PANEL);
 #pragma GCC unroll 16
     for (int c = 0; c < TILE; ++c) {
       int32_t bytes;
-      memcpy(&bytes, rows + c * codes.depth + d, 4);
+      memcpy(&bytes, rows + c * depth + d, 4);
       const __m512i code_bytes = _mm512_set1_epi32(bytes);
 #pragma GCC unroll 16
-      for (int w = 0; w < WIDE; ++w) sums[c][w] = _mm512_dpbusd_epi32(sums[c][w], four[w], code_bytes);
+      for (int w = 0; w < WIDE; ++w) sums[c][w] = (Ints)_mm512_dpbusd_epi32((__m512i)sums[c][w], four[w], code_bytes);
     }
+    d += 4;
+  } while (d < depth);
+#pragma GCC unroll 16
+  for (int w = 0; w < WIDE; ++w) {
+    Ints highest = sums[0][w];
+#pragma GCC unroll 16
+    for (int c = 1; c < TILE; ++c) highest = (Ints)_mm512_max_epi32((__m512i)highest, (__m512i)sums[c][w]);
+    float* raised = out + w * CHUNK * PANEL;
+    _mm512_storeu_ps(raised, _mm512_max_ps(_mm512_loadu_ps(raised), _mm512_cvtepi32_ps((__m512i)highest)));
   }
-#pragma GCC unroll 16
-  for (int c = 0; c < TILE; ++c)
-#pragma GCC unroll 16
-    for (int w = 0; w < WIDE; ++w) highest[w] = _mm512_max_epi32(highest[w], sums[c][w]);
 }
 
 template <int WIDE, bool BIAS>
 inline void group_bytes(const Codes& codes, int64_t group, const char* panels, int64_t stride, float* out, float* best) {
-  __m512i highest[WIDE];
 #pragma GCC unroll 16
-  for (int w = 0; w < WIDE; ++w) highest[w] = _mm512_set1_epi32(-0x7fffffff - 1);
-  for (int c = 0; c < GROUP; c += TILE) tile_bytes<WIDE, BIAS>(codes, group * GROUP + c, panels, stride, highest);
+  for (int w = 0; w < WIDE; ++w) _mm512_storeu_ps(out + w * CHUNK * PANEL, _mm512_set1_ps(-__builtin_inff()));
+  for (int c = 0; c < GROUP; c += TILE) tile_bytes<WIDE, BIAS>(codes, group * GROUP + c, panels, stride, out);
 #pragma GCC unroll 16
   for (int w = 0; w < WIDE; ++w) {
-    const __m512 score = _mm512_cvtepi32_ps(highest[w]);
-    _mm512_storeu_ps(out + w * CHUNK * PANEL, score);
+    const __m512 score = _mm512_loadu_ps(out + w * CHUNK * PANEL);
     _mm512_storeu_ps(best + w * PANEL, _mm512_max_ps(_mm512_loadu_ps(best + w * PANEL), score));
   }
 }
