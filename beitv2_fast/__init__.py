@@ -4,6 +4,7 @@ from .adapters import EmbeddingAdapter, NormEMAAdapter, Unsupported, VectorQuant
 from .classifier import Classifier, ClassifierConfig
 from .quantizer import FusedVectorQuantizer, Quantized
 from .replace import ADAPTERS, replace_quantizers
+from .residual_quantizer import ResidualVectorQuantizer
 from .student import Student, StudentConfig, StudentOutput
 from .tokenizer import Tokenizer, TokenizerModelConfig, TokenizerOutput
 from .vit import ViT, ViTConfig
@@ -16,6 +17,7 @@ __all__ = [
     "FusedVectorQuantizer",
     "NormEMAAdapter",
     "Quantized",
+    "ResidualVectorQuantizer",
     "Student",
     "StudentConfig",
     "StudentOutput",

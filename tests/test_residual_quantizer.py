@@ -1,0 +1,106 @@
+"""ResidualVectorQuantizer: sums of codes, dropout of stages, masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from beitv2_fast import ResidualVectorQuantizer
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed))
+
+
+def residual(**options: object) -> ResidualVectorQuantizer:
+    return ResidualVectorQuantizer(32, 8, 4, **options)
+
+
+def test_every_stage_brings_the_sum_of_codes_nearer_to_the_vector():
+    quantizer = residual().train()
+    x = noise(300, 8)
+    for _ in range(3):
+        quantizer(x)
+    indices = quantizer.encode(x)
+    assert indices.shape == (300, 4)
+    errors = [F.mse_loss(quantizer.decode(indices[:, :q]), x).item() for q in range(1, 5)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
+
+
+def test_output_indices_and_loss_are_those_of_the_formula():
+    quantizer = residual(kmeans_init=False, commitment_weight=0.5).train()
+    codebooks = [stage.codebook.clone() for stage in quantizer.stages]
+    z = noise(6, 5, 8).requires_grad_()
+    out = quantizer(z)
+    rest, total, loss = z.detach(), 0, 0
+    for i, codebook in enumerate(codebooks):
+        code = codebook[torch.cdist(rest.flatten(0, 1), codebook).argmin(1)].view_as(rest)
+        assert torch.equal(out.indices[..., i], torch.cdist(rest.flatten(0, 1), codebook).argmin(1).view(6, 5))
+        loss += 0.5 * F.mse_loss(rest, code)
+        rest, total = rest - code, total + code
+    torch.testing.assert_close(out.quantized, total)
+    torch.testing.assert_close(out.loss, loss)
+    (gradient,) = torch.autograd.grad(out.quantized.sum(), z)
+    assert torch.equal(gradient, torch.ones_like(z))
+
+
+@pytest.mark.parametrize("channel_last", [True, False])
+def test_decode_inverts_encode_and_eval_uses_all_stages(channel_last):
+    quantizer = residual(dropout=1.0, channel_last=channel_last).train()
+    z = noise(3, 8, 4, 8) if channel_last else noise(3, 8, 4, 5)
+    quantizer(z)
+    quantizer.eval()
+    out = quantizer(z)
+    assert (out.indices >= 0).all()
+    assert torch.equal(out.indices, quantizer.encode(z))
+    torch.testing.assert_close(quantizer.decode(out.indices), out.quantized)
+
+
+def test_dropout_leaves_later_stages_out_sample_by_sample():
+    torch.manual_seed(0)
+    quantizer = residual(dropout=1.0, kmeans_init=False).train()
+    out = quantizer(noise(64, 5, 8))
+    used = (out.indices >= 0).long()
+    assert (used == used[:, :1]).all()  # the same for all vectors of a sample
+    depth = used[:, 0].sum(-1)
+    assert set(depth.tolist()) == {1, 2, 3}
+    assert torch.equal(used[:, 0], (torch.arange(4) < depth[:, None]).long())
+    assert out.counts.sum(-1).tolist() == [5 * int((depth > i).sum()) for i in range(4)]
+
+
+def test_masked_vectors_influence_nothing():
+    a, b = residual().train(), residual().train()
+    x = noise(2, 10, 8)
+    mask = torch.arange(10) < torch.tensor([[10], [4]])
+    padded, bare = a(torch.where(mask[..., None], x, 1e6), mask), b(x[mask])
+    assert torch.equal(padded.indices[mask], bare.indices) and (padded.indices[~mask] == -1).all()
+    torch.testing.assert_close(padded.quantized[mask], bare.quantized)
+    assert (padded.quantized[~mask] == 0).all()
+    torch.testing.assert_close(padded.loss, bare.loss)
+    for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_shared_stages_have_one_codebook():
+    quantizer = residual(share_stages=True).train()
+    quantizer(noise(100, 8))
+    assert len(quantizer.stages) == 1 and len(quantizer.state_dict()) == len(quantizer.stages[0].state_dict())
+    indices = quantizer.encode(noise(5, 8))
+    torch.testing.assert_close(quantizer.decode(indices), quantizer.stages[0].codebook[indices].sum(-2))
+
+
+def test_low_precision_comes_back_in_its_dtype():
+    out = residual().train()(noise(40, 8).bfloat16())
+    assert out.quantized.dtype == torch.bfloat16 and out.loss.dtype == torch.float32
+
+
+def test_wrong_options_and_indices_are_refused():
+    with pytest.raises(ValueError, match="euclidean"):
+        residual(metric="cosine")
+    with pytest.raises(ValueError, match="one head"):
+        residual(heads=2)
+    with pytest.raises(ValueError, match="dropout"):
+        residual(dropout=2.0)
+    with pytest.raises(ValueError, match="1 to 4"):
+        residual().decode(torch.zeros(3, 5, dtype=torch.int64))
