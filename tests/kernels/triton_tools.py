@@ -19,9 +19,9 @@ PROT_NONE = 0
 def correct_bfloat16() -> None:
     """Make Triton's interpreter compute bf16 as GPUs do: fp32 arithmetic, rounded to nearest even on every store.
 
-    It keeps bf16 as the 16 raw bits and, left alone, adds and multiplies those as integers, truncates fp32 to bf16 and
+    On its own it keeps bf16 as the 16 raw bits, adds and multiplies those as integers, truncates fp32 to bf16 and
     turns NaN into Inf. Here every builder method and reduction sees fp32 in place of bf16 operands, and its fp32
-    result is rounded back when the result's type is bf16.
+    result is rounded back when the result's type is bf16. Comparisons give booleans, of scalars as well.
     """
     import triton.language as tl
     from triton.runtime import interpreter as interp
@@ -47,7 +47,8 @@ def correct_bfloat16() -> None:
         return method
 
     def comparison(original):
-        return lambda self, a, b: original(self, widen(a), widen(b))
+        # int1, not the operands' type: a scalar condition keeps it when it is broadcast to a block.
+        return lambda self, a, b: interp.TensorHandle(original(self, widen(a), widen(b)).data, tl.int1)
 
     def cast(original):
         def method(self, source, destination, *rest):
@@ -68,10 +69,12 @@ def correct_bfloat16() -> None:
         return method
 
     builder = interp.InterpreterBuilder
+    orders = [f"fcmp{o}{kind}" for o in "OU" for kind in ("LT", "LE", "GT", "GE", "EQ", "NE")]
+    orders += [f"icmp{o}{kind}" for o in "SU" for kind in ("LT", "LE", "GT", "GE")] + ["icmpEQ", "icmpNE"]
     for wrap, names in (
         (arithmetic, "fadd fsub fmul fdiv frem fneg fma minimumf minnumf maximumf maxnumf clampf precise_divf"),
         (arithmetic, "exp exp2 log log2 sin cos sqrt precise_sqrt rsqrt floor ceil erf"),
-        (comparison, " ".join(f"fcmp{order}{kind}" for order in "OU" for kind in ("LT", "LE", "GT", "GE", "EQ", "NE"))),
+        (comparison, " ".join(orders)),
         (cast, "si_to_fp ui_to_fp fp_to_si fp_to_ui fp_ext fp_trunc fp_to_fp"),
         (dot, "dot"),
     ):

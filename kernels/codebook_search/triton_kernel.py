@@ -1,0 +1,177 @@
+"""codebook_search on NVIDIA and AMD GPUs: the launches of triton_screen and triton_resolve."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .triton_resolve import resolve
+from .triton_screen import codebook_magnitude, pack_codebook, screen
+
+BLOCK_K = 128  # codes that one step of the screening scores
+MAX_SPLIT = 8
+PACK_ROWS = 32  # codes that one program packs
+BLOCK_SCAN = 64  # codes of a step where a row is scored against all of them
+
+
+@dataclass(frozen=True)
+class Config:
+    """One shape of the screening kernel that autotuning may pick; tests compile every one for its targets."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a family of GPUs screens. LANES follows the tensor core's accumulator: a group's scores lie in one thread."""
+
+    lanes: int
+    positive: bool  # integer maxima, see ``screen``
+    configs: tuple[Config, ...]
+    resolve_rows: int = 16  # BLOCK_R of ``resolve``
+
+
+PLANS = {
+    "sm_80": Plan(16, False, (Config(128, 4, 3), Config(64, 4, 3))),
+    "sm_90": Plan(8, False, (Config(128, 8, 3), Config(64, 4, 3))),
+    "sm_100": Plan(8, False, (Config(128, 4, 3),)),
+    "gfx942": Plan(8, True, (Config(128, 4, 2), Config(64, 4, 2)), resolve_rows=8),
+    "interpreter": Plan(8, False, (Config(256, 4, 1),), resolve_rows=64),
+}
+
+
+def plan_name() -> str:
+    """The key of ``PLANS`` for the current device; wgmma exists on 9.x alone, tcgen05 on 10.x, mma everywhere."""
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "hip":
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "sm_80")
+
+
+def screen_chunks(d: int) -> tuple[int, int]:
+    """(BLOCK_D, NUM_D) of the screening: a row stays in registers up to D = 128, else it is read in chunks."""
+    return (max(16, triton.next_power_of_2(d)), 1) if d <= 128 else (64, triton.cdiv(d, 64))
+
+
+def row_chunks(d: int) -> tuple[int, int]:
+    """(BLOCK_D, NUM_D) of the other kernels."""
+    block = min(32, max(16, triton.next_power_of_2(d)))
+    return block, triton.cdiv(d, block)
+
+
+def choose_split(row_blocks: int, num_blocks: int, multiprocessors: int) -> int:
+    """Into how many parts the codebook is cut so that every multiprocessor has four programs or more to overlap."""
+    split = 1
+    while split < MAX_SPLIT and row_blocks * split < 4 * multiprocessors and num_blocks >= 8 * split:
+        split *= 2
+    return split
+
+
+def index_bits(num_blocks: int, split: int) -> int:
+    """Low mantissa bits that hold the number of a block within its part."""
+    return max(1, (triton.cdiv(num_blocks, split) - 1).bit_length())
+
+
+@cache
+def _autotuned(plan: str) -> Any:
+    configs = [
+        triton.Config({"BLOCK_N": c.block_n}, num_warps=c.num_warps, num_stages=c.num_stages)
+        for c in PLANS[plan].configs
+    ]
+    return triton.autotune(configs=configs, key=["D", "num_blocks", "SPLIT", "EUCLIDEAN"])(screen)
+
+
+def codebook_search_triton(
+    x: Tensor,
+    codebook: Tensor,
+    metric: str,
+    return_normalized: bool,
+    return_codes: bool,
+    return_distances: bool,
+    *,
+    split: int | None = None,
+    plan: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(indices, normalized, codes, distances) as ``beitv2_fast::codebook_search``; fp32, fp16 and bf16.
+
+    ``split`` and ``plan`` are chosen from the device; tests set them. Extra memory: 2 K D bytes for the packed
+    codebook and N SPLIT (2 LANES + 1) floats, nothing of N x K.
+    """
+    (n, d), k = x.shape, codebook.shape[0]
+    euclidean = metric == "euclidean"
+    indices = x.new_empty(n, dtype=torch.int64)
+    normalized = x.new_empty((n, d) if return_normalized else 0, dtype=torch.float32)
+    codes = codebook.new_empty((n, d) if return_codes else 0)
+    distances = x.new_empty(n if return_distances else 0, dtype=torch.float32)
+    if n == 0:
+        return indices, normalized, codes, distances
+
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        plan = plan or plan_name()
+        lanes, num_blocks = PLANS[plan].lanes, triton.cdiv(k, BLOCK_K)
+        if split is None:
+            processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+            split = choose_split(triton.cdiv(n, PLANS[plan].configs[0].block_n), num_blocks, processors)
+        bits = index_bits(num_blocks, split)
+        packed, bias, bounds = _pack(codebook, lanes, num_blocks)
+        keys = x.new_empty(n, split, 2, lanes, dtype=torch.float32)
+        rest = x.new_empty(n, split, dtype=torch.float32)
+        _screen(x, packed, bias, bounds, keys, rest, num_blocks, euclidean, bits, split, plan)
+
+        block_d, num_d = row_chunks(d)
+        block_r, block_scan = PLANS[plan].resolve_rows, 512 if triton.knobs.runtime.interpret else BLOCK_SCAN
+        resolve[(triton.cdiv(n, block_r),)](
+            x, codebook, bounds, keys, rest, indices, normalized, codes, distances, n, k, d, num_blocks,
+            *x.stride(), *codebook.stride(),
+            EUCLIDEAN=euclidean, POSITIVE=PLANS[plan].positive, INDEX_BITS=bits, SPLIT=split, LANES=lanes,
+            WRITE_NORMALIZED=return_normalized, WRITE_CODES=return_codes, WRITE_DISTANCES=return_distances,
+            BLOCK_R=block_r, BLOCK_K=BLOCK_K, BLOCK_D=block_d, NUM_D=num_d, BLOCK_SCAN=block_scan, num_warps=4,
+        )  # fmt: skip
+    return indices, normalized, codes, distances
+
+
+def _pack(codebook: Tensor, lanes: int, num_blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(packed codes, biases, bounds): see ``pack_codebook``."""
+    k, d = codebook.shape
+    block_d, num_d = screen_chunks(d)
+    packed = codebook.new_empty(num_blocks * BLOCK_K, block_d * num_d, dtype=torch.float16)
+    bias = codebook.new_empty(num_blocks * BLOCK_K, dtype=torch.float32)
+    bounds = codebook.new_zeros(4, dtype=torch.float32)
+    block_r = BLOCK_K if triton.knobs.runtime.interpret else PACK_ROWS
+    grid = (num_blocks * BLOCK_K // block_r,)
+    blocks = {"BLOCK_R": block_r, "BLOCK_D": block_d, "NUM_D": num_d}
+    codebook_magnitude[grid](codebook, bounds, k, d, *codebook.stride(), **blocks)
+    pack_codebook[grid](
+        codebook, packed, bias, bounds, k, d, *codebook.stride(), LANES=lanes, BLOCK_K=BLOCK_K, **blocks
+    )
+    return packed, bias, bounds
+
+
+def _screen(
+    x: Tensor, packed: Tensor, bias: Tensor, bounds: Tensor, keys: Tensor, rest: Tensor,
+    num_blocks: int, euclidean: bool, bits: int, split: int, plan: str,
+) -> None:  # fmt: skip
+    n, d = x.shape
+    block_d, num_d = screen_chunks(d)
+    arguments = (x, packed, bias, bounds, keys, rest, n, d, num_blocks, *x.stride())
+    constants = {
+        "EUCLIDEAN": euclidean, "POSITIVE": PLANS[plan].positive, "INDEX_BITS": bits, "SPLIT": split,
+        "LANES": PLANS[plan].lanes, "BLOCK_K": BLOCK_K, "BLOCK_D": block_d, "NUM_D": num_d,
+    }  # fmt: skip
+    config = PLANS[plan].configs[0]
+    if triton.knobs.runtime.interpret or len(PLANS[plan].configs) == 1:
+        grid = (triton.cdiv(n, config.block_n), split)
+        launch = {"BLOCK_N": config.block_n, "num_warps": config.num_warps, "num_stages": config.num_stages}
+        screen[grid](*arguments, **constants, **launch)
+    else:
+        _autotuned(plan)[lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), split)](*arguments, **constants)
