@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -94,6 +95,18 @@ def _search_cpu(
     if torch.float64 in (x.dtype, codebook.dtype) or not native_ops():
         return _search._init_fn(x, codebook, metric, *wanted)
     return torch.ops.beitv2_fast_cpu.codebook_search(x, codebook, metric == "cosine", *wanted)
+
+
+@_search.register_kernel("cuda")
+def _search_cuda(
+    x: Tensor, codebook: Tensor, metric: str, return_normalized: bool, return_codes: bool, return_distances: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted = (return_normalized, return_codes, return_distances)
+    if torch.float64 in (x.dtype, codebook.dtype) or find_spec("triton") is None:
+        return _search._init_fn(x, codebook, metric, *wanted)
+    from .triton_kernel import codebook_search_triton  # only here: the package imports without triton
+
+    return codebook_search_triton(x, codebook, metric, *wanted)
 
 
 @_search.register_fake
