@@ -57,7 +57,7 @@ def search_cases(
 
     plan, size, x_type = host.PLANS[target], 4 if dtype == "fp32" else 2, TRITON_TYPE[dtype]
     num_blocks = -(-k // host.BLOCK_K)
-    split = host.choose_split(-(-n // plan.configs[0].block_n), num_blocks, processors)
+    split = host.choose_split(-(-n // plan.configs_for(d)[0].block_n), num_blocks, processors)
     bits, euclidean = host.index_bits(num_blocks, split), metric == "euclidean"
     block_d, num_d = host.screen_chunks(d)
     row_block_d, row_num_d = host.row_chunks(d)
@@ -78,7 +78,7 @@ def search_cases(
         {**rows, "LANES": plan.lanes, "BLOCK_K": host.BLOCK_K},
         **pack, units=host.PACK_ROWS * block_d, flops=5 * k * d, read=4 * k * d, written=packed_bytes + 4 * k,
     )  # fmt: skip
-    for config in plan.configs:
+    for config in plan.configs_for(d):
         programs = -(-n // config.block_n) * split
         yield Case(
             "codebook_search", f"screen {config.block_n}x{host.BLOCK_K}", triton_screen.screen,

@@ -36,11 +36,15 @@ class Plan:
     lanes: int
     positive: bool  # integer maxima, see ``screen``
     configs: tuple[Config, ...]
+    wide: tuple[Config, ...] = ()  # in place of ``configs`` where D > 64, if given
     resolve_rows: int = 16  # BLOCK_R of ``resolve``
+
+    def configs_for(self, d: int) -> tuple[Config, ...]:
+        return self.wide if self.wide and d > 64 else self.configs
 
 
 PLANS = {
-    "sm_80": Plan(16, False, (Config(128, 4, 3), Config(64, 4, 3))),
+    "sm_80": Plan(16, False, (Config(128, 4, 3), Config(64, 4, 3)), wide=(Config(128, 8, 3), Config(64, 4, 3))),
     "sm_90": Plan(8, False, (Config(128, 8, 3), Config(64, 4, 3))),
     "sm_100": Plan(8, False, (Config(128, 4, 3),)),
     "gfx942": Plan(8, True, (Config(128, 4, 2), Config(64, 4, 2)), resolve_rows=8),
@@ -83,12 +87,9 @@ def index_bits(num_blocks: int, split: int) -> int:
 
 
 @cache
-def _autotuned(plan: str) -> Any:
-    configs = [
-        triton.Config({"BLOCK_N": c.block_n}, num_warps=c.num_warps, num_stages=c.num_stages)
-        for c in PLANS[plan].configs
-    ]
-    return triton.autotune(configs=configs, key=["D", "num_blocks", "SPLIT", "EUCLIDEAN"])(screen)
+def _autotuned(configs: tuple[Config, ...]) -> Any:
+    choices = [triton.Config({"BLOCK_N": c.block_n}, num_warps=c.num_warps, num_stages=c.num_stages) for c in configs]
+    return triton.autotune(configs=choices, key=["D", "num_blocks", "SPLIT", "EUCLIDEAN"])(screen)
 
 
 def codebook_search_triton(
@@ -121,7 +122,7 @@ def codebook_search_triton(
         lanes, num_blocks = PLANS[plan].lanes, triton.cdiv(k, BLOCK_K)
         if split is None:
             processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-            split = choose_split(triton.cdiv(n, PLANS[plan].configs[0].block_n), num_blocks, processors)
+            split = choose_split(triton.cdiv(n, PLANS[plan].configs_for(d)[0].block_n), num_blocks, processors)
         bits = index_bits(num_blocks, split)
         packed, bias, bounds = _pack(codebook, lanes, num_blocks)
         keys = x.new_empty(n, split, 2, lanes, dtype=torch.float32)
@@ -168,10 +169,11 @@ def _screen(
         "EUCLIDEAN": euclidean, "POSITIVE": PLANS[plan].positive, "INDEX_BITS": bits, "SPLIT": split,
         "LANES": PLANS[plan].lanes, "BLOCK_K": BLOCK_K, "BLOCK_D": block_d, "NUM_D": num_d,
     }  # fmt: skip
-    config = PLANS[plan].configs[0]
-    if triton.knobs.runtime.interpret or len(PLANS[plan].configs) == 1:
+    configs = PLANS[plan].configs_for(d)
+    if triton.knobs.runtime.interpret or len(configs) == 1:
+        config = configs[0]
         grid = (triton.cdiv(n, config.block_n), split)
         launch = {"BLOCK_N": config.block_n, "num_warps": config.num_warps, "num_stages": config.num_stages}
         screen[grid](*arguments, **constants, **launch)
     else:
-        _autotuned(plan)[lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), split)](*arguments, **constants)
+        _autotuned(configs)[lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), split)](*arguments, **constants)
