@@ -98,7 +98,7 @@ def codebook_update(
     if distributed:
         statistics, fresh = _sum_over_ranks(statistics, fresh, process_group)
     state = (codebook, cluster_size, embed_avg, idle, fresh)
-    return apply_statistics(statistics, *state, decay, metric, eps, dead_after, dead_below)
+    return apply_statistics(statistics, *state, decay, metric, eps, int(dead_after), dead_below)
 
 
 def _sum_over_ranks(

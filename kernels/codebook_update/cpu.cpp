@@ -93,7 +93,8 @@ struct Update {
   double total;
   int64_t seen;
   bool cosine;
-  double dead_after, dead_below;
+  int64_t dead_after;
+  float dead_below;
 
   void move_sphere(const UpdateRows& rows, int64_t j, float* mean) const {
     const int64_t* row = statistics + j * width;
@@ -118,14 +119,14 @@ struct Update {
   }
 
   void restart(const UpdateRows& rows, int64_t j, float* start) const {
-    const bool dead = cluster_size[j] < dead_below || (idle && dead_after > 0 && static_cast<double>(idle[j]) > dead_after);
+    const bool dead = cluster_size[j] < dead_below || (idle && dead_after > 0 && idle[j] > dead_after);
     if (!dead) return;
     std::copy_n(fresh + j * dim, dim, start);
     if (cosine) rows.l2(start, dim, start);
     if (!std::all_of(start, start + dim, [](float value) { return std::isfinite(value); })) return;
     if (cosine && std::all_of(start, start + dim, [](float value) { return value == 0; })) return;
     // As popular as the average code: neither dead again at once, nor a weight that outlives its start.
-    const float size = static_cast<float>(std::max(total / static_cast<double>(num_codes), dead_below));
+    const float size = static_cast<float>(std::max<double>(total / static_cast<double>(num_codes), dead_below));
     std::copy_n(start, dim, codebook + j * dim);
     cluster_size[j] = size;
     if (embed_avg) rows.scale(start, dim, size, embed_avg + j * dim);
@@ -149,7 +150,7 @@ void move_sizes(Update& update, int64_t* bins) {
 
 at::Tensor apply(const at::Tensor& statistics, const at::Tensor& codebook, const at::Tensor& cluster_size,
                  const MaybeTensor& embed_avg, const MaybeTensor& idle, const MaybeTensor& fresh, double decay,
-                 bool cosine, double eps, double dead_after, double dead_below) {
+                 bool cosine, double eps, int64_t dead_after, double dead_below) {
   Update update = {};
   update.statistics = statistics.const_data_ptr<int64_t>();
   update.num_codes = codebook.size(0), update.dim = codebook.size(1), update.width = statistics.size(1);
@@ -160,7 +161,7 @@ at::Tensor apply(const at::Tensor& statistics, const at::Tensor& codebook, const
   update.fresh = fresh ? fresh->const_data_ptr<float>() : nullptr;
   update.decay = static_cast<float>(decay), update.rest = static_cast<float>(1 - decay);
   update.eps = static_cast<float>(eps), update.cosine = cosine;
-  update.dead_after = dead_after, update.dead_below = dead_below;
+  update.dead_after = dead_after, update.dead_below = static_cast<float>(dead_below);
   at::Tensor bins = at::empty({update.num_codes}, statistics.options());
   move_sizes(update, bins.mutable_data_ptr<int64_t>());
   const UpdateRows& rows = update_rows();
@@ -180,7 +181,7 @@ TORCH_LIBRARY_FRAGMENT(beitv2_fast_cpu, m) {
   m.def("codebook_statistics(Tensor x, Tensor indices, int num_codes, bool cosine) -> Tensor");
   m.def(
       "apply_codebook_statistics(Tensor statistics, Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!)? embed_avg, "
-      "Tensor(d!)? idle, Tensor? fresh, float decay, bool cosine, float eps, float dead_after, float dead_below) "
+      "Tensor(d!)? idle, Tensor? fresh, float decay, bool cosine, float eps, int dead_after, float dead_below) "
       "-> Tensor");
 }
 

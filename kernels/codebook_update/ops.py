@@ -28,6 +28,13 @@ def _(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:
     return torch.ops.beitv2_fast_cpu.codebook_statistics(x, indices, num_codes, metric == "cosine")
 
 
+@codebook_statistics.register_kernel("cuda")
+def _(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:
+    from .triton_kernel import codebook_statistics_triton
+
+    return codebook_statistics_triton(x, indices, num_codes, metric)
+
+
 def _check_range(indices: Tensor, num_codes: int) -> None:
     if len(indices) and (indices.min() < -1 or indices.max() >= num_codes):
         raise IndexError(
@@ -49,7 +56,7 @@ def apply_statistics(
     decay: float,
     metric: str,
     eps: float,
-    dead_after: float,
+    dead_after: int,
     dead_below: float,
 ) -> Tensor:
     state = (codebook, cluster_size, embed_avg, idle, fresh)
@@ -70,3 +77,13 @@ def _(statistics, codebook, cluster_size, embed_avg, idle, fresh, decay, metric,
     return torch.ops.beitv2_fast_cpu.apply_codebook_statistics(
         statistics, *state, decay, cosine, eps, dead_after, dead_below
     )
+
+
+@apply_statistics.register_kernel("cuda")
+def _(statistics, codebook, cluster_size, embed_avg, idle, fresh, decay, metric, eps, dead_after, dead_below):
+    state = (codebook, cluster_size, embed_avg, idle, fresh)
+    if not all(tensor is None or tensor.is_contiguous() for tensor in state):
+        return apply_statistics_reference(statistics, *state, decay, metric, eps, dead_after, dead_below)
+    from .triton_apply import apply_statistics_triton
+
+    return apply_statistics_triton(statistics, *state, decay, metric, eps, dead_after, dead_below)

@@ -81,7 +81,7 @@ def apply_statistics_reference(
     decay: float,
     metric: str,
     eps: float,
-    dead_after: float,
+    dead_after: int,
     dead_below: float,
 ) -> Tensor:
     """The second pass, in place on all state given: fp32 codebook and embed_avg [K, D], cluster_size [K]; int64 idle
@@ -101,6 +101,7 @@ def apply_statistics_reference(
     if idle is not None:
         idle.add_(bins.sum()).masked_fill_(bins > 0, 0)
     if fresh is not None:
+        dead_below = fp32(dead_below)
         dead = cluster_size < dead_below
         if idle is not None and dead_after > 0:
             dead = dead | (idle > dead_after)

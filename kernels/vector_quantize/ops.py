@@ -71,6 +71,16 @@ def _(x, quantized, grad_quantized, grad_loss, commitment_weight, metric):
     return torch.ops.beitv2_fast_cpu.vector_quantize_backward(x, quantized, grad_quantized, weight, metric == "cosine")
 
 
+@quantize_backward.register_kernel("cuda")
+def _(x, quantized, grad_quantized, grad_loss, commitment_weight, metric):
+    arguments = (x, quantized, grad_quantized, grad_loss, commitment_weight, metric)
+    if x.dtype == torch.float64:
+        return backward_reference(*arguments)
+    from .triton_kernel import vector_quantize_backward_triton
+
+    return vector_quantize_backward_triton(*arguments)
+
+
 def _setup_context(ctx, inputs, output):
     x, codebook, ctx.metric, ctx.commitment_weight, ctx.codebook_weight, _ = inputs
     quantized, indices, _, compared = output

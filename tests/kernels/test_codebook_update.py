@@ -241,7 +241,7 @@ def test_opcheck():
         state = make_state(6, 5, average=metric == "euclidean")
         statistics = codebook_statistics(x, indices, 6, metric)
         tensors = (statistics, state.codebook, state.cluster_size, state.embed_avg, state.idle, None)
-        torch.library.opcheck(apply_statistics, (*tensors, 0.9, metric, 1e-5, 0.0, 0.0))
+        torch.library.opcheck(apply_statistics, (*tensors, 0.9, metric, 1e-5, 0, 0.0))
 
 
 def test_it_compiles_to_one_graph_with_the_same_bits():

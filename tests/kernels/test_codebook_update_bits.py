@@ -91,7 +91,7 @@ def test_native_second_pass_has_the_bits_of_the_reference(num_codes, dim, metric
         fresh = torch.randn(num_codes, dim, generator=torch.Generator().manual_seed(seed))
         fresh[::7], fresh[3::9] = 0, torch.nan
     statistics = codebook_statistics_reference(x, indices, num_codes, metric)
-    other, options = state.clone(), (0.97, metric, 1e-5, 60.0, 0.4)
+    other, options = state.clone(), (0.97, metric, 1e-5, 60, 0.4)
     bins = apply_statistics(
         statistics, state.codebook, state.cluster_size, state.embed_avg, state.idle, fresh, *options
     )
@@ -161,7 +161,7 @@ def test_two_ranks_hold_the_bits_of_one_process_and_restart_codes_alike(tmp_path
         )
         for rank in range(2)
     ]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    assert [process.wait(timeout=600) for process in running] == [0, 0]
     for metric in METRICS:
         x, indices = make_batch(500, 40, 9)
         state = make_state(40, 9, average=metric == "euclidean")

@@ -1,0 +1,100 @@
+"""The kernels of codebook_update and vector_quantize, compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.aot import TARGETS, Binary, compile_kernel
+
+pytest.importorskip("triton")
+
+DIMS = [32, 256]
+FLAGS = {"COSINE": True, "AVERAGE": False, "IDLE": True, "RESTART": False}
+
+
+def compile_statistics(target: str, dim: int, dtype: str = "fp32", cosine: bool = True) -> Binary:
+    from beitv2_fast.kernels.codebook_update.triton_kernel import statistics_kernel, tile
+
+    block_n, block_d = tile(dim)
+    signature = {"x": f"*{dtype}", "indices": "*i64", "out": "*i64", "N": "i32", "K": "i32", "stride_n": "i32"}
+    blocks = {"D": dim, "COSINE": cosine, "BLOCK_N": block_n, "BLOCK_D": block_d}
+    return compile_kernel(
+        statistics_kernel, signature, {"stride_d": 1, "stride_i": 1, **blocks}, target, aligned=["stride_n"]
+    )
+
+
+def compile_codes(target: str, dim: int, **flags: bool) -> Binary:
+    from beitv2_fast.kernels.codebook_update.triton_apply import TILE, codes_kernel
+    from beitv2_fast.kernels.codebook_update.triton_kernel import tile
+
+    flags = {**FLAGS, **flags}
+    block_k, block_d = tile(dim, TILE)
+    optional = {"embed_avg": "AVERAGE", "idle": "IDLE", "fresh": "RESTART"}
+    types = {"embed_avg": "*fp32", "idle": "*i64", "fresh": "*fp32"}
+    signature = {"statistics": "*i64", "totals": "*i64", "codebook": "*fp32", "cluster_size": "*fp32", "K": "i32"}
+    signature |= {name: "fp32" for name in ("decay", "rest", "eps", "dead_below")} | {"dead_after": "i64"}
+    signature |= {name: types[name] for name, flag in optional.items() if flags[flag]}
+    absent = {name: None for name, flag in optional.items() if not flags[flag]}
+    blocks = {"D": dim, "BLOCK_K": block_k, "BLOCK_D": block_d}
+    warps = 2 if target == "gfx942" else 4
+    return compile_kernel(codes_kernel, signature, {**absent, **blocks, **flags}, target, num_warps=warps)
+
+
+def compile_backward(target: str, dim: int, dtype: str = "fp32") -> Binary:
+    from beitv2_fast.kernels.vector_quantize.triton_kernel import backward_kernel, tile
+
+    block_n, block_d = tile(dim)
+    signature = {"x": f"*{dtype}", "quantized": "*fp32", "grad": "*fp32", "grad_loss": "*fp32", "out": f"*{dtype}"}
+    signature |= {"N": "i32", "weight": "fp32", "stride_xn": "i32", "stride_gn": "i32"}
+    flags = {"COSINE": True, "HAS_GRAD": True, "HAS_LOSS": True, "stride_xd": 1, "stride_gd": 1}
+    blocks = {"D": dim, "BLOCK_N": block_n, "BLOCK_D": block_d}
+    return compile_kernel(backward_kernel, signature, {**flags, **blocks}, target, aligned=["stride_xn", "stride_gn"])
+
+
+def check(binary: Binary, wide_loads: int = 0) -> None:
+    assert binary.fits, binary.summary()
+    assert binary.wide_loads >= wide_loads, binary.summary()
+    assert binary.occupancy >= 0.25, binary.summary()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dim", DIMS)
+def test_statistics_fit_and_load_16_bytes(target, dim):
+    check(compile_statistics(target, dim), wide_loads=1)
+    # 1024 elements are 4 for each of 256 lanes of gfx942: 8 bytes in bf16.
+    check(compile_statistics(target, dim, "bf16"), wide_loads=0 if target == "gfx942" else 1)
+    check(compile_statistics(target, dim, cosine=False), wide_loads=1)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_statistics_add_integers_without_waiting_for_the_sum(target):
+    opcodes = [i.opcode for i in compile_statistics(target, 32).instructions]
+    if target == "gfx942":
+        assert any(op.startswith(("global_atomic_add_x2", "buffer_atomic_add_x2")) for op in opcodes)
+    else:
+        assert any(op.startswith("RED") and "64" in op for op in opcodes), [
+            o for o in opcodes if "RED" in o or "ATOM" in o
+        ]
+        assert not any(op.startswith("ATOMG") for op in opcodes)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("flags", [{}, {"AVERAGE": True, "RESTART": True}, {"AVERAGE": True, "COSINE": False}])
+def test_the_second_pass_fits(target, dim, flags):
+    check(compile_codes(target, dim, **flags), wide_loads=1)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dim", DIMS)
+def test_the_gradient_fits_and_loads_16_bytes(target, dim):
+    check(compile_backward(target, dim), wide_loads=3)
+    check(compile_backward(target, dim, "bf16"), wide_loads=2)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_division_and_root_are_correctly_rounded(target):
+    """MUFU.RCP64H and MUFU.RSQ64H are followed by Newton steps in fp64, none of which exists in fp32."""
+    opcodes = [i.opcode for i in compile_statistics(target, 32).instructions]
+    assert any(op.startswith("MUFU.RSQ64H") for op in opcodes) and any(op.startswith("MUFU.RCP64H") for op in opcodes)
+    assert not any(op.startswith(("MUFU.RCP", "MUFU.RSQ", "MUFU.SQRT")) and "64H" not in op for op in opcodes)
