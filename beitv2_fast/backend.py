@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .checkpoint import load_model, read_weights, save_weights
 from .config import TrainConfig
-from .distributed import World
+from .distributed import World, autocast_dtype
 from .errors import CheckpointError, UserError, require
 
 
@@ -55,9 +55,11 @@ class DeepSpeedBackend:
 
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: TrainConfig, world: World):
         deepspeed = require("deepspeed", "deepspeed", "Training with DeepSpeed")
+        # Its shared-memory all-reduce for CPUs would be compiled now, for half a minute; gloo does as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.model = model
         self.wrapped, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=adamw(groups, config), config=deepspeed_settings(config)
+            model=model, optimizer=adamw(groups, config), config=deepspeed_settings(config, world.device)
         )
 
     def step(self, loss: Tensor, lr: float) -> Tensor:
@@ -88,21 +90,39 @@ class DeepSpeedBackend:
                 buffer.copy_(stored[name])
 
 
-def deepspeed_settings(config: TrainConfig) -> dict[str, Any]:
-    """The user's JSON, completed by what the training's own options say."""
-    settings: dict[str, Any] = {}
-    if config.deepspeed_config is not None:
+def deepspeed_settings(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """The user's JSON, completed by what the training's own options say.
+
+    Mixed precision is --precision's: DeepSpeed's ``torch_autocast`` follows it (the engine would otherwise switch the
+    autocast of the training loop off), and its ``bf16`` and ``fp16`` sections, which convert the weights, are refused.
+    """
+    file, settings = config.deepspeed_config, {}
+    if file is not None:
         try:
-            settings = json.loads(config.deepspeed_config.read_text())
+            settings = json.loads(file.read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"--deepspeed-config {config.deepspeed_config} cannot be read: {error}") from error
-    owned = {"train_micro_batch_size_per_gpu": config.batch_size, "gradient_clipping": config.clip_grad}
+            raise UserError(f"--deepspeed-config {file} cannot be read: {error}. It must be a JSON file.") from error
+        if not isinstance(settings, dict):
+            raise UserError(f"--deepspeed-config {file} must hold a JSON object; it holds a {type(settings).__name__}.")
+    for section in ("bf16", "fp16"):
+        if settings.get(section, {}).get("enabled"):
+            raise UserError(f"{file} enables {section}. Leave it out: the precision follows from --precision.")
+    if "optimizer" in settings or "scheduler" in settings:
+        raise UserError(f"{file} sets an optimizer or scheduler. Leave both out: they follow from --lr, --betas, ...")
+    owned: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.clip_grad,
+    }
     for name, value in owned.items():
         if settings.get(name, value) != value:
             raise UserError(
-                f"{config.deepspeed_config} says {name} = {settings[name]}, the options say {value}. "
-                "Leave it out of the JSON: it follows from --batch-size and --clip-grad."
+                f"{file} says {name} = {settings[name]}, the options say {value}. "
+                "Leave it out of the JSON: it follows from the options (--batch-size, --clip-grad)."
             )
+    dtype = autocast_dtype(config.precision, device)
+    autocast = {"enabled": dtype is not None, "dtype": str(dtype or torch.bfloat16).removeprefix("torch.")}
+    owned["torch_autocast"] = {**settings.get("torch_autocast", {}), **autocast}
     return {"zero_optimization": {"stage": 0}, "steps_per_print": 10**9, **settings, **owned}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from .checkpoint import latest_weights, load_model, read_weights
 from .config import PretrainConfig, TokenizerConfig, TrainConfig
 from .errors import UserError
-from .run import read_config
+from .run import read_config, stored_config
 from .student import Student, StudentConfig
 from .tokenizer import Tokenizer, TokenizerModelConfig
 from .vit import ViTConfig
@@ -60,7 +59,7 @@ def build_student(config: PretrainConfig, num_codes: int) -> Student:
 
 def load_run_model(run: Path) -> tuple[nn.Module, TokenizerConfig | PretrainConfig]:
     """The model of a tokenizer's or a pre-training's run folder, from its newest checkpoint, in eval mode."""
-    kind = TokenizerConfig if "num_codes" in _stored(run) else PretrainConfig
+    kind = TokenizerConfig if "num_codes" in stored_config(run) else PretrainConfig
     config = read_config(kind, run)
     path = latest_weights(run)
     state = read_weights(path)
@@ -70,10 +69,3 @@ def load_run_model(run: Path) -> tuple[nn.Module, TokenizerConfig | PretrainConf
         model = build_student(config, state["lm_head.weight"].shape[0])
     load_model(model, state, str(path))
     return model.eval(), config
-
-
-def _stored(run: Path) -> dict[str, Any]:
-    file = run / "config.json"
-    if not file.is_file():
-        raise UserError(f"{run} is no run folder: it has no config.json. Train that stage first, or name its folder.")
-    return json.loads(file.read_text())

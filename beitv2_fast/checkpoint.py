@@ -21,8 +21,12 @@ from .errors import CheckpointError, UserError, require
 
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
     """Parameters and persistent buffers as safetensors."""
-    safetensors = require("safetensors.torch", "train", "Saving a checkpoint")
-    safetensors.save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, path)
+    safetensors = require("safetensors", "train", "Saving a checkpoint")
+    save_file = require("safetensors.torch", "train", "Saving a checkpoint").save_file
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, path)
+    except safetensors.SafetensorError as error:  # its only word for a full disk
+        raise OSError(str(error)) from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -89,11 +93,17 @@ class Checkpoints:
             _flush(path)
         final = self.finished(step)
         if final.exists():
-            shutil.rmtree(final)
+            self._remove(final)
         temporary.rename(final)
         _flush(self.folder)
         for old in self.all()[: -self.keep]:
-            shutil.rmtree(old)
+            self._remove(old)
+
+    def _remove(self, checkpoint: Path) -> None:
+        """First the name goes: a kill in between leaves no half of a checkpoint under a complete one's name."""
+        nameless = self.folder / f".writing_{checkpoint.name}"
+        checkpoint.rename(nameless)
+        shutil.rmtree(nameless)
 
     def latest(self, load: Callable[[Path], None], warn: Callable[[str], None]) -> int:
         """Load the newest checkpoint that can be read; returns its step, 0 if there is none.

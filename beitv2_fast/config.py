@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import operator
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,24 +18,33 @@ from .errors import UserError
 C = TypeVar("C", bound="RunConfig")
 
 
-def option(default: Any, help: str, *, free: bool = False, choices: Sequence[str] | None = None) -> Any:
-    """A config value with its help text. ``free``: it does not change the result and may differ when a run resumes."""
-    return field(default=default, metadata={"help": help, "free": free, "choices": choices})
+OUT = "run folder for config, log, metrics and checkpoints; the same command run again resumes it"
+LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+
+
+def option(
+    default: Any, help: str, *, free: bool = False, choices: Sequence[str] | None = None, **limits: float
+) -> Any:
+    """A config value with its help text.
+
+    ``free``: it does not change the result and may differ when a run resumes. ``limits``: some of ``LIMITS``.
+    """
+    return field(default=default, metadata={"help": help, "free": free, "choices": choices, "limits": limits})
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """What every command with a run folder has."""
 
-    out: Path = option(Path("runs/run"), "run folder: config, log, metrics, checkpoints; run again to resume")
-    seed: int = option(0, "everything random follows from it")
-    device: str = option("auto", "auto (CUDA or ROCm if there, else cpu), cpu, cuda", free=True)
-    precision: str = option(
-        "auto",
-        "auto: bf16 autocast on GPUs and on CPUs with AMX, else fp32",
-        choices=("auto", "fp32", "bf16"),
+    out: Path = option(Path("runs/run"), OUT)
+    seed: int = option(0, "everything random follows from it: the same seed gives the same run", at_least=0)
+    device: str = option(
+        "auto", "what computes; auto: a CUDA or ROCm GPU if there is one, else the CPU", free=True,
+        choices=("auto", "cpu", "cuda"),
+    )  # fmt: skip
+    workers: int = option(
+        2, "data-loading processes of each rank; 0: the training process loads", free=True, at_least=0
     )
-    workers: int = option(2, "data-loading processes of each rank; 0 loads in the training process", free=True)
 
 
 @dataclass(frozen=True)
@@ -41,26 +52,48 @@ class TrainConfig(RunConfig):
     """What every training has: data, ViT, optimiser, schedule, checkpoints."""
 
     data: Path = option(Path("data"), "folder of images; FOLDER/train is used if it exists, class folders are optional")
-    image_size: int = option(224, "side of the square images that the model reads, in pixels")
-    patch_size: int = option(16, "side of a patch, in pixels")
-    dim: int = option(768, "width of the transformer")
-    depth: int = option(12, "its blocks")
-    heads: int = option(12, "its attention heads")
-    drop_path: float = option(0.0, "stochastic depth: rate of the last block, linear from 0 at the first")
-    epochs: int = option(100, "passes over the data")
-    batch_size: int = option(64, "images a step on each rank")
-    lr: float = option(1e-3, "peak learning rate for lr_batch images a step; scaled linearly to the real batch")
-    lr_batch: int = option(2048, "batch that lr is meant for")
-    min_lr: float = option(1e-5, "learning rate at the end of the cosine")
-    warmup_epochs: float = option(10, "epochs of linear warm-up from 0")
-    weight_decay: float = option(0.05, "of AdamW; biases, norms, layer scales, tokens and positions are spared")
-    betas: tuple[float, float] = option((0.9, 0.999), "of AdamW")
-    clip_grad: float = option(3.0, "largest norm of the gradient; 0 switches clipping off")
-    log_every: int = option(20, "steps between lines of the log; also the window of the usage statistics")
-    save_every: int = option(200, "steps between checkpoints", free=True)
-    keep_checkpoints: int = option(2, "how many checkpoints stay", free=True)
+    in_memory: bool = option(
+        False, "decode all images once and keep them in memory, which the workers share", free=True
+    )
+    precision: str = option(
+        "auto",
+        "arithmetic of the networks; bf16: autocast, fp32 weights; auto: bf16 on GPUs and CPUs with AMX, else fp32",
+        choices=("auto", "fp32", "bf16"),
+    )
+    image_size: int = option(224, "side of the square images that the model reads, in pixels", at_least=1)
+    patch_size: int = option(16, "side of a patch, in pixels; image_size must be a multiple of it", at_least=1)
+    dim: int = option(768, "width of the vision transformer; a multiple of heads", at_least=1)
+    depth: int = option(12, "number of transformer blocks", at_least=1)
+    heads: int = option(12, "attention heads of each block", at_least=1)
+    drop_path: float = option(
+        0.0, "stochastic depth: how often the last block is skipped, falling linearly to 0 at the first", at_least=0,
+        below=1,
+    )  # fmt: skip
+    epochs: int = option(100, "passes over the images", at_least=1)
+    batch_size: int = option(64, "images a step on each rank (process)", at_least=1)
+    lr: float = option(
+        1e-3, "peak learning rate if a step has lr_batch images; scaled in proportion to the images it really has",
+        above=0,
+    )  # fmt: skip
+    lr_batch: int = option(2048, "the batch of all ranks that lr is meant for", at_least=1)
+    min_lr: float = option(1e-5, "learning rate at the end of the cosine", at_least=0)
+    warmup_epochs: float = option(10, "epochs in which the learning rate rises linearly from 0", at_least=0)
+    weight_decay: float = option(
+        0.05, "AdamW's weight decay; biases, norms, layer scales, tokens and position embeddings are spared", at_least=0
+    )
+    betas: tuple[float, float] = option((0.9, 0.999), "AdamW's betas", at_least=0, below=1)
+    clip_grad: float = option(3.0, "gradients longer than this are scaled down to it; 0: never", at_least=0)
+    log_every: int = option(
+        20, "steps between lines of the log, which are means over these steps; codebook usage counts over them too",
+        at_least=1,
+    )  # fmt: skip
+    save_every: int = option(200, "steps between checkpoints", free=True, at_least=1)
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", free=True, at_least=1)
     deepspeed_config: Path | None = option(
-        None, "DeepSpeed JSON (ZeRO stage, offload, ...); given or started by `deepspeed`: DeepSpeed trains", free=True
+        None,
+        "DeepSpeed JSON file (ZeRO stage, offload; see train/configs); with it, or started by `deepspeed`, DeepSpeed "
+        "trains",
+        free=True,
     )
 
 
@@ -68,56 +101,74 @@ class TrainConfig(RunConfig):
 class TokenizerConfig(TrainConfig):
     """VQ-KD tokenizer training (arXiv 2208.06366 section 2.2)."""
 
-    out: Path = option(Path("runs/tokenizer"), "run folder: config, log, metrics, checkpoints; run again to resume")
-    teacher: str = option("clip", "whose features are to be predicted", choices=("clip", "dino", "efficientnet_lite0"))
-    teacher_weights: str | None = option(None, "file with the teacher's weights; default: its package's own source")
-    teacher_image_size: int | None = option(
-        None, "side of the crop that the teacher reads, in pixels; default: image_size", free=False
+    out: Path = option(Path("runs/tokenizer"), OUT)
+    teacher: str = option(
+        "clip", "frozen network whose features the tokenizer learns to predict",
+        choices=("clip", "dino", "efficientnet_lite0"),
+    )  # fmt: skip
+    teacher_weights: str | None = option(
+        None, "file with the teacher's weights; none: the source of the package that brings the teacher"
     )
-    num_codes: int = option(8192, "size of the codebook")
-    code_dim: int = option(32, "width of a code")
-    decoder_depth: int = option(3, "blocks of the decoder")
-    decay: float = option(0.99, "of the codebook's EMA")
-    commitment_weight: float = option(1.0, "beta, the weight of the commitment loss")
+    teacher_image_size: int | None = option(
+        None, "side of the crop that the teacher reads, in pixels; none: image_size", at_least=1
+    )
+    num_codes: int = option(8192, "size of the codebook, the number of visual tokens", at_least=1)
+    code_dim: int = option(32, "width of a code", at_least=1)
+    decoder_depth: int = option(3, "transformer blocks of the decoder", at_least=1)
+    decay: float = option(0.99, "how much of a code stays in each step of its moving average", at_least=0, at_most=1)
+    commitment_weight: float = option(1.0, "weight of the commitment loss (the paper's beta)", at_least=0)
     kmeans_init: bool = option(True, "initialise the codebook by k-means on the first batch")
     dead_after: float = option(
-        200.0, "a code idle for this many times its fair share of vectors restarts; 0: never, as the reference"
+        200.0, "a code idle for this many times its fair share of vectors restarts; 0: never, as the reference",
+        at_least=0,
+    )  # fmt: skip
+    crop_scale: tuple[float, float] = option(
+        (0.08, 1.0), "least and largest area of the random crop, as a share of the image", above=0, at_most=1
     )
-    crop_scale: tuple[float, float] = option((0.08, 1.0), "area of the random crop, as a share of the image")
 
 
 @dataclass(frozen=True)
 class PretrainConfig(TrainConfig):
     """Masked image modelling with patch aggregation (arXiv 2208.06366 sections 2.3 and 2.4)."""
 
-    out: Path = option(Path("runs/pretrain"), "run folder: config, log, metrics, checkpoints; run again to resume")
-    tokenizer: Path = option(Path("runs/tokenizer"), "run folder of the tokenizer")
-    layer_scale: float = option(0.1, "initial layer scale; 0: none")
-    early_layer: int = option(9, "l: the aggregation branch reads the patches of this layer")
-    aggregation_depth: int = option(2, "blocks of the aggregation branch; 0: none (BEiT v1's objective)")
+    out: Path = option(Path("runs/pretrain"), OUT)
+    tokenizer: Path = option(Path("runs/tokenizer"), "run folder of the trained tokenizer")
+    layer_scale: float = option(0.1, "initial scale of every residual branch; 0: no layer scale", at_least=0)
+    early_layer: int = option(
+        9, "the aggregation branch reads the patches after this block (the paper's l)", at_least=1
+    )
+    aggregation_depth: int = option(
+        2, "transformer blocks of the aggregation branch; 0: no such branch (BEiT v1's objective)", at_least=0
+    )
     shared_head: bool = option(True, "both branches share the final norm and the head")
-    num_masked: int = option(75, "masked patches of each image")
-    min_mask_patches: int = option(16, "smallest block of the block mask")
-    mask: str = option("block", "shape of the mask", choices=("block", "random"))
-    crop_scale: tuple[float, float] = option((0.2, 1.0), "area of the random crop, as a share of the image")
-    color_jitter: float = option(0.4, "brightness, contrast and saturation jitter of the student's view")
+    num_masked: int = option(75, "masked patches of each image", at_least=1)
+    min_mask_patches: int = option(16, "patches of the smallest block of the block mask", at_least=1)
+    mask: str = option("block", "shape of the mask; random: single patches, an ablation", choices=("block", "random"))
+    crop_scale: tuple[float, float] = option(
+        (0.2, 1.0), "least and largest area of the random crop, as a share of the image", above=0, at_most=1
+    )
+    color_jitter: float = option(
+        0.4, "brightness, contrast and saturation of the student's view change by up to this share", at_least=0
+    )
 
 
 @dataclass(frozen=True)
 class ProbeConfig(RunConfig):
     """Linear probe of a frozen backbone."""
 
-    out: Path = option(Path("runs/probe"), "run folder: results.json and log")
-    data: Path = option(Path("data"), "FOLDER/train/CLASS and FOLDER/test/CLASS (or val) with images")
+    out: Path = option(Path("runs/probe"), "run folder for results.json and the log")
+    data: Path = option(Path("data"), "folder of FOLDER/train/CLASS and FOLDER/test/CLASS (or val) with images")
     run: Path = option(Path("runs/pretrain"), "run folder of the pre-training whose backbone is probed")
-    tokenizer: Path | None = option(None, "run folder of a tokenizer: also probe its teacher's features")
+    tokenizer: Path | None = option(
+        None, "run folder of a tokenizer, to probe its teacher's features too; none: do not"
+    )
     features: str = option(
         "auto",
-        "cls: the aggregation branch's CLS token; mean: mean patch token; auto: both",
+        "cls: the aggregation branch's CLS token; mean: the mean of the last layer's patches; auto: both",
         choices=("auto", "cls", "mean"),
     )
-    seeds: int = option(3, "repetitions: each splits train into fit and validation anew")
-    batch_size: int = option(64, "images a forward", free=True)
+    seeds: int = option(3, "repetitions; each splits train into fit and validation anew", at_least=1)
+    batch_size: int = option(64, "images a forward pass", free=True, at_least=1)
 
 
 @dataclass(frozen=True)
@@ -165,16 +216,16 @@ def parse(cls: type[C], presets: Mapping[str, C], argv: Sequence[str] | None = N
     Returns:
         (config, local_rank); local_rank is what the `deepspeed` launcher passes, None without it.
     """
-    description = f"{(cls.__doc__ or '').strip()} Options not given come from the preset."
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    names = ", ".join(presets)
-    parser.add_argument("--preset", choices=list(presets), help=f"start from these values: {names}", default="base")
+    name = _preset(presets, argv)
+    title = (cls.__doc__ or "").strip()
+    parser = argparse.ArgumentParser(description=f"{title} Values in brackets: those of the preset {name}.")
+    shown = "the values of options that are not given; before --help, the values it shows"
+    parser.add_argument("--preset", choices=list(presets), default="base", help=f"{shown} [{name}]")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS, default=None)
     types_ = typing.get_type_hints(cls)
-    base = presets["base"]
     for f in dataclasses.fields(cls):
         kind, flag = types_[f.name], "--" + f.name.replace("_", "-")
-        shown = f"{f.metadata['help']} (base: {_show(getattr(base, f.name))})"
+        shown = f"{f.metadata['help']} [{_show(getattr(presets[name], f.name))}]"
         common: dict[str, Any] = {"help": shown.replace("%", "%%"), "default": argparse.SUPPRESS}
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
@@ -187,7 +238,31 @@ def parse(cls: type[C], presets: Mapping[str, C], argv: Sequence[str] | None = N
     given = vars(parser.parse_args(argv))
     preset, local_rank = presets[given.pop("preset")], given.pop("local_rank")
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    return dataclasses.replace(preset, **given), local_rank
+    config = dataclasses.replace(preset, **given)
+    check_limits(config)
+    return config, local_rank
+
+
+def check_limits(config: RunConfig) -> None:
+    """UserError if a number is not finite or outside the limits of its option, or a range runs backwards."""
+    for f in dataclasses.fields(config):
+        value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
+        numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
+        limits = f.metadata["limits"]
+        inside = all(LIMITS[name](v, limit) for v in numbers for name, limit in limits.items())
+        if not (inside and all(map(math.isfinite, numbers))):
+            wanted = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
+            raise UserError(f"{flag} is {_show(value)}, but must be {wanted or 'a finite number'}.")
+        if f.name == "crop_scale" and value[0] > value[1]:
+            raise UserError(f"{flag} is {_show(value)}, but its first number must not be above its second.")
+
+
+def _preset(presets: Mapping[str, C], argv: Sequence[str] | None) -> str:
+    """The preset on the command line, whose values --help shows."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", default="base")
+    name = first.parse_known_args(argv)[0].preset
+    return name if name in presets else "base"
 
 
 def _metavar(f: dataclasses.Field, item: type) -> str:

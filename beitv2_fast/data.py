@@ -6,10 +6,13 @@ global batches do not depend on the number of ranks they are divided among.
 
 import hashlib
 import logging
+import os
 import random
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -196,11 +199,16 @@ def eval_loader(dataset: ImageFolder, batch_size: int, workers: int = 0) -> Data
 
 
 class _Loader(DataLoader):
-    """A DataLoader that passes on what a DataError said, without the worker's traceback around it."""
+    """A DataLoader whose workers outlive a SIGTERM to the process group, so that the trainer can end its step and save.
+
+    It also passes on what a DataError said, without the worker's traceback around it.
+    """
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         try:
-            yield from super().__iter__()
+            with _sigterm_blocked():  # the workers inherit it from their first moment on
+                batches = super().__iter__()
+            yield from batches
         except DataError as error:
             raise DataError(str(error).rpartition("DataError: ")[2]) from None
 
@@ -208,6 +216,7 @@ class _Loader(DataLoader):
 def _loader_options(workers: int) -> dict:
     return {
         "num_workers": workers,
+        "multiprocessing_context": "fork" if workers else None,
         "persistent_workers": workers > 0,
         "worker_init_fn": _start_worker,
         "pin_memory": torch.cuda.is_available(),
@@ -216,11 +225,29 @@ def _loader_options(workers: int) -> dict:
     }
 
 
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Hold SIGTERM back in this thread; one that arrives meanwhile is delivered at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(worker_id: int) -> None:
-    # Ctrl-C reaches every process of the group, while the trainer still needs its batches to end the step and save.
-    # SIGTERM keeps its meaning: the parent ends its workers with it.
+    # Ctrl-C, and SIGTERM from a launcher or scheduler, reach every process of the group, while the trainer still needs
+    # its batches to end the step and save. Only the trainer ends its workers; if it dies, they notice and leave.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)  # the parent's threads and the other workers need the cores
+
+
+def _end_when_told_by(parent: int) -> None:
+    """Obey SIGTERM, which this process blocks, from the parent alone."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _hash(*numbers: int) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from .errors import UserError
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+DISK_ADVICE = "Make room or mend the permissions. Complete checkpoints are intact, and the same command resumes."
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
@@ -52,6 +56,25 @@ def keep_freed_memory() -> None:
         return  # another C library: nothing lost but speed
 
 
+def share_cores(local_ranks: int) -> None:
+    """Several ranks on a machine divide its cores; a single one keeps torch's default, all of them.
+
+    The DeepSpeed launcher leaves every rank all cores, torchrun leaves it one: both cost most of the speed. A number of
+    threads that the user chose (OMP_NUM_THREADS, which torchrun itself sets to 1) is kept.
+    """
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    if local_ranks > 1 and (chosen is None or (chosen == "1" and "TORCHELASTIC_RUN_ID" in os.environ)):
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // local_ranks, 1))
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast, None for fp32. auto: bf16 where the hardware multiplies bf16 matrices."""
+    if precision == "auto":
+        fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+        precision = "bf16" if fast else "fp32"
+    return torch.bfloat16 if precision == "bf16" else None
+
+
 def start(device: str) -> World:
     """Join the other ranks if a launcher set RANK and WORLD_SIZE; pick this rank's device."""
     cuda = torch.cuda.is_available()
@@ -61,6 +84,7 @@ def start(device: str) -> World:
         raise UserError("--device cuda was asked for, but torch sees no GPU. Use --device cpu, or install a GPU torch.")
     if device == "cpu":
         keep_freed_memory()
+        share_cores(int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1))
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
@@ -77,6 +101,14 @@ def run_main(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         code = 2
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"\nerror: a file could not be written or read: {error}. {DISK_ADVICE}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        code = 128 + signal.SIGINT
     if dist.is_available() and dist.is_initialized():
         if code == 0:
             dist.barrier()

@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
@@ -21,7 +20,7 @@ from .backend import DeepSpeedBackend, TorchBackend
 from .checkpoint import Checkpoints
 from .config import TrainConfig
 from .data import ImageFolder, ImageList, check_images, find_images, steps_per_epoch, train_loader
-from .distributed import World
+from .distributed import World, autocast_dtype
 from .errors import UserError
 from .optim import cosine_schedule, parameter_groups
 from .run import RunFolder
@@ -77,7 +76,10 @@ class Plan:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask for a stop after the current step; a second one is obeyed at once."""
+    """SIGTERM and SIGINT ask for a stop after the current step; a second Ctrl-C is obeyed at once.
+
+    A second SIGTERM is not: launchers pass on what their process group has already got, and would end the save.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -90,19 +92,12 @@ class StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        signal.signal(number, self._previous[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[number])
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast, None for fp32. auto: bf16 where the hardware multiplies bf16 matrices."""
-    if precision == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
-        precision = "bf16" if fast else "fp32"
-    return torch.bfloat16 if precision == "bf16" else None
 
 
 def training_images(config: TrainConfig, view: View, run: RunFolder, world: World) -> ImageFolder:
@@ -118,7 +113,7 @@ def training_images(config: TrainConfig, view: View, run: RunFolder, world: Worl
     world.barrier()
     if world.rank != 0:
         images = checked()
-    return ImageFolder(images, view, config.seed)
+    return ImageFolder(images, view, config.seed, in_memory=config.in_memory)
 
 
 def train(
@@ -162,7 +157,7 @@ def train(
         workers=config.workers,
     )
     log = _Log(task, run, world, plan, config, step)
-    with StopSignal() as stop, log, _stopped_with_workers(stop):
+    with StopSignal() as stop, log:
         for batch in loader:
             batch = {name: value.to(world.device, non_blocking=True) for name, value in batch.items()}
             torch.manual_seed(_mix(config.seed, step, world.rank))
@@ -182,20 +177,6 @@ def train(
     return 0
 
 
-@contextmanager
-def _stopped_with_workers(stop: StopSignal) -> Iterator[None]:
-    """SIGTERM to the whole process group ends the data workers too, perhaps amid a step: that step is not saved."""
-    try:
-        yield
-    except RuntimeError as error:
-        if stop.received is None or "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            "stopped by a signal that also ended the data workers, so this step could not be finished and saved. "
-            "The same command resumes from the last checkpoint."
-        ) from None
-
-
 def _mix(seed: int, step: int, rank: int) -> int:
     """A seed for torch's generators in one step of one rank."""
     return (seed * 1_000_003 + step) * 4_099 + rank
@@ -210,7 +191,7 @@ def _save(checkpoints: Checkpoints, backend: TorchBackend | DeepSpeedBackend, st
         world.barrier()
         if world.rank == 0:
             checkpoints.commit(step)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save tells a full disk as a RuntimeError
         raise UserError(
             f"the checkpoint of step {step} could not be written: {error}. The one before it is intact; "
             "make room and start the same command again."

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -100,7 +102,7 @@ def _decode_all(root: Path, paths: list[str], workers: int) -> Iterator[tuple[st
     tqdm = require("tqdm", "train", "A progress bar").tqdm
     bar = tqdm(total=len(paths), desc="checking images", unit="image", mininterval=0.5)
     tasks = [(root, paths[i : i + FILES_PER_TASK]) for i in range(0, len(paths), FILES_PER_TASK)]
-    pool = ProcessPoolExecutor(workers, initializer=_ignore_interrupts) if workers > 0 else None
+    pool = ProcessPoolExecutor(workers, initializer=_start_process) if workers > 0 else None
     try:
         results = map(_decode_some, tasks) if pool is None else pool.map(_decode_some, tasks)
         for result in results:
@@ -117,9 +119,18 @@ def _decode_all(root: Path, paths: list[str], workers: int) -> Iterator[tuple[st
             pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches every process of the group; one message, from the parent, is enough."""
+def _start_process() -> None:
+    """Ctrl-C reaches every process of the group; one message, from the parent, is enough.
+
+    The pool's processes would wait for work for ever if the parent were killed: they leave when it is gone.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _decode_some(task: tuple[Path, list[str]]) -> list[tuple[str, int, int, str | None]]:

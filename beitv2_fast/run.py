@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import Tensor
 
 from .config import RunConfig, fingerprint, from_json, to_json
 from .errors import UserError
+
+CONFIG, LOCK = "config.json", ".lock"
+RESULTS = ("checkpoints", "metrics.jsonl", "results.json")  # any of these: there is something to lose
 
 
 class RunFolder:
@@ -22,17 +26,26 @@ class RunFolder:
         self.path, self.writes = config.out, rank == 0
         self.started = time.monotonic()
         self._tensorboard = None
-        file = self.path / "config.json"
+        self._refuse_another(config)
+        if not self.writes:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.path)
+            write_atomically(self.path / CONFIG, json.dumps(to_json(config), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {self.path}: {error}. Choose another --out.") from error
+
+    def _refuse_another(self, config: RunConfig) -> None:
+        file = self.path / CONFIG
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise UserError(f"{self.path} is a file, but a run needs a folder. Choose another --out.")
         if file.exists():
             _check_same(config, file)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())) and self.writes:
-            raise UserError(f"{self.path} exists and is no run folder (it has no config.json). Choose another --out.")
-        if self.writes:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                write_atomically(file, json.dumps(to_json(config), indent=2) + "\n")
-            except OSError as error:
-                raise UserError(f"cannot write the run folder {self.path}: {error}. Choose another --out.") from error
+        elif self.writes and any(not p.name.startswith((LOCK, f".{CONFIG}")) for p in self.path.iterdir()):
+            raise UserError(f"{self.path} exists and is no run folder (it has no {CONFIG}). Choose another --out.")
 
     @property
     def checkpoints(self) -> Path:
@@ -78,10 +91,40 @@ class RunFolder:
 
 def read_config(cls: type[RunConfig], path: Path) -> RunConfig:
     """The config of a finished or interrupted run."""
-    file = path / "config.json"
-    if not file.exists():
-        raise UserError(f"{path} is no run folder: it has no config.json. Train that stage first, or name its folder.")
-    return from_json(cls, json.loads(file.read_text()))
+    try:
+        return from_json(cls, stored_config(path))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path / CONFIG} is no config of this version: {error}. Name another run.") from error
+
+
+def stored_config(path: Path) -> dict[str, Any]:
+    """The values in a run folder's config.json."""
+    file = path / CONFIG
+    if not file.is_file():
+        raise UserError(f"{path} is no run folder: it has no {CONFIG}. Train that stage first, or name its folder.")
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read ({error}). Restore it, or use another run folder.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} does not hold a config. Restore it, or use another run folder.")
+    return values
+
+
+def lock(path: Path, *, wait: bool = False) -> TextIO:
+    """Hold a run folder until the file that is returned is closed or the process ends, however it ends.
+
+    Worker processes do not inherit the lock (POSIX record locks belong to one process).
+    """
+    file = (path / LOCK).open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        raise UserError(
+            f"another process is writing to the run folder {path}. Wait until it has ended, stop it, or choose another "
+            "--out."
+        ) from error
+    return file
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -95,13 +138,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _check_same(config: RunConfig, file: Path) -> None:
-    try:
-        stored = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} cannot be read ({error}). Choose another --out, or remove the folder.") from error
-    wanted = fingerprint(config)
+    stored, wanted = stored_config(file.parent), fingerprint(config)
     different = [name for name in wanted if stored.get(name, "(absent)") != wanted[name]]
-    if different:
+    if different and any((file.parent / name).exists() for name in RESULTS):
         listed = "; ".join(f"{name}: {stored.get(name)} there, {wanted[name]} now" for name in different)
         raise UserError(
             f"{file.parent} holds a run with another config ({listed}). Nothing was changed. "

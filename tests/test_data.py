@@ -168,15 +168,24 @@ def test_a_file_that_vanishes_or_breaks_is_named(tmp_path, workers, damage):
     assert "Traceback" not in str(caught.value)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="signals are told apart by their sender on Linux")
-def test_workers_survive_a_ctrl_c_that_reaches_every_process(dataset):
+@pytest.mark.parametrize("name", ["INT", "TERM"])
+def test_workers_survive_a_signal_that_reaches_every_process(dataset, name):
     expected = batches(dataset)
     iterator = iter(train_loader(dataset, batch_size=4, seed=1, total_steps=12, workers=1))
     seen = [next(iterator)]
     workers = [str(process.pid) for process in multiprocessing.active_children()]
     assert workers
-    subprocess.run(["kill", "-INT", *workers], check=True)
+    subprocess.run(["kill", f"-{name}", *workers], check=True)
     assert_same(expected, seen + list(iterator))
+
+
+def test_workers_end_when_their_parent_tells_them_to(dataset):
+    iterator = iter(train_loader(dataset, batch_size=4, seed=1, total_steps=12, workers=1))
+    next(iterator)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join()
+    assert worker.exitcode == 0
 
 
 def test_a_program_that_ends_within_an_epoch_is_not_held_up_by_its_workers(folder):

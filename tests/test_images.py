@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -260,3 +262,22 @@ def test_32_bit_pixels_beyond_16_bits_are_refused(tmp_path):
     save(tmp_path / "deep.tif", mode="I", color=70000)
     with pytest.raises(ValueError, match="70000"):
         open_image(tmp_path / "deep.tif")
+
+
+def test_the_decoding_processes_end_when_the_command_is_killed(tmp_path):
+    save(tmp_path / "a.png")
+    program = (
+        "import os, signal, sys, pathlib\n"
+        "from beitv2_fast import image_check\n"
+        "from beitv2_fast.images import find_images\n"
+        "def stuck(path):\n"
+        "    print('decoding', flush=True)\n"
+        "    signal.pause()\n"
+        "image_check.open_image = stuck\n"
+        "image_check.check_images(find_images(sys.argv[1]), cache=None, min_size=1, workers=2)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout.readline() == "decoding\n"
+        process.kill()
+        assert process.stdout.read() == ""  # the end of the output: nobody holds it any more

@@ -132,6 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     run = RunFolder(config, world.rank)
     splits = find_labelled(config, run, pretrain.patch_size)
     labels = {split: torch.tensor(images.labels) for split, images in splits.items()}
+    seeds = range(config.seed, config.seed + config.seeds)
     results: list[ProbeResult] = []
     for name, features in rows(config, pretrain, Extractor(splits, config, world.device), model):
 
@@ -139,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
             found = features(seed)
             return found["train"], found["test"]
 
-        result = linear_probe(name, both, labels["train"], labels["test"], range(config.seeds))
+        result = linear_probe(name, both, labels["train"], labels["test"], seeds)
         results.append(result)
         run.print(f"probe  {name:<42} {result.mean:.3f} ± {result.std:.3f}")
     classes = splits["train"].classes

@@ -1,0 +1,25 @@
+"""`python halting.py STEP SCRIPT OPTIONS`: a training command that halts at the end of STEP until it reads a line.
+
+So that a test can send it a signal at a known moment.
+"""
+
+import runpy
+import sys
+
+from beitv2_fast import engine
+
+local_rank = [a for a in sys.argv[1:] if a.startswith("--local_rank")]  # the DeepSpeed launcher puts it first
+step, script, *options = [a for a in sys.argv[1:] if a not in local_rank]
+add = engine._Log.add
+
+
+def add_and_halt(self, at, *args):
+    add(self, at, *args)
+    if at == int(step):
+        print(f"halted at step {step}", flush=True)
+        sys.stdin.readline()
+
+
+engine._Log.add = add_and_halt
+sys.argv = [script, *options, *local_rank]
+runpy.run_path(script, run_name="__main__")
