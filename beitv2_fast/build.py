@@ -23,7 +23,7 @@ def vit_config(config: TrainConfig, **values: Any) -> ViTConfig:
     try:
         return ViTConfig(**{**{name: getattr(config, name) for name in names}, **values})
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{error}. Change one of these options.") from error
 
 
 def build_tokenizer(config: TokenizerConfig, teacher_dim: int) -> Tokenizer:
@@ -54,7 +54,7 @@ def build_student(config: PretrainConfig, num_codes: int) -> Student:
             )
         )
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{error}. Change one of these options.") from error
 
 
 def load_run_model(run: Path) -> tuple[nn.Module, TokenizerConfig | PretrainConfig]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -40,8 +41,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except UserError:
         raise
     except Exception as error:  # every library has its own exceptions for a damaged file
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}") from error
-    return state["model"] if isinstance(state, dict) and isinstance(state.get("model"), dict) else state
+        harmful = isinstance(error, pickle.UnpicklingError)  # torch's own text tells to run whatever is in the file
+        reason = "no PyTorch file of plain tensors" if harmful else str(error).strip().split("\n")[0][:200]
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint ({reason}): it is damaged or of another kind. "
+            "Use an intact .safetensors, .pth or .pt file."
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, but a dict of tensors is needed.")
+    return state["model"] if isinstance(state.get("model"), dict) else state
 
 
 def load_model(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -119,7 +127,7 @@ class Checkpoints:
                 problems.append(f"{path.name}: {error}")
                 warn(f"checkpoint {path} cannot be used ({error}); trying the one before it")
         if problems:
-            raise CheckpointError(f"no checkpoint in {self.folder} can be loaded. {' | '.join(problems)}")
+            raise CheckpointError(f"no checkpoint in {self.folder} can be loaded: {' | '.join(problems)}")
         return 0
 
 

@@ -205,7 +205,10 @@ def from_json(cls: type[C], values: Mapping[str, Any]) -> C:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = values.keys() - fields.keys()
     if unknown:
-        raise UserError(f"unknown config values {', '.join(sorted(unknown))}: made by another version of beitv2_fast?")
+        raise UserError(
+            f"a run's config has values that a {cls.__name__} does not know: {', '.join(sorted(unknown))}. "
+            "Name the run folder of another stage, or one made by this version."
+        )
     types_ = typing.get_type_hints(cls)
     return cls(**{name: _restore(types_[name], value) for name, value in values.items()})
 

@@ -93,6 +93,8 @@ def read_config(cls: type[RunConfig], path: Path) -> RunConfig:
     """The config of a finished or interrupted run."""
     try:
         return from_json(cls, stored_config(path))
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
         raise UserError(f"{path / CONFIG} is no config of this version: {error}. Name another run.") from error
 

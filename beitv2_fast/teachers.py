@@ -147,7 +147,10 @@ def create_teacher(name: str, grid: tuple[int, int], weights: str | None = None)
         raise UserError(f"teachers need a square grid; got {grid}")
     try:
         return TEACHERS[name](grid, weights).frozen()
-    except OSError as error:
+    except UserError:
+        raise
+    except Exception as error:  # the packages have their own for a failed download or a damaged file
+        reason = str(error).strip().split("\n")[0][:300].rstrip(".")
         raise UserError(
-            f"the weights of the teacher {name} could not be had: {error}. Give a local file with --teacher-weights."
+            f"the weights of the teacher {name} could not be had ({reason}). Give a local file with --teacher-weights."
         ) from error

@@ -86,6 +86,12 @@ def find_labelled(config: ProbeConfig, run: RunFolder, min_size: int) -> Split:
         )
     if splits["train"].labels is None or len(splits["train"].classes) < 2:
         raise UserError(f"{config.data}/train needs at least two class folders for a probe")
+    for images in splits.values():
+        empty = [name for i, name in enumerate(images.classes) if i not in images.labels]
+        if empty:
+            raise UserError(
+                f"no image of the classes {', '.join(empty)} in {images.root} can be used; add some ({split})"
+            )
     if splits["train"].classes != splits["test"].classes:
         raise UserError(
             f"train has the classes {splits['train'].classes}, {test} has {splits['test'].classes}: "
@@ -129,6 +135,8 @@ def main(argv: list[str] | None = None) -> int:
     if not isinstance(model, Student):
         raise UserError(f"--run {config.run} is the run folder of a tokenizer; the probe needs a pre-training's")
     model.to(world.device)
+    if config.tokenizer is not None:
+        read_config(TokenizerConfig, config.tokenizer)  # now, not after the other features have been computed
     run = RunFolder(config, world.rank)
     splits = find_labelled(config, run, pretrain.patch_size)
     labels = {split: torch.tensor(images.labels) for split, images in splits.items()}

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             mask_kind=config.mask,
         )
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{error}. Change one of these options.") from error
     run = RunFolder(config, world.rank)
     return train(
         PretrainTask(model, tokenizer.to(world.device), config.num_masked),
