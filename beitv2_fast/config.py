@@ -81,7 +81,7 @@ class TrainConfig(RunConfig):
     weight_decay: float = option(
         0.05, "AdamW's weight decay; biases, norms, layer scales, tokens and position embeddings are spared", at_least=0
     )
-    betas: tuple[float, float] = option((0.9, 0.999), "AdamW's betas", at_least=0, below=1)
+    betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay rates of its two averages", at_least=0, below=1)
     clip_grad: float = option(3.0, "gradients longer than this are scaled down to it; 0: never", at_least=0)
     log_every: int = option(
         20, "steps between lines of the log, which are means over these steps; codebook usage counts over them too",

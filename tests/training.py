@@ -63,7 +63,7 @@ class Halted:
         command = [*launcher, HALTING, str(step), str(ROOT / "train" / f"{stage}.py"), *map(str, options)]
         self.process = subprocess.Popen(command, start_new_session=True, env=ENVIRONMENT, text=True, **PIPES)
         self.pid, self.output = self.process.pid, ""
-        self._watchdog = threading.Timer(240, os.killpg, (self.pid, signal.SIGABRT))  # a hang shows where
+        self._watchdog = threading.Timer(900, os.killpg, (self.pid, signal.SIGABRT))  # a hang shows where
         self._watchdog.start()
         for line in self.process.stdout:
             self.output += line
