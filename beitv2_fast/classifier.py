@@ -23,7 +23,7 @@ class Classifier(ViT):
         self.config = config
         self.fc_norm = nn.LayerNorm(config.vit.dim, config.vit.eps)
         self.head = nn.Linear(config.vit.dim, config.num_classes)
-        init_weights(self)
+        init_weights(self, config.vit.init_std)
         for i, block in enumerate(self.blocks):
             rescale_outputs(block, i + 1)
 

@@ -65,6 +65,10 @@ class TrainConfig(RunConfig):
     dim: int = option(768, "width of the vision transformer; a multiple of heads", at_least=1)
     depth: int = option(12, "number of transformer blocks", at_least=1)
     heads: int = option(12, "attention heads of each block", at_least=1)
+    init_std: float = option(
+        0.02, "standard deviation of the initial weights; narrow models (dim 128, say) start to learn sooner with 0.1",
+        above=0,
+    )  # fmt: skip
     drop_path: float = option(
         0.0, "stochastic depth: how often the last block is skipped, falling linearly to 0 at the first", at_least=0,
         below=1,
@@ -112,8 +116,12 @@ class TokenizerConfig(TrainConfig):
     teacher_image_size: int | None = option(
         None, "side of the crop that the teacher reads, in pixels; none: image_size", at_least=1
     )
+    views: int = option(
+        0, "0: a new random view of every image in each epoch; V: only V views of it, whose teacher features are "
+        "computed once and kept in the run folder", at_least=0,
+    )  # fmt: skip
     num_codes: int = option(8192, "size of the codebook, the number of visual tokens", at_least=1)
-    code_dim: int = option(32, "width of a code", at_least=1)
+    code_dim: int = option(32, "width of a code, the vectors that are compared", at_least=1)
     decoder_depth: int = option(3, "transformer blocks of the decoder", at_least=1)
     decay: float = option(0.99, "how much of a code stays in each step of its moving average", at_least=0, at_most=1)
     commitment_weight: float = option(1.0, "weight of the commitment loss (the paper's beta)", at_least=0)

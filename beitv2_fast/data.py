@@ -34,6 +34,7 @@ __all__ = [
     "check_images",
     "eval_loader",
     "find_images",
+    "keyed_loader",
     "steps_per_epoch",
     "train_loader",
 ]
@@ -46,13 +47,15 @@ log = logging.getLogger(__name__)
 class ImageFolder(Dataset):
     """The views of the images of a list.
 
-    `folder[epoch, index]` is the dict of the view's tensors, with "index" and, if the list has labels, "label" (ints).
+    `folder[epoch, index]` is the dict of the view's tensors, with "index", "view" (the epoch, or its remainder) and, if
+    the list has labels, "label" (ints).
     Randomness comes from (seed, epoch, index) alone.
 
     Args:
         images: the images, as `check_images` returned them.
         view: what to make of an image.
         seed: of the views' randomness.
+        views: V > 0: only V different views of every image, `epoch % V`; 0: a new one in every epoch.
         in_memory: decode all images now and keep them, 1 byte (grey) or 3 a pixel, `decoded_bytes` in all. Worth it
             where decoding is the larger part of the work and the images fit; forked worker processes share them.
 
@@ -60,10 +63,13 @@ class ImageFolder(Dataset):
         DataError: a file that could be read before no longer can.
     """
 
-    def __init__(self, images: ImageList, view: View, seed: int = 0, *, in_memory: bool = False) -> None:
+    def __init__(
+        self, images: ImageList, view: View, seed: int = 0, *, views: int = 0, in_memory: bool = False
+    ) -> None:
         self.images = images
         self.view = view
         self.seed = seed
+        self.views = views
         self._decoded = None
         if in_memory:
             with ThreadPoolExecutor() as pool:  # PIL decodes without holding the interpreter's lock
@@ -75,11 +81,12 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, key: Key) -> dict[str, torch.Tensor | int]:
         epoch, index = key
+        number = epoch % self.views if self.views else epoch
         image = self._open(index) if self._decoded is None else self._decoded[index]
-        sample = self.view(image, random.Random(_hash(self.seed, epoch, index)))
+        sample = self.view(image, random.Random(_hash(self.seed, number, index)))
         if self.images.labels is not None:
             sample["label"] = self.images.labels[index]
-        return {**sample, "index": index}
+        return {**sample, "index": index, "view": number}
 
     @property
     def decoded_bytes(self) -> int:
@@ -172,7 +179,8 @@ def train_loader(
 ) -> DataLoader:
     """Yields this rank's batches for steps start_step .. total_steps - 1 (see `EpochSampler`), then ends.
 
-    A batch is a dict of stacked tensors: those of the view [batch_size, ...], "index" and "label" int64 [batch_size].
+    A batch is a dict of stacked tensors: those of the view [batch_size, ...], "index", "view" and "label" int64
+    [batch_size].
     `workers` processes prepare them (0: the calling one does); their number changes no pixel.
 
     Raises:
@@ -193,7 +201,11 @@ def train_loader(
 def eval_loader(dataset: ImageFolder, batch_size: int, workers: int = 0) -> DataLoader:
     """Yields all images once, in the list's order and as epoch 0, in batches like those of `train_loader`; the last one
     may be smaller."""
-    keys = [(0, index) for index in range(len(dataset))]
+    return keyed_loader(dataset, [(0, index) for index in range(len(dataset))], batch_size, workers)
+
+
+def keyed_loader(dataset: ImageFolder, keys: list[Key], batch_size: int, workers: int = 0) -> DataLoader:
+    """Yields `dataset[key]` for these keys (epoch, index) in their order, in batches; the last one may be smaller."""
     batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
     return _Loader(dataset, batch_sampler=batches, **_loader_options(workers))
 

@@ -20,8 +20,9 @@ TOKENIZER = {
     "demo": replace(
         _TOKENIZER,
         data=Path("runs/demo/data"), out=Path("runs/demo/tokenizer"), image_size=128, teacher_image_size=256,
-        dim=192, depth=4, heads=3, teacher="efficientnet_lite0", num_codes=256, epochs=8, batch_size=32, lr=1e-3,
-        lr_batch=32, warmup_epochs=1, crop_scale=(0.8, 1.0), clip_grad=3.0, log_every=20, save_every=100,
+        dim=128, depth=4, heads=2, init_std=0.1, teacher="efficientnet_lite0", views=2, num_codes=256, decay=0.97,
+        epochs=16, batch_size=32, lr=7e-4, lr_batch=32, warmup_epochs=1, crop_scale=(1.0, 1.0), clip_grad=3.0,
+        in_memory=True, workers=0, log_every=20, save_every=100,
     ),
 }  # fmt: skip
 
@@ -43,8 +44,9 @@ PRETRAIN = {
     "demo": replace(
         _PRETRAIN,
         data=Path("runs/demo/data"), out=Path("runs/demo/pretrain"), tokenizer=Path("runs/demo/tokenizer"),
-        image_size=128, dim=192, depth=6, heads=3, early_layer=4, num_masked=26, min_mask_patches=4, epochs=20,
-        batch_size=32, lr=1e-3, lr_batch=32, warmup_epochs=2, crop_scale=(0.6, 1.0), log_every=20, save_every=200,
+        image_size=128, dim=128, depth=6, heads=2, init_std=0.1, layer_scale=0.0, early_layer=4, num_masked=26,
+        min_mask_patches=4, epochs=32, batch_size=32, lr=1e-3, lr_batch=32, warmup_epochs=2, crop_scale=(1.0, 1.0),
+        color_jitter=0.0, in_memory=True, workers=0, log_every=20, save_every=200,
     ),
 }  # fmt: skip
 

@@ -51,7 +51,7 @@ class Student(ViT):
             if not config.shared_head:
                 self.cls_pt_norm = nn.LayerNorm(vit.dim, vit.eps)
                 self.cls_pt_lm_head = nn.Linear(vit.dim, config.num_codes)
-        init_weights(self)
+        init_weights(self, vit.init_std)
         for i, block in enumerate(self.blocks):
             rescale_outputs(block, i + 1)
         for i, block in enumerate(self.cls_pt_layers if config.aggregation_depth else []):

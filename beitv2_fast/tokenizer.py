@@ -76,7 +76,7 @@ class Tokenizer(nn.Module):
         )
         self.decoder = PatchViT(config.decoder)
         self.decode_task_layer = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, config.teacher_dim))
-        init_weights(self)
+        init_weights(self, config.encoder.init_std)
         for vit in (self.encoder, self.decoder):
             for i, block in enumerate(vit.blocks):
                 rescale_outputs(block, i + 1)

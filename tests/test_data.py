@@ -65,13 +65,14 @@ def test_a_batch_holds_the_view_s_tensors_labels_and_indices(dataset):
         "mask": ((4, 16), torch.bool),
         "label": ((4,), torch.int64),
         "index": ((4,), torch.int64),
+        "view": ((4,), torch.int64),
     }
     assert batch["label"].tolist() == [dataset.images.labels[i] for i in batch["index"]]
 
 
 def test_a_folder_without_classes_gives_no_labels(folder):
     dataset = ImageFolder(find_images(folder / "odd"), EvalView(8))
-    assert dataset[0, 1].keys() == {"image", "index"}
+    assert dataset[0, 1].keys() == {"image", "index", "view"}
 
 
 @pytest.mark.parametrize("workers", [1, 2])

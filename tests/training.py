@@ -26,7 +26,7 @@ MODULES = {"tokenizer": tokenizer, "pretrain": pretrain, "linear_probe": linear_
 
 TINY = (
     "--preset demo --image-size 32 --patch-size 8 --dim 24 --depth 2 --heads 2 --batch-size 4 --epochs 3 --workers 0 "
-    "--device cpu --precision fp32 --log-every 2 --save-every 3 --warmup-epochs 1"
+    "--lr 1e-3 --device cpu --precision fp32 --log-every 2 --save-every 3 --warmup-epochs 1"
 ).split()
 TOKENIZER = "--teacher-image-size 128 --num-codes 16 --code-dim 8 --decoder-depth 1".split()
 PRETRAIN = "--early-layer 1 --num-masked 6 --min-mask-patches 2 --drop-path 0.1".split()

@@ -6,11 +6,15 @@ Interrupted and started again, it goes on where it was: every stage resumes from
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import FrameType
 
 from beitv2_fast.demo_images import write_demo_images
 from beitv2_fast.distributed import run_main
@@ -47,21 +51,34 @@ def commands(root: Path, data: Path) -> list[tuple[str, list[str]]]:
 
 
 def run(command: list[str]) -> int:
-    """Run a stage to its end; asked to stop, wait until it has saved.
+    """Run a stage to its end; asked to stop, pass that on to all of its processes and wait until they have saved.
 
-    Ctrl-C reaches the stage by itself, since it is of the same process group; SIGTERM is passed on.
+    A launcher may die of the signal at once, while the training that it started finishes its step: the whole process
+    group has to be gone.
     """
-    stage = subprocess.Popen(command)
-    handlers = {
-        signal.SIGINT: lambda number, frame: None,
-        signal.SIGTERM: lambda number, frame: stage.send_signal(number),
-    }
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    stage = subprocess.Popen(command, start_new_session=True)
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(stage.pid, number)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return stage.wait()
+        code = stage.wait()
+        while _alive(stage.pid):
+            time.sleep(0.1)
+        return code
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def print_table(results: Path) -> None:

@@ -5,6 +5,8 @@ Also under `torchrun` and `deepspeed`. Stopped and started again with the same o
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from beitv2_fast.engine import Batch, train, training_images
 from beitv2_fast.pictures import token_map
 from beitv2_fast.presets import TOKENIZER
 from beitv2_fast.run import RunFolder
+from beitv2_fast.teacher_features import TeacherFeatures
 from beitv2_fast.teachers import Teacher, create_teacher
 from beitv2_fast.tokenizer import Tokenizer
 
@@ -24,12 +27,11 @@ from beitv2_fast.tokenizer import Tokenizer
 class TokenizerTask:
     name = "tokenizer"
 
-    def __init__(self, model: Tokenizer, teacher: Teacher):
+    def __init__(self, model: Tokenizer, teacher: Teacher | TeacherFeatures):
         self.model, self.teacher = model, teacher
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        target = self.teacher(batch["image"], self.model.grid)
-        out = model(self._view(batch["image"]), target)
+        out = model(self._view(batch["image"]), self._target(batch))
         return out.loss, {"rec_loss": out.rec_loss, "commit_loss": out.commit_loss}
 
     def report(self) -> dict[str, float]:
@@ -45,6 +47,11 @@ class TokenizerTask:
         image = self._view(batch["image"][:1])
         codes = self.model.encode(image).view(self.model.grid)
         return {"image": image[0], "tokens": token_map(codes, self.model.patch_size)}
+
+    def _target(self, batch: Batch) -> Tensor:
+        if isinstance(self.teacher, TeacherFeatures):
+            return self.teacher(batch["view"], batch["index"])
+        return self.teacher(batch["image"], self.model.grid)
 
     def _view(self, images: Tensor) -> Tensor:
         """The tokenizer may read a smaller version of the crop that the teacher reads."""
@@ -62,11 +69,26 @@ def main(argv: list[str] | None = None) -> int:
     teacher = create_teacher(config.teacher, (side, side), config.teacher_weights)
     model = build_tokenizer(config, teacher.dim)
     run = RunFolder(config, world.rank)
+    teacher.to(world.device)
     view = TokenizerView(config.teacher_image_size or config.image_size, config.crop_scale)
+    images = training_images(config, view, run, world)
+    if config.views:
+        images.views = config.views
+        features = TeacherFeatures(
+            run.path / "teacher_features",
+            images,
+            lambda batch: teacher(batch, model.grid),
+            world,
+            identity={"teacher": config.teacher, "weights": config.teacher_weights, "grid": model.grid},
+            batch_size=config.batch_size,
+            workers=config.workers,
+        )
+        # From here on only the tokenizer looks at the images: the same crops at its own size.
+        images.view = replace(view, size=config.image_size)
     return train(
-        TokenizerTask(model, teacher.to(world.device)),
+        TokenizerTask(model, features if config.views else teacher),
         config,
-        training_images(config, view, run, world),
+        images,
         run,
         world,
         deepspeed=local_rank is not None or config.deepspeed_config is not None,

@@ -164,7 +164,7 @@ def code_sheet(
         photos = (open_image(images.root / images.paths[image]) for image, _ in found)
         side = round(cell * scale)
         pictures.append([patch_picture(p, grid, at, side, theme) for p, (_, at) in zip(photos, found, strict=True)])
-        lines = [f"code {code}", f"{usage.shares[code]:.2%}", f"{int(usage.counts[code]):,} ×, rank {rank[code]}"]
+        lines = [f"code {code}", f"#{rank[code]}: {usage.shares[code]:.2%}", f"{int(usage.counts[code]):,} ×"]
         labels.append(Label(lines, colours[code]))
     return Sheet(theme, scale).draw(pictures, labels, [], cell, gap)
 
