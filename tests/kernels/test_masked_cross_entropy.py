@@ -108,7 +108,7 @@ def test_low_precision_is_at_least_as_exact_as_eager(dtype, autocast):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_in_a_low_dtype_sum_in_fp32(dtype):
     """As on devices with matrix units for the dtype: the same chunks, without widening the operands."""
-    p = problem(2, 20, 10, dim=32, classes=100)
+    p = problem(2, 100, 80, dim=32, classes=100)  # 160 tokens: two chunks
     head = Head(p.norm_weight, p.norm_bias, 1e-6, p.weight, p.bias)
     with torch.no_grad():
         positions = masked_positions(p.mask, p.num_masked)
