@@ -118,8 +118,8 @@ class Binary:
         """Resident warps over the warp slots of a multiprocessor."""
         return self.blocks_per_sm * self.num_warps / self.target.warps_sm
 
-    def loops(self) -> list[list[Instruction]]:
-        """Bodies of all loops, shortest first: a jump backwards to a label closes one; waits for a barrier left out."""
+    def loop_ranges(self) -> list[tuple[int, int]]:
+        """(first, last) positions in ``program`` of every loop: a jump backwards to a label closes one."""
         position = {item: at for at, item in enumerate(self.program) if isinstance(item, str)}
         ends: dict[int, int] = {}
         for at, item in enumerate(self.program):
@@ -127,10 +127,14 @@ class Binary:
                 start = position.get(item.jumps_to, at)
                 if start < at - 1:  # a jump to itself is the trap behind the end
                     ends[start] = at
-        bodies = [
-            [item for item in self.program[start : end + 1] if isinstance(item, Instruction)]
-            for start, end in ends.items()
-        ]
+        return sorted(ends.items())
+
+    def between(self, first: int, last: int) -> list[Instruction]:
+        return [item for item in self.program[first : last + 1] if isinstance(item, Instruction)]
+
+    def loops(self) -> list[list[Instruction]]:
+        """Bodies of all loops, shortest first; waits for a barrier are left out."""
+        bodies = [self.between(first, last) for first, last in self.loop_ranges()]
         keep = [b for b in bodies if len(b) > SPIN_LOOP or any(_TENSOR.match(i.opcode) for i in b)]
         return sorted(keep, key=len)
 

@@ -25,7 +25,8 @@ class Case:
     aligned: tuple[str, ...] = ()
     tensor_core: bool = False  # the precision allows it, so the binary must use it
     programs: int = 0
-    steps: float = 0.0  # iterations of the hot loop in one program
+    steps: float = 0.0  # iterations of the hot loop in one program; <= 1: the program has none to speak of
+    outer_steps: float = 0.0  # iterations of the loop around it
     units: float = 0.0  # scores (or elements) that one iteration of one program handles
     flops: float = 0.0
     read: float = 0.0  # bytes from memory, each counted once
@@ -112,4 +113,88 @@ def search_cases(
     )  # fmt: skip
 
 
-CASES: dict[str, Callable[..., Iterator[Case]]] = {"codebook_search": search_cases}
+def head_cases(target: str, *, m: int = 9600, v: int = 8192, c: int = 768, processors: int = 132) -> Iterator[Case]:
+    """masked_cross_entropy in bf16: the loss alone, then the kernels around the library's products with gradients."""
+    from beitv2_fast.kernels.masked_cross_entropy import triton_kernel as host
+    from beitv2_fast.kernels.masked_cross_entropy import triton_loss, triton_norm, triton_softmax
+
+    config, norm = host.LOSS_CONFIGS[target], host.norm_launch(c)
+    row_blocks, blocks = -(-m // config.block_m), -(-v // config.block_v)
+    blocks_of_part = -(-blocks // min(max(4 * processors // row_blocks, 1), blocks))
+    programs = row_blocks * -(-blocks // blocks_of_part)
+    labels = {"labels": "*i64", "losses": "*fp32", "correct": "*i1", "V": "i32"}
+    rows = {"tokens": "*bf16", "positions": "*i64", "weight": "*fp32", "means": "*fp32", "rstds": "*fp32"}
+    rows |= {"images": "i32", "patches": "i32", "C": "i32", "stride_b": "i64", "stride_n": "i32"}
+    columns, aligned = {"stride_c": 1, "BLOCK_C": norm["BLOCK_C"]}, ("M", "V", "C", "stride_b", "stride_n")
+    op, warps = "masked_cross_entropy", norm["num_warps"]
+    yield Case(
+        op, "linear_loss (no gradient)", triton_loss.linear_loss,
+        {
+            "hidden": "*bf16", "weight": "*bf16", "bias": "*fp32", "labels": "*i64", "tops": "*fp32",
+            "indices": "*i32", "sums": "*fp32", "targets": "*fp32", "M": "i32", "V": "i32", "C": "i32",
+            "blocks_of_part": "i32",
+        },
+        {"HAS_BIAS": True, "EVEN_C": c % config.block_c == 0, "BLOCK_M": config.block_m, "BLOCK_V": config.block_v,
+         "BLOCK_C": config.block_c},
+        config.num_warps, config.num_stages, aligned, tensor_core=True, programs=programs,
+        steps=blocks_of_part * c / config.block_c, outer_steps=blocks_of_part,
+        units=config.block_m * config.block_v * config.block_c / c, flops=2 * m * v * c, read=2 * (m + v) * c,
+        written=16 * m * programs / row_blocks,
+        l2=programs * blocks_of_part * 2 * (config.block_m + config.block_v) * c,
+    )  # fmt: skip
+    yield Case(
+        op, "normalize_rows", triton_norm.normalize_rows, {**rows, "bias": "*fp32", "hidden": "*bf16", "eps": "fp32"},
+        columns, warps, 3, aligned, programs=m, steps=1, units=c, flops=8 * m * c, read=2 * m * c,
+        written=2 * m * c + 8 * m, l2=m * c * 12,
+    )  # fmt: skip
+    yield Case(
+        op, "softmax_gradient", triton_softmax.softmax_gradient, {**labels, "logits": "*bf16", "bias": "*fp32"},
+        {"HAS_BIAS": True, "GRADIENT": True, "BLOCK_V": host.SOFTMAX_BLOCK}, host.SOFTMAX_WARPS, 3, aligned,
+        programs=m, steps=v / host.SOFTMAX_BLOCK, units=host.SOFTMAX_BLOCK, flops=10 * m * v, read=2 * m * v,
+        written=2 * m * v, l2=m * v * 14,
+    )  # fmt: skip
+    yield Case(
+        op, "normalize_rows_backward", triton_norm.normalize_rows_backward,
+        {**rows, "grad_hidden": "*bf16", "grad_rows": "*fp32", "partial": "*fp32", "rows": "i32"},
+        {**columns, "ROWS": host.NORM_ROWS, "WRITE_ROWS": True, "WRITE_NORM": True}, warps, 3, aligned,
+        programs=-(-m // host.NORM_ROWS), steps=host.NORM_ROWS, units=c, flops=12 * m * c, read=4 * m * c,
+        written=4 * m * c + 8 * m * c / host.NORM_ROWS, l2=m * c * 9,
+    )  # fmt: skip
+
+
+def update_cases(target: str, *, n: int = 12_544, k: int = 8192, d: int = 32, processors: int = 132) -> Iterator[Case]:
+    """codebook_update (cosine, as the tokenizer uses it) and the backward of vector_quantize, in fp32."""
+    from beitv2_fast.kernels.codebook_update import triton_apply, triton_kernel
+    from beitv2_fast.kernels.vector_quantize import triton_kernel as quantize
+
+    (block_n, block_d), (block_k, _) = triton_kernel.tile(d), triton_kernel.tile(d, triton_apply.TILE)
+    yield Case(
+        "codebook_update", "statistics", triton_kernel.statistics_kernel,
+        {"x": "*fp32", "indices": "*i64", "out": "*i64", "N": "i32", "K": "i32", "stride_n": "i32"},
+        {"stride_d": 1, "stride_i": 1, "D": d, "COSINE": True, "BLOCK_N": block_n, "BLOCK_D": block_d},
+        4, 3, ("stride_n",), programs=-(-n // block_n), steps=1, units=block_n * block_d, flops=6 * n * d,
+        read=n * (4 * d + 8), written=8 * k * (1 + d), l2=n * (4 * d + 8) + 8 * n * (1 + d),
+    )  # fmt: skip
+    state = {"codebook": "*fp32", "cluster_size": "*fp32", "idle": "*i64"}
+    yield Case(
+        "codebook_update", "codes", triton_apply.codes_kernel,
+        {**state, "statistics": "*i64", "totals": "*i64", "K": "i32", "decay": "fp32", "rest": "fp32", "eps": "fp32",
+         "dead_below": "fp32", "dead_after": "i64"},
+        {"embed_avg": None, "fresh": None, "D": d, "COSINE": True, "AVERAGE": False, "IDLE": True, "RESTART": False,
+         "BLOCK_K": block_k, "BLOCK_D": block_d},
+        2 if target == "gfx942" else 4, 3, programs=-(-k // block_k), steps=1, units=block_k * block_d,
+        flops=20 * k * d, read=k * (8 + 12 * d + 12), written=k * (4 * d + 8), l2=k * (16 * d + 28),
+    )  # fmt: skip
+    block_n, block_d = quantize.tile(d)
+    yield Case(
+        "vector_quantize", "backward", quantize.backward_kernel,
+        {"x": "*fp32", "quantized": "*fp32", "grad": "*fp32", "grad_loss": "*fp32", "out": "*fp32", "N": "i32",
+         "weight": "fp32", "stride_xn": "i32", "stride_gn": "i32"},
+        {"stride_xd": 1, "stride_gd": 1, "D": d, "COSINE": True, "HAS_GRAD": True, "HAS_LOSS": True,
+         "BLOCK_N": block_n, "BLOCK_D": block_d},
+        4, 3, ("stride_xn", "stride_gn"), programs=-(-n // block_n), steps=1, units=block_n * block_d,
+        flops=9 * n * d, read=12 * n * d, written=4 * n * d, l2=16 * n * d,
+    )  # fmt: skip
+
+
+CASES: tuple[Callable[..., Iterator[Case]], ...] = (search_cases, update_cases, head_cases)

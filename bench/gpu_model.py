@@ -94,13 +94,29 @@ class Estimate:
         return self.pipes["alu"] * lanes / self.case.units
 
 
+def count(case: Case, binary: Binary) -> Counter[str]:
+    """Warp instructions by pipe of one iteration of the hot loop, with its share of what the loop around it does."""
+    backend, loops = binary.target.backend, binary.loops()
+    if case.steps <= 1:
+        return Counter(pipe(i, backend) for i in binary.instructions)  # paths not taken included
+    if not binary.tensor_instructions:
+        return Counter(pipe(i, backend) for body in loops for i in body)
+    inner = binary.hot_loop()
+    pipes = Counter(pipe(i, backend) for i in inner)
+    around = [body for body in loops if len(body) > len(inner)]
+    if case.outer_steps:
+        outer = Counter(pipe(i, backend) for i in (around[-1] if around else binary.instructions))
+        for name in outer:
+            pipes[name] += (outer[name] - pipes[name]) * case.outer_steps / case.steps
+    return pipes
+
+
 def estimate(case: Case, target: str) -> Estimate:
     binary, gpu = case.compile(target), GPUS[target]
-    loop = binary.hot_loop() if case.steps > 1 else binary.instructions
-    pipes = Counter(pipe(i, binary.target.backend) for i in loop)
+    pipes = count(case, binary)
     # Programs are dealt out evenly; the last round of an uneven deal leaves multiprocessors idle.
     rounds = math.ceil(case.programs / gpu.processors)
-    lane_instructions = rounds * case.steps * case.num_warps * binary.target.warp
+    lane_instructions = rounds * max(case.steps, 1) * case.num_warps * binary.target.warp
     seconds = {
         name: lane_instructions * pipes[name] / rate / gpu.clock for name, rate in gpu.lanes.items() if pipes[name]
     }
@@ -122,7 +138,7 @@ def row(e: Estimate) -> tuple[str, ...]:
         c.name,
         f"{(c.read + c.written) / 1e6:.1f}",
         f"{c.flops / 1e9:.2f}",
-        *(str(e.pipes[name]) if e.pipes[name] else "" for name in PIPES),
+        *(f"{e.pipes[name]:.0f}" if e.pipes[name] else "" for name in PIPES),
         f"{e.alu_per_unit:.2f}",
         f"{e.binary.registers}{'!' if not e.binary.fits else ''}",
         str(e.binary.blocks_per_sm),
@@ -133,8 +149,11 @@ def row(e: Estimate) -> tuple[str, ...]:
 
 def cases(target: str, peers: bool) -> Iterator[Case | str]:
     """All kernels for a target; a string is the reason why some are left out."""
-    for generate in CASES.values():
-        yield from generate(target, processors=GPUS[target].processors)
+    for generate in CASES:
+        try:
+            yield from generate(target, processors=GPUS[target].processors)
+        except ImportError as error:
+            yield f"{generate.__name__} is left out: {error}"
     if not peers:
         return
     generators: tuple[tuple[str, Callable[[], Iterator[Case]]], ...] = (

@@ -70,7 +70,7 @@ def cut_cross_entropy_cases(m: int = 9600, v: int = 8192, d: int = 768) -> Itera
         {**fixed, "LA": None, "stride_lse_b": 1, "HAS_LA": False, "DOT_PRECISION": "ieee",
          "BLOCK_B": block_b, "BLOCK_V": block_v, "BLOCK_D": block_d},
         config.num_warps, config.num_stages, aligned, tensor_core=True, programs=programs, steps=d / block_d,
-        units=block_b * block_v * block_d, flops=2 * m * v * d, read=2 * (m + v) * d, written=4 * m,
+        units=block_b * block_v * block_d / d, outer_steps=1, flops=2 * m * v * d, read=2 * (m + v) * d, written=4 * m,
         l2=programs * 2 * (block_b + block_v) * d,
     )  # fmt: skip
     config = tl_autotune._cce_backward_best_config()
@@ -85,6 +85,6 @@ def cut_cross_entropy_cases(m: int = 9600, v: int = 8192, d: int = 768) -> Itera
          "MM_BACK_BLOCK_D": 2 * block_d, "MM_BACK_EVEN_D": True, "ITEM_DO": True, "HAS_VOCAB_ORDERING": False,
          "FILTER_GRAD": True, "HAS_TARGETS": True, "SHIFT": False, "REQUIRES_GRAD": True},
         config.num_warps, config.num_stages, aligned, tensor_core=True, programs=programs, steps=3 * d / block_d,
-        units=block_b * block_v * block_d, flops=6 * m * v * d, read=2 * (m + v) * d, written=2 * (m + v) * d,
-        l2=programs * 2 * (block_b + block_v) * d * 5,
+        units=block_b * block_v * block_d / d, outer_steps=1, flops=6 * m * v * d, read=2 * (m + v) * d,
+        written=2 * (m + v) * d, l2=programs * 2 * (block_b + block_v) * d * 5,
     )  # fmt: skip
