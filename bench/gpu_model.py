@@ -135,7 +135,7 @@ COLUMNS = ("kernel", "MB", "GFLOP", *PIPES, "ALU a unit", "regs", "blocks/SM", "
 def row(e: Estimate) -> tuple[str, ...]:
     c = e.case
     return (
-        c.name,
+        f"{c.op}: {c.name}",
         f"{(c.read + c.written) / 1e6:.1f}",
         f"{c.flops / 1e9:.2f}",
         *(f"{e.pipes[name]:.0f}" if e.pipes[name] else "" for name in PIPES),
@@ -180,7 +180,7 @@ def table(target: str, peers: bool = True) -> str:
         try:
             lines.append("| " + " | ".join(row(estimate(case, target))) + " |")
         except Exception as error:  # a peer's kernel may not compile for a target it was not written for
-            reasons.append(f"{case.name} does not compile for {target}: {str(error).splitlines()[0][:160]}")
+            reasons.append(f"{case.op}: {case.name} does not compile for {target}: {str(error).splitlines()[0][:160]}")
     return "\n".join([*lines, *(f"\n{reason}" for reason in reasons)])
 
 

@@ -36,13 +36,13 @@ def flash_kmeans_cases(n: int = 12_544, k: int = 8192, d: int = 32, dtype: str =
         if extra:
             signature |= {"x_sq_ptr": "*fp32", "c_sq_ptr": "*fp32"}
         yield Case(
-            "codebook_search", f"flash-kmeans assign, {metric}, {dtype}", kernel, signature, {**shapes, **extra},
+            "flash-kmeans", f"assign, {metric}, {dtype}", kernel, signature, {**shapes, **extra},
             blocks["num_warps"], blocks["num_stages"], tensor_core=True, programs=programs, steps=k / block_k,
             units=block_n * block_k, flops=2 * n * k * d, read=size * (n + k) * d, written=4 * n,
             l2=programs * size * (k + block_n) * d,
         )  # fmt: skip
     yield Case(
-        "codebook_update", f"flash-kmeans update, {dtype}", update._centroid_update_kernel,
+        "flash-kmeans", f"update, {dtype}", update._centroid_update_kernel,
         {"x_ptr": kind, "cluster_ptr": "*i32", "sum_ptr": "*fp32", "count_ptr": "*i32", "stride_x_n": "i32",
          "stride_x_b": "i32", "stride_sum_b": "i32", "stride_sum_k": "i32", "stride_count_b": "i32"},
         {"stride_x_d": 1, "stride_sum_d": 1, "stride_count_k": 1, "B": 1, "N": n, "K": k, "D": d, "BLOCK_D": 128},
@@ -65,7 +65,7 @@ def cut_cross_entropy_cases(m: int = 9600, v: int = 8192, d: int = 768) -> Itera
     block_b, block_v, block_d = (config.kwargs[name] for name in ("BLOCK_B", "BLOCK_V", "BLOCK_D"))
     programs = -(-m // block_b) * -(-v // block_v)
     yield Case(
-        "masked_cross_entropy", "Cut Cross-Entropy forward", cce_lse_forward._cce_lse_forward_kernel,
+        "Cut Cross-Entropy", "forward", cce_lse_forward._cce_lse_forward_kernel,
         {**operands, **strides, "Locks": "*u32", "num_locks": "i32"},
         {**fixed, "LA": None, "stride_lse_b": 1, "HAS_LA": False, "DOT_PRECISION": "ieee",
          "BLOCK_B": block_b, "BLOCK_V": block_v, "BLOCK_D": block_d},
@@ -78,7 +78,7 @@ def cut_cross_entropy_cases(m: int = 9600, v: int = 8192, d: int = 768) -> Itera
     programs = -(-m // block_b) * -(-v // block_v)
     locks = {f"n_d{which}_locks_{axis}": "i32" for which in "ec" for axis in (0, 1)}
     yield Case(
-        "masked_cross_entropy", "Cut Cross-Entropy backward", cce_backward._cce_backward_kernel,
+        "Cut Cross-Entropy", "backward", cce_backward._cce_backward_kernel,
         {**operands, **strides, **locks, "dOut": "*fp32", "grad_scale": "fp32", "Targets": "*i64", "dE": "*bf16",
          "dC": "*bf16", "dELocks": "*i32", "dCLocks": "*i32", "filter_eps": "fp32"},
         {**fixed, "VocabOrdering": None, "BLOCK_B": block_b, "BLOCK_V": block_v, "BLOCK_D": block_d,
