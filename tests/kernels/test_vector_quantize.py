@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from beitv2_fast.kernels import codebook_search, vector_quantize
+from beitv2_fast.kernels.native import native_ops
 from beitv2_fast.kernels.vector_quantize.ops import quantize, quantize_backward
 from beitv2_fast.kernels.vector_quantize.reference import backward_reference, vector_quantize_reference
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ..golden import assert_close, load, needs_golden
+from ..memory import peak_allocation
 
 METRICS = ["cosine", "euclidean"]
 # Of the gradient, relative to its largest value: rounding of fp32 sums over D, then of the gradient to x's dtype.
@@ -245,3 +247,17 @@ def test_it_compiles_to_one_graph_with_the_same_gradients(codebook_weight):
     actual = run(compiled, x, codebook, upstream, 0.25, codebook_weight, metric="cosine")
     for a, b in zip(actual, expected, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.skipif(not native_ops(), reason="the C++ ops are not compiled")
+def test_memory_does_not_grow_with_vectors_times_codes():
+    x, codebook, upstream = make(200_000, 256, 8)
+    x.requires_grad_()
+
+    def step() -> None:
+        result = ours(x, codebook, "cosine", 0.25)
+        torch.autograd.grad([result.quantized, result.loss], x, [upstream, torch.ones(())])
+
+    step()
+    # Codes, indices, distances and the gradient are 76 bytes a vector; an N x K matrix would be 1024.
+    assert peak_allocation(step) < 100 * 200_000
