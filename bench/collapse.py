@@ -57,8 +57,9 @@ def image_sets(out: Path, pack: Path) -> list[Images]:
     if tiny is None:
         print(f"{pack} is not here: the runs on Tiny-ImageNet are left out")
     else:
-        options = "--epochs 1 --image-size 64 --patch-size 8 --num-codes 1024 --warmup-epochs 0 --crop-scale 0.5 1.0"
-        sets.append(Images(tiny, "Tiny-ImageNet-100, K = 1024", tuple(options.split())))
+        model = "--image-size 64 --patch-size 8 --num-codes 1024"
+        training = "--epochs 1 --warmup-epochs 0 --views 0 --crop-scale 0.5 1.0"
+        sets.append(Images(tiny, "Tiny-ImageNet-100, K = 1024", (*model.split(), *training.split())))
     return sets
 
 
