@@ -27,7 +27,8 @@ def native_ops() -> dict:
             except Exception as error:
                 print(f"beitv2_fast: the C++ ops are left out, the slower PyTorch references will run ({error})")
 
-    flags = ["-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
+    # -fopenmp when compiling, for at::parallel_for, and not when linking: the ops then share torch's thread pool.
+    flags = ["-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
     extension = CppExtension("beitv2_fast.kernels._cpu", SOURCES, extra_compile_args=flags, optional=True)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
 

@@ -1,0 +1,27 @@
+"""The C++ ops run on torch's own threads: parallel code was compiled in, and no second OpenMP came along with it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from beitv2_fast.kernels.native import native_ops
+
+from beitv2_fast import kernels
+
+LIBRARIES = sorted(Path(kernels.__file__).parent.glob("_cpu*.so"))
+pytestmark = [
+    pytest.mark.skipif(not LIBRARIES, reason="the C++ ops were not compiled"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and the symbols of GCC's OpenMP"),
+]
+
+
+def test_the_ops_were_compiled_with_threads():
+    assert b"GOMP_parallel" in LIBRARIES[0].read_bytes()
+
+
+def test_they_bring_no_openmp_of_their_own():
+    assert native_ops()
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    assert len(mapped) == 1
