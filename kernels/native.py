@@ -9,6 +9,13 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
+OPS = (
+    "apply_codebook_statistics",
+    "codebook_search",
+    "codebook_statistics",
+    "softmax_cross_entropy_",
+    "vector_quantize_backward",
+)
 
 
 @functools.cache
@@ -33,4 +40,11 @@ def native_ops() -> bool:
             stacklevel=2,
         )
         return False
-    return True
+    missing = [name for name in OPS if not hasattr(torch.ops.beitv2_fast_cpu, name)]
+    if missing:
+        warnings.warn(
+            f"beitv2_fast: the C++ ops were compiled from older sources, without {', '.join(missing)}. The slower "
+            "PyTorch references run. Reinstall with `pip install --no-build-isolation --force-reinstall --no-deps`.",
+            stacklevel=2,
+        )
+    return not missing

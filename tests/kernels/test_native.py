@@ -1,4 +1,4 @@
-"""The C++ ops run on torch's own threads: parallel code was compiled in, and no second OpenMP came along with it."""
+"""The compiled library: its ops run on torch's own threads, and one from other sources is not used."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from beitv2_fast.kernels import native
 from beitv2_fast.kernels.native import native_ops
 
 from beitv2_fast import kernels
@@ -25,3 +26,13 @@ def test_they_bring_no_openmp_of_their_own():
     assert native_ops()
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
     assert len(mapped) == 1
+
+
+def test_a_library_from_older_sources_is_not_used_and_one_warning_says_so(monkeypatch):
+    monkeypatch.setattr(native, "OPS", (*native.OPS, "op_of_tomorrow"))
+    native_ops.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="older sources, without op_of_tomorrow"):
+            assert not native_ops()
+    finally:
+        native_ops.cache_clear()
