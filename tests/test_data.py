@@ -172,18 +172,20 @@ def test_a_file_that_vanishes_or_breaks_is_named(tmp_path, workers, damage):
 @pytest.mark.parametrize("name", ["INT", "TERM"])
 def test_workers_survive_a_signal_that_reaches_every_process(dataset, name):
     expected = batches(dataset)
+    others = set(multiprocessing.active_children())  # of other tests
     iterator = iter(train_loader(dataset, batch_size=4, seed=1, total_steps=12, workers=1))
     seen = [next(iterator)]
-    workers = [str(process.pid) for process in multiprocessing.active_children()]
+    workers = [str(process.pid) for process in set(multiprocessing.active_children()) - others]
     assert workers
     subprocess.run(["kill", f"-{name}", *workers], check=True)
     assert_same(expected, seen + list(iterator))
 
 
 def test_workers_end_when_their_parent_tells_them_to(dataset):
+    others = set(multiprocessing.active_children())  # of other tests
     iterator = iter(train_loader(dataset, batch_size=4, seed=1, total_steps=12, workers=1))
     next(iterator)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = set(multiprocessing.active_children()) - others
     worker.terminate()
     worker.join()
     assert worker.exitcode == 0

@@ -32,15 +32,6 @@ LONG = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the processes that are started: the number of threads may change the last bit of a sum."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, list]:
     """The options of both stages, and their undisturbed runs in ``whole``."""
