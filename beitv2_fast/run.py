@@ -113,14 +113,14 @@ def stored_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def lock(path: Path, *, wait: bool = False) -> TextIO:
+def lock(path: Path) -> TextIO:
     """Hold a run folder until the file that is returned is closed or the process ends, however it ends.
 
     Worker processes do not inherit the lock (POSIX record locks belong to one process).
     """
     file = (path / LOCK).open("w")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(
             f"another process is writing to the run folder {path}. Wait until it has ended, stop it, or choose another "
