@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import UserError
+from .options import DEAD_AFTER
 
 C = TypeVar("C", bound="RunConfig")
 
@@ -127,7 +128,7 @@ class TokenizerConfig(TrainConfig):
     commitment_weight: float = option(1.0, "weight of the commitment loss (the paper's beta)", at_least=0)
     kmeans_init: bool = option(True, "initialise the codebook by k-means on the first batch")
     dead_after: float = option(
-        200.0, "a code idle for this many times its fair share of vectors restarts; 0: never, as the reference",
+        DEAD_AFTER, "a code idle for this many times its fair share of vectors restarts; 0: never, as the reference",
         at_least=0,
     )  # fmt: skip
     crop_scale: tuple[float, float] = option(

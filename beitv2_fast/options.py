@@ -9,6 +9,7 @@ from .kernels.checks import check_metric
 
 LEARNING = ("code_ema", "sum_ema", "gradient", "frozen")
 GRADIENT = ("straight_through", "rotation")
+DEAD_AFTER = 50.0  # the default, chosen by `python -m bench.collapse`: 25 to 100 fill a codebook, 200 takes long
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class QuantizerOptions:
     channel_last: bool = True
     kmeans_init: bool = True
     kmeans_iterations: int = 10
-    dead_after: float = 200.0
+    dead_after: float = DEAD_AFTER
     dead_below: float = 0.0
     restart_below: float = 0.0
     restart_after: int = 100

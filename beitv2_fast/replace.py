@@ -46,7 +46,7 @@ def replace_quantizers(
         unsupported: what to do with a quantizer that uses an option no adapter can keep: "error", or "keep" the
             module as it is and warn.
         options: of the FusedVectorQuantizer that learns by EMA, over those of the replaced module: for example
-            ``dead_after=200.0`` or ``restart_below=0.2``.
+            ``dead_after=50.0`` or ``restart_below=0.2``.
 
     Returns:
         The model; or its replacement if the model is a quantizer.

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .options import DEAD_AFTER
 from .quantizer import FusedVectorQuantizer
 from .vit import ViT, ViTConfig, init_weights, rescale_outputs
 
@@ -26,7 +27,7 @@ class TokenizerModelConfig:
     decay: float = 0.99
     commitment_weight: float = 1.0
     kmeans_init: bool = True
-    dead_after: float = 200.0
+    dead_after: float = DEAD_AFTER
 
     @property
     def decoder(self) -> ViTConfig:
