@@ -3,6 +3,7 @@
 Imported as ``beitv2_fast.kernels``. They depend on torch alone.
 """
 
+from .attention import attention
 from .codebook_search import CodebookSearch, codebook_search
 from .codebook_update import codebook_update
 from .masked_cross_entropy import masked_cross_entropy, masked_gather
@@ -11,6 +12,7 @@ from .vector_quantize import VectorQuantize, vector_quantize
 __all__ = [
     "CodebookSearch",
     "VectorQuantize",
+    "attention",
     "codebook_search",
     "codebook_update",
     "masked_cross_entropy",

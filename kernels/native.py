@@ -11,6 +11,8 @@ import torch
 FOLDER = Path(__file__).parent
 OPS = (
     "apply_codebook_statistics",
+    "attention",
+    "attention_backward",
     "codebook_search",
     "codebook_statistics",
     "softmax_cross_entropy_",

@@ -1,0 +1,71 @@
+"""attention and its derivative as custom ops. Autocast leaves them alone: qkv has the dtype of the layer before."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..native import native_ops
+from .reference import attention_reference, backward_reference
+
+
+@torch.library.custom_op("beitv2_fast::attention", mutates_args=())
+def attention_op(qkv: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    if _native(qkv):
+        return torch.ops.beitv2_fast_cpu.attention(_unit_stride(qkv), _for_kernel(bias), scale)
+    out, sums = attention_reference(qkv, bias, scale)
+    return out.contiguous(), sums
+
+
+@attention_op.register_fake
+def _(qkv, bias, scale):
+    B, N, _, H, d = qkv.shape
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    return qkv.new_empty(B, N, H, d), qkv.new_empty(2, B, H, N, dtype=dtype)
+
+
+@torch.library.custom_op("beitv2_fast::attention_backward", mutates_args=())
+def attention_backward_op(
+    grad: Tensor, qkv: Tensor, bias: Tensor | None, sums: Tensor, scale: float, of_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of qkv, contiguous, and of the bias (empty without ``of_bias``)."""
+    if _native(qkv):
+        tensors = (_unit_stride(grad), _unit_stride(qkv), _for_kernel(bias), sums)
+        grad_qkv, grad_bias = torch.ops.beitv2_fast_cpu.attention_backward(*tensors, scale, of_bias)
+        return grad_qkv, grad_bias if bias is None else grad_bias.to(bias.dtype)
+    grad_qkv, grad_bias = backward_reference(grad, qkv, bias, scale)
+    return grad_qkv.contiguous(), grad_bias.to(bias.dtype) if of_bias else sums.new_empty(0)
+
+
+@attention_backward_op.register_fake
+def _(grad, qkv, bias, sums, scale, of_bias):
+    return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape) if of_bias else sums.new_empty(0)
+
+
+def _native(qkv: Tensor) -> bool:
+    return qkv.device.type == "cpu" and qkv.dtype != torch.float64 and qkv.numel() > 0 and native_ops()
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _for_kernel(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float().contiguous()
+
+
+def _setup_context(ctx, inputs, output):
+    qkv, bias, ctx.scale = inputs
+    _, sums = output
+    ctx.mark_non_differentiable(sums)
+    ctx.save_for_backward(qkv, bias, sums)
+
+
+def _backward(ctx, grad, _):
+    qkv, bias, sums = ctx.saved_tensors
+    of_bias = ctx.needs_input_grad[1]
+    grad_qkv, grad_bias = attention_backward_op(grad, qkv, bias, sums, ctx.scale, of_bias)
+    return grad_qkv, grad_bias if of_bias else None, None
+
+
+attention_op.register_autograd(_backward, setup_context=_setup_context)
