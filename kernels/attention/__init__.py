@@ -13,9 +13,9 @@ def attention(qkv: Tensor, bias: Tensor | None = None, *, scale: float | None = 
     """``softmax(scale q k^T + bias) v`` for queries, keys and values that lie side by side.
 
     FLOPs: 4 B H N^2 d forward, 10 B H N^2 d backward, which computes the scores again: besides the result only two
-    numbers a row are kept. On the CPU a few rows of scores exist at a time, in fp32 whatever the dtype of qkv; elsewhere,
-    and where the C++ ops are not compiled, the definition in plain PyTorch runs. The bits of all gradients are
-    independent of the number of threads.
+    numbers a row are kept. On the CPU a few rows of scores exist at a time, in fp32 whatever the dtype of qkv;
+    elsewhere, and where the C++ ops are not compiled, the definition in plain PyTorch runs. The bits of all gradients
+    are independent of the number of threads.
 
     Args:
         qkv: [B, N, 3, H, d], as a linear layer makes it: fp32, bf16, fp16 or fp64 (fp64: plain PyTorch).
