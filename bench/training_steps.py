@@ -1,0 +1,98 @@
+"""A training step (forward, backward, clipping, AdamW) of both trainings, ours and in the reference's structure.
+
+The step is the training loop's without its data: the teacher's features and the codes are given, as the same numbers
+to both. Both start from the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from beitv2_fast.backend import adamw
+from beitv2_fast.build import build_student, build_tokenizer
+from beitv2_fast.config import TrainConfig
+from beitv2_fast.optim import parameter_groups
+from beitv2_fast.presets import PRETRAIN, TOKENIZER
+
+from . import reference_structure
+from .harness import DEVICE, OURS
+
+REFERENCE = "reference implementation's structure"
+STAGES = ("VQ-KD", "pre-training")
+PRECISIONS = {"fp32": None, "bf16 autocast": torch.bfloat16}
+NUM_CODES, TEACHER_DIM, LR = 8192, 512, 1e-4
+
+
+@dataclass
+class Step:
+    """A model, its optimiser and its batch; calling it trains a step and returns the loss."""
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    optimizer: torch.optim.Optimizer
+    clip: float
+    dtype: torch.dtype | None
+
+    def forward(self) -> Tensor:
+        with torch.autocast(DEVICE.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+            return self.loss()
+
+    def __call__(self) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.forward()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or float("inf"))
+        self.optimizer.step()
+        return loss.detach()
+
+    def state_bytes(self) -> int:
+        """Weights, buffers, gradients and the two averages of AdamW."""
+        parameters = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return 4 * parameters + sum(b.numel() * b.element_size() for b in self.model.buffers())
+
+
+def steps(stage: str, batch: int, dtype: torch.dtype | None, config: TrainConfig | None = None) -> dict[str, Step]:
+    """The step of a stage by both implementations, on the same weights and batch; by default B/16 at 224."""
+    torch.manual_seed(0)
+    config = config or {"VQ-KD": TOKENIZER, "pre-training": PRETRAIN}[stage]["base"]
+    images = torch.rand(batch, 3, config.image_size, config.image_size, device=DEVICE)
+    if stage == "VQ-KD":
+        ours = build_tokenizer(config, TEACHER_DIM).to(DEVICE).train()
+        other = reference_structure.Tokenizer(ours.config)
+        ours.quantize.codebook.copy_(_codes_near(ours, images))
+        ours.quantize.initialized.fill_(True)
+        target = torch.randn(batch, ours.grid[0] * ours.grid[1], TEACHER_DIM, device=DEVICE)
+        losses = [lambda: ours(images, target).loss, lambda: other(images, target)]
+    else:
+        ours = build_student(config, NUM_CODES).to(DEVICE).train()
+        other = reference_structure.Student(ours.config)
+        patches = ours.grid[0] * ours.grid[1]
+        mask = torch.rand(batch, patches, device=DEVICE).argsort(1) < config.num_masked
+        labels = torch.randint(0, NUM_CODES, (batch * config.num_masked,), device=DEVICE)
+        losses = [
+            lambda: ours(images, mask, labels, config.num_masked).loss,
+            lambda: other(images, mask, labels),
+        ]
+    reference_structure.same_weights(other, ours).to(DEVICE).train()
+    groups = [parameter_groups(model, config.weight_decay) for model in (ours, other)]
+    plain = [{k: v for k, v in group.items() if k != "names"} for group in groups[1]]
+    optimizers = [adamw(groups[0], config), torch.optim.AdamW(plain, betas=config.betas, eps=1e-8)]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = LR
+    return {
+        name: Step(model, loss, optimizer, config.clip_grad, dtype)
+        for name, model, loss, optimizer in zip((OURS, REFERENCE), (ours, other), losses, optimizers, strict=True)
+    }
+
+
+@torch.no_grad()
+def _codes_near(tokenizer: nn.Module, images: Tensor) -> Tensor:
+    """A codebook [K, D] scattered around the vectors of a batch, as after k-means: many codes are in use."""
+    vectors = tokenizer.features(images[:1]).flatten(0, 1)
+    shape = tokenizer.quantize.codebook.shape
+    chosen = vectors[torch.randint(0, len(vectors), (shape[0],), device=vectors.device)]
+    return nn.functional.normalize(chosen + 0.3 * vectors.std() * torch.randn(shape, device=vectors.device), dim=-1)
