@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .linear import Linear
 from .options import DEAD_AFTER
 from .quantizer import FusedVectorQuantizer
 from .vit import ViT, ViTConfig, init_weights, rescale_outputs
@@ -76,7 +77,7 @@ class Tokenizer(nn.Module):
             dead_after=config.dead_after,
         )
         self.decoder = PatchViT(config.decoder)
-        self.decode_task_layer = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, config.teacher_dim))
+        self.decode_task_layer = nn.Sequential(Linear(dim, dim), nn.Tanh(), Linear(dim, config.teacher_dim))
         init_weights(self, config.encoder.init_std)
         for vit in (self.encoder, self.decoder):
             for i, block in enumerate(vit.blocks):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attention
+from .linear import Linear, linear
 
 POSITIONS = ("absolute", "shared_relative", "relative", "none")
 
@@ -113,7 +114,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(config.dim))
         self.v_bias = nn.Parameter(torch.zeros(config.dim))
-        self.proj = nn.Linear(config.dim, config.dim)
+        self.proj = Linear(config.dim, config.dim)
         self.own_bias = config.position == "relative"
         if self.own_bias:
             add_bias_table(self, config)
@@ -121,7 +122,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         B, N, C = x.shape
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, qkv_bias).view(B, N, 3, self.heads, C // self.heads)
+        qkv = linear(x, self.qkv.weight, qkv_bias).view(B, N, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, d]
         if self.own_bias:
             bias = position_bias(self)
@@ -131,11 +132,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim, gelu=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.fc1(x))
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
