@@ -50,7 +50,8 @@ BENCH = [
 ]
 TEACHERS = ["open_clip_torch>=3.3", "timm>=1.0.31"]
 REPLACE = ["diffusers>=0.42", "vector-quantize-pytorch>=1.32"]  # whose quantizers replace_quantizers swaps
-TEST = [*REPLACE, *TEACHERS, *TRAIN, *DEEPSPEED, *DEMO, *BENCH, "hypothesis>=6.100", "ruff>=0.9"]
+INTEROP = ["timm>=1.0.31", "transformers>=5.24"]  # whose classes the tests of conversion compare with
+TEST = [*INTEROP, *REPLACE, *TEACHERS, *TRAIN, *DEEPSPEED, *DEMO, *BENCH, "hypothesis>=6.100", "ruff>=0.9"]
 
 setup(
     name="beitv2-fast",

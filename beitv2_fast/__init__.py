@@ -2,6 +2,7 @@
 
 from .adapters import EmbeddingAdapter, NormEMAAdapter, Unsupported, VectorQuantizeAdapter
 from .classifier import Classifier, ClassifierConfig
+from .models import create_model, list_models, model_config
 from .quantizer import FusedVectorQuantizer, Quantized
 from .replace import ADAPTERS, replace_quantizers
 from .residual_quantizer import ResidualVectorQuantizer
@@ -28,6 +29,9 @@ __all__ = [
     "VectorQuantizeAdapter",
     "ViT",
     "ViTConfig",
+    "create_model",
+    "list_models",
+    "model_config",
     "replace_quantizers",
 ]
 

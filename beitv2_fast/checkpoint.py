@@ -7,11 +7,13 @@ checkpoints/step_00000200/model.safetensors   weights and buffers (codebook incl
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,24 +22,29 @@ from torch import Tensor, nn
 from .errors import CheckpointError, UserError, require
 
 
-def save_weights(state: dict[str, Tensor], path: Path) -> None:
+def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Parameters and persistent buffers as safetensors."""
     safetensors = require("safetensors", "train", "Saving a checkpoint")
     save_file = require("safetensors.torch", "train", "Saving a checkpoint").save_file
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, path)
+        save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, path, metadata)
     except safetensors.SafetensorError as error:  # its only word for a full disk
         raise OSError(str(error)) from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A .safetensors file, or a .pth/.pt file of plain tensors (weights_only: no code in it is run)."""
+    """A .safetensors file, or a .pth/.pt file of plain tensors (weights_only: no code in it is run).
+
+    Of a dict with "model", "module" or "state_dict" in it, as trainings store it, that part is taken. Beside tensors a
+    file may hold plain Python values and an argparse.Namespace, which is what the reference keeps its options in.
+    """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint file {path}")
     try:
         if path.suffix == ".safetensors":
             return require("safetensors.torch", "train", "Reading a checkpoint").load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # every library has its own exceptions for a damaged file
@@ -47,25 +54,52 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read as a checkpoint ({reason}): it is damaged or of another kind. "
             "Use an intact .safetensors, .pth or .pt file."
         ) from error
+    for wrapping in ("model", "module", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapping), dict):
+            state = state[wrapping]
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, but a dict of tensors is needed.")
-    return state["model"] if isinstance(state.get("model"), dict) else state
+    return state
 
 
 def load_model(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Load all of a state dict, or raise an error that names every missing, unexpected and reshaped entry."""
     own = model.state_dict()
-    problems = [f"missing: {name}" for name in own if name not in state]
-    problems += [f"unexpected: {name}" for name in state if name not in own]
-    problems += [
-        f"{name}: {list(value.shape)} in the file, {list(own[name].shape)} in the model"
+    reshaped = [
+        f"{name} ({list(value.shape)} in the file, {list(own[name].shape)} in the model)"
         for name, value in state.items()
         if name in own and value.shape != own[name].shape
     ]
+    found = {
+        "missing": compact([name for name in own if name not in state]),
+        "unexpected": compact([name for name in state if name not in own]),
+        "of another shape": reshaped,
+    }
+    problems = [f"{what}: {', '.join(names)}" for what, names in found.items() if names]
     if problems:
-        more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise CheckpointError(f"{source} does not fit this {type(model).__name__}. {'; '.join(problems[:12])}{more}")
+        raise CheckpointError(f"{source} does not fit this {type(model).__name__}. {'; '.join(problems)}")
     model.load_state_dict(state)
+
+
+def compact(names: list[str]) -> list[str]:
+    """Names that differ in a block's number alone as one, with the range of numbers: blocks.0-11.gamma_1."""
+    numbers: dict[str, list[int]] = {}
+    for name in names:
+        template = re.sub(r"\.\d+\.", ".{}.", name, count=1)
+        found = re.search(r"\.(\d+)\.", name)
+        numbers.setdefault(template, []).extend([int(found[1])] if found else [])
+    return [template.replace("{}", _ranges(found)) for template, found in numbers.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> 0-2,5"""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 class Checkpoints:
@@ -98,12 +132,12 @@ class Checkpoints:
         temporary = self.unfinished(step)
         (temporary / "training.json").write_text(json.dumps({"step": step}))
         for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
+            flush(path)
         final = self.finished(step)
         if final.exists():
             self._remove(final)
         temporary.rename(final)
-        _flush(self.folder)
+        flush(self.folder)
         for old in self.all()[: -self.keep]:
             self._remove(old)
 
@@ -139,7 +173,7 @@ def latest_weights(run: Path) -> Path:
     return checkpoints[-1] / "model.safetensors"
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """fsync a file or folder, so that the rename that follows cannot reach the disk before it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -115,7 +115,7 @@ def backend(value: float) -> TorchBackend:
 
 
 SAVING = [(os, "fsync"), (os, "rename"), (os, "mkdir"), (os, "rmdir"), (os, "unlink"), (shutil, "rmtree"),
-          (checkpoint.json, "dumps"), (torch, "save"), (checkpoint, "_flush")]  # fmt: skip
+          (checkpoint.json, "dumps"), (torch, "save"), (checkpoint, "flush")]  # fmt: skip
 
 
 def killed_at(call_number: int, folder: Path, step: int) -> bool:

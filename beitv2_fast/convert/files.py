@@ -1,0 +1,173 @@
+"""Weights in files and folders: read in any format, written so that a crash leaves the old file or the new one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import flush, read_weights, save_weights
+from ..errors import CheckpointError, UserError, require
+from ..run import CONFIG, stored_config
+from . import Weights, convert, detect
+from .shapes import ModelConfig, describe, flatten
+from .transformers_config import from_transformers, preprocessor, to_transformers
+
+METADATA = "beitv2_fast"  # key of the config in our files' metadata
+SUFFIXES = (".safetensors", ".pth", ".pt")
+FOLDER_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """weights: as stored. format: one of ``FORMATS``. known: values of the config that shapes do not tell."""
+
+    weights: Weights
+    format: str
+    known: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> Weights:
+        return convert(self.weights, "beitv2_fast", self.format)
+
+    def config(self, **known: Any) -> ModelConfig:
+        return describe(self.ours, {**known, **self.known})
+
+
+def read(path: str | Path, source: str | None = None) -> Loaded:
+    """Read weights of any format.
+
+    Args:
+        path: a .safetensors, .pth or .pt file; a run folder of this package (its newest checkpoint); a folder of
+            transformers (config.json and model.safetensors or pytorch_model.bin).
+        source: the format; None: recognised.
+
+    Raises:
+        CheckpointError: there is nothing there, or nothing that can be read as such.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path, source)
+    weights = Weights(read_weights(path), _read_extras(_extras_file(path)))
+    return Loaded(weights, source or detect(weights), _metadata(path))
+
+
+def write(
+    path: str | Path, state: Mapping[str, Tensor], target: str, config: ModelConfig, *, force: bool = False
+) -> None:
+    """Write weights that ``convert`` made.
+
+    Args:
+        path: NAME.safetensors; NAME.pth or NAME.pt (a dict with the weights under "model", as the published files); for
+            "transformers" also a folder, which gets config.json and preprocessor_config.json, for from_pretrained.
+        state: under the names of ``target``. Its ``extras``, if there are any, are written to NAME.extras.safetensors
+            beside it, or extras.safetensors in the folder; ``read`` finds them there.
+        config: of the model.
+        force: replace what is there.
+
+    Raises:
+        UserError: something is there already, or the name has no suffix that says what to write.
+    """
+    path, extras = Path(path), dict(getattr(state, "extras", {}))
+    folder = target == "transformers" and path.suffix not in SUFFIXES
+    if not folder and path.suffix not in SUFFIXES:
+        raise UserError(f"{path} should end in .safetensors (or .pth), so that it is clear what to write.")
+    if folder and path.exists() and not (path / CONFIG).is_file():
+        raise UserError(f"{path} exists and is no folder of a model (it has no {CONFIG}). Name another one.")
+    if path.exists() and not force:
+        raise UserError(f"{path} exists. Name another one, or give --force (force=True) to replace it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if folder:
+        _atomically(path, lambda temporary: _write_folder(temporary, state, extras, config))
+        return
+    side = _extras_file(path)
+    if extras:
+        _atomically(side, lambda temporary: save_weights(extras, temporary))
+    else:
+        side.unlink(missing_ok=True)
+    metadata = {METADATA: json.dumps(flatten(config))} if target == METADATA else {"format": "pt"}
+    if path.suffix == ".safetensors":
+        _atomically(path, lambda temporary: save_weights(state, temporary, metadata))
+    else:
+        _atomically(path, lambda temporary: torch.save({"model": dict(state)}, temporary))
+
+
+def _read_folder(path: Path, source: str | None) -> Loaded:
+    values = stored_config(path)
+    if values.get("model_type") is None:  # a run folder
+        from ..build import load_run_model
+
+        model = load_run_model(path)[0]
+        return Loaded(Weights(model.state_dict()), "beitv2_fast", flatten(model.config))
+    known = from_transformers(path / CONFIG)
+    found = next((path / name for name in FOLDER_WEIGHTS if (path / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{path} has none of {', '.join(FOLDER_WEIGHTS)}. Name a folder with weights in it.")
+    state = _read_pieces(found) if found.suffix == ".json" else read_weights(found)
+    weights = Weights(state, _read_extras(path / "extras.safetensors"))
+    return Loaded(weights, source or detect(weights), known)
+
+
+def _read_pieces(index: Path) -> dict[str, Tensor]:
+    """The files that an index of transformers lists; names that lead out of the folder are refused."""
+    state: dict[str, Tensor] = {}
+    for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+        if Path(name).name != name:
+            raise CheckpointError(f"{index} lists {name!r}, which is not the name of a file beside it.")
+        state.update(read_weights(index.parent / name))
+    return state
+
+
+def _read_extras(path: Path) -> dict[str, Tensor]:
+    return read_weights(path) if path.is_file() else {}
+
+
+def _extras_file(path: Path) -> Path:
+    return path.with_suffix(".extras.safetensors")
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    if path.suffix != ".safetensors":
+        return {}
+    with require("safetensors", "train", "Reading a checkpoint").safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(METADATA)
+    try:
+        values = json.loads(text) if text else {}
+    except ValueError:
+        values = {}
+    return values if isinstance(values, dict) else {}
+
+
+def _write_folder(path: Path, state: Mapping[str, Tensor], extras: dict[str, Tensor], config: ModelConfig) -> None:
+    path.mkdir()
+    save_weights(state, path / "model.safetensors", {"format": "pt"})
+    if extras:
+        save_weights(extras, path / "extras.safetensors")
+    for name, values in ((CONFIG, to_transformers(config)), ("preprocessor_config.json", preprocessor(config))):
+        (path / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make a file or folder beside ``path``, flush it to disk, then give it its name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        for file in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+            flush(file)
+        old = path.with_name(f"{temporary.name}.old")
+        if path.is_dir():  # a rename replaces files alone
+            path.rename(old)
+        temporary.replace(path)
+        flush(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
