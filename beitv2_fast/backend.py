@@ -28,6 +28,8 @@ class TorchBackend:
         if world.size > 1:
             # The codebook is a buffer that every rank computes to the same bits: nothing to broadcast.
             self.wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        if config.compile:
+            self.wrapped = torch.compile(self.wrapped)
 
     def step(self, loss: Tensor, lr: float) -> Tensor:
         """Backward, clip, step. Returns the norm of the gradient before clipping."""
@@ -61,6 +63,8 @@ class DeepSpeedBackend:
         self.wrapped, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=adamw(groups, config), config=deepspeed_settings(config, world.device)
         )
+        if config.compile:
+            self.wrapped.compile()
 
     def step(self, loss: Tensor, lr: float) -> Tensor:
         self.wrapped.backward(loss)

@@ -11,6 +11,7 @@ from torch import nn
 from .checkpoint import latest_weights, load_model, read_weights
 from .config import PretrainConfig, TokenizerConfig, TrainConfig
 from .errors import UserError
+from .positions import resize_positions
 from .run import read_config, stored_config
 from .student import Student, StudentConfig
 from .tokenizer import Tokenizer, TokenizerModelConfig
@@ -46,7 +47,7 @@ def build_student(config: PretrainConfig, num_codes: int) -> Student:
     try:
         return Student(
             StudentConfig(
-                vit=vit_config(config, position="shared_relative"),
+                vit=vit_config(config),
                 num_codes=num_codes,
                 early_layer=config.early_layer,
                 aggregation_depth=config.aggregation_depth,
@@ -57,15 +58,20 @@ def build_student(config: PretrainConfig, num_codes: int) -> Student:
         raise UserError(f"{error}. Change one of these options.") from error
 
 
-def load_run_model(run: Path) -> tuple[nn.Module, TokenizerConfig | PretrainConfig]:
-    """The model of a tokenizer's or a pre-training's run folder, from its newest checkpoint, in eval mode."""
+def load_run_model(run: Path, image_size: int | None = None) -> tuple[nn.Module, TokenizerConfig | PretrainConfig]:
+    """The model of a tokenizer's or a pre-training's run folder, from its newest checkpoint, in eval mode.
+
+    ``image_size``: that of the images it shall read, if not its training's; its positions are interpolated.
+    """
     kind = TokenizerConfig if "num_codes" in stored_config(run) else PretrainConfig
     config = read_config(kind, run)
+    if image_size is not None:
+        config = dataclasses.replace(config, image_size=image_size)
     path = latest_weights(run)
     state = read_weights(path)
     if kind is TokenizerConfig:
         model: nn.Module = build_tokenizer(config, state["decode_task_layer.2.weight"].shape[0])
     else:
         model = build_student(config, state["lm_head.weight"].shape[0])
-    load_model(model, state, str(path))
+    load_model(model, resize_positions(state, model), str(path))
     return model.eval(), config

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .attention import IMPLEMENTATIONS
 from .errors import UserError
 from .options import DEAD_AFTER
 
@@ -74,6 +75,16 @@ class TrainConfig(RunConfig):
         0.0, "stochastic depth: how often the last block is skipped, falling linearly to 0 at the first", at_least=0,
         below=1,
     )  # fmt: skip
+    attention: str = option(
+        "auto",
+        "what computes attention; auto: native (C++) on CPUs, xformers on GPUs that it supports, else PyTorch's sdpa",
+        choices=IMPLEMENTATIONS,
+    )  # fmt: skip
+    checkpointing: bool = option(
+        False, "keep only the input of each transformer block and compute the rest again for the gradient: the same "
+        "result in less memory and a third more time", free=True,
+    )  # fmt: skip
+    compile: bool = option(False, "torch.compile the model: minutes at the start, faster steps on GPUs")
     epochs: int = option(100, "passes over the images", at_least=1)
     batch_size: int = option(64, "images a step on each rank (process)", at_least=1)
     lr: float = option(
@@ -147,6 +158,16 @@ class PretrainConfig(TrainConfig):
 
     out: Path = option(Path("runs/pretrain"), OUT)
     tokenizer: Path = option(Path("runs/tokenizer"), "run folder of the trained tokenizer")
+    tokenizer_image_size: int | None = option(
+        None, "side of the images that the tokenizer reads, its positions interpolated; none: that of its training",
+        at_least=1,
+    )  # fmt: skip
+    position: str = option(
+        "shared_relative",
+        "positions of the student; shared_relative: one table of biases for all blocks; relative: a table for each "
+        "block; absolute: position embeddings",
+        choices=("shared_relative", "relative", "absolute"),
+    )
     layer_scale: float = option(0.1, "initial scale of every residual branch; 0: no layer scale", at_least=0)
     early_layer: int = option(
         9, "the aggregation branch reads the patches after this block (the paper's l)", at_least=1

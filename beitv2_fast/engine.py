@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .attention import choose_attention
 from .backend import DeepSpeedBackend, TorchBackend
 from .checkpoint import Checkpoints
 from .config import TrainConfig
@@ -138,7 +139,8 @@ def train(
     run.print(
         f"{task.name}: {len(dataset):,} images, {plan.steps_per_epoch} steps an epoch, {plan.total_steps:,} steps; "
         f"{parameters / 1e6:.1f} M parameters; {world.size} x {world.device.type}, "
-        f"{'bf16 autocast' if amp else 'fp32'}, {'DeepSpeed' if deepspeed else 'torch'}, lr {plan.peak_lr:.2e}"
+        f"{'bf16 autocast' if amp else 'fp32'}, {'DeepSpeed' if deepspeed else 'torch'}, "
+        f"attention {choose_attention(config.attention, world.device.type)}, lr {plan.peak_lr:.2e}"
     )
     if step:
         run.print(f"{task.name}: resumed at step {step} of {plan.total_steps}")

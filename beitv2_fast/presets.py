@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .config import PretrainConfig, ProbeConfig, ReportConfig, TokenizerConfig
+from .vit import SIZES
 
 _TOKENIZER = TokenizerConfig(
     epochs=100, batch_size=64, lr=5e-5, lr_batch=128, min_lr=1e-5, warmup_epochs=10, weight_decay=1e-4,
@@ -31,16 +32,18 @@ _PRETRAIN = PretrainConfig(
     betas=(0.9, 0.98), clip_grad=3.0, drop_path=0.0, layer_scale=0.1,
 )  # fmt: skip
 
+_LARGE = replace(_PRETRAIN, **SIZES["large"], early_layer=21, layer_scale=1e-5, batch_size=64)
+
 PRETRAIN = {
     # batch 2048 on 8 GPUs
     "base": _PRETRAIN,
     "base_1600": replace(_PRETRAIN, epochs=1600, betas=(0.9, 0.999), drop_path=0.1),
     # batch 2048 on 32 GPUs
-    "large": replace(_PRETRAIN, dim=1024, depth=24, heads=16, early_layer=21, layer_scale=1e-5, batch_size=64),
-    "large_1600": replace(
-        _PRETRAIN, dim=1024, depth=24, heads=16, early_layer=21, layer_scale=1e-5, batch_size=64, epochs=1600,
-        betas=(0.9, 0.999), drop_path=0.1,
-    ),
+    "large": _LARGE,
+    "large_1600": replace(_LARGE, epochs=1600, betas=(0.9, 0.999), drop_path=0.1),
+    # not in the paper: its recipes, for ViT-S/16 and ViT-H/14 (whose 16 x 16 patches a /16 tokenizer has at 256 pixels)
+    "small": replace(_PRETRAIN, **SIZES["small"]),
+    "huge": replace(_LARGE, **SIZES["huge"], early_layer=28, batch_size=32, num_masked=98, tokenizer_image_size=256),
     "demo": replace(
         _PRETRAIN,
         data=Path("runs/demo/data"), out=Path("runs/demo/pretrain"), tokenizer=Path("runs/demo/tokenizer"),

@@ -75,14 +75,14 @@ class Student(ViT):
         x, bias = self.embed(images, mask, self.mask_token), self.position_bias()
         early = x
         for i, block in enumerate(self.blocks):
-            x = block(x, bias)
+            x = self.run_block(block, x, bias)
             if i + 1 == self.config.early_layer:
                 early = x
         if not self.config.aggregation_depth:
             return x, None
         aggregated = torch.cat([x[:, :1], early[:, 1:]], dim=1)
         for block in self.cls_pt_layers:
-            aggregated = block(aggregated, bias)
+            aggregated = self.run_block(block, aggregated, bias)
         return x, aggregated
 
     def forward(self, images: Tensor, mask: Tensor, labels: Tensor, num_masked: int | None = None) -> StudentOutput:

@@ -5,7 +5,7 @@ image in [0,1] -> encoder -> Linear-Tanh-Linear -> quantizer -> decoder -> Linea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -33,9 +33,15 @@ class TokenizerModelConfig:
     @property
     def decoder(self) -> ViTConfig:
         """A ViT of patch size 1 over the grid of codes, of the encoder's width and heads."""
-        e = self.encoder
-        side = e.grid[0]
-        return ViTConfig(side, 1, self.code_dim, e.dim, self.decoder_depth, e.heads, e.mlp_ratio, "absolute", eps=e.eps)
+        return replace(
+            self.encoder,
+            image_size=self.encoder.grid[0],
+            patch_size=1,
+            in_channels=self.code_dim,
+            depth=self.decoder_depth,
+            layer_scale=0.0,
+            drop_path=0.0,
+        )
 
 
 class TokenizerOutput(NamedTuple):

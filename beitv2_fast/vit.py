@@ -10,11 +10,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .attention import attention
+from .attention import attention, prepare_bias
 from .linear import Linear, linear
 
 POSITIONS = ("absolute", "shared_relative", "relative", "none")
+SIZES: dict[str, dict[str, int]] = {  # ViT-S/16, B/16, L/16, H/14: ViTConfig(**SIZES["large"], ...)
+    "small": {"dim": 384, "depth": 12, "heads": 6, "patch_size": 16},
+    "base": {"dim": 768, "depth": 12, "heads": 12, "patch_size": 16},
+    "large": {"dim": 1024, "depth": 24, "heads": 16, "patch_size": 16},
+    "huge": {"dim": 1280, "depth": 32, "heads": 16, "patch_size": 14},
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class ViTConfig:
     drop_path: float = 0.0  # rate of the last block, growing linearly from 0 at the first
     eps: float = 1e-6  # of every LayerNorm
     init_std: float = 0.02  # of the initial weights, for a width of 768; narrow models start to learn sooner with more
+    attention: str = "auto"  # what computes attention, one of attention.IMPLEMENTATIONS
+    checkpointing: bool = False  # blocks keep their input alone and compute the rest again in backward
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -98,11 +107,12 @@ def add_bias_table(module: nn.Module, config: ViTConfig) -> None:
     h, w = config.grid
     module.relative_position_bias_table = nn.Parameter(torch.zeros((2 * h - 1) * (2 * w - 1) + 3, config.heads))
     module.register_buffer("relative_position_index", relative_position_index(config.grid), persistent=False)
+    module.implementation = config.attention
 
 
 def position_bias(module: nn.Module) -> Tensor:
     bias = F.embedding(module.relative_position_index, module.relative_position_bias_table)  # [N, N, H]
-    return bias.permute(2, 0, 1).unsqueeze(0).contiguous()
+    return prepare_bias(bias.permute(2, 0, 1).unsqueeze(0).contiguous(), module.implementation)
 
 
 class Attention(nn.Module):
@@ -110,7 +120,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.heads = config.heads
+        self.heads, self.implementation = config.heads, config.attention
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(config.dim))
         self.v_bias = nn.Parameter(torch.zeros(config.dim))
@@ -123,10 +133,9 @@ class Attention(nn.Module):
         B, N, C = x.shape
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         qkv = linear(x, self.qkv.weight, qkv_bias).view(B, N, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, d]
         if self.own_bias:
             bias = position_bias(self)
-        return self.proj(attention(q, k, v, bias).transpose(1, 2).reshape(B, N, C))
+        return self.proj(attention(qkv, bias, self.implementation))
 
 
 class MLP(nn.Module):
@@ -203,11 +212,17 @@ class ViT(nn.Module):
         """The relative position bias that all blocks share, computed once a forward."""
         return None if self.rel_pos_bias is None else self.rel_pos_bias()
 
+    def run_block(self, block: Block, x: Tensor, bias: Tensor | None) -> Tensor:
+        """A block, or in training with ``checkpointing`` the same bits without its activations kept for backward."""
+        if self.vit_config.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, bias, use_reentrant=False)
+        return block(x, bias)
+
     def forward_tokens(self, images: Tensor) -> Tensor:
         """Images -> the last block's tokens [B, 1 + N, C]."""
         x, bias = self.embed(images), self.position_bias()
         for block in self.blocks:
-            x = block(x, bias)
+            x = self.run_block(block, x, bias)
         return x
 
 

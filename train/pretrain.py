@@ -54,14 +54,15 @@ class PretrainTask:
 
 
 def load_tokenizer(config: PretrainConfig) -> tuple[Tokenizer, TokenizerConfig]:
-    tokenizer, stored = load_run_model(config.tokenizer)
+    tokenizer, stored = load_run_model(config.tokenizer, config.tokenizer_image_size)
     if not isinstance(tokenizer, Tokenizer):
         raise UserError(f"--tokenizer {config.tokenizer} is the run folder of a pre-training, not of a tokenizer")
     grid = (config.image_size // config.patch_size,) * 2
     if tokenizer.grid != grid:
         raise UserError(
             f"the tokenizer in {config.tokenizer} cuts an image into {tokenizer.grid} patches, the student into "
-            f"{grid}. Choose --image-size and --patch-size so that both have the same grid."
+            f"{grid}. Choose --image-size and --patch-size so that both have the same grid, or --tokenizer-image-size "
+            f"{grid[0] * tokenizer.patch_size}, with which the tokenizer's positions are interpolated."
         )
     return tokenizer.requires_grad_(False), stored
 
