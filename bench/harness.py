@@ -14,8 +14,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import platform
 import re
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,6 +28,7 @@ import torch
 
 OURS = "beitv2_fast"
 RESULTS = Path(__file__).parent / "results"
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -35,47 +38,78 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Measurement:
-    """One implementation of a group: seconds of wall-clock time, processor seconds of all threads (on a machine that
-    others use too, the number to compare), bytes above what was allocated before the call."""
+    """One implementation of a group.
+
+    Seconds of wall-clock time, and processor seconds of all threads (on a machine that others use too, the number to
+    compare). others: how many processors were busy with other processes; they lengthen the wall-clock time, since work
+    divided evenly among threads waits for the one whose processor is shared. peak_bytes above what was allocated before
+    the call, result_bytes of these held by the results, which every implementation has to return.
+    """
 
     name: str
     median: float
     best: float
     processor: float
+    others: float | None
     rounds: int
     peak_bytes: int | None
+    result_bytes: int
+
+    @property
+    def beyond_bytes(self) -> int | None:
+        """Peak memory beyond the results."""
+        return None if self.peak_bytes is None else max(self.peak_bytes - self.result_bytes, 0)
 
 
 _groups: dict[str, list[Measurement]] = {}
 
 
-def measure(benchmark: Any, group: str, name: str, run: Callable[[], object], *, seconds: float = 2.0) -> None:
-    """Time ``run`` with pytest-benchmark for ``seconds`` (5 to 50 rounds, two to warm up), then its memory."""
+def measure(
+    benchmark: Any, group: str, name: str, run: Callable[[], object], *, seconds: float = 2.0
+) -> dict[str, Measurement]:
+    """Time ``run`` with pytest-benchmark for ``seconds`` (5 to 50 rounds, two to warm up), then its memory.
+
+    Returns what was measured so far in the group, by name.
+    """
 
     def synchronised() -> None:
         run()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
+    _give_back_from(32 << 20)
     started = time.perf_counter()
     synchronised()
     synchronised()
     rounds = round(min(max(2 * seconds / (time.perf_counter() - started), 5), 50))
     benchmark.group = group
-    started = time.process_time()
+    wall, started, busy = time.perf_counter(), time.process_time(), _busy_seconds()
     benchmark.pedantic(synchronised, rounds=rounds, iterations=1)
-    processor = (time.process_time() - started) / rounds
-    peak = peak_memory(run)
-    benchmark.extra_info["peak_bytes"] = peak
+    wall, processor = time.perf_counter() - wall, time.process_time() - started
+    others = None if busy is None else max((_busy_seconds() or busy) - busy - processor, 0) / wall
+    processor /= rounds
+    peak, held = peak_memory(run), result_bytes(run())
+    benchmark.extra_info.update(peak_bytes=peak, result_bytes=held)
     stats = benchmark.stats.stats
-    _groups.setdefault(group, []).append(Measurement(name, stats.median, stats.min, processor, rounds, peak))
+    _groups.setdefault(group, []).append(
+        Measurement(name, stats.median, stats.min, processor, others, rounds, peak, held)
+    )
+    return {m.name: m for m in _groups[group]}
+
+
+def result_bytes(result: object) -> int:
+    """Bytes of the storages behind the tensors of a result."""
+    tensors = [result] if isinstance(result, torch.Tensor) else result if isinstance(result, (tuple, list)) else []
+    storages = [t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def peak_memory(run: Callable[[], object]) -> int | None:
     """Bytes of memory in use at the peak of one call, above those in use before it; None where nobody counts them.
 
-    On the CPU the kernel counts (VmHWM of Linux), so that NumPy's and faiss's memory count as torch's does, to within
-    about half a megabyte. What earlier calls freed is given back first, or it would be used again unseen.
+    On the CPU the kernel counts (VmHWM of Linux), so that NumPy's and faiss's memory count as torch's does. It would
+    count freed memory that malloc keeps, too, which depends on all that ran before: so the call runs in a thread of its
+    own, whose part of the heap has no holes to fill, and freed blocks from 64 kB are given back at once.
     """
     gc.collect()
     if DEVICE.type == "cuda":
@@ -85,14 +119,47 @@ def peak_memory(run: Callable[[], object]) -> int | None:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    try:
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    peaks: list[int] = []
+
+    def counted() -> None:
+        run()  # what libraries allocate once for a thread is no part of a call
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far
         before = _resident("VmHWM")
+        run()
+        peaks.append(max(_resident("VmHWM") - before, 0))
+
+    _give_back_from(64 << 10)
+    thread = threading.Thread(target=counted)
+    thread.start()
+    thread.join()
+    _give_back_from(32 << 20)
+    return peaks[0] if peaks else None
+
+
+def _give_back_from(size: int) -> None:
+    """Let malloc give freed blocks of at least ``size`` bytes back to the kernel, and keep smaller ones.
+
+    Left alone, glibc raises that size with what a process happens to free, up to 32 MiB, where it mostly ends up
+    among large tensors: fixed there, a time does not depend on which benchmarks ran before.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, size)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * size)
     except (OSError, AttributeError):
+        return  # another C library
+
+
+def _busy_seconds() -> float | None:
+    """Seconds that all processors of the machine have worked for anybody; None where the kernel does not say."""
+    try:
+        ticks = [int(n) for n in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+    except OSError:
         return None
-    run()
-    return max(_resident("VmHWM") - before, 0)
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # all but idle and waiting for disks
 
 
 def _resident(field: str) -> int:
@@ -116,12 +183,16 @@ def report(write: Callable[[str], None]) -> None:
     for group, results in _groups.items():
         ours = next((r.median for r in results if r.name == OURS), None)
         write(f"\n{group} ({', '.join(f'{key} {value}' for key, value in machine().items())})")
-        write(f"  {'implementation':<44}{'median ms':>11}{'best ms':>10}{'CPU ms':>10}{'ratio':>8}{'peak MB':>10}")
+        write(
+            f"  {'implementation':<44}{'median ms':>11}{'best ms':>10}{'CPU ms':>10}{'others':>8}{'ratio':>8}"
+            f"{'peak MB':>10}{'beyond results':>16}"
+        )
         for r in sorted(results, key=lambda r: r.median):
             ratio = f"{r.median / ours:.1f}x" if ours else "-"
-            memory = "-" if r.peak_bytes is None else f"{r.peak_bytes / 1e6:.1f}"
+            others = "-" if r.others is None else f"{r.others:.1f}"
+            memory, beyond = ("-" if n is None else f"{n / 1e6:.1f}" for n in (r.peak_bytes, r.beyond_bytes))
             times = "".join(f"{1e3 * t:>{w}.2f}" for t, w in ((r.median, 11), (r.best, 10), (r.processor, 10)))
-            write(f"  {r.name:<44}{times}{ratio:>8}{memory:>10}")
+            write(f"  {r.name:<44}{times}{others:>8}{ratio:>8}{memory:>10}{beyond:>16}")
         name = re.sub(r"[^a-z0-9]+", "_", group.lower()).strip("_")
         RESULTS.mkdir(exist_ok=True)
         content = {"group": group, **machine(), "results": [asdict(r) for r in results]}
@@ -130,7 +201,7 @@ def report(write: Callable[[str], None]) -> None:
 
 
 def _plot(group: str, results: list[Measurement], path: Path) -> None:
-    """Bars of median time and of peak memory."""
+    """Bars of median time and of peak memory beyond the results."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -139,8 +210,8 @@ def _plot(group: str, results: list[Measurement], path: Path) -> None:
     figure = Figure(figsize=(9, 1 + 0.4 * len(ordered)), layout="constrained")
     time_axes, memory_axes = figure.subplots(1, 2, sharey=True)
     names, colors = [r.name for r in ordered], ["tab:orange" if r.name == OURS else "tab:gray" for r in ordered]
-    times, memory = [r.median * 1e3 for r in ordered], [(r.peak_bytes or 0) / 1e6 for r in ordered]
-    for axes, values, label in ((time_axes, times, "median ms"), (memory_axes, memory, "peak extra MB")):
+    times, memory = [r.median * 1e3 for r in ordered], [(r.beyond_bytes or 0) / 1e6 for r in ordered]
+    for axes, values, label in ((time_axes, times, "median ms"), (memory_axes, memory, "peak MB beyond the results")):
         axes.bar_label(axes.barh(names, values, color=colors), fmt="%.3g", padding=2)
         axes.set_xlabel(label)
         axes.margins(x=0.15)

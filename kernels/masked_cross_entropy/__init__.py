@@ -82,7 +82,7 @@ def masked_cross_entropy(
     if wanted[0]:
         losses = torch.cat(
             [
-                with_gradient(losses[b : b + 1], tokens, grad_rows[b : b + 1], scale, positions)
+                with_gradient(losses[b : b + 1], tokens, grad_rows[b][None], scale, positions)
                 if tokens.requires_grad
                 else losses[b : b + 1]
                 for b, tokens in enumerate(branches)

@@ -58,12 +58,13 @@ class Device(NamedTuple):
 class Results(NamedTuple):
     """losses, correct [branches]; the gradients of M times each loss, [branches, ...], of size 0 if not wanted.
 
-    The factor M keeps them in the range of fp16; with_gradient divides by it.
+    The factor M keeps them in the range of fp16; with_gradient divides by it. Each branch's rows are a tensor of their
+    own: the backward pass frees them as soon as they have become that branch's gradient.
     """
 
     losses: Tensor
     correct: Tensor
-    grad_rows: Tensor  # [branches, M, C]
+    grad_rows: list[Tensor]  # branches x [M, C]
     grad_norm: Tensor  # [branches, 2, C]
     grad_weight: Tensor  # [branches, V, C]
     grad_bias: Tensor  # [branches, V]
@@ -81,15 +82,15 @@ def empty_results(
     wide = accumulation_dtype(dtype)
 
     def zeros(when: bool, *shape: int) -> Tensor:
-        return branches[0].new_zeros((count, *shape) if when else 0, dtype=wide)
+        return branches[0].new_zeros(shape if when else 0, dtype=wide)
 
     return Results(
-        zeros(True, rows),
+        zeros(True, count, rows),
         branches[0].new_zeros((count, rows), dtype=torch.bool),
-        zeros(wanted.tokens, rows, dim),
-        zeros(wanted.norm, 2, dim),
-        zeros(wanted.head, classes, dim),
-        zeros(wanted.head and head.bias is not None, classes),
+        [zeros(True, rows, dim) for _ in branches if wanted.tokens],
+        zeros(wanted.norm, count, 2, dim),
+        zeros(wanted.head, count, classes, dim),
+        zeros(wanted.head and head.bias is not None, count, classes),
     )
 
 
@@ -132,7 +133,7 @@ def head_losses(
                     positions[chunk],
                     normalized,
                     gamma,
-                    out.grad_rows[b, chunk] if wanted.tokens else None,
+                    out.grad_rows[b][chunk] if wanted.tokens else None,
                     out.grad_norm[b] if wanted.norm else None,
                 )
     return out._replace(losses=out.losses.sum(1) / max(rows, 1), correct=out.correct.sum(1))

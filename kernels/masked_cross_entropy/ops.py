@@ -12,7 +12,7 @@ from . import steps
 from .chunked import Device, Head, Results, Wanted, accumulation_dtype, empty_results, head_losses
 from .gather import scatter_rows
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("beitv2_fast::masked_cross_entropy", mutates_args=())
