@@ -2,6 +2,7 @@
 
 from .adapters import EmbeddingAdapter, NormEMAAdapter, Unsupported, VectorQuantizeAdapter
 from .classifier import Classifier, ClassifierConfig
+from .features import Features, classify, features, read_images
 from .models import create_model, list_models, model_config
 from .quantizer import FusedVectorQuantizer, Quantized
 from .replace import ADAPTERS, replace_quantizers
@@ -15,6 +16,7 @@ __all__ = [
     "Classifier",
     "ClassifierConfig",
     "EmbeddingAdapter",
+    "Features",
     "FusedVectorQuantizer",
     "NormEMAAdapter",
     "Quantized",
@@ -29,9 +31,12 @@ __all__ = [
     "VectorQuantizeAdapter",
     "ViT",
     "ViTConfig",
+    "classify",
     "create_model",
+    "features",
     "list_models",
     "model_config",
+    "read_images",
     "replace_quantizers",
 ]
 

@@ -260,19 +260,7 @@ def parse(cls: type[C], presets: Mapping[str, C], argv: Sequence[str] | None = N
     shown = "the values of options that are not given; before --help, the values it shows"
     parser.add_argument("--preset", choices=list(presets), default="base", help=f"{shown} [{name}]")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS, default=None)
-    types_ = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        kind, flag = types_[f.name], "--" + f.name.replace("_", "-")
-        shown = f"{f.metadata['help']} [{_show(getattr(presets[name], f.name))}]"
-        common: dict[str, Any] = {"help": shown.replace("%", "%%"), "default": argparse.SUPPRESS}
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-        elif typing.get_origin(kind) is tuple:
-            item, count = typing.get_args(kind)[0], len(typing.get_args(kind))
-            parser.add_argument(flag, type=item, nargs=count, metavar=item.__name__.upper(), **common)
-        else:
-            item = _optional(kind)
-            parser.add_argument(flag, type=item, choices=f.metadata["choices"], metavar=_metavar(f, item), **common)
+    add_options(parser, presets[name])
     given = vars(parser.parse_args(argv))
     preset, local_rank = presets[given.pop("preset")], given.pop("local_rank")
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
@@ -281,7 +269,24 @@ def parse(cls: type[C], presets: Mapping[str, C], argv: Sequence[str] | None = N
     return config, local_rank
 
 
-def check_limits(config: RunConfig) -> None:
+def add_options(parser: argparse.ArgumentParser, shown: Any) -> None:
+    """An option for every field of a dataclass of ``option``s; --help shows the values of this one."""
+    types_ = typing.get_type_hints(type(shown))
+    for f in dataclasses.fields(shown):
+        kind, flag = types_[f.name], "--" + f.name.replace("_", "-")
+        text = f"{f.metadata['help']} [{_show(getattr(shown, f.name))}]"
+        common: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        elif typing.get_origin(kind) is tuple:
+            item, count = typing.get_args(kind)[0], len(typing.get_args(kind))
+            parser.add_argument(flag, type=item, nargs=count, metavar=item.__name__.upper(), **common)
+        else:
+            item = _optional(kind)
+            parser.add_argument(flag, type=item, choices=f.metadata["choices"], metavar=_metavar(f, item), **common)
+
+
+def check_limits(config: Any) -> None:
     """UserError if a number is not finite or outside the limits of its option, or a range runs backwards."""
     for f in dataclasses.fields(config):
         value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")

@@ -60,7 +60,12 @@ def read(path: str | Path, source: str | None = None) -> Loaded:
 
 
 def write(
-    path: str | Path, state: Mapping[str, Tensor], target: str, config: ModelConfig, *, force: bool = False
+    path: str | Path,
+    state: Mapping[str, Tensor],
+    target: str,
+    config: ModelConfig | None = None,
+    *,
+    force: bool = False,
 ) -> None:
     """Write weights that ``convert`` made.
 
@@ -69,7 +74,7 @@ def write(
             "transformers" also a folder, which gets config.json and preprocessor_config.json, for from_pretrained.
         state: under the names of ``target``. Its ``extras``, if there are any, are written to NAME.extras.safetensors
             beside it, or extras.safetensors in the folder; ``read`` finds them there.
-        config: of the model.
+        config: of the model: needed for a folder; in files of ours it says what shapes do not.
         force: replace what is there.
 
     Raises:
@@ -83,6 +88,8 @@ def write(
         raise UserError(f"{path} exists and is no folder of a model (it has no {CONFIG}). Name another one.")
     if path.exists() and not force:
         raise UserError(f"{path} exists. Name another one, or give --force (force=True) to replace it.")
+    if folder and config is None:
+        raise UserError(f"a folder for transformers ({path}) needs the model's config.")
     path.parent.mkdir(parents=True, exist_ok=True)
     if folder:
         _atomically(path, lambda temporary: _write_folder(temporary, state, extras, config))
@@ -92,11 +99,44 @@ def write(
         _atomically(side, lambda temporary: save_weights(extras, temporary))
     else:
         side.unlink(missing_ok=True)
-    metadata = {METADATA: json.dumps(flatten(config))} if target == METADATA else {"format": "pt"}
+    metadata = (
+        {METADATA: json.dumps(flatten(config))} if target == METADATA and config is not None else {"format": "pt"}
+    )
     if path.suffix == ".safetensors":
         _atomically(path, lambda temporary: save_weights(state, temporary, metadata))
     else:
         _atomically(path, lambda temporary: torch.save({"model": dict(state)}, temporary))
+
+
+def convert_file(
+    path: str | Path, out: str | Path, target: str, *, source: str | None = None, model: str | None = None,
+    force: bool = False,
+) -> tuple[str, Weights]:  # fmt: skip
+    """Read weights, convert them, write them: the command `beitv2-fast convert`.
+
+    Args:
+        path, out: see ``read`` and ``write``.
+        target, source: see ``convert``.
+        model: a name of ``create_model``, for what neither the weights nor their file tell (heads without bias tables,
+            eps).
+
+    Returns:
+        the format that was read, and the weights as written.
+    """
+    from ..models import model_config
+
+    loaded = read(path, source)
+    state = convert(loaded.weights, target, loaded.format)
+    hints = flatten(model_config(model)) if model else {}
+    config = None
+    if target in (METADATA, "transformers"):
+        try:
+            config = loaded.config(**hints)
+        except CheckpointError:  # weights alone can be written without
+            if Path(out).suffix not in SUFFIXES:
+                raise
+    write(out, state, target, config, force=force)
+    return loaded.format, state
 
 
 def _read_folder(path: Path, source: str | None) -> Loaded:

@@ -1,0 +1,76 @@
+"""The command `beitv2-fast` (also `python -m beitv2_fast`): convert weights, encode images, list models."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from .checkpoint import compact
+from .config import add_options, check_limits
+from .convert import FORMATS
+from .convert.files import convert_file
+from .distributed import run_main
+from .encode import EncodeConfig, encode_folder
+from .models import ALIASES, MODELS
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    result = argparse.ArgumentParser(prog="beitv2-fast", description="BEiT v2: weights in and out, images to codes.")
+    commands = result.add_subparsers(dest="command", required=True)
+    help = "weights between the published checkpoints, this package, timm and transformers"
+    convert = commands.add_parser("convert", help=help, description=f"Convert {help}.")
+    convert.add_argument("input", metavar="IN", type=Path, help="weights file, run folder, or folder of transformers")
+    convert.add_argument(
+        "output", metavar="OUT", type=Path,
+        help="NAME.safetensors, NAME.pth, or for transformers a folder that from_pretrained reads",
+    )  # fmt: skip
+    convert.add_argument("--to", choices=list(FORMATS), required=True, help="the format to make")
+    convert.add_argument("--from", dest="source", choices=list(FORMATS), help="the format of IN [recognised]")
+    convert.add_argument("--model", help="name of the model, for what weights do not tell, such as heads [none]")
+    convert.add_argument("--force", action="store_true", help="replace OUT")
+    encode = commands.add_parser(
+        "encode", help="a folder of images to a file of codes", description=EncodeConfig.__doc__
+    )
+    encode.add_argument("images", metavar="IMAGES", type=Path, help="folder of images, with or without folders in it")
+    add_options(encode, EncodeConfig())
+    commands.add_parser("models", help="the names that create_model knows", description="List the models' names.")
+    return result
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """One command; mistakes are UserErrors."""
+    given = vars(parser().parse_args(argv))
+    command = given.pop("command")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if command == "convert":
+        _convert(**given)
+    elif command == "encode":
+        config = dataclasses.replace(EncodeConfig(), **{k: v for k, v in given.items() if k != "images"})
+        check_limits(config)
+        count, left_out = encode_folder(given["images"], config)
+        print(f"{config.out}: the codes of {count} images; {len(left_out)} files left out")
+    else:
+        aliases = {name: [alias for alias, target in ALIASES.items() if target == name] for name in MODELS}
+        print("\n".join(f"{name:<26}{', '.join(aliases[name])}".rstrip() for name in MODELS))
+    return 0
+
+
+def _convert(input: Path, output: Path, to: str, source: str | None, model: str | None, force: bool) -> None:
+    read_as, state = convert_file(input, output, to, source=source, model=model, force=force)
+    print(f"{input} ({read_as}) -> {output} ({to}): {len(state)} tensors")
+    if state.extras:
+        names = ", ".join(compact(list(state.extras)))
+        print(f"{to} has no place for {len(state.extras)} more, which lie beside it for the way back: {names}")
+
+
+def main() -> None:
+    """The entry point: a mistake is one paragraph and exit code 2."""
+    run_main(run)
+
+
+if __name__ == "__main__":
+    main()
