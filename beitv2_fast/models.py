@@ -17,20 +17,18 @@ from .convert.files import Loaded, read
 from .convert.finetune import check_backbone, describe_new, start_classifier
 from .convert.shapes import VIT_FIELD, ModelConfig, flatten, unflatten
 from .errors import CheckpointError, UserError
+from .positions import resize_positions
 from .student import Student, StudentConfig
 from .tokenizer import Tokenizer, TokenizerModelConfig
+from .vit import SIZES as SHAPES
 from .vit import ViTConfig
 
 log = logging.getLogger(__name__)
 
 CLASSES = {TokenizerModelConfig: Tokenizer, StudentConfig: Student, ClassifierConfig: Classifier}
 KINDS = {TokenizerModelConfig: "tokenizer", StudentConfig: "student", ClassifierConfig: "classifier"}
-SIZES = {
-    "small": dict(dim=384, depth=12, heads=6, layer_scale=0.1),
-    "base": dict(dim=768, depth=12, heads=12, layer_scale=0.1),
-    "large": dict(dim=1024, depth=24, heads=16, layer_scale=1e-5),
-    "huge": dict(dim=1280, depth=32, heads=16, layer_scale=1e-5, patch_size=14),
-}
+LAYER_SCALE = {"small": 0.1, "base": 0.1, "large": 1e-5, "huge": 1e-5}
+SIZES = {name: {**shape, "layer_scale": LAYER_SCALE[name]} for name, shape in SHAPES.items()}
 EARLY_LAYER = {"small": 9, "base": 9, "large": 21, "huge": 28}
 DEFINING = ("dim", "depth", "heads", "patch_size")  # what a name stands for; the rest a checkpoint may have otherwise
 
@@ -185,7 +183,7 @@ def _check_name(name: str, named: ModelConfig, found: ModelConfig, source: str) 
 
 
 FREE = ("image_size", "num_classes", "layer_scale", "drop_path", "eps", "init_std", "early_layer", "decay")
-FREE += ("commitment_weight", "kmeans_init", "dead_after")
+FREE += ("commitment_weight", "kmeans_init", "dead_after", "attention", "checkpointing")
 
 
 def _check_overrides(found: ModelConfig, config: ModelConfig, source: str) -> None:
@@ -200,10 +198,5 @@ def _check_overrides(found: ModelConfig, config: ModelConfig, source: str) -> No
 
 def _resized(weights: dict[str, torch.Tensor], found: ModelConfig, model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights with positions and bias tables for the model's image size."""
-    there, wanted = flatten(found)["image_size"], flatten(model.config)["image_size"]
-    if there == wanted:
-        return weights
-    raise CheckpointError(
-        f"these weights are for images of {there} pixels, the model reads {wanted}, and resizing of positions is not "
-        "there yet. Leave image_size out."
-    )
+    same = flatten(found)["image_size"] == flatten(model.config)["image_size"]
+    return weights if same else resize_positions(weights, model)

@@ -24,25 +24,23 @@ def resize_positions(state: Mapping[str, Tensor], model: nn.Module) -> dict[str,
     """The state dict with positions of the grid of ``model``'s ViTs; everything else, and what fits already, untouched.
 
     Args:
-        state: of the same model at another image size, whose grid was square. model: what it shall be loaded into.
+        state: of the same backbone at another image size, whose grid was square; its bias table may be shared where
+            the model has one a layer. model: what it shall be loaded into.
 
     Raises:
         CheckpointError: positions of a grid that is not square.
     """
+    vits = {f"{name}." if name else "": module for name, module in model.named_modules() if isinstance(module, ViT)}
     result = dict(state)
-    for prefix, vit in model.named_modules():
-        if not isinstance(vit, ViT):
+    for name, value in state.items():
+        owners = [prefix for prefix in vits if name.startswith(prefix)]
+        if not owners or not name.endswith((TABLE, EMBEDDING)):
             continue
-        inside = f"{prefix}." if prefix else ""
-        own = {inside + name: p.shape for name, p in vit.named_parameters()}
-        for name, shape in own.items():
-            value = state.get(name)
-            if value is None or value.shape == shape or value.shape[-1] != shape[-1]:
-                continue
-            if name.endswith(EMBEDDING):
-                result[name] = resize_embedding(value, vit.grid)
-            elif name.endswith(TABLE):
-                result[name] = resize_bias_table(value, vit.grid)
+        h, w = vits[max(owners, key=len)].grid
+        if name.endswith(EMBEDDING) and value.shape[1] != 1 + h * w:
+            result[name] = resize_embedding(value, (h, w))
+        elif name.endswith(TABLE) and len(value) != (2 * h - 1) * (2 * w - 1) + EXTRA:
+            result[name] = resize_bias_table(value, (h, w))
     return result
 
 

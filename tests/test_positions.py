@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from beitv2_fast import create_model
+from beitv2_fast.checkpoint import save_weights
 from beitv2_fast.classifier import Classifier, ClassifierConfig
 from beitv2_fast.errors import CheckpointError
 from beitv2_fast.positions import (
@@ -141,3 +143,13 @@ def test_positions_of_no_square_grid_are_refused():
         resize_embedding(torch.zeros(1, 1 + 12, 4), (4, 4))
     with pytest.raises(CheckpointError, match="no square grid"):
         resize_bias_table(torch.zeros(5 * 7 + 3, 4), (4, 4))
+
+
+def test_create_model_takes_another_image_size(tmp_path):
+    small = Student(StudentConfig(ViTConfig(32, **TINY), 16, 1))
+    save_weights(small.state_dict(), tmp_path / "student.safetensors")
+    options = dict(checkpoint=tmp_path / "student.safetensors", image_size=48, heads=2)
+    student = create_model(**options)
+    assert student.vit_config.image_size == 48
+    expected = resize_bias_table(small.rel_pos_bias.relative_position_bias_table.detach(), (6, 6))
+    assert torch.equal(student.rel_pos_bias.relative_position_bias_table, expected)
