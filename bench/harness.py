@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import re
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -102,6 +103,37 @@ def result_bytes(result: object) -> int:
     tensors = [result] if isinstance(result, torch.Tensor) else result if isinstance(result, (tuple, list)) else []
     storages = [t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def measure_in_turns(benchmark: Any, group: str, runs: dict[str, Callable[[], object]], *, rounds: int) -> None:
+    """Time several implementations, one of them named ``OURS``, call by call in turn, then the memory of each.
+
+    For calls of seconds, during which a shared machine changes.
+    """
+    wall, processor, others = ({name: [] for name in runs} for _ in range(3))
+
+    def timed(name: str) -> None:
+        started, cpu, busy = time.perf_counter(), time.process_time(), _busy_seconds()
+        runs[name]()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        wall[name].append(time.perf_counter() - started)
+        processor[name].append(time.process_time() - cpu)
+        if busy is not None:
+            others[name].append(max((_busy_seconds() or busy) - busy - processor[name][-1], 0) / wall[name][-1])
+
+    def the_others() -> None:
+        for name in runs:
+            if name != OURS:
+                timed(name)
+
+    _give_back_from(32 << 20)
+    benchmark.group = group
+    benchmark.pedantic(timed, args=(OURS,), setup=the_others, rounds=rounds, warmup_rounds=0, iterations=1)
+    for name, run in runs.items():
+        times = (statistics.median(wall[name]), min(wall[name]), statistics.median(processor[name]))
+        busy = statistics.mean(others[name]) if others[name] else None
+        _groups.setdefault(group, []).append(Measurement(name, *times, busy, rounds, peak_memory(run), 0))
 
 
 def peak_memory(run: Callable[[], object]) -> int | None:

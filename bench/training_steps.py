@@ -42,17 +42,12 @@ class Step:
             return self.loss()
 
     def __call__(self) -> Tensor:
-        self.optimizer.zero_grad(set_to_none=True)
         loss = self.forward()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or float("inf"))
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # now, so that a step's peak counts its own gradients
         return loss.detach()
-
-    def state_bytes(self) -> int:
-        """Weights, buffers, gradients and the two averages of AdamW."""
-        parameters = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return 4 * parameters + sum(b.numel() * b.element_size() for b in self.model.buffers())
 
 
 def steps(stage: str, batch: int, dtype: torch.dtype | None, config: TrainConfig | None = None) -> dict[str, Step]:
