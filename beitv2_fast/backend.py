@@ -1,97 +1,192 @@
-"""What differs between training with plain torch (one process or DDP) and with DeepSpeed: five methods."""
+"""What differs between training with plain torch (one process or DDP) and with DeepSpeed: forward, backward and step,
+and how the state that is spread over ranks comes together for a checkpoint.
+
+A checkpoint knows neither: it holds whole weights and whole optimiser states by parameter name, so any number of ranks,
+any ZeRO stage and plain torch go on from it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import load_model, read_weights, save_weights
 from .config import TrainConfig
 from .distributed import World, autocast_dtype
 from .errors import CheckpointError, UserError, require
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, in torch's names
+STEP = "step"  # and how many steps it took, the same for all parameters
 
 
 class TorchBackend:
     """AdamW on one process, or DistributedDataParallel on several."""
 
+    name = "torch"
+
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: TrainConfig, world: World):
-        self.model, self.clip = model, config.clip_grad
+        self.model, self.clip, self.accumulate = model, config.clip_grad, config.accumulate
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = adamw(groups, config)
         self.wrapped: nn.Module = model
+        self.no_sync: Callable[[], AbstractContextManager] = nullcontext
         if world.size > 1:
             # The codebook is a buffer that every rank computes to the same bits: nothing to broadcast.
             self.wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+            self.no_sync = self.wrapped.no_sync
         if config.compile:
             self.wrapped = torch.compile(self.wrapped)
 
-    def step(self, loss: Tensor, lr: float) -> Tensor:
-        """Backward, clip, step. Returns the norm of the gradient before clipping."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        """Around forward and backward of a micro-batch: in the last one of a step the gradients of all ranks meet."""
+        return nullcontext() if last else self.no_sync()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of a micro-batch's share of the step's loss."""
+        (loss / self.accumulate).backward()
+
+    def step(self, lr: float) -> Tensor:
+        """Clip and step; returns the gradient's norm before clipping. If it is not finite, nothing is changed."""
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip or float("inf"))
-        set_lr(self.optimizer, lr)
-        self.optimizer.step()
+        if norm.isfinite():
+            set_lr(self.optimizer, lr)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def save(self, folder: Path, world: World) -> None:
-        if world.rank == 0:
-            save_weights(self.model.state_dict(), folder / "model.safetensors")
-            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+    def weights(self) -> dict[str, Tensor]:
+        """All parameters and persistent buffers. Every rank calls it; complete on rank 0."""
+        return self.model.state_dict()
 
-    def load(self, folder: Path) -> None:
-        load_model(self.model, read_weights(folder / "model.safetensors"), str(folder))
-        if not (folder / "optimizer.pt").is_file():
-            raise CheckpointError(f"{folder} was written under DeepSpeed: resume it with the `deepspeed` launcher")
-        self.optimizer.load_state_dict(read_weights(folder / "optimizer.pt"))
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """AdamW's moments as PARAMETER.exp_avg and PARAMETER.exp_avg_sq, and step. Called and complete likewise."""
+        state = {}
+        for name, parameter in trained(self.model):
+            own = self.optimizer.state[parameter]
+            state.update({f"{name}.{key}": own[key] for key in MOMENTS})
+            state[STEP] = own[STEP]
+        return state
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take over what ``optimizer_state`` returned, on whatever backend."""
+        set_state(self.optimizer, self.model, state)
 
 
 class DeepSpeedBackend:
-    """DeepSpeed's engine: ZeRO, offload and its checkpoints, from a JSON file of the user's."""
+    """DeepSpeed's engine: ZeRO and offload, from a JSON file of the user's. The methods are those of TorchBackend."""
 
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: TrainConfig, world: World):
         deepspeed = require("deepspeed", "deepspeed", "Training with DeepSpeed")
         # Its shared-memory all-reduce for CPUs would be compiled now, for half a minute; gloo does as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.model = model
+        self.model, self.world, self.gather = model, world, deepspeed.zero.GatheredParameters
+        self.base = adamw(groups, config)
         self.wrapped, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=adamw(groups, config), config=deepspeed_settings(config, world.device)
+            model=model, optimizer=self.base, config=deepspeed_settings(config, world.device)
         )
         if config.compile:
             self.wrapped.compile()
+        self.stage = int(self.wrapped.zero_optimization_stage())
+        self.name = f"DeepSpeed ZeRO {self.stage}"
+        if self.stage > 0:
+            self._start_moments()
 
-    def step(self, loss: Tensor, lr: float) -> Tensor:
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        return nullcontext()  # the engine counts micro-batches itself
+
+    def backward(self, loss: Tensor, last: bool) -> None:
         self.wrapped.backward(loss)
+        if not last:
+            self.wrapped.step()  # only counts
+
+    def step(self, lr: float) -> Tensor:
         set_lr(self.optimizer, lr)
+        if self.stage == 0:  # the engine would take a step of NaN; from stage 1 on it skips it
+            norm = nn.utils.get_total_norm([p.grad for _, p in trained(self.model)])
+            if not norm.isfinite():
+                self.wrapped.zero_grad()
+                self.wrapped.micro_steps += 1
+                return norm
+            self.wrapped.step()
+            return norm
         self.wrapped.step()
-        return torch.as_tensor(self.wrapped.get_global_grad_norm() or 0.0)
+        return torch.as_tensor(self.wrapped.get_global_grad_norm())
 
-    def save(self, folder: Path, world: World) -> None:
-        if self.wrapped.zero_optimization_partition_weights():  # ZeRO-3: no rank has all weights
-            state = self.wrapped._zero3_consolidated_16bit_state_dict()
-            buffers = {name: b for name, b in self.model.state_dict().items() if name not in (state or {})}
-            if world.rank == 0:
-                save_weights({**buffers, **state}, folder / "model.safetensors")
-        elif world.rank == 0:
-            save_weights(self.model.state_dict(), folder / "model.safetensors")
-        self.wrapped.save_checkpoint(str(folder / "deepspeed"), tag="state")
+    def weights(self) -> dict[str, Tensor]:
+        if self.stage < 3:
+            return self.model.state_dict()
+        parameters = dict(self.model.named_parameters())
+        whole = {name: tensor for name, tensor in self.model.state_dict().items() if name not in parameters}
+        for name, parameter in parameters.items():  # one by one: a GPU need not hold them all
+            with self.gather([parameter]):
+                if self.world.rank == 0:
+                    whole[name] = parameter.detach().cpu().clone()
+        return whole
 
-    def load(self, folder: Path) -> None:
-        if not (folder / "deepspeed").is_dir():
-            raise CheckpointError(f"{folder} was written without DeepSpeed: resume it with plain python or torchrun")
-        with weights_only_loads():
-            self.wrapped.load_checkpoint(str(folder / "deepspeed"), tag="state")
-        # DeepSpeed leaves buffers of a frozen or partitioned model to the user: the codebook comes from the weights.
-        stored = read_weights(folder / "model.safetensors")
-        for name, buffer in self.model.named_buffers():
-            if name in stored:
-                buffer.copy_(stored[name])
+    def optimizer_state(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        state = {}
+        for name, parameter in trained(self.model):
+            for key in MOMENTS:
+                if self.stage == 0:
+                    whole = self.base.state[parameter][key]
+                else:
+                    whole = safe_get_full_optimizer_state(parameter, key)
+                if self.world.rank == 0:
+                    state[f"{name}.{key}"] = whole.detach().cpu()
+        return {**state, STEP: next(iter(self.base.state.values()))[STEP]}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        if self.stage == 0:
+            return set_state(self.base, self.model, state)
+        for name, parameter in trained(self.model):
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[f"{name}.{key}"].to(self.world.device), key)
+        for own in self.base.state.values():
+            own[STEP].copy_(state[STEP])
+
+    def _start_moments(self) -> None:
+        """AdamW's state before its first step, in the flat part of the weights that this rank's optimiser sees.
+
+        DeepSpeed would link the parameters to it when the first parameter group has taken its first step, and so lose
+        that of the others.
+        """
+        if self.stage == 3:
+            partitions = self.optimizer.fp32_partitioned_groups_flat
+        else:
+            partitions = self.optimizer.single_partition_of_fp32_groups
+        for partition in partitions:
+            moments = {key: torch.zeros_like(partition) for key in MOMENTS}
+            self.base.state[partition] = {STEP: torch.zeros((), device=partition.device), **moments}
+        if self.stage < 3:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that have an optimiser state, by name."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def set_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give an optimiser of whole parameters the state that ``optimizer_state`` returned."""
+    for name, parameter in trained(model):
+        moments = {key: state[f"{name}.{key}"].to(parameter.device) for key in MOMENTS}
+        optimizer.state[parameter] = {STEP: state[STEP].clone().to(parameter.device), **moments}
+
+
+def check_optimizer_state(state: dict[str, Tensor], model: nn.Module, source: str) -> None:
+    """CheckpointError unless it is that of this model."""
+    wanted = {f"{name}.{key}": p.shape for name, p in trained(model) for key in MOMENTS}
+    wrong = [name for name, shape in wanted.items() if name not in state or state[name].shape != shape]
+    if wrong or STEP not in state:
+        raise CheckpointError(f"{source} does not fit this {type(model).__name__}: {', '.join(wrong[:12]) or STEP}")
 
 
 def deepspeed_settings(config: TrainConfig, device: torch.device) -> dict[str, Any]:
@@ -115,14 +210,14 @@ def deepspeed_settings(config: TrainConfig, device: torch.device) -> dict[str, A
         raise UserError(f"{file} sets an optimizer or scheduler. Leave both out: they follow from --lr, --betas, ...")
     owned: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch_size,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": config.accumulate,
         "gradient_clipping": config.clip_grad,
     }
     for name, value in owned.items():
         if settings.get(name, value) != value:
             raise UserError(
                 f"{file} says {name} = {settings[name]}, the options say {value}. "
-                "Leave it out of the JSON: it follows from the options (--batch-size, --clip-grad)."
+                "Leave it out of the JSON: it follows from the options (--batch-size, --accumulate, --clip-grad)."
             )
     dtype = autocast_dtype(config.precision, device)
     autocast = {"enabled": dtype is not None, "dtype": str(dtype or torch.bfloat16).removeprefix("torch.")}
@@ -139,27 +234,3 @@ def adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Adam
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
-
-
-@contextmanager
-def weights_only_loads() -> Iterator[None]:
-    """DeepSpeed reads its checkpoints with torch.load(weights_only=False), which would run code from the file.
-
-    Inside, every torch.load is weights_only, with DeepSpeed's own harmless state classes allowed.
-    """
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    original = torch.load
-
-    def load(*args: Any, **kwargs: Any) -> Any:
-        kwargs["weights_only"] = True
-        return original(*args, **kwargs)
-
-    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
-        torch.load = load
-        try:
-            yield
-        finally:
-            torch.load = original

@@ -1,8 +1,8 @@
 """Checkpoints that a kill at any moment leaves loadable: written beside, flushed, then renamed.
 
 checkpoints/step_00000200/model.safetensors   weights and buffers (codebook included)
-                          training.json       the step
-                          optimizer.pt        or deepspeed/: what the optimiser needs to go on
+                          optimizer.safetensors   AdamW's moments by parameter name, and its step
+                          training.json       the step, images a step, ...
 """
 
 from __future__ import annotations
@@ -127,10 +127,10 @@ class Checkpoints:
             shutil.rmtree(stale)
         self.unfinished(step).mkdir()
 
-    def commit(self, step: int) -> None:
-        """Flush everything to disk, rename, and remove what ``keep`` no longer covers."""
+    def commit(self, step: int, **about: object) -> None:
+        """Flush everything to disk, rename, and remove what ``keep`` no longer covers. ``about``: for training.json."""
         temporary = self.unfinished(step)
-        (temporary / "training.json").write_text(json.dumps({"step": step}))
+        (temporary / "training.json").write_text(json.dumps({"step": step, **about}))
         for path in [*temporary.rglob("*"), temporary]:
             flush(path)
         final = self.finished(step)

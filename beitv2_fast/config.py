@@ -86,7 +86,13 @@ class TrainConfig(RunConfig):
     )  # fmt: skip
     compile: bool = option(False, "torch.compile the model: minutes at the start, faster steps on GPUs")
     epochs: int = option(100, "passes over the images", at_least=1)
-    batch_size: int = option(64, "images a step on each rank (process)", at_least=1)
+    batch_size: int = option(
+        64, "images a forward on each rank (process); a step has batch_size x accumulate x ranks images, a product "
+        "that must stay when a run resumes", free=True, at_least=1,
+    )  # fmt: skip
+    accumulate: int = option(
+        1, "forwards whose gradients make one step: more images a step than fit in memory", free=True, at_least=1
+    )
     lr: float = option(
         1e-3, "peak learning rate if a step has lr_batch images; scaled in proportion to the images it really has",
         above=0,
@@ -105,6 +111,14 @@ class TrainConfig(RunConfig):
     )  # fmt: skip
     save_every: int = option(200, "steps between checkpoints", free=True, at_least=1)
     keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", free=True, at_least=1)
+    stop_after_bad: int = option(
+        10, "a step whose loss or gradient is NaN or Inf is skipped; after this many in a row the run ends, its last "
+        "checkpoint kept and the batch written", free=True, at_least=1,
+    )  # fmt: skip
+    hang_after: float = option(
+        1800.0, "seconds without a step after which every rank writes where it stands and ends; 0: never", free=True,
+        at_least=0,
+    )  # fmt: skip
     deepspeed_config: Path | None = option(
         None,
         "DeepSpeed JSON file (ZeRO stage, offload; see train/configs); with it, or started by `deepspeed`, DeepSpeed "
@@ -147,6 +161,11 @@ class TokenizerConfig(TrainConfig):
         DEAD_AFTER, "a code idle for this many times its fair share of vectors restarts; 0: never, as the reference",
         at_least=0,
     )  # fmt: skip
+    collapse_below: float = option(
+        0.05, "warn of codebook collapse if less than this share of the codes is used in a line of the log ...",
+        free=True, at_least=0, at_most=1,
+    )  # fmt: skip
+    collapse_after: int = option(1000, "... for this many steps", free=True, at_least=1)
     crop_scale: tuple[float, float] = option(
         (0.08, 1.0), "least and largest area of the random crop, as a share of the image", above=0, at_most=1
     )

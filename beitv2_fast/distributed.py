@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import signal
 import sys
+import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +21,11 @@ from .errors import UserError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 DISK_ADVICE = "Make room or mend the permissions. Complete checkpoints are intact, and the same command resumes."
+PEER_ADVICE = (
+    "If the text above speaks of a closed or reset connection, another rank ended first: look for its last words. The "
+    "same command resumes from the last checkpoint."
+)
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
@@ -36,6 +44,10 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return bool(self.sum(torch.tensor(int(flag), device=self.device)).item()) if self.size > 1 else flag
+
+    def first(self, number: int) -> int:
+        """Rank 0's number, on every rank."""
+        return int(self.sum(torch.tensor(number if self.rank == 0 else 0, device=self.device)).item())
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -89,13 +101,30 @@ def start(device: str) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         torch.cuda.set_device(local_rank)
+    # Collectives are called by names that torch 2.7 knows too (DeepSpeed's are); newer ones complain at every call.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     if "RANK" in os.environ and not dist.is_initialized():
+        end_with_launcher()
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     return World(rank, size, torch.device(device, local_rank) if device == "cuda" else torch.device(device))
 
 
+def end_with_launcher() -> None:
+    """Get SIGTERM, which saves and stops, when the launcher that started this rank dies, whatever killed it.
+
+    A rank that lived on alone would hold the run folder, and the same command started again would be refused.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # Linux alone has it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a command: a UserError becomes one paragraph and exit code 2, and ranks leave together."""
+    """Run a command: a UserError becomes one paragraph and exit code 2, and ranks leave together.
+
+    Ranks end by os._exit: when the interpreter is torn down, gloo's threads may still hold the last reference to a
+    tensor, whose Python object they then cannot free: waiting for the interpreter's lock ends such a thread by force,
+    inside a destructor, and the process aborts ("terminate called without an active exception") after all work is done.
+    """
     try:
         code = main() or 0
     except UserError as error:
@@ -109,12 +138,22 @@ def run_main(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         code = 128 + signal.SIGINT
-    if dist.is_available() and dist.is_initialized():
+    except Exception:
+        if not in_a_group():
+            raise
+        traceback.print_exc()
+        print(f"\nerror: rank {dist.get_rank()} ends here. {PEER_ADVICE}", file=sys.stderr)
+        code = 1
+    if in_a_group():
         if code == 0:
             dist.barrier()
-        dist.destroy_process_group()
-        # A thread of gloo may still hold tensors when the interpreter is torn down, which aborts: leave without that.
+            dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def in_a_group() -> bool:
+    """Whether there is a process group, be it of one rank."""
+    return dist.is_available() and dist.is_initialized()

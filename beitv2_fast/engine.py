@@ -5,11 +5,11 @@ All randomness is a function of (seed, step) or (seed, epoch, sample), so a resu
 
 from __future__ import annotations
 
-import math
+import json
 import signal
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
@@ -17,15 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from .attention import choose_attention
-from .backend import DeepSpeedBackend, TorchBackend
-from .checkpoint import Checkpoints
+from .backend import DeepSpeedBackend, TorchBackend, check_optimizer_state
+from .bad_steps import BadSteps, Undo, poisoned
+from .checkpoint import Checkpoints, load_model, read_weights, save_weights
 from .config import TrainConfig
 from .data import ImageFolder, ImageList, check_images, find_images, steps_per_epoch, train_loader
 from .distributed import World, autocast_dtype
 from .errors import UserError
 from .optim import cosine_schedule, parameter_groups
 from .run import RunFolder
+from .training_log import TrainingLog
 from .transforms import View
+from .watchdog import Watchdog
 
 Batch = dict[str, Tensor]
 
@@ -39,11 +42,17 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and scalars for the log. ``model`` is the wrapped model: call it, not ``self.model``."""
 
+    def prepare(self, micro_batches: list[Batch]) -> None:
+        """Before a first step of several micro-batches: what must see them all at once."""
+
     def report(self) -> dict[str, float]:
         """Further numbers over the window since the last line of the log."""
 
     def line(self, metrics: dict[str, float]) -> str:
         """The stage's part of a console line."""
+
+    def warning(self, metrics: dict[str, float], steps: int) -> str | None:
+        """What is wrong with the numbers of a line, which cover so many steps, and what to try."""
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Pictures [3, H, W] in [0, 1] for TensorBoard."""
@@ -53,6 +62,7 @@ class Task(Protocol):
 class Plan:
     """Steps and learning rate of a training."""
 
+    images_per_step: int
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
@@ -61,10 +71,18 @@ class Plan:
 
     @classmethod
     def of(cls, config: TrainConfig, num_images: int, world_size: int) -> Plan:
-        per_epoch = steps_per_epoch(num_images, config.batch_size, world_size)
-        peak = config.lr * config.batch_size * world_size / config.lr_batch
+        on_a_rank = config.batch_size * config.accumulate
+        per_epoch = steps_per_epoch(num_images, on_a_rank, world_size)
+        peak = config.lr * on_a_rank * world_size / config.lr_batch
         total = per_epoch * config.epochs
-        return cls(per_epoch, total, min(round(per_epoch * config.warmup_epochs), total), peak, config.min_lr)
+        return cls(
+            on_a_rank * world_size,
+            per_epoch,
+            total,
+            min(round(per_epoch * config.warmup_epochs), total),
+            peak,
+            config.min_lr,
+        )
 
     def lr(self, step: int) -> float:
         return cosine_schedule(
@@ -130,16 +148,20 @@ def train(
     """Train to the end, or until a signal. Returns the exit code: 0, or 128 + the signal's number after saving."""
     plan = Plan.of(config, len(dataset), world.size)
     task.model.to(world.device).train()
+    checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
+    about, optimizer_state = _resume(checkpoints, task.model, plan, dataset, run, world)
+    step = about["step"]
     groups = parameter_groups(task.model, config.weight_decay, skip=no_decay)
     backend = (DeepSpeedBackend if deepspeed else TorchBackend)(task.model, groups, config, world)
-    checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
-    step = checkpoints.latest(backend.load, run.print)
+    if step:
+        backend.restore(optimizer_state)
+    del optimizer_state
     amp = autocast_dtype(config.precision, world.device)
-    parameters = sum(p.numel() for p in task.model.parameters())
+    parameters = sum(p.numel() for group in groups for p in group["params"])
     run.print(
-        f"{task.name}: {len(dataset):,} images, {plan.steps_per_epoch} steps an epoch, {plan.total_steps:,} steps; "
-        f"{parameters / 1e6:.1f} M parameters; {world.size} x {world.device.type}, "
-        f"{'bf16 autocast' if amp else 'fp32'}, {'DeepSpeed' if deepspeed else 'torch'}, "
+        f"{task.name}: {len(dataset):,} images, {plan.steps_per_epoch} steps an epoch, {plan.total_steps:,} steps of "
+        f"{plan.images_per_step} images; {parameters / 1e6:.1f} M parameters; {world.size} x {world.device.type}, "
+        f"{'bf16 autocast' if amp else 'fp32'}, {backend.name}, "
         f"attention {choose_attention(config.attention, world.device.type)}, lr {plan.peak_lr:.2e}"
     )
     if step:
@@ -150,7 +172,7 @@ def train(
 
     loader = train_loader(
         dataset,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size * config.accumulate,
         rank=world.rank,
         world_size=world.size,
         seed=config.seed,
@@ -158,109 +180,141 @@ def train(
         total_steps=plan.total_steps,
         workers=config.workers,
     )
-    log = _Log(task, run, world, plan, config, step)
-    with StopSignal() as stop, log:
-        for batch in loader:
-            batch = {name: value.to(world.device, non_blocking=True) for name, value in batch.items()}
-            torch.manual_seed(_mix(config.seed, step, world.rank))
-            with torch.autocast(world.device.type, amp or torch.bfloat16, enabled=amp is not None):
-                loss, metrics = task.loss(backend.wrapped, batch)
+    bad = BadSteps(run, world, config.stop_after_bad, about["skipped_steps"], dataset.images.paths)
+    log = TrainingLog(task, run, world, plan, config, step)
+    saved = step
+    with StopSignal() as stop, log, Watchdog(run.path, world.rank, config.hang_after) as watchdog:
+        for batch in _batches(loader):
+            undo = Undo(task.model)
+            metrics = _gradient(task, backend, batch, config, step, world, amp)
             lr = plan.lr(step)
-            metrics["grad_norm"] = backend.step(loss, lr)
+            norm = backend.step(lr)
             step += 1
-            log.add(step, lr, {"loss": loss, **metrics}, batch)
+            if norm.isfinite():
+                bad.good()
+                log.add(step, lr, {**metrics, "grad_norm": norm}, batch)
+            else:
+                undo()
+                log.add(step, lr, {}, batch)
+                bad.bad(step, metrics["loss"].item(), norm.item(), batch)
             stopping = world.any(stop.received is not None)
-            if stopping or step % config.save_every == 0 or step == plan.total_steps:
-                _save(checkpoints, backend, step, world)
+            due = stopping or step - saved >= config.save_every - saved % config.save_every or step == plan.total_steps
+            if due and not bad.in_a_row:  # among bad steps the weights are suspect
+                about = {"images_per_step": plan.images_per_step, "skipped_steps": bad.skipped}
+                _save(checkpoints, backend, step, world, images=dataset.images.fingerprint, **about)
+                saved = step
+            watchdog.progress()
             if stopping and step < plan.total_steps:
-                run.print(f"{task.name}: stopped at step {step}, saved; the same command resumes")
+                said = "saved" if saved == step else f"after bad steps, so the checkpoint of step {saved} remains"
+                run.print(f"{task.name}: stopped at step {step}, {said}; the same command resumes")
                 return 128 + (stop.received or signal.SIGTERM)
+        if bad.in_a_row:
+            bad.stop(step)
     run.print(f"{task.name}: done, {log.elapsed()}; checkpoint {checkpoints.finished(step)}")
     return 0
 
 
-def _mix(seed: int, step: int, rank: int) -> int:
-    """A seed for torch's generators in one step of one rank."""
-    return (seed * 1_000_003 + step) * 4_099 + rank
+def _gradient(
+    task: Task,
+    backend: TorchBackend | DeepSpeedBackend,
+    batch: Batch,
+    config: TrainConfig,
+    step: int,
+    world: World,
+    amp: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """Forward and backward of the step's micro-batches; the mean of the loss and of the metrics over them."""
+    slices = [slice(i * config.batch_size, (i + 1) * config.batch_size) for i in range(config.accumulate)]
+    parts = [{name: v[s].to(world.device, non_blocking=True) for name, v in batch.items()} for s in slices]
+    sums: dict[str, Tensor] = {}
+    with torch.autocast(world.device.type, amp or torch.bfloat16, enabled=amp is not None):
+        if step == 0 and len(parts) > 1:
+            task.prepare(parts)
+    for i, part in enumerate(parts):
+        # As many micro-batches as there are ranks draw the same numbers as the ranks would.
+        torch.manual_seed(_mix(config.seed, step, world.rank * len(parts) + i))
+        last = i + 1 == len(parts)
+        with backend.micro_batch(last):
+            with torch.autocast(world.device.type, amp or torch.bfloat16, enabled=amp is not None):
+                loss, metrics = task.loss(backend.wrapped, part)
+            backend.backward(poisoned(loss), last)
+        for name, value in {"loss": loss, **metrics}.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().double() / len(parts)
+    return sums
 
 
-def _save(checkpoints: Checkpoints, backend: TorchBackend | DeepSpeedBackend, step: int, world: World) -> None:
+def _mix(seed: int, step: int, lane: int) -> int:
+    """A seed for torch's generators in one micro-batch of a step."""
+    return (seed * 1_000_003 + step) * 4_099 + lane
+
+
+def _batches(loader: Iterable[Batch]) -> Iterator[Batch]:
     try:
-        if world.rank == 0:
-            checkpoints.begin(step)
-        world.barrier()
-        backend.save(checkpoints.unfinished(step), world)
-        world.barrier()
-        if world.rank == 0:
-            checkpoints.commit(step)
-    except (OSError, RuntimeError) as error:  # torch.save tells a full disk as a RuntimeError
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
         raise UserError(
-            f"the checkpoint of step {step} could not be written: {error}. The one before it is intact; "
-            "make room and start the same command again."
+            f"a data-loading process died ({str(error).splitlines()[0]}). The same command resumes from the last "
+            "checkpoint; if memory ran out, with fewer --workers."
         ) from error
 
 
-class _Log:
-    """Means over the steps since the last line, the progress bar, pictures now and then."""
+def _resume(
+    checkpoints: Checkpoints, model: nn.Module, plan: Plan, dataset: ImageFolder, run: RunFolder, world: World
+) -> tuple[dict, dict[str, Tensor]]:
+    """Weights and codebook of the newest good checkpoint into the model.
 
-    def __init__(self, task: Task, run: RunFolder, world: World, plan: Plan, config: TrainConfig, step: int):
-        self.task, self.run, self.world, self.plan, self.config = task, run, world, plan, config
-        self.start_step, self.started = step, time.monotonic()
-        self.sums: dict[str, Tensor] = {}
-        self.count, self.window_started = 0, time.monotonic()
+    Returns:
+        (what training.json says, the optimiser's state); (step 0, {}) if there is no checkpoint.
+    """
+    found: dict[str, dict] = {"about": {"step": 0, "skipped_steps": 0}, "optimizer": {}}
 
-    def __enter__(self) -> _Log:
-        from tqdm import tqdm
+    def load(folder: Path) -> None:
+        found["about"], found["optimizer"] = _read_checkpoint(folder, model)
 
-        self.bar = tqdm(
-            total=self.plan.total_steps,
-            initial=self.start_step,
-            desc=self.task.name,
-            unit="step",
-            disable=not self.run.writes,
-            dynamic_ncols=True,
-            mininterval=1.0,
+    step = checkpoints.latest(load, run.print)
+    if world.any(step != world.first(step)):
+        raise UserError(f"the ranks found different checkpoints in {run.checkpoints}: all need the same --out folder")
+    if step and found["about"]["images_per_step"] != plan.images_per_step:
+        raise UserError(
+            f"{run.path} was trained with {found['about']['images_per_step']} images a step, these options give "
+            f"{plan.images_per_step}. Choose --batch-size and --accumulate so that their product with the number of "
+            "ranks stays, or choose another --out."
         )
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-        self.run.close()
-
-    def elapsed(self) -> str:
-        minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
-        return f"{minutes}:{seconds:02d} min"
-
-    def add(self, step: int, lr: float, metrics: dict[str, Tensor], batch: Batch) -> None:
-        for name, value in metrics.items():
-            value = value.detach().double()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
-        self.bar.update()
-        if step % self.config.log_every == 0 or step == self.plan.total_steps:
-            self._flush(step, lr)
-        epoch, rest = divmod(step, self.plan.steps_per_epoch)
-        if self.run.writes and rest == 0 and (epoch & (epoch - 1) == 0 or step == self.plan.total_steps):
-            for name, picture in self.task.pictures(batch).items():
-                self.run.image(name, picture, step)
-
-    def _flush(self, step: int, lr: float) -> None:
-        names = list(self.sums)
-        values = torch.stack([self.sums[n].to(self.world.device, torch.float64) for n in names]) / self.count
-        means = dict(zip(names, (self.world.sum(values) / self.world.size).tolist(), strict=True))
-        if not math.isfinite(means["loss"]):
-            raise UserError(
-                f"the loss became {means['loss']} in the {self.count} steps before step {step}. Nothing was saved "
-                "since the last checkpoint. Lower --lr, lengthen --warmup-epochs, or use --precision fp32."
-            )
-        seconds = max(time.monotonic() - self.window_started, 1e-9)
-        speed = self.count * self.config.batch_size * self.world.size / seconds
-        means.update(self.task.report(), epoch=step / self.plan.steps_per_epoch, lr=lr, images_per_second=speed)
-        self.run.metrics(step, means)
-        left = (self.plan.total_steps - step) * seconds / self.count
-        self.run.print(
-            f"{self.task.name}  step {step}/{self.plan.total_steps}  epoch {means['epoch']:.1f}  "
-            f"loss {means['loss']:.3f}  {self.task.line(means)}  lr {lr:.1e}  {speed:.0f} img/s  "
-            f"{int(left // 60)}:{int(left % 60):02d} left"
+    if step and found["about"]["images"] != dataset.images.fingerprint:
+        run.print(
+            f"warning: the images are others than at step {step} (files came, went or were renamed): the run goes on, "
+            "but not as it would have with the old ones"
         )
-        self.sums, self.count, self.window_started = {}, 0, time.monotonic()
+    return found["about"], found["optimizer"]
+
+
+def _read_checkpoint(folder: Path, model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
+    """Load the weights, once all of the checkpoint has been read; returns training.json and the optimiser's state."""
+    weights, optimizer = (read_weights(folder / f"{name}.safetensors") for name in ("model", "optimizer"))
+    about = json.loads((folder / "training.json").read_text())
+    check_optimizer_state(optimizer, model, str(folder / "optimizer.safetensors"))
+    load_model(model, weights, str(folder))
+    return about, optimizer
+
+
+def _save(
+    checkpoints: Checkpoints, backend: TorchBackend | DeepSpeedBackend, step: int, world: World, **about: object
+) -> None:
+    """Write a checkpoint on rank 0; if that fails, every rank raises."""
+    weights, optimizer = backend.weights(), backend.optimizer_state()
+    problem: OSError | None = None
+    try:
+        if world.rank == 0:
+            checkpoints.begin(step)
+            save_weights(weights, checkpoints.unfinished(step) / "model.safetensors")
+            save_weights(optimizer, checkpoints.unfinished(step) / "optimizer.safetensors")
+            checkpoints.commit(step, **about)
+    except OSError as error:
+        problem = error
+    if world.any(problem is not None):
+        raise UserError(
+            f"the checkpoint of step {step} could not be written: {problem or 'see rank 0'}. The one before it is "
+            "intact; make room and start the same command again."
+        ) from problem

@@ -96,6 +96,9 @@ class FusedVectorQuantizer(nn.Module):
         self.register_buffer("window_replaced", torch.zeros((), dtype=torch.int64), persistent=False)
         # (initialized, steps) on the CPU, which spares the host a look at the device in every step; 0: look first.
         self._clock = torch.zeros(2, dtype=torch.int64, device="cpu")
+        # Gradient accumulation: so many training forwards make one step, and the codebook moves in the last of them.
+        self.forwards_per_step = 1
+        self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def extra_repr(self) -> str:
         return f"num_codes={self.num_codes}, dim={self.dim}, {self.options.changed()}"
@@ -122,12 +125,17 @@ class FusedVectorQuantizer(nn.Module):
                 self._start(seen)
             parts = [self._quantize(x[g], g, keep) for g in self._each()]
             quantized, indices, losses = (_stack(part) for part in zip(*parts, strict=True))  # [G, N, D], [G, N], [G]
-            counts = self._learn(seen, indices, keep)
+            counts = self._learn_when_due(seen, indices, keep)
             loss = losses.mean()
             quantized = self.layout.unrows(quantized, z)
         if mask is not None:
             indices = torch.where(keep, indices, -1)
         return Quantized(quantized, self.layout.unrow_indices(indices, z), loss, counts)
+
+    @torch.no_grad()
+    def start(self, z: Tensor) -> None:
+        """k-means on these vectors [..., dim], if it is due: where several forwards make the first step."""
+        self._start(self.layout.rows(z).detach())
 
     @torch.no_grad()
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -217,6 +225,21 @@ class FusedVectorQuantizer(nn.Module):
         codes = codes.detach()
         quantized = rotate_to(y, codes) if o.gradient == "rotation" else y + (codes - y).detach()
         return quantized if keep is None else torch.where(keep[:, None], quantized, 0.0), indices, loss
+
+    def _learn_when_due(self, seen: Tensor, indices: Tensor, keep: Tensor | None) -> Tensor:
+        """``_learn`` from all vectors of a step at its last forward; the counts are zeros until then."""
+        if not self.training or self.forwards_per_step == 1:
+            return self._learn(seen, indices, keep)
+        self._waiting.append((seen, indices, keep))
+        if len(self._waiting) < self.forwards_per_step:
+            return torch.zeros_like(self.window_counts)
+        everything, self._waiting = self._waiting, []
+        if all(kept is None for _, _, kept in everything):
+            keep = None
+        else:
+            keep = torch.cat([i.new_ones(i.shape[-1], dtype=torch.bool) if k is None else k for _, i, k in everything])
+        seen, indices = (torch.cat(parts, dim=1) for parts in list(zip(*everything, strict=True))[:2])
+        return self._learn(seen, indices, keep)
 
     @torch.no_grad()
     def _learn(self, seen: Tensor, indices: Tensor, keep: Tensor | None) -> Tensor:

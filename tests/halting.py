@@ -6,11 +6,11 @@ So that a test can send it a signal at a known moment.
 import runpy
 import sys
 
-from beitv2_fast import engine
+from beitv2_fast import training_log
 
 local_rank = [a for a in sys.argv[1:] if a.startswith("--local_rank")]  # the DeepSpeed launcher puts it first
 step, script, *options = [a for a in sys.argv[1:] if a not in local_rank]
-add = engine._Log.add
+add = training_log.TrainingLog.add
 
 
 def add_and_halt(self, at, *args):
@@ -20,6 +20,6 @@ def add_and_halt(self, at, *args):
         sys.stdin.readline()
 
 
-engine._Log.add = add_and_halt
+training_log.TrainingLog.add = add_and_halt
 sys.argv = [script, *options, *local_rank]
 runpy.run_path(script, run_name="__main__")

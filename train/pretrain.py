@@ -38,8 +38,14 @@ class PretrainTask:
         accuracy = out.correct / max(len(labels), 1)
         return out.loss, {**metrics, **{f"accuracy_{n}": a for n, a in zip(self.branches, accuracy, strict=True)}}
 
+    def prepare(self, micro_batches: list[Batch]) -> None:
+        pass
+
     def report(self) -> dict[str, float]:
         return {}
+
+    def warning(self, metrics: dict[str, float], steps: int) -> str | None:
+        return None
 
     def line(self, metrics: dict[str, float]) -> str:
         return "masked tokens right: " + ", ".join(f"{n} {metrics[f'accuracy_{n}']:.1%}" for n in self.branches)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beitv2_fast.build import build_tokenizer
+from beitv2_fast.collapse import CollapseWatch
 from beitv2_fast.config import TokenizerConfig, parse
 from beitv2_fast.data import TokenizerView
 from beitv2_fast.distributed import autocast_dtype, run_main, start
@@ -28,15 +29,26 @@ from beitv2_fast.tokenizer import Tokenizer
 class TokenizerTask:
     name = "tokenizer"
 
-    def __init__(self, model: Tokenizer, teacher: Teacher | TeacherFeatures):
+    def __init__(self, model: Tokenizer, teacher: Teacher | TeacherFeatures, config: TokenizerConfig):
         self.model, self.teacher = model, teacher
+        self.collapse = CollapseWatch(config.collapse_below, config.collapse_after)
+        model.quantize.forwards_per_step = config.accumulate
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         out = model(self._view(batch["image"]), self._target(batch))
         return out.loss, {"rec_loss": out.rec_loss, "commit_loss": out.commit_loss}
 
+    def prepare(self, micro_batches: list[Batch]) -> None:
+        """The k-means that starts the codebook sees the vectors of all micro-batches."""
+        with torch.no_grad():
+            vectors = [self.model.features(self._view(batch["image"])) for batch in micro_batches]
+        self.model.quantize.start(torch.cat(vectors))
+
     def report(self) -> dict[str, float]:
         return self.model.quantize.usage(reset=True)
+
+    def warning(self, metrics: dict[str, float], steps: int) -> str | None:
+        return self.collapse.look(metrics["used_codes"], steps)
 
     def line(self, metrics: dict[str, float]) -> str:
         return (
@@ -92,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         # From here on only the tokenizer looks at the images: the same crops at its own size.
         images.view = replace(view, size=config.image_size)
     return train(
-        TokenizerTask(model, features if config.views else teacher),
+        TokenizerTask(model, features if config.views else teacher, config),
         config,
         images,
         run,

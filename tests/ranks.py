@@ -1,0 +1,39 @@
+"""`ranks.py JOBS`: several jobs one after the other in one process group: importing torch takes longer than they do.
+
+JOBS is a JSON list of [stage, options], the training commands, and of ["copy", [run, other run, step]], which copies a
+run as it was at a checkpoint.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch.distributed as dist
+
+from beitv2_fast.distributed import run_main
+from train import pretrain, tokenizer
+
+
+def copy(run: str, other: str, step: str) -> int:
+    """All of a run but its checkpoints after the step."""
+    later = {path.name for path in Path(run, "checkpoints").iterdir() if path.name > f"step_{int(step):08d}"}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        shutil.copytree(run, other, ignore=lambda _, names: later & set(names))
+    if dist.is_initialized():
+        dist.barrier()
+    return 0
+
+
+JOBS = {"tokenizer": tokenizer.main, "pretrain": pretrain.main, "copy": lambda options: copy(*options)}
+
+
+def main() -> int:
+    jobs = json.loads(Path(next(a for a in sys.argv[1:] if not a.startswith("--local_rank"))).read_text())
+    return max(abs(JOBS[name](options)) for name, options in jobs)
+
+
+if __name__ == "__main__":
+    run_main(main)
