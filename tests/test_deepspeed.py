@@ -49,7 +49,7 @@ def runs(tmp_path_factory) -> Path:
 def test_a_config_trains_in_bf16_and_resumes_to_the_same_bits(runs, file):
     log = (runs / f"{file.stem}_resumed" / "log.txt").read_text()
     stage = json.loads(file.read_text())["zero_optimization"]["stage"]
-    assert "resumed at step 2 of 4" in log and f"bf16 autocast, DeepSpeed ZeRO {stage}, lr" in log
+    assert "resumed at step 2 of 4" in log and f"bf16 autocast, DeepSpeed ZeRO {stage}, " in log
     assert_same_bits(runs / f"{file.stem}_resumed", runs / file.stem)
 
 
