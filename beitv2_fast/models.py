@@ -7,9 +7,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from .checkpoint import load_model
 from .classifier import Classifier, ClassifierConfig
 from .convert import kind_of
@@ -20,16 +17,17 @@ from .errors import CheckpointError, UserError
 from .positions import resize_positions
 from .student import Student, StudentConfig
 from .tokenizer import Tokenizer, TokenizerModelConfig
-from .vit import SIZES as SHAPES
-from .vit import ViTConfig
+from .vit import SIZES, ViTConfig
 
 log = logging.getLogger(__name__)
 
 CLASSES = {TokenizerModelConfig: Tokenizer, StudentConfig: Student, ClassifierConfig: Classifier}
 KINDS = {TokenizerModelConfig: "tokenizer", StudentConfig: "student", ClassifierConfig: "classifier"}
 LAYER_SCALE = {"small": 0.1, "base": 0.1, "large": 1e-5, "huge": 1e-5}
-SIZES = {name: {**shape, "layer_scale": LAYER_SCALE[name]} for name, shape in SHAPES.items()}
 EARLY_LAYER = {"small": 9, "base": 9, "large": 21, "huge": 28}
+# what no weight depends on, or what loading adapts
+FREE = ("image_size", "num_classes", "layer_scale", "drop_path", "eps", "init_std", "early_layer", "decay")
+FREE += ("commitment_weight", "kmeans_init", "dead_after", "attention", "checkpointing")
 DEFINING = ("dim", "depth", "heads", "patch_size")  # what a name stands for; the rest a checkpoint may have otherwise
 
 
@@ -39,14 +37,18 @@ def _tokenizer(decoder_depth: int, teacher_dim: int) -> TokenizerModelConfig:
 
 def _students() -> dict[str, StudentConfig]:
     return {
-        f"beitv2_{size}": StudentConfig(ViTConfig(**shape), early_layer=EARLY_LAYER[size])
+        f"beitv2_{size}": StudentConfig(
+            ViTConfig(**shape, layer_scale=LAYER_SCALE[size]), early_layer=EARLY_LAYER[size]
+        )
         for size, shape in SIZES.items()
     }
 
 
 def _classifiers() -> dict[str, ClassifierConfig]:
     return {
-        f"beitv2_{size}_classifier": ClassifierConfig(ViTConfig(position="relative", **shape))
+        f"beitv2_{size}_classifier": ClassifierConfig(
+            ViTConfig(position="relative", **shape, layer_scale=LAYER_SCALE[size])
+        )
         for size, shape in SIZES.items()
     }
 
@@ -130,16 +132,16 @@ def _load(name: str | None, named: ModelConfig | None, loaded: Loaded, source: s
     if named is not None and kind != KINDS[type(named)]:
         return _start(name, named, loaded, source, overrides)
     hints = flatten(named) if named is not None else overrides
-    found = loaded.config(**{k: v for k, v in hints.items() if k != "drop_path"})
+    found = loaded.config(**hints)
     if name is not None:
         _check_name(name, named, found, source)
     config = _replace(found, overrides, source)
     _check_overrides(found, config, source)
     model = CLASSES[type(config)](config).eval()
-    if config.__class__ is ClassifierConfig and config.num_classes != found.num_classes:
-        log.warning("%s: %s", source, describe_new(start_classifier(model, _resized(weights, found, model), source)))
+    if isinstance(model, Classifier) and config.num_classes != found.num_classes:
+        log.warning("%s: %s", source, describe_new(start_classifier(model, weights, source)))
     else:
-        load_model(model, _resized(weights, found, model), source)
+        load_model(model, resize_positions(weights, model), source)
     return model
 
 
@@ -155,8 +157,7 @@ def _start(name: str, named: ClassifierConfig, loaded: Loaded, source: str, over
     final = _replace(config, overrides, source)
     _check_overrides(config, final, source)
     model = Classifier(final).eval()
-    weights = _resized(loaded.ours, found, model)
-    log.warning("%s: %s", source, describe_new(start_classifier(model, weights, source)))
+    log.warning("%s: %s", source, describe_new(start_classifier(model, loaded.ours, source)))
     return model
 
 
@@ -182,10 +183,6 @@ def _check_name(name: str, named: ModelConfig, found: ModelConfig, source: str) 
         )
 
 
-FREE = ("image_size", "num_classes", "layer_scale", "drop_path", "eps", "init_std", "early_layer", "decay")
-FREE += ("commitment_weight", "kmeans_init", "dead_after", "attention", "checkpointing")
-
-
 def _check_overrides(found: ModelConfig, config: ModelConfig, source: str) -> None:
     """Options that the weights decide can be given, but not otherwise than the weights have them."""
     there, wanted = flatten(found), flatten(config)
@@ -194,9 +191,3 @@ def _check_overrides(found: ModelConfig, config: ModelConfig, source: str) -> No
         wrong.append("layer scales" if there["layer_scale"] else "no layer scales")
     if wrong:
         raise CheckpointError(f"{source} has {'; '.join(wrong)}. Leave the option out, or use other weights.")
-
-
-def _resized(weights: dict[str, torch.Tensor], found: ModelConfig, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights with positions and bias tables for the model's image size."""
-    same = flatten(found)["image_size"] == flatten(model.config)["image_size"]
-    return weights if same else resize_positions(weights, model)

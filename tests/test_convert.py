@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from beitv2_fast import Classifier, ClassifierConfig
+from beitv2_fast import Classifier, ClassifierConfig, ViTConfig
 from beitv2_fast.convert import FORMATS, convert, detect, kind_of
 from beitv2_fast.convert.finetune import start_classifier, to_classifier
 from beitv2_fast.convert.shapes import describe
 from beitv2_fast.errors import CheckpointError, UserError
+from beitv2_fast.vit import SIZES
 
 from .golden import load, needs_golden, under
 from .weights import POSITIONS, assert_same_state, classifier, student, tokenizer, vit
@@ -194,3 +195,11 @@ def test_a_head_for_other_classes_is_new_and_the_rest_loaded():
     model, start = classifier(num_classes=7), Classifier(ClassifierConfig(vit("relative"), 5))
     assert start_classifier(start, model.state_dict(), "FILE") == ["head.weight", "head.bias"]
     assert torch.equal(start.fc_norm.weight, model.fc_norm.weight)
+
+
+def test_heads_that_no_shape_tells_are_those_of_the_sizes():
+    for size in SIZES.values():
+        config = ViTConfig(**{**size, "depth": 1}, image_size=2 * size["patch_size"], position="absolute")
+        with torch.device("meta"):
+            state = Classifier(ClassifierConfig(config, 3)).state_dict()
+        assert describe(state).vit.heads == size["heads"]

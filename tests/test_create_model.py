@@ -161,6 +161,28 @@ def test_a_missing_entry_of_a_checkpoint_is_named(tmp_path):
         create_model("tiny", checkpoint=tmp_path / "weights.pth")
 
 
+@pytest.mark.parametrize("make", (student, classifier))
+def test_another_image_size_resizes_the_bias_tables(tmp_path, make):
+    model, file = make(), tmp_path / "weights.pth"
+    torch.save(model.state_dict(), file)
+    large = create_model("tiny" if make is student else "tiny_classifier", checkpoint=file, image_size=80)
+    loaded, stored = large.state_dict(), model.state_dict()
+    for name, value in stored.items():
+        assert "relative_position_bias_table" in name or torch.equal(loaded[name], value)
+    tables = [name for name in stored if "relative_position_bias_table" in name]
+    assert all(len(loaded[name]) == 9**2 + 3 and torch.equal(loaded[name][-3:], stored[name][-3:]) for name in tables)
+    assert large.forward_tokens(images(size=80)).shape == (3, 26, 32)
+
+
+def test_a_classifier_of_another_image_size_starts_from_a_student(tmp_path):
+    file = tmp_path / "weights.pth"
+    torch.save(student().state_dict(), file)
+    large = create_model("tiny_classifier", checkpoint=file, image_size=80)
+    assert large(images(size=80)).shape == (3, 7)
+    tables = {tuple(block.attn.relative_position_bias_table.flatten().tolist()) for block in large.blocks}
+    assert len(tables) == 1 and len(large.blocks[0].attn.relative_position_bias_table) == 9**2 + 3
+
+
 class Harmful:
     """Unpickling it would write a file."""
 

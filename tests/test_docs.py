@@ -1,15 +1,31 @@
-"""The Python examples of docs/quantizer.md run as they stand."""
+"""The Python examples of docs/quantizer.md and docs/weights.md run as they stand."""
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "quantizer.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+from beitv2_fast import Classifier, Student, Tokenizer, models
+from beitv2_fast.convert import convert
+from beitv2_fast.convert.files import write
+from beitv2_fast.encode import EncodeConfig, encode_folder
+
+from .training import write_images
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+SMALL = dict(dim=32, depth=3, heads=4)
+
+
+def examples(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+PAGE, WEIGHTS = DOCS / "quantizer.md", DOCS / "weights.md"
+EXAMPLES, WEIGHTS_EXAMPLES = examples(PAGE), examples(WEIGHTS)
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
@@ -22,3 +38,43 @@ def test_the_examples_of_the_page_run(code):
 
 def test_the_page_has_examples():
     assert len(EXAMPLES) >= 7
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The files that docs/weights.md names, of small models under the names of the base ones."""
+    folder = tmp_path_factory.mktemp("weights")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, more in (("beitv2_base", {"early_layer": 2}), ("beitv2_base_classifier", {}), ("vqkd_base_clip", {})):
+            patch.setitem(models.MODELS, name, models.model_config(name, **SMALL, **more))
+        for name, file, kind in (
+            ("beitv2_base", "student.pth", Student),
+            ("beitv2_base_classifier", "classifier.pth", Classifier),
+            ("vqkd_base_clip", "tokenizer.pth", Tokenizer),
+        ):
+            model = kind(models.MODELS[name])
+            write(folder / file, convert(model.state_dict(), "published"), "published")
+        ours = folder / "tokenizer.safetensors"
+        write(ours, convert(model.state_dict(), "beitv2_fast"), "beitv2_fast", model.config)
+        write_images(folder / "images", 3)
+        (folder / "images" / "00.png").rename(folder / "photo.jpg")
+        for out in ("codes.npz", "codes.safetensors"):
+            encode_folder(folder / "images", EncodeConfig(ours, folder / out, device="cpu", workers=0))
+        yield folder
+
+
+@pytest.mark.parametrize("code", WEIGHTS_EXAMPLES, ids=range(len(WEIGHTS_EXAMPLES)))
+def test_the_examples_of_the_page_on_weights_run(files, monkeypatch, code):
+    for package in re.findall(r"^(?:from|import) (timm|transformers)", code, re.MULTILINE):
+        pytest.importorskip(package)
+    if "import timm" in code:
+        import timm
+
+        small = functools.partial(timm.create_model, embed_dim=32, depth=3, num_heads=4)
+        monkeypatch.setattr(timm, "create_model", small)
+    monkeypatch.chdir(files)
+    exec(compile(code, str(WEIGHTS), "exec"), {"__name__": "example"})
+
+
+def test_the_page_on_weights_has_an_example_for_each_way_in():
+    assert len(WEIGHTS_EXAMPLES) >= 9

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import compact, load_model
 from ..errors import CheckpointError
+from ..positions import resize_positions
 from . import kind_of
 from .names import BIAS_TABLE
 from .shapes import count_blocks
@@ -44,7 +45,7 @@ def start_classifier(model: nn.Module, ours: Mapping[str, Tensor], source: str) 
     """Load a student's, a tokenizer's or a classifier's weights into a ``Classifier`` for fine-tuning.
 
     The head, and the norm before it, keep their initial values where the weights have none; so does a head for another
-    number of classes. Everything else has to fit.
+    number of classes. Positions are resized to the model's image size. Everything else has to fit.
 
     Returns:
         the names of the parameters that keep their initial values.
@@ -52,7 +53,7 @@ def start_classifier(model: nn.Module, ours: Mapping[str, Tensor], source: str) 
     Raises:
         CheckpointError: anything but these is missing, unexpected or of another shape; it names every entry.
     """
-    state, own = to_classifier(ours), model.state_dict()
+    state, own = resize_positions(to_classifier(ours), model), model.state_dict()
     head = state.get("head.weight")
     if head is not None and head.shape != own["head.weight"].shape:
         state = {name: value for name, value in state.items() if not name.startswith("head.")}

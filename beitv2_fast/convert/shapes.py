@@ -12,14 +12,14 @@ from ..classifier import ClassifierConfig
 from ..errors import CheckpointError
 from ..student import StudentConfig
 from ..tokenizer import TokenizerModelConfig
-from ..vit import ViTConfig
+from ..vit import SIZES, ViTConfig
 from . import grid_side, kind_of
 from .names import BIAS_TABLE
 
 ModelConfig = TokenizerModelConfig | StudentConfig | ClassifierConfig
 VIT_FIELD = {TokenizerModelConfig: "encoder", StudentConfig: "vit", ClassifierConfig: "vit"}
-HEAD_WIDTH = 64  # of every published model
-EARLY_LAYERS = {12: 9, 24: 21}  # depth -> layer that the aggregation branch reads, in the published models
+HEADS = {size["dim"]: size["heads"] for size in SIZES.values()}
+EARLY_LAYERS = {12: 9, 24: 21, 32: 28}  # depth -> layer that the aggregation branch reads
 
 
 def flatten(config: ModelConfig) -> dict[str, Any]:
@@ -41,8 +41,8 @@ def describe(ours: Mapping[str, Tensor], known: Mapping[str, Any] | None = None)
 
     Args:
         known: values that shapes do not tell, under the names of ``flatten``: eps, drop_path, the initial layer_scale,
-            early_layer and, without bias tables, heads. Where they are missing the published models' are taken: eps
-            1e-6, heads of width 64, early_layer 9 of 12 or 21 of 24 (three quarters of another depth).
+            early_layer and, without bias tables, heads. Where they are missing those of ViT-S, B, L and H are taken:
+            eps 1e-6, heads by the width, early_layer 9 of 12, 21 of 24, 28 of 32 (three quarters of another depth).
 
     Raises:
         CheckpointError: tensors that such a model has are missing, or their shapes do not belong together.
@@ -100,12 +100,12 @@ def _vit(ours: Mapping[str, Tensor], prefix: str, known: Mapping[str, Any]) -> d
 
 
 def _heads(dim: int) -> int:
-    if dim % HEAD_WIDTH:
+    if dim not in HEADS:
         raise CheckpointError(
             f"the number of attention heads does not show in these weights (width {dim}, no bias tables). "
             "Give it: create_model(..., heads=N)."
         )
-    return dim // HEAD_WIDTH
+    return HEADS[dim]
 
 
 def _tokenizer(ours: Mapping[str, Tensor]) -> dict[str, Any]:
