@@ -40,7 +40,7 @@ class Teacher(nn.Module):
 
     dim: int
     patch_size: int
-    dtype: torch.dtype | None = None  # of autocast; None: whatever is around the call
+    dtype: torch.dtype | None = None  # of autocast; None: none, whatever is around the call
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
@@ -56,11 +56,8 @@ class Teacher(nn.Module):
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
         images = (images - self.mean) / self.std
-        if self.dtype is None:
+        with torch.autocast(images.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
             features = self.features(images)
-        else:
-            with torch.autocast(images.device.type, self.dtype):
-                features = self.features(images)
         if features.shape[-2:] != grid:
             raise UserError(
                 f"the teacher {type(self).__name__} gives a grid of {tuple(features.shape[-2:])} features, the "
