@@ -8,11 +8,11 @@ first place says that the device has to be asked, as after a checkpoint was load
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .kmeans import directed, kmeans
-from .sampling import salt, sample_rows
+from .kernels.codebook_update.dead_codes import count_idle, find_dead, restart_dead_codes
+from .kernels.sampling import salt
+from .kmeans import kmeans
 
 REPLACE_EVERY = 8  # steps between looks for dead codes
 
@@ -99,32 +99,19 @@ def replace_dead_codes(
     """
     steps += 1
     clock[1] += 1
-    idle.add_(bins.sum(-1, keepdim=True)).masked_fill_(bins > 0, 0)
+    count_idle(idle, bins)
     if recent.numel():
         recent += bins
     if int(clock[1]) % REPLACE_EVERY or (dead_after <= 0 and dead_below <= 0):
         return
-    dead = cluster_size < dead_below
-    if dead_after > 0:
-        dead |= idle > dead_after * idle.shape[-1]
+    dead = find_dead(cluster_size, idle, dead_after * idle.shape[-1], dead_below)
     if dead.device.type == "cpu" and not dead.any():
         return  # the same answer on every rank; on a GPU the question would cost more than the work
     for g in range(len(codebook)):
-        rows, found = sample_rows(
-            x[g], codebook.shape[1], salt(seed, int(clock[1]), g), directed(x[g]) if metric == "cosine" else None
-        )
-        fresh = F.normalize(rows, dim=-1) if metric == "cosine" else rows
-        # The i-th dead code takes the i-th drawn row; with more dead codes than rows the last ones wait.
-        turn = (dead[g].cumsum(0) - 1).clamp(min=0)
-        restart = dead[g] & found[turn]
-        codebook[g] = torch.where(restart[:, None], fresh[turn], codebook[g])
-        # As popular as the average code: neither dead again at once, nor a weight that outlives its start.
-        size = cluster_size[g].mean().clamp(min=dead_below)
-        cluster_size[g] = torch.where(restart, size, cluster_size[g])
-        if embed_avg.numel():
-            embed_avg[g] = torch.where(restart[:, None], codebook[g] * size, embed_avg[g])
-        idle[g] = idle[g].masked_fill(restart, 0)
-        replaced += restart.sum()
+        average = embed_avg[g] if embed_avg.numel() else None
+        state = (codebook[g], cluster_size[g], average, idle[g])
+        options = {"metric": metric, "salt": salt(seed, int(clock[1]), g), "least_size": dead_below}
+        replaced += restart_dead_codes(dead[g], x[g], *state, **options).sum()
 
 
 @start_codebook.register_fake

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import codebook_search, codebook_update
-from .sampling import salt, sample_rows
+from .kernels.sampling import directed, salt, sample_rows
 
 SAME = 1e-10  # a squared distance below this, relative to the vectors' mean square, is rounding
 
@@ -45,11 +45,6 @@ def kmeans(
     for iteration in range(iterations):
         codebook, bins = _iterate(x, codebook, metric, scale, salt(seed, 1 + iteration))
     return codebook, bins
-
-
-def directed(x: Tensor) -> Tensor:
-    """Which rows have a direction, [N]: a zero vector cannot become a code of unit length."""
-    return (x != 0).any(-1)
 
 
 def _iterate(x: Tensor, codebook: Tensor, metric: str, scale: Tensor, salt: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,40 +12,12 @@ from torch import Tensor, nn
 
 from .dead_codes import replace_dead_codes, start_codebook
 from .kernels import codebook_search, codebook_update, vector_quantize
+from .kernels.sampling import world
 from .layout import Layout
 from .options import QuantizerOptions
+from .published import rename_published
+from .quantized import Quantized, perplexity
 from .rotation import rotate_to
-from .sampling import world
-
-# names of the reference implementation's quantizer -> ours
-PUBLISHED_NAMES = {"embedding.weight": "codebook", "embedding.initted": "initialized", "cluster_size": "cluster_size"}
-# statistics that the reference stores and never reads again
-PUBLISHED_UNUSED = ("embedding.cluster_size", "embedding.embed_avg")
-
-
-class Quantized(NamedTuple):
-    """What a quantizer returns.
-
-    quantized: of the input's shape and dtype. indices: int64, the input's shape without the channels, and [..., heads]
-    with several heads. loss: scalar fp32, 0 in a batch of no vectors. counts: int64 [K], how often each code was
-    chosen in this batch over all ranks ([heads, K] with separate codebooks).
-    """
-
-    quantized: Tensor
-    indices: Tensor
-    loss: Tensor
-    counts: Tensor
-
-    @property
-    def perplexity(self) -> Tensor:
-        """exp(entropy) of the codes' frequencies in this batch: [] or [heads]."""
-        return perplexity(self.counts)
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """exp(entropy) of frequencies counts / sum: [..., K] -> [...] float64."""
-    p = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
-    return torch.exp(-torch.special.xlogy(p, p).sum(-1))
 
 
 class FusedVectorQuantizer(nn.Module):
@@ -334,14 +306,7 @@ class FusedVectorQuantizer(nn.Module):
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Also accepts the reference implementation's names, and checkpoints from before idleness was counted."""
-        state_names = {name for name in state if name.startswith(prefix)}
-        if prefix + "embedding.weight" in state_names:
-            for name in PUBLISHED_UNUSED:
-                state.pop(prefix + name, None)
-            for name, ours in PUBLISHED_NAMES.items():
-                if prefix + name in state:
-                    value = state.pop(prefix + name)
-                    state[prefix + ours] = value.to(torch.bool).reshape(()) if ours == "initialized" else value
+        rename_published(state, prefix)
         for name in ("idle", "steps"):
             state.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
         super()._load_from_state_dict(state, prefix, *args)

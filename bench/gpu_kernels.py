@@ -175,15 +175,13 @@ def update_cases(target: str, *, n: int = 12_544, k: int = 8192, d: int = 32, pr
         4, 3, ("stride_n",), programs=-(-n // block_n), steps=1, units=block_n * block_d, flops=6 * n * d,
         read=n * (4 * d + 8), written=8 * k * (1 + d), l2=n * (4 * d + 8) + 8 * n * (1 + d),
     )  # fmt: skip
-    state = {"codebook": "*fp32", "cluster_size": "*fp32", "idle": "*i64"}
+    state = {"codebook": "*fp32", "cluster_size": "*fp32"}
     yield Case(
         "codebook_update", "codes", triton_apply.codes_kernel,
-        {**state, "statistics": "*i64", "totals": "*i64", "K": "i32", "decay": "fp32", "rest": "fp32", "eps": "fp32",
-         "dead_below": "fp32", "dead_after": "i64"},
-        {"embed_avg": None, "fresh": None, "D": d, "COSINE": True, "AVERAGE": False, "IDLE": True, "RESTART": False,
-         "BLOCK_K": block_k, "BLOCK_D": block_d},
+        {**state, "statistics": "*i64", "totals": "*i64", "K": "i32", "decay": "fp32", "rest": "fp32", "eps": "fp32"},
+        {"embed_avg": None, "D": d, "COSINE": True, "AVERAGE": False, "BLOCK_K": block_k, "BLOCK_D": block_d},
         2 if target == "gfx942" else 4, 3, programs=-(-k // block_k), steps=1, units=block_k * block_d,
-        flops=20 * k * d, read=k * (8 + 12 * d + 12), written=k * (4 * d + 8), l2=k * (16 * d + 28),
+        flops=20 * k * d, read=k * (8 + 12 * d), written=k * 4 * d, l2=k * (16 * d + 8),
     )  # fmt: skip
     block_n, block_d = quantize.tile(d)
     yield Case(

@@ -10,11 +10,11 @@ import torch
 
 FOLDER = Path(__file__).parent
 OPS = (
-    "apply_codebook_statistics",
     "attention",
     "attention_backward",
     "codebook_search",
     "codebook_statistics",
+    "move_codebook",
     "softmax_cross_entropy_",
     "vector_quantize_backward",
 )

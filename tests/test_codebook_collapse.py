@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from beitv2_fast.kernels.sampling import sample_rows
 
 from beitv2_fast import FusedVectorQuantizer, dead_codes
 from beitv2_fast.kmeans import kmeans
-from beitv2_fast.sampling import sample_rows
 
 METRICS = ("cosine", "euclidean")
 

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checks import check_indices, check_metric, check_vectors
-from .dead_codes import fresh_rows
+from ..sampling import world
+from .dead_codes import count_idle, find_dead, restart_dead_codes
 from .ops import apply_statistics, codebook_statistics
 
 MAX_DIM = 32768  # of the fixed-point squares
@@ -43,15 +44,14 @@ def codebook_update(
     In both, ``cluster_size: c <- decay c + (1 - decay) bins``.
 
     Dead codes, if ``restart_seed`` is given: codes with ``c_j < dead_below``, or idle for more than ``dead_after``
-    vectors, restart at vectors of the batch, drawn by the seed, with all of their state: ``v_j`` is the vector (l2 of
-    it for cosine), ``c_j`` the average cluster size (at least dead_below), ``embed_avg_j = c_j v_j``, ``idle_j = 0``.
-    Draws that are not finite, or zero for cosine, restart nothing. Give every rank the same seed.
+    vectors, restart at vectors of the batch, with all of their state (see ``restart_dead_codes``), the same on every
+    rank that is given the same seed.
 
     Bit-reproducible: the state after the call is the same bits whatever the number of threads, the instruction set,
-    the order of the rows and the split of the batch over ranks (restarts are the same on all ranks, but follow order
-    and split). The sums are integers: multiples of 2^-36 for cosine, exact to 2^27 vectors in a code; multiples of
-    2^-40 for euclidean, exact to 2^27 vectors and |x| < 2^32. Ranks do one all-reduce of one int64 buffer, [K, 1 + D]
-    for cosine and [K, 1 + 2 D] for euclidean, with [K, D / 2] for the restarts beside it when a seed is given.
+    the order of the rows and the split of the batch over ranks (which vectors are drawn for restarts depends on the
+    number of a row in the whole batch). The sums are integers: multiples of 2^-36 for cosine, exact to 2^27 vectors in
+    a code; multiples of 2^-40 for euclidean, exact to 2^27 vectors and |x| < 2^32. Ranks do one all-reduce of one int64
+    buffer, [K, 1 + D] for cosine and [K, 1 + 2 D] for euclidean; restarts exchange what they draw, [K, D], besides.
 
     Not counted: vectors with NaN or Inf (or |x| >= 2^32 for euclidean), and vectors with index -1, which marks padding.
     Any other index outside 0..K-1 raises on the CPU. A GPU is not asked, to spare the host a wait: such a vector is not
@@ -90,30 +90,17 @@ def codebook_update(
     if dead_after > 0 and idle is None:
         raise ValueError("codebook_update: dead_after needs idle, an int64 buffer [K] that counts idle vectors")
     statistics = codebook_statistics(x, indices, codebook.shape[0], metric)
-    fresh = None
-    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1
+    if world(process_group)[1] > 1:
+        dist.all_reduce(statistics, group=process_group)
+    bins = apply_statistics(statistics, codebook, cluster_size, embed_avg, decay, metric, eps)
+    if idle is not None:
+        count_idle(idle, bins)
     if restart_seed is not None:
-        rank, ranks = (dist.get_rank(process_group), dist.get_world_size(process_group)) if distributed else (0, 1)
-        fresh = fresh_rows(x, codebook.shape[0], restart_seed, rank, ranks)
-    if distributed:
-        statistics, fresh = _sum_over_ranks(statistics, fresh, process_group)
-    state = (codebook, cluster_size, embed_avg, idle, fresh)
-    return apply_statistics(statistics, *state, decay, metric, eps, int(dead_after), dead_below)
-
-
-def _sum_over_ranks(
-    statistics: Tensor, fresh: Tensor | None, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor | None]:
-    """One all-reduce. The bits of fresh are summed as integers: all ranks but one hold zeros."""
-    if fresh is None:
-        dist.all_reduce(statistics, group=group)
-        return statistics, None
-    width = fresh.shape[1]
-    bits = torch.nn.functional.pad(fresh, (0, width % 2)).view(torch.int64)
-    flat = torch.cat([statistics, bits], dim=1)
-    dist.all_reduce(flat, group=group)
-    statistics, bits = flat.split([statistics.shape[1], bits.shape[1]], dim=1)
-    return statistics.contiguous(), bits.contiguous().view(torch.float32)[:, :width].contiguous()
+        dead = find_dead(cluster_size, idle, dead_after, dead_below)
+        state = (codebook, cluster_size, embed_avg, idle)
+        options = {"metric": metric, "salt": restart_seed, "least_size": dead_below}
+        restart_dead_codes(dead, x, *state, **options, process_group=process_group)
+    return bins
 
 
 def _check_state(codebook: Tensor, cluster_size: Tensor, embed_avg: Tensor | None, idle: Tensor | None) -> None:

@@ -86,15 +86,10 @@ using MaybeTensor = std::optional<at::Tensor>;
 struct Update {
   const int64_t* statistics;
   int64_t num_codes, dim, width;
-  float *codebook, *cluster_size, *embed_avg;  // embed_avg, idle and fresh may be null
-  int64_t* idle;
-  const float* fresh;
+  float *codebook, *cluster_size, *embed_avg;  // embed_avg may be null
   float decay, rest, eps;
   double total;
-  int64_t seen;
   bool cosine;
-  int64_t dead_after;
-  float dead_below;
 
   void move_sphere(const UpdateRows& rows, int64_t j, float* mean) const {
     const int64_t* row = statistics + j * width;
@@ -117,21 +112,6 @@ struct Update {
     rows.scale(average, dim, 1 / smoothed, code);
     if (cosine) rows.l2(code, dim, code);
   }
-
-  void restart(const UpdateRows& rows, int64_t j, float* start) const {
-    const bool dead = cluster_size[j] < dead_below || (idle && dead_after > 0 && idle[j] > dead_after);
-    if (!dead) return;
-    std::copy_n(fresh + j * dim, dim, start);
-    if (cosine) rows.l2(start, dim, start);
-    if (!std::all_of(start, start + dim, [](float value) { return std::isfinite(value); })) return;
-    if (cosine && std::all_of(start, start + dim, [](float value) { return value == 0; })) return;
-    // As popular as the average code: neither dead again at once, nor a weight that outlives its start.
-    const float size = static_cast<float>(std::max<double>(total / static_cast<double>(num_codes), dead_below));
-    std::copy_n(start, dim, codebook + j * dim);
-    cluster_size[j] = size;
-    if (embed_avg) rows.scale(start, dim, size, embed_avg + j * dim);
-    if (idle) idle[j] = 0;
-  }
 };
 
 // First the sizes, whose total the codes need.
@@ -139,7 +119,6 @@ void move_sizes(Update& update, int64_t* bins) {
   int64_t total = 0;
   for (int64_t j = 0; j < update.num_codes; ++j) {
     bins[j] = update.statistics[j * update.width];
-    update.seen += bins[j];
     const double moved = static_cast<double>(update.decay) * update.cluster_size[j] +
                          static_cast<double>(update.rest) * static_cast<float>(bins[j]);
     update.cluster_size[j] = static_cast<float>(moved);
@@ -149,19 +128,15 @@ void move_sizes(Update& update, int64_t* bins) {
 }
 
 at::Tensor apply(const at::Tensor& statistics, const at::Tensor& codebook, const at::Tensor& cluster_size,
-                 const MaybeTensor& embed_avg, const MaybeTensor& idle, const MaybeTensor& fresh, double decay,
-                 bool cosine, double eps, int64_t dead_after, double dead_below) {
+                 const MaybeTensor& embed_avg, double decay, bool cosine, double eps) {
   Update update = {};
   update.statistics = statistics.const_data_ptr<int64_t>();
   update.num_codes = codebook.size(0), update.dim = codebook.size(1), update.width = statistics.size(1);
   update.codebook = codebook.mutable_data_ptr<float>();
   update.cluster_size = cluster_size.mutable_data_ptr<float>();
   update.embed_avg = embed_avg ? embed_avg->mutable_data_ptr<float>() : nullptr;
-  update.idle = idle ? idle->mutable_data_ptr<int64_t>() : nullptr;
-  update.fresh = fresh ? fresh->const_data_ptr<float>() : nullptr;
   update.decay = static_cast<float>(decay), update.rest = static_cast<float>(1 - decay);
   update.eps = static_cast<float>(eps), update.cosine = cosine;
-  update.dead_after = dead_after, update.dead_below = static_cast<float>(dead_below);
   at::Tensor bins = at::empty({update.num_codes}, statistics.options());
   move_sizes(update, bins.mutable_data_ptr<int64_t>());
   const UpdateRows& rows = update_rows();
@@ -170,8 +145,6 @@ at::Tensor apply(const at::Tensor& statistics, const at::Tensor& codebook, const
     for (int64_t j = begin; j < end; ++j) {
       if (update.embed_avg) update.move_average(rows, j, buffer.data());
       else update.move_sphere(rows, j, buffer.data());
-      if (update.idle) update.idle[j] = update.statistics[j * update.width] > 0 ? 0 : update.idle[j] + update.seen;
-      if (update.fresh) update.restart(rows, j, buffer.data());
     }
   });
   return bins;
@@ -180,14 +153,13 @@ at::Tensor apply(const at::Tensor& statistics, const at::Tensor& codebook, const
 TORCH_LIBRARY_FRAGMENT(beitv2_fast_cpu, m) {
   m.def("codebook_statistics(Tensor x, Tensor indices, int num_codes, bool cosine) -> Tensor");
   m.def(
-      "apply_codebook_statistics(Tensor statistics, Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!)? embed_avg, "
-      "Tensor(d!)? idle, Tensor? fresh, float decay, bool cosine, float eps, int dead_after, float dead_below) "
-      "-> Tensor");
+      "move_codebook(Tensor statistics, Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!)? embed_avg, "
+      "float decay, bool cosine, float eps) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(beitv2_fast_cpu, CPU, m) {
   m.impl("codebook_statistics", statistics);
-  m.impl("apply_codebook_statistics", apply);
+  m.impl("move_codebook", apply);
 }
 
 }  // namespace

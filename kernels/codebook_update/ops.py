@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,46 +46,41 @@ def _check_range(indices: Tensor, num_codes: int) -> None:
 
 
 @torch.library.custom_op(
-    "beitv2_fast::apply_codebook_statistics", mutates_args=("codebook", "cluster_size", "embed_avg", "idle")
+    "beitv2_fast::apply_codebook_statistics", mutates_args=("codebook", "cluster_size", "embed_avg")
 )
 def apply_statistics(
     statistics: Tensor,
     codebook: Tensor,
     cluster_size: Tensor,
     embed_avg: Tensor | None,
-    idle: Tensor | None,
-    fresh: Tensor | None,
     decay: float,
     metric: str,
     eps: float,
-    dead_after: int,
-    dead_below: float,
 ) -> Tensor:
-    state = (codebook, cluster_size, embed_avg, idle, fresh)
-    return apply_statistics_reference(statistics, *state, decay, metric, eps, dead_after, dead_below)
+    return apply_statistics_reference(statistics, codebook, cluster_size, embed_avg, decay, metric, eps)
 
 
 @apply_statistics.register_fake
-def _(statistics, codebook, cluster_size, embed_avg, idle, fresh, decay, metric, eps, dead_after, dead_below):
+def _(statistics, codebook, cluster_size, embed_avg, decay, metric, eps):
     return statistics.new_empty(statistics.shape[0])
 
 
 @apply_statistics.register_kernel("cpu")
-def _(statistics, codebook, cluster_size, embed_avg, idle, fresh, decay, metric, eps, dead_after, dead_below):
-    state = (codebook, cluster_size, embed_avg, idle, fresh)
-    if not native_ops() or not all(tensor is None or tensor.is_contiguous() for tensor in state):
-        return apply_statistics_reference(statistics, *state, decay, metric, eps, dead_after, dead_below)
-    cosine = metric == "cosine"
-    return torch.ops.beitv2_fast_cpu.apply_codebook_statistics(
-        statistics, *state, decay, cosine, eps, dead_after, dead_below
-    )
+def _(statistics, *state_and_options):
+    *state, decay, metric, eps = state_and_options
+    if not native_ops() or not _all_contiguous(state):
+        return apply_statistics_reference(statistics, *state_and_options)
+    return torch.ops.beitv2_fast_cpu.move_codebook(statistics, *state, decay, metric == "cosine", eps)
 
 
 @apply_statistics.register_kernel("cuda")
-def _(statistics, codebook, cluster_size, embed_avg, idle, fresh, decay, metric, eps, dead_after, dead_below):
-    state = (codebook, cluster_size, embed_avg, idle, fresh)
-    if not all(tensor is None or tensor.is_contiguous() for tensor in state):
-        return apply_statistics_reference(statistics, *state, decay, metric, eps, dead_after, dead_below)
+def _(statistics, *state_and_options):
+    if not _all_contiguous(state_and_options[:3]):
+        return apply_statistics_reference(statistics, *state_and_options)
     from .triton_apply import apply_statistics_triton
 
-    return apply_statistics_triton(statistics, *state, decay, metric, eps, dead_after, dead_below)
+    return apply_statistics_triton(statistics, *state_and_options)
+
+
+def _all_contiguous(state: Sequence[Tensor | None]) -> bool:
+    return all(tensor is None or tensor.is_contiguous() for tensor in state)

@@ -71,48 +71,31 @@ def l2(x: Tensor) -> Tensor:
     return torch.where(finite[:, None], y, torch.nan).float()
 
 
+def total_size(cluster_size: Tensor) -> Tensor:
+    """The sum of the cluster sizes, float64, whatever its order."""
+    return (cluster_size.double() * SIZE).round().long().sum().double() / SIZE
+
+
 def apply_statistics_reference(
     statistics: Tensor,
     codebook: Tensor,
     cluster_size: Tensor,
     embed_avg: Tensor | None,
-    idle: Tensor | None,
-    fresh: Tensor | None,
     decay: float,
     metric: str,
     eps: float,
-    dead_after: int,
-    dead_below: float,
 ) -> Tensor:
-    """The second pass, in place on all state given: fp32 codebook and embed_avg [K, D], cluster_size [K]; int64 idle
-    [K]. fresh [K, D] fp32 holds what dead codes restart at. Returns bins [K] int64."""
+    """The second pass, in place on the fp32 state: codebook, embed_avg [K, D], cluster_size [K]. Returns bins [K]."""
     bins, sums = unpack_statistics(statistics, metric)
     cluster_size.copy_(mix(cluster_size, bins.float(), decay))
-    total = (cluster_size.double() * SIZE).round().long().sum().double() / SIZE
     if embed_avg is None:
         mean = l2((sums * (1 / bins.clamp(min=1).double())[:, None]).float())
         codebook.copy_(l2(mix(codebook, torch.where((bins > 0)[:, None], mean, codebook), decay)))
     else:
         embed_avg.copy_(mix(embed_avg, sums.float(), decay))
+        total = total_size(cluster_size)
         smoothed = (cluster_size.double() + fp32(eps)) / (total + len(bins) * fp32(eps)) * total
         codes = (embed_avg.double() * (1 / smoothed)[:, None]).float()
         codes = l2(codes) if metric == "cosine" else codes
         codebook.copy_(torch.where((smoothed > 0)[:, None], codes, codebook))
-    if idle is not None:
-        idle.add_(bins.sum()).masked_fill_(bins > 0, 0)
-    if fresh is not None:
-        dead_below = fp32(dead_below)
-        dead = cluster_size < dead_below
-        if idle is not None and dead_after > 0:
-            dead = dead | (idle > dead_after)
-        fresh = l2(fresh) if metric == "cosine" else fresh
-        dead = dead & fresh.isfinite().all(-1) & ((fresh != 0).any(-1) | (metric == "euclidean"))
-        # As popular as the average code: neither dead again at once, nor a weight that outlives its start.
-        size = (total / len(bins)).clamp(min=dead_below).float()
-        codebook.copy_(torch.where(dead[:, None], fresh, codebook))
-        cluster_size.copy_(torch.where(dead, size, cluster_size))
-        if embed_avg is not None:
-            embed_avg.copy_(torch.where(dead[:, None], fresh * size, embed_avg))
-        if idle is not None:
-            idle.masked_fill_(dead, 0)
     return bins.clone()

@@ -12,11 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .reference import fp32
-from .triton_kernel import INTEGER_ROUND, device_of, magnitudes, tile, unit_factors
+from .triton_kernel import INTEGER_ROUND, device_of, tile, unit_factors
 
 EXACT = tl.constexpr(1099511627776.0)  # 2^40: an fp32 number of steps beyond is a whole number
-NO_EXPONENT = tl.constexpr(0x7F800000)
-TILE = 512  # elements of a program: with more, a program that restarts codes spills registers on sm_80
+TILE = 512  # elements of a program: 4 a lane
 NUM_WARPS = 2 if torch.version.hip else 4  # 4 elements a lane: loads of 16 bytes
 
 
@@ -28,7 +27,7 @@ def wide(scalar):
 
 @triton.jit
 def sizes_kernel(statistics, cluster_size, bins, totals, K, WIDTH, decay, rest, BLOCK_K: tl.constexpr):
-    """cluster_size, bins, and the totals of both (the first in steps of 2^-30)."""
+    """cluster_size, its total in steps of 2^-30, and bins."""
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = offs_k < K
     number = tl.load(statistics + offs_k.to(tl.int64) * WIDTH, mask=mask, other=0)
@@ -40,7 +39,6 @@ def sizes_kernel(statistics, cluster_size, bins, totals, K, WIDTH, decay, rest, 
     steps = moved.to(tl.float64) * 1073741824.0
     steps = tl.where(steps < EXACT, (steps + INTEGER_ROUND) - INTEGER_ROUND, steps).to(tl.int64)
     tl.atomic_add(totals, tl.sum(tl.where(mask, steps, 0), axis=0), sem="relaxed")
-    tl.atomic_add(totals + 1, tl.sum(number, axis=0), sem="relaxed")
 
 
 @triton.jit
@@ -62,19 +60,13 @@ def codes_kernel(
     codebook,
     cluster_size,
     embed_avg,
-    idle,
-    fresh,
     K,
     decay,
     rest,
     eps,
-    dead_after,
-    dead_below,
     D: tl.constexpr,
     COSINE: tl.constexpr,
     AVERAGE: tl.constexpr,
-    IDLE: tl.constexpr,
-    RESTART: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -92,9 +84,9 @@ def codes_kernel(
         sums += tl.load(first + D, mask=mask, other=0).to(tl.float64) * (1.0 / 1099511627776.0)
     at = offs_k[:, None] * D + offs_d[None, :]
     code = tl.load(codebook + at, mask=mask, other=0.0)
-    size = tl.load(cluster_size + offs_k, mask=mask_k, other=0.0)
-    total = tl.load(totals).to(tl.float64) * (1.0 / 1073741824.0)
     if AVERAGE:
+        size = tl.load(cluster_size + offs_k, mask=mask_k, other=0.0)
+        total = tl.load(totals).to(tl.float64) * (1.0 / 1073741824.0)
         average = mix(tl.load(embed_avg + at, mask=mask, other=0.0), sums.to(tl.float32), decay, rest)
         smoothed = (size.to(tl.float64) + wide(eps)) / (total + wide(K) * wide(eps)) * total
         moved = (average.to(tl.float64) * (1.0 / smoothed)[:, None]).to(tl.float32)
@@ -105,29 +97,9 @@ def codes_kernel(
         inverse = 1.0 / tl.maximum(number, 1).to(tl.float64)
         mean = l2((sums * inverse[:, None]).to(tl.float32))
         code = l2(mix(code, tl.where((number > 0)[:, None], mean, code), decay, rest))
-    dead = mask_k & (size < dead_below)
-    if IDLE:
-        waited = tl.load(idle + offs_k, mask=mask_k, other=0) + tl.load(totals + 1)
-        waited = tl.where(number > 0, 0, waited)
-        dead = dead | (mask_k & (dead_after > 0) & (waited > dead_after))
-    if RESTART:
-        start = tl.load(fresh + at, mask=mask, other=0.0)
-        if COSINE:
-            start = l2(start)
-            dead = dead & (magnitudes(start) > 0)
-        dead = dead & (magnitudes(start) < NO_EXPONENT)
-        new_size = tl.maximum(total / wide(K), wide(dead_below)).to(tl.float32)
-        code = tl.where(dead[:, None], start, code)
-        tl.store(cluster_size + offs_k, tl.where(dead, new_size, size), mask=mask_k)
-        if AVERAGE:
-            average = tl.where(dead[:, None], start * new_size, average)
-        if IDLE:
-            waited = tl.where(dead, 0, waited)
     tl.store(codebook + at, code, mask=mask)
     if AVERAGE:
         tl.store(embed_avg + at, average, mask=mask)
-    if IDLE:
-        tl.store(idle + offs_k, waited, mask=mask_k)
 
 
 def apply_statistics_triton(
@@ -135,19 +107,15 @@ def apply_statistics_triton(
     codebook: Tensor,
     cluster_size: Tensor,
     embed_avg: Tensor | None,
-    idle: Tensor | None,
-    fresh: Tensor | None,
     decay: float,
     metric: str,
     eps: float,
-    dead_after: int,
-    dead_below: float,
 ) -> Tensor:
     """All tensors contiguous."""
     count, dim = codebook.shape
-    decay, rest, eps, dead_below = fp32(decay), fp32(1 - decay), fp32(eps), fp32(dead_below)
+    decay, rest, eps = fp32(decay), fp32(1 - decay), fp32(eps)
     bins = statistics.new_empty(count)
-    totals = statistics.new_zeros(2)
+    totals = statistics.new_zeros(1)
     block_k, block_d = tile(dim, TILE)
     with device_of(codebook):
         sizes_kernel[(triton.cdiv(count, 256),)](
@@ -159,19 +127,13 @@ def apply_statistics_triton(
             codebook,
             cluster_size,
             embed_avg,
-            idle,
-            fresh,
             count,
             decay,
             rest,
             eps,
-            dead_after,
-            dead_below,
             D=dim,
             COSINE=metric == "cosine",
             AVERAGE=embed_avg is not None,
-            IDLE=idle is not None,
-            RESTART=fresh is not None,
             BLOCK_K=block_k,
             BLOCK_D=block_d,
             num_warps=NUM_WARPS,

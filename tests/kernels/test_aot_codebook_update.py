@@ -9,7 +9,7 @@ from bench.aot import TARGETS, Binary, compile_kernel
 pytest.importorskip("triton")
 
 DIMS = [32, 256]
-FLAGS = {"COSINE": True, "AVERAGE": False, "IDLE": True, "RESTART": False}
+FLAGS = {"COSINE": True, "AVERAGE": False}
 
 
 def compile_statistics(target: str, dim: int, dtype: str = "fp32", cosine: bool = True) -> Binary:
@@ -29,12 +29,9 @@ def compile_codes(target: str, dim: int, **flags: bool) -> Binary:
 
     flags = {**FLAGS, **flags}
     block_k, block_d = tile(dim, TILE)
-    optional = {"embed_avg": "AVERAGE", "idle": "IDLE", "fresh": "RESTART"}
-    types = {"embed_avg": "*fp32", "idle": "*i64", "fresh": "*fp32"}
     signature = {"statistics": "*i64", "totals": "*i64", "codebook": "*fp32", "cluster_size": "*fp32", "K": "i32"}
-    signature |= {name: "fp32" for name in ("decay", "rest", "eps", "dead_below")} | {"dead_after": "i64"}
-    signature |= {name: types[name] for name, flag in optional.items() if flags[flag]}
-    absent = {name: None for name, flag in optional.items() if not flags[flag]}
+    signature |= {"decay": "fp32", "rest": "fp32", "eps": "fp32"} | ({"embed_avg": "*fp32"} if flags["AVERAGE"] else {})
+    absent = {} if flags["AVERAGE"] else {"embed_avg": None}
     blocks = {"D": dim, "BLOCK_K": block_k, "BLOCK_D": block_d}
     warps = 2 if target == "gfx942" else 4
     return compile_kernel(codes_kernel, signature, {**absent, **blocks, **flags}, target, num_warps=warps)
@@ -80,7 +77,7 @@ def test_statistics_add_integers_without_waiting_for_the_sum(target):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("flags", [{}, {"AVERAGE": True, "RESTART": True}, {"AVERAGE": True, "COSINE": False}])
+@pytest.mark.parametrize("flags", [{}, {"AVERAGE": True}, {"AVERAGE": True, "COSINE": False}])
 def test_the_second_pass_fits(target, dim, flags):
     check(compile_codes(target, dim, **flags), wide_loads=1)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from beitv2_fast.kernels import codebook_update
+from beitv2_fast.kernels.codebook_update.dead_codes import restart_dead_codes
 from beitv2_fast.kernels.codebook_update.ops import apply_statistics, codebook_statistics
 from beitv2_fast.kernels.codebook_update.reference import (
     unpack_statistics,
@@ -143,16 +144,22 @@ def test_a_batch_without_usable_vectors_restarts_nothing():
         assert state.same_bits(plain)
 
 
-def test_fresh_rows_of_ranks_add_up_to_rows_of_all_ranks():
-    from beitv2_fast.kernels.codebook_update.dead_codes import fresh_rows
-
-    shares = [make_batch(count, 1, 5, seed)[0] for seed, count in enumerate((30, 0, 3))]
-    parts = [fresh_rows(x, 21, 4, rank, 3) for rank, x in enumerate(shares)]
-    bits = sum(part.view(torch.int32) for part in parts)
-    rows = bits.view(torch.float32)
-    assert rows[:, 0].isnan().sum() == 7  # of the rank that has no vectors
-    found = [[bool((row == x).all(-1).any()) for x in shares] for row in rows]
-    assert [sum(column) for column in zip(*found, strict=True)] == [7, 0, 7]
+@pytest.mark.parametrize("metric", METRICS)
+def test_rows_without_a_use_are_never_what_a_code_restarts_at(metric):
+    x, _ = make_batch(12, 1, 6)
+    x[::3] = torch.nan
+    x[1::3] = 0 if metric == "cosine" else torch.inf
+    state = make_state(8, 6, average=True)
+    codebook = state.codebook.clone()
+    dead = torch.arange(8) != 2
+    restarted = restart_dead_codes(
+        dead, x, state.codebook, state.cluster_size, state.embed_avg, state.idle, metric=metric, salt=1
+    )
+    assert restarted.tolist() == [True, True, False, True, True, False, False, False]  # 4 vectors for 7 dead codes
+    assert torch.equal(state.codebook[~restarted], codebook[~restarted])
+    usable = F.normalize(x[2::3], dim=-1) if metric == "cosine" else x[2::3]
+    distances = torch.cdist(state.codebook[restarted], usable)
+    assert sorted(distances.argmin(1).tolist()) == [0, 1, 2, 3] and distances.amin(1).max() < 1e-3
 
 
 # Edges
@@ -240,8 +247,8 @@ def test_opcheck():
         torch.library.opcheck(codebook_statistics, (x, indices, 6, metric))
         state = make_state(6, 5, average=metric == "euclidean")
         statistics = codebook_statistics(x, indices, 6, metric)
-        tensors = (statistics, state.codebook, state.cluster_size, state.embed_avg, state.idle, None)
-        torch.library.opcheck(apply_statistics, (*tensors, 0.9, metric, 1e-5, 0, 0.0))
+        tensors = (statistics, state.codebook, state.cluster_size, state.embed_avg)
+        torch.library.opcheck(apply_statistics, (*tensors, 0.9, metric, 1e-5))
 
 
 def test_it_compiles_to_one_graph_with_the_same_bits():

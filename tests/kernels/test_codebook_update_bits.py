@@ -77,27 +77,16 @@ def test_vectors_of_any_magnitude_have_the_bits_of_the_reference(metric, scale):
     dim=st.integers(1, 70),
     metric=st.sampled_from(METRICS),
     average=st.booleans(),
-    idle=st.booleans(),
-    restart=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_native_second_pass_has_the_bits_of_the_reference(num_codes, dim, metric, average, idle, restart, seed):
+def test_native_second_pass_has_the_bits_of_the_reference(num_codes, dim, metric, average, seed):
     x, indices = make_batch(100, num_codes, dim, seed)
     state = make_state(num_codes, dim, average=average or metric == "euclidean", seed=seed)
-    state.idle = state.idle if idle else None
     state.codebook[0, 0] = torch.nan if seed % 5 == 0 else 0.5
-    fresh = None
-    if restart:
-        fresh = torch.randn(num_codes, dim, generator=torch.Generator().manual_seed(seed))
-        fresh[::7], fresh[3::9] = 0, torch.nan
     statistics = codebook_statistics_reference(x, indices, num_codes, metric)
-    other, options = state.clone(), (0.97, metric, 1e-5, 60, 0.4)
-    bins = apply_statistics(
-        statistics, state.codebook, state.cluster_size, state.embed_avg, state.idle, fresh, *options
-    )
-    expected = apply_statistics_reference(
-        statistics, other.codebook, other.cluster_size, other.embed_avg, other.idle, fresh, *options
-    )
+    other, options = state.clone(), (0.97, metric, 1e-5)
+    bins = apply_statistics(statistics, state.codebook, state.cluster_size, state.embed_avg, *options)
+    expected = apply_statistics_reference(statistics, other.codebook, other.cluster_size, other.embed_avg, *options)
     assert torch.equal(bins, expected)
     state.codebook.nan_to_num_(123)
     other.codebook.nan_to_num_(123)

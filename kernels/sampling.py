@@ -7,10 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def world() -> tuple[int, int]:
-    """(rank, ranks) of the default process group; (0, 1) without one."""
+def world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
+    """(rank, ranks) of the process group, by default the default one; (0, 1) without one."""
     if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
+        return dist.get_rank(group), dist.get_world_size(group)
     return 0, 1
 
 
@@ -31,7 +31,14 @@ def uniform(index: Tensor, salt: int) -> Tensor:
     return ((z >> 11) & (2**53 - 1)).double() / 2**53
 
 
-def sample_rows(x: Tensor, wanted: int, salt: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def directed(x: Tensor) -> Tensor:
+    """Which rows have a direction, [N]: a zero vector cannot become a code of unit length."""
+    return (x != 0).any(-1)
+
+
+def sample_rows(
+    x: Tensor, wanted: int, salt: int, weights: Tensor | None = None, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw rows without replacement from the batch of all ranks.
 
     Rows that hold NaN or Inf and rows of weight 0 are never drawn. Ranks may hold different numbers of rows, also none.
@@ -40,16 +47,17 @@ def sample_rows(x: Tensor, wanted: int, salt: int, weights: Tensor | None = None
     Args:
         x: [n, D], this rank's rows. wanted: how many. salt: another salt draws other rows.
         weights: [n], chances in proportion to them; by default all are equal.
+        group: the ranks; by default those of the default process group, if any.
 
     Returns:
         (rows [wanted, D] fp32, found [wanted] bool); where the batch has too few rows, found is False at the end.
     """
-    rank, ranks = world()
+    rank, ranks = world(group)
     n = len(x)
     numbers = torch.arange(n, device=x.device)
     if ranks > 1:
         counts = torch.empty(ranks, dtype=torch.int64, device=x.device)
-        dist.all_gather_into_tensor(counts, torch.full((1,), n, device=x.device))
+        dist.all_gather_into_tensor(counts, torch.full((1,), n, device=x.device), group=group)
         numbers += counts[:rank].sum()
     # Exponential races: the row with the largest weight / Exp(1) wins with probability proportional to its weight.
     keys = 1 / -torch.log1p(-uniform(numbers, salt)).clamp(max=-1e-300)
@@ -63,11 +71,11 @@ def sample_rows(x: Tensor, wanted: int, salt: int, weights: Tensor | None = None
         found = best > 0
         return _take(x, row, found), found
     everyones = torch.empty(ranks * wanted, dtype=best.dtype, device=x.device)
-    dist.all_gather_into_tensor(everyones, best)
+    dist.all_gather_into_tensor(everyones, best, group=group)
     best, place = everyones.topk(wanted)
     found = best > 0
     rows = _take(x, row[place % wanted], found & (place // wanted == rank))
-    dist.all_reduce(rows)  # every row is zero on all ranks but one: the sum is exact
+    dist.all_reduce(rows, group=group)  # every row is zero on all ranks but one: the sum is exact
     return rows, found
 
 

@@ -1,0 +1,49 @@
+// Compiles one header for every instruction set, and picks among them at run time.
+//
+//   #define BEITV2_FAST_VARIANTS "op/cpu_rows_kernels.h"    // its path from this folder; it defines `rows`
+//   #include "../cpu_variants.h"
+//   const Rows& op_rows() { return BEITV2_FAST_PICK(rows); }
+//
+// The header has no include guard and includes nothing (see cpu_target.h). One such file a source file.
+#include <stdint.h>
+#include <string.h>
+
+#include "cpu_capability.h"
+#include "cpu_target.h"
+
+namespace beitv2_fast {
+namespace {
+
+namespace portable {
+#include BEITV2_FAST_VARIANTS
+}
+
+#if BEITV2_FAST_X86
+BEITV2_FAST_TARGET_BEGIN("avx2,fma")
+namespace avx2 {
+#include BEITV2_FAST_VARIANTS
+}
+BEITV2_FAST_TARGET_END
+#endif
+
+#if BEITV2_FAST_COMPILES_AVX512
+BEITV2_FAST_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+namespace avx512 {
+#include BEITV2_FAST_VARIANTS
+}
+BEITV2_FAST_TARGET_END
+#endif
+
+}  // namespace
+}  // namespace beitv2_fast
+
+#if BEITV2_FAST_COMPILES_AVX512
+#define BEITV2_FAST_PICK(name)                                 \
+  (cpu_capability() >= Capability::avx512 ? avx512::name       \
+   : cpu_capability() >= Capability::avx2 ? avx2::name         \
+                                          : portable::name)
+#elif BEITV2_FAST_X86
+#define BEITV2_FAST_PICK(name) (cpu_capability() >= Capability::avx2 ? avx2::name : portable::name)
+#else
+#define BEITV2_FAST_PICK(name) (portable::name)
+#endif
