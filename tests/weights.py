@@ -60,3 +60,11 @@ def assert_same_state(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Ten
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]), name
+
+
+def randomised(theirs: nn.Module) -> nn.Module:
+    """Another library's model with random parameters, in eval mode."""
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(0.1, 0.2)
+    return theirs.eval()
