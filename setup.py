@@ -71,6 +71,8 @@ setup(
         "train": TRAIN,
         "teachers": TEACHERS,
         "deepspeed": DEEPSPEED,
+        # attention on NVIDIA GPUs up to capability 9.0; its wheel is built for CUDA 12, whose runtime it has to find
+        "gpu": ["xformers>=0.0.35", "nvidia-cuda-runtime-cu12"],
         "demo": [*TRAIN, *DEMO],
         "bench": BENCH,
         "test": TEST,
