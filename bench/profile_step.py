@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from beitv2_fast.distributed import autocast_dtype
+
 from .harness import DEVICE, OURS
 from .training_steps import NUM_CODES, PRECISIONS, STAGES, Step, steps
 
@@ -64,20 +66,29 @@ def step_in_parts(step: Step) -> None:
 
 
 def seconds_by_part(step: Step, stage: str) -> Counter[str]:
-    """Seconds of one step's ops, by part."""
+    """Seconds of one step's ops, by part; on the CPU each part's share of the step's processor time.
+
+    The profiler's own clock is the wall's, which other processes of the machine stretch.
+    """
     step_in_parts(step)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if DEVICE.type == "cuda" else [])
     with profile(activities=activities, record_shapes=True) as profiler:
+        started = time.process_time()
         step_in_parts(step)
+        processor = time.process_time() - started
     found: Counter[str] = Counter()
     for event in profiler.events():
         own = event.self_device_time_total if DEVICE.type == "cuda" else event.self_cpu_time_total
         found[part_of(event, stage)] += own / 1e6
+    if DEVICE.type == "cpu":
+        total = sum(found.values())
+        found = Counter({part: processor * seconds / total for part, seconds in found.items()})
     return found
 
 
 def teacher_seconds(batch: int, dtype: torch.dtype | None) -> float | None:
-    """Processor seconds of CLIP B/16's forward (random weights); None without open_clip."""
+    """Processor seconds of CLIP B/16's forward (random weights) as a training runs it; None without open_clip."""
+    dtype = dtype and autocast_dtype("auto", DEVICE)  # in bf16 only where that is faster
     try:
         import open_clip
     except ImportError:
