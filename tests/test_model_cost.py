@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from beitv2_fast.kernels.native import native_ops
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -86,6 +87,8 @@ def kept(model: nn.Module, loss: Callable[[], Tensor]) -> int:
 
 def test_activations_kept_for_backward_are_those_of_the_module_within_a_tenth():
     """Of one block's worth, the difference between two depths: heads and embeddings are small change."""
+    if not native_ops():
+        pytest.skip("the C++ ops are not compiled, and the fallback for attention keeps its scores")
 
     def measured(depth: int) -> int:
         model = Student(StudentConfig(ViTConfig(**{**VIT, "depth": depth}, layer_scale=0.1), 64, early_layer=1)).train()
