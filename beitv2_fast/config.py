@@ -53,9 +53,21 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """What every training has: data, ViT, optimiser, schedule, checkpoints."""
 
-    data: Path = option(Path("data"), "folder of images; FOLDER/train is used if it exists, class folders are optional")
+    data: Path = option(
+        Path("data"),
+        "folder of images (FOLDER/train is used if it exists, class folders are optional) or of tar shards, or a "
+        "pattern such as 'shards/train-{0000..0146}.tar'",
+    )
+    loader: str = option(
+        "auto",
+        "what decodes the images: dali, on the GPU where there is one; torchvision, with PIL, on the CPU; auto: dali "
+        "if it is installed. On the CPU both give the same bits, a GPU's decoder does not",
+        choices=("auto", "dali", "torchvision"),
+    )
     in_memory: bool = option(
-        False, "decode all images once and keep them in memory, which the workers share", free=True
+        False,
+        "decode all images once and keep them in memory, which the workers share; torchvision's loader",
+        free=True,
     )
     precision: str = option(
         "auto",

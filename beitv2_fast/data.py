@@ -1,25 +1,37 @@
-"""From an image folder to batches whose every pixel follows from (seed, epoch, index).
+"""From images to batches whose every pixel follows from (seed, epoch, index), by DALI or by PIL with torch's workers.
 
-So a resumed run sees what the uninterrupted one would have seen, whatever the number of worker processes, and the
-global batches do not depend on the number of ranks they are divided among.
+So a resumed run sees what the uninterrupted one would have seen, whatever the number of workers, and the global batches
+do not depend on the number of ranks they are divided among. Both loaders take the same crops, flips, colours and masks.
 """
 
-import hashlib
+from __future__ import annotations
+
 import logging
-import os
-import random
-import signal
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from typing import Protocol
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import Dataset
 
+from .draws import Draws, image_keys
+from .errors import UserError, require
 from .image_check import check_images
-from .images import DataError, Image, ImageList, find_images, open_image
-from .transforms import IMAGENET_MEAN, IMAGENET_STD, EvalView, PretrainView, TokenizerView, View
+from .images import DataError, Image, ImageList, find_images
+from .sampler import EpochSampler, Key, rank_share, steps_per_epoch
+from .torch_loader import TorchLoader
+from .transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    EvalView,
+    FinetuneView,
+    PretrainView,
+    TokenizerView,
+    View,
+    pictures_of,
+)
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -27,11 +39,13 @@ __all__ = [
     "DataError",
     "EpochSampler",
     "EvalView",
+    "FinetuneView",
     "ImageFolder",
     "ImageList",
     "PretrainView",
     "TokenizerView",
     "check_images",
+    "choose_loader",
     "eval_loader",
     "find_images",
     "keyed_loader",
@@ -39,16 +53,24 @@ __all__ = [
     "train_loader",
 ]
 
-Key = tuple[int, int]  # epoch, index
+LOADERS = ("auto", "dali", "torchvision")
 
 log = logging.getLogger(__name__)
+
+
+class Loader(Protocol):
+    """Batches in turn: dicts of tensors, those of the view [B, ...] and "index", "view" and "label" int64 [B]."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]: ...
 
 
 class ImageFolder(Dataset):
     """The views of the images of a list.
 
     `folder[epoch, index]` is the dict of the view's tensors, with "index", "view" (the epoch, or its remainder) and, if
-    the list has labels, "label" (ints).
+    the list has labels, "label" (ints); `folder.__getitems__(keys)` is the same for a batch.
     Randomness comes from (seed, epoch, index) alone.
 
     Args:
@@ -58,18 +80,29 @@ class ImageFolder(Dataset):
         views: V > 0: only V different views of every image, `epoch % V`; 0: a new one in every epoch.
         in_memory: decode all images now and keep them, 1 byte (grey) or 3 a pixel, `decoded_bytes` in all. Worth it
             where decoding is the larger part of the work and the images fit; forked worker processes share them.
+        loader: what makes batches of them: "torchvision" (PIL and torch's workers) or "dali"; see `choose_loader`.
+        device: where DALI works and leaves the batches.
 
     Raises:
         DataError: a file that could be read before no longer can.
     """
 
     def __init__(
-        self, images: ImageList, view: View, seed: int = 0, *, views: int = 0, in_memory: bool = False
+        self,
+        images: ImageList,
+        view: View,
+        seed: int = 0,
+        *,
+        views: int = 0,
+        in_memory: bool = False,
+        loader: str = "torchvision",
+        device: torch.device | str = "cpu",
     ) -> None:
         self.images = images
         self.view = view
         self.seed = seed
         self.views = views
+        self.loader, self.device = loader, torch.device(device)
         self._decoded = None
         if in_memory:
             with ThreadPoolExecutor() as pool:  # PIL decodes without holding the interpreter's lock
@@ -79,91 +112,72 @@ class ImageFolder(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: Key) -> dict[str, torch.Tensor | int]:
-        epoch, index = key
-        number = epoch % self.views if self.views else epoch
-        image = self._open(index) if self._decoded is None else self._decoded[index]
-        sample = self.view(image, random.Random(_hash(self.seed, number, index)))
+    def __getitem__(self, key: Key) -> dict[str, Tensor | int]:
+        return {n: v[0] if v[0].dim() else v[0].item() for n, v in self.__getitems__([key]).items()}
+
+    def __getitems__(self, keys: list[Key]) -> dict[str, Tensor]:
+        images = [self._open(index) if self._decoded is None else self._decoded[index] for _, index in keys]
+        draws = self.draws(keys, np.array([image.size for image in images]))
+        return {**self.view.finish(pictures_of(images, self.view, draws), draws), **self.names(keys)}
+
+    def draws(self, keys: list[Key], sizes: np.ndarray) -> Draws:
+        """The view's random decisions for images of these sizes [B, 2] (width, height)."""
+        numbers = np.array([self._number(epoch) for epoch, _ in keys])
+        return self.view.draw(sizes, image_keys(self.seed, numbers, np.array([index for _, index in keys])))
+
+    def names(self, keys: list[Key]) -> dict[str, Tensor]:
+        """What says which images a batch holds: "index", "view" and, if there are labels, "label", int64 [B]."""
+        indices = [index for _, index in keys]
+        named = {"index": indices, "view": [self._number(epoch) for epoch, _ in keys]}
         if self.images.labels is not None:
-            sample["label"] = self.images.labels[index]
-        return {**sample, "index": index, "view": number}
+            named["label"] = [self.images.labels[index] for index in indices]
+        return {name: torch.tensor(values) for name, values in named.items()}
+
+    def lost(self, index: int, error: Exception) -> DataError:
+        """What to raise when an image can no longer be read."""
+        return DataError(
+            f"The image {self.images.root / self.images.paths[index]} could be read when it was checked, but cannot be "
+            f"now ({error}). Put it back, or start again so that the images are checked anew."
+        )
 
     @property
     def decoded_bytes(self) -> int:
         """The memory that the decoded images take; 0 unless `in_memory`."""
         return sum(image.width * image.height * len(image.getbands()) for image in self._decoded or [])
 
+    def _number(self, epoch: int) -> int:
+        return epoch % self.views if self.views else epoch
+
     def _open(self, index: int) -> Image.Image:
-        path = self.images.root / self.images.paths[index]
         try:
-            return open_image(path)
+            return self.images.open(index)
         except Exception as error:  # a decoder may raise anything at all on a damaged file
-            raise DataError(
-                f"The image {path} could be read when it was checked, but cannot be now ({error}). "
-                "Put it back, or start again so that the images are checked anew."
-            ) from error
+            raise self.lost(index, error) from error
 
 
-class EpochSampler(Sampler[list[Key]]):
-    """The batches of one rank for steps start_step .. total_steps - 1, as lists of (epoch, index).
-
-    Each epoch is a permutation of all images from (seed, epoch). Its k-th global batch is perm[k*G : (k+1)*G] with
-    G = batch_size * world_size, and rank r has the r-th slice of it. The rest of an epoch, fewer than G images, is not
-    used.
-
-    Args:
-        length: the number of images.
-        batch_size: images a rank and step.
+def choose_loader(wanted: str, *, in_memory: bool = False) -> tuple[str, str]:
+    """-> ("dali" or "torchvision", why). `wanted` is one of those or "auto": DALI where it is installed, unless the
+    images are decoded in memory, where it would have nothing to do.
 
     Raises:
-        DataError: a global batch is larger than the data set.
-        ValueError: a rank outside the world, or steps that run backwards.
+        UserError: DALI is wanted and not installed, or wanted with images in memory.
     """
-
-    def __init__(
-        self,
-        length: int,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        start_step: int = 0,
-        total_steps: int,
-    ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank}; expected 0 .. {world_size - 1} for a world size of {world_size}")
-        if not 0 <= start_step <= total_steps:
-            raise ValueError(f"start_step is {start_step}; expected 0 .. {total_steps}, the total number of steps")
-        self.length, self.seed = length, seed
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.start_step, self.total_steps = start_step, total_steps
-        self.steps_per_epoch = steps_per_epoch(length, batch_size, world_size)
-
-    def __len__(self) -> int:
-        return self.total_steps - self.start_step
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        permutation_of = order = None
-        for step in range(self.start_step, self.total_steps):
-            epoch, batch = divmod(step, self.steps_per_epoch)
-            if epoch != permutation_of:
-                generator = torch.Generator().manual_seed(_hash(self.seed, epoch))
-                permutation_of, order = epoch, torch.randperm(self.length, generator=generator)
-            first = (batch * self.world_size + self.rank) * self.batch_size
-            yield [(epoch, index) for index in order[first : first + self.batch_size].tolist()]
-
-
-def steps_per_epoch(length: int, batch_size: int, world_size: int = 1) -> int:
-    """length // (batch_size * world_size), batch_size being a rank's; DataError if that is 0."""
-    if batch_size < 1 or world_size < 1:
-        raise ValueError(f"batch_size is {batch_size} and world_size {world_size}; both must be at least 1")
-    if batch_size * world_size > length:
-        raise DataError(
-            f"A batch of {batch_size * world_size} images ({batch_size} on each of {world_size} ranks) is larger than "
-            f"the data set of {length}. Choose a smaller batch or add images."
+    if wanted == "torchvision":
+        return wanted, "as asked for"
+    if wanted == "dali" and in_memory:
+        raise UserError(
+            "--in-memory keeps decoded images, but DALI decodes them itself. Leave out --in-memory, or use --loader "
+            "torchvision."
         )
-    return length // (batch_size * world_size)
+    if in_memory:
+        return "torchvision", "the images are decoded already"
+    try:
+        dali = require("nvidia.dali", "dali", "Loading with DALI")
+    except UserError:
+        if wanted == "dali":
+            raise
+        return "torchvision", "DALI is not installed"
+    return "dali", f"DALI {dali.__version__}"
 
 
 def train_loader(
@@ -176,15 +190,15 @@ def train_loader(
     start_step: int = 0,
     total_steps: int,
     workers: int = 0,
-) -> DataLoader:
+) -> Loader:
     """Yields this rank's batches for steps start_step .. total_steps - 1 (see `EpochSampler`), then ends.
 
-    A batch is a dict of stacked tensors: those of the view [batch_size, ...], "index", "view" and "label" int64
-    [batch_size].
-    `workers` processes prepare them (0: the calling one does); their number changes no pixel.
+    `workers` processes prepare them (0: the calling one does); with DALI on a GPU as many threads. Their number changes
+    no pixel.
 
     Raises:
-        DataError: a global batch is larger than the data set; while iterating, an image has become unreadable.
+        DataError: a global batch is larger than the data set; while iterating: an image has become unreadable, a worker
+            process died. Neither makes the loader wait for ever.
     """
     sampler = EpochSampler(
         len(dataset),
@@ -195,74 +209,26 @@ def train_loader(
         start_step=start_step,
         total_steps=total_steps,
     )
-    return _Loader(dataset, batch_sampler=sampler, **_loader_options(workers))
+    return _loader(dataset, sampler, batch_size, workers)
 
 
-def eval_loader(dataset: ImageFolder, batch_size: int, workers: int = 0) -> DataLoader:
+def eval_loader(dataset: ImageFolder, batch_size: int, workers: int = 0, rank: int = 0, world_size: int = 1) -> Loader:
     """Yields all images once, in the list's order and as epoch 0, in batches like those of `train_loader`; the last one
-    may be smaller."""
-    return keyed_loader(dataset, [(0, index) for index in range(len(dataset))], batch_size, workers)
+    may be smaller. Of several ranks each sees the images rank, rank + world_size, ...: "index" says which."""
+    return keyed_loader(dataset, rank_share(len(dataset), rank, world_size), batch_size, workers)
 
 
-def keyed_loader(dataset: ImageFolder, keys: list[Key], batch_size: int, workers: int = 0) -> DataLoader:
+def keyed_loader(dataset: ImageFolder, keys: list[Key], batch_size: int, workers: int = 0) -> Loader:
     """Yields `dataset[key]` for these keys (epoch, index) in their order, in batches; the last one may be smaller."""
     batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
-    return _Loader(dataset, batch_sampler=batches, **_loader_options(workers))
+    return _loader(dataset, batches, batch_size, workers)
 
 
-class _Loader(DataLoader):
-    """A DataLoader whose workers outlive a SIGTERM to the process group, so that the trainer can end its step and save.
+def _loader(dataset: ImageFolder, batches: EpochSampler | list[list[Key]], batch_size: int, workers: int) -> Loader:
+    if dataset.loader == "dali":
+        from .dali import DaliBatches, DaliLoader
 
-    It also passes on what a DataError said, without the worker's traceback around it.
-    """
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        try:
-            with _sigterm_blocked():  # the workers inherit it from their first moment on
-                batches = super().__iter__()
-            yield from batches
-        except DataError as error:
-            raise DataError(str(error).rpartition("DataError: ")[2]) from None
-
-
-def _loader_options(workers: int) -> dict:
-    return {
-        "num_workers": workers,
-        "multiprocessing_context": "fork" if workers else None,
-        "persistent_workers": workers > 0,
-        "worker_init_fn": _start_worker,
-        "pin_memory": torch.cuda.is_available(),
-        # Without its own, starting to iterate would draw from torch's global generator, and a resumed run start twice.
-        "generator": torch.Generator(),
-    }
-
-
-@contextmanager
-def _sigterm_blocked() -> Iterator[None]:
-    """Hold SIGTERM back in this thread; one that arrives meanwhile is delivered at the end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker(worker_id: int) -> None:
-    # Ctrl-C, and SIGTERM from a launcher or scheduler, reach every process of the group, while the trainer still needs
-    # its batches to end the step and save. Only the trainer ends its workers; if it dies, they notice and leave.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
-    torch.set_num_threads(1)  # the parent's threads and the other workers need the cores
-
-
-def _end_when_told_by(parent: int) -> None:
-    """Obey SIGTERM, which this process blocks, from the parent alone."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
-
-
-def _hash(*numbers: int) -> int:
-    """63 bits that depend on all of the numbers, so that neighbouring seeds, epochs and indices share nothing."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+        if dataset.device.type == "cuda":
+            return DaliLoader(dataset, batches, batch_size, workers)
+        return TorchLoader(DaliBatches(dataset, batch_size), batches, workers)
+    return TorchLoader(dataset, batches, workers)

@@ -21,7 +21,7 @@ from .backend import DeepSpeedBackend, TorchBackend, check_optimizer_state
 from .bad_steps import BadSteps, Undo, poisoned
 from .checkpoint import Checkpoints, load_model, read_weights, save_weights
 from .config import TrainConfig
-from .data import ImageFolder, ImageList, check_images, find_images, steps_per_epoch, train_loader
+from .data import ImageFolder, ImageList, check_images, choose_loader, find_images, steps_per_epoch, train_loader
 from .distributed import World, autocast_dtype
 from .errors import UserError
 from .optim import cosine_schedule, parameter_groups
@@ -121,9 +121,10 @@ class StopSignal:
 
 def training_images(config: TrainConfig, view: View, run: RunFolder, world: World) -> ImageFolder:
     """The images of --data, checked once: rank 0 decodes them all, the others read what it wrote beside the run."""
+    loader, why = choose_loader(config.loader, in_memory=config.in_memory)
 
     def checked() -> ImageList:
-        found = find_images(config.data, "train")
+        found = find_images(config.data, "train", index=run.path / "shards.json")
         cache = run.path / "images.json"
         return check_images(found, cache=cache, min_size=config.patch_size, workers=config.workers)
 
@@ -132,7 +133,11 @@ def training_images(config: TrainConfig, view: View, run: RunFolder, world: Worl
     world.barrier()
     if world.rank != 0:
         images = checked()
-    return ImageFolder(images, view, config.seed, in_memory=config.in_memory)
+    device = world.device if loader == "dali" else "cpu"
+    run.print(
+        f"images: {len(images):,} from {images.root}, loaded by {loader} on the {torch.device(device).type} ({why})"
+    )
+    return ImageFolder(images, view, config.seed, in_memory=config.in_memory, loader=loader, device=device)
 
 
 def train(

@@ -1,5 +1,6 @@
 """Decodes every image once before a training starts, so that a damaged file does not end it hours later."""
 
+import functools
 import json
 import logging
 import multiprocessing
@@ -10,13 +11,12 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
 from .errors import require
-from .images import DataError, ImageList, open_image
+from .images import DataError, ImageList
 
 LISTED_REJECTIONS = 10
 CACHE_VERSION = 1
@@ -47,12 +47,16 @@ def check_images(images: ImageList, *, cache: Path | None, min_size: int, worker
         DataError: nothing is left.
     """
     known = _read_cache(cache, images.root)
-    states = {path: _file_state(images.root / path) for path in images.paths}
-    todo = [path for path in images.paths if states[path] is None or known.get(path, [None])[0] != states[path]]
-    found = {path: known[path] for path in images.paths if path in known and known[path][0] == states[path]}
+    states = _file_states(images)
+    todo = [i for i, path in enumerate(images.paths) if states[i] is None or known.get(path, [None])[0] != states[i]]
+    found = {
+        path: known[path]
+        for path, state in zip(images.paths, states, strict=True)
+        if path in known and known[path][0] == state
+    }
     try:
-        for count, (path, width, height, error) in enumerate(_decode_all(images.root, todo, workers), 1):
-            found[path] = [states[path], width, height, error]
+        for count, (i, width, height, error) in enumerate(_decode_all(images, todo, workers), 1):
+            found[images.paths[i]] = [states[i], width, height, error]
             if count % FILES_BETWEEN_SAVES == 0:
                 _write_cache(cache, images.root, found)
     finally:  # also when interrupted: the next start goes on from here
@@ -84,8 +88,16 @@ def _without(images: ImageList, bad: dict[str, str], *, listed: bool) -> ImageLi
         log.warning("%d of %d files in %s are left out:\n%s", len(rejected), total, images.root, "\n".join(lines))
     elif rejected:
         log.info("%d of %d files in %s are left out, as before", len(rejected), total, images.root)
-    labels = None if images.labels is None else [images.labels[i] for i in keep]
-    return replace(images, paths=[images.paths[i] for i in keep], labels=labels, rejected=rejected)
+    return images.subset(keep, rejected)
+
+
+def _file_states(images: ImageList) -> list[list[int] | None]:
+    """Size and modification time of the file of each image, and its place in a shard; None if the file is gone."""
+    stat = functools.cache(_file_state) if images.spans is not None else _file_state
+    states = [stat(images.file(i)) for i in range(len(images))]
+    if images.spans is None:
+        return states
+    return [None if state is None else [*state, *span] for state, span in zip(states, images.spans, strict=True)]
 
 
 def _file_state(path: Path) -> list[int] | None:
@@ -96,21 +108,21 @@ def _file_state(path: Path) -> list[int] | None:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _decode_all(root: Path, paths: list[str], workers: int) -> Iterator[tuple[str, int, int, str | None]]:
-    if not paths:
+def _decode_all(images: ImageList, todo: list[int], workers: int) -> Iterator[tuple[int, int, int, str | None]]:
+    if not todo:
         return
     tqdm = require("tqdm", "train", "A progress bar").tqdm
-    bar = tqdm(total=len(paths), desc="checking images", unit="image", mininterval=0.5)
-    tasks = [(root, paths[i : i + FILES_PER_TASK]) for i in range(0, len(paths), FILES_PER_TASK)]
-    pool = ProcessPoolExecutor(workers, initializer=_start_process) if workers > 0 else None
+    bar = tqdm(total=len(todo), desc="checking images", unit="image", mininterval=0.5)
+    tasks = [todo[i : i + FILES_PER_TASK] for i in range(0, len(todo), FILES_PER_TASK)]
+    pool = ProcessPoolExecutor(workers, initializer=_start_process, initargs=(images,)) if workers > 0 else None
     try:
-        results = map(_decode_some, tasks) if pool is None else pool.map(_decode_some, tasks)
-        for result in results:
+        here = functools.partial(_decode_some, images)
+        for result in map(here, tasks) if pool is None else pool.map(_decode_some_there, tasks):
             bar.update(len(result))
             yield from result
     except BrokenProcessPool as error:
         raise DataError(
-            f"A process that decoded images in {root} died (out of memory, or a file that crashes the decoder). "
+            f"A process that decoded images in {images.root} died (out of memory, or a file that crashes the decoder). "
             "Run again with fewer workers; if it happens again, look for a damaged file."
         ) from error
     finally:
@@ -119,11 +131,16 @@ def _decode_all(root: Path, paths: list[str], workers: int) -> Iterator[tuple[st
             pool.shutdown(cancel_futures=True)
 
 
-def _start_process() -> None:
+_images: ImageList  # of a process that decodes
+
+
+def _start_process(images: ImageList) -> None:
     """Ctrl-C reaches every process of the group; one message, from the parent, is enough.
 
     The pool's processes would wait for work for ever if the parent were killed: they leave when it is gone.
     """
+    global _images
+    _images = images
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -133,25 +150,29 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _decode_some(task: tuple[Path, list[str]]) -> list[tuple[str, int, int, str | None]]:
-    root, paths = task
+def _decode_some_there(indices: list[int]) -> list[tuple[int, int, int, str | None]]:
+    return _decode_some(_images, indices)
+
+
+def _decode_some(images: ImageList, indices: list[int]) -> list[tuple[int, int, int, str | None]]:
     results = []
-    for path in paths:
+    for i in indices:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                width, height = open_image(root / path).size
-            results.append((path, width, height, None))
+                width, height = images.open(i).size
+            results.append((i, width, height, None))
         except Exception as error:  # a decoder may raise anything at all on a damaged file
-            results.append((path, 0, 0, _reason(root / path, error)))
+            results.append((i, 0, 0, _reason(images, i, error)))
     return results
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(images: ImageList, index: int, error: Exception) -> str:
+    path = images.file(index)
     if not path.is_file():
         return "not a file, or gone"
-    if path.stat().st_size == 0:
+    if (path.stat().st_size if images.spans is None else images.spans[index][1]) == 0:
         return "an empty file"
     if isinstance(error, UnidentifiedImageError):
         return "not an image"

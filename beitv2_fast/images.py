@@ -1,10 +1,12 @@
-"""Which files of a folder are images, which class each belongs to, and how one is opened whatever its format."""
+"""Which files are images, which class each belongs to, and how one is read and opened whatever its format."""
 
+import functools
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .errors import UserError, require
@@ -24,14 +26,15 @@ class DataError(UserError):
 
 @dataclass(frozen=True)
 class ImageList:
-    """The images of a folder in a fixed order.
+    """Images in a fixed order: the files of a folder, or members of tar shards.
 
     Attributes:
         root: the folder.
-        paths: the files, relative to root with forward slashes, sorted.
-        labels: for each path the index of its class; None if the folder has no class folders.
-        classes: the names of the class folders, sorted; empty if there are none.
+        paths: the files, relative to root with forward slashes, sorted; of shards SHARD.tar/MEMBER.
+        labels: for each path the index of its class; None if there are no classes.
+        classes: the names of the classes, sorted; empty if there are none.
         rejected: (path, reason) of each file that was left out.
+        spans: of shards, where each image lies: (first byte in the shard, number of bytes); None for a folder.
     """
 
     root: Path
@@ -39,9 +42,35 @@ class ImageList:
     labels: list[int] | None = None
     classes: list[str] = field(default_factory=list)
     rejected: list[tuple[str, str]] = field(default_factory=list)
+    spans: list[tuple[int, int]] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def file(self, index: int) -> Path:
+        """The file that holds the image: its own, or its shard."""
+        path = self.paths[index]
+        return self.root / (path if self.spans is None else path[: path.index(".tar/") + 4])
+
+    def read(self, index: int) -> bytes:
+        """The encoded image. OSError if that cannot be read, or no longer as a whole."""
+        if self.spans is None:
+            return self.file(index).read_bytes()
+        first, length = self.spans[index]
+        data = _shard(self.file(index)).read(first, length)
+        if len(data) < length:
+            raise OSError(f"the shard ends {length - len(data)} bytes too early")
+        return data
+
+    def open(self, index: int) -> Image.Image:
+        """`open_image` of image `index`; raises what the decoder raises."""
+        return open_image(io.BytesIO(self.read(index)))
+
+    def subset(self, indices: list[int], rejected: list[tuple[str, str]] | None = None) -> "ImageList":
+        """These images, with the same classes."""
+        labels, spans = (None if a is None else [a[i] for i in indices] for a in (self.labels, self.spans))
+        rejected = self.rejected if rejected is None else rejected
+        return replace(self, paths=[self.paths[i] for i in indices], labels=labels, spans=spans, rejected=rejected)
 
     @property
     def fingerprint(self) -> str:
@@ -50,8 +79,29 @@ class ImageList:
         return hashlib.sha256(content).hexdigest()[:16]
 
 
-def find_images(root: str | Path, split: str | None = None) -> ImageList:
+class _Shard:
+    """An open shard, closed when nobody reads from it any more. Processes and threads may share it: `pread` moves no
+    common position."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, first: int, length: int) -> bytes:
+        return os.pread(self._descriptor, length, first)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+
+_shard = functools.lru_cache(maxsize=256)(_Shard)  # opening costs a round trip on network storage
+
+
+def find_images(root: str | Path, split: str | None = None, *, index: Path | None = None) -> ImageList:
     """Lists the image files below `root/split` if that folder exists, else below `root`, by their names alone.
+
+    If .tar files lie in that folder, or `root` is one or a pattern of such, their images are meant: see
+    `beitv2_fast.shards`; `index` is where the places of the images in them are kept.
 
     The folders of the first level are the classes, unless there are images beside them. Links are followed only to
     files inside the folder. Hidden files and folders are passed over, and so are files with another suffix than
@@ -60,7 +110,12 @@ def find_images(root: str | Path, split: str | None = None) -> ImageList:
     Raises:
         DataError: the folder is missing, is no folder, or holds no image file.
     """
+    from .shards import find_shard_images, shards_of
+
     root = Path(root)
+    shards = shards_of(root, split)
+    if shards:
+        return find_shard_images(shards, index)
     if not root.exists():
         raise DataError(
             f"The image folder {root} does not exist. Check the path: it should be a folder with images in it."
@@ -124,7 +179,7 @@ def _walk(folder: Path, root: Path) -> Iterator[tuple[str, str | None]]:
                 yield name, "a link that leads out of the folder" if outside else None
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path | io.BytesIO) -> Image.Image:
     """Decodes an image file to 8 bits a channel, turned upright by its EXIF orientation.
 
     Returns a loaded PIL image in mode "RGB", or "L" if the file is grey (a third of the work for all that follows).

@@ -1,37 +1,79 @@
-"""The views of a photograph that the trainings see: random crops for the tokenizer, pairs with a mask for the student,
-centre crops for evaluation. Each view is a function of an image and a random generator, and of nothing else.
+"""The views of a photograph that the trainings see: random crops for the tokenizer and for fine-tuning, pairs with a
+mask for the student, centres for evaluation.
 
-Crop and resize are one PIL call on the 8-bit image (`resize(box=...)`); a grey image stays one channel until the end.
+A view has three parts, so that both loaders, PIL with torchvision and DALI, make the same of an image: `draw` makes all
+random decisions of a batch; the loader cuts the `pictures` out of the images; `finish` makes tensors of them.
 """
 
-import math
-import random
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from .draws import AUGMENT, MASK_STREAM, Draws, jitter_steps, mixed, random_crops, random_flips, uniform
 from .images import Image
-from .masking import block_mask, random_mask
+from .jitter import color_jitter
+from .masking import block_masks, random_masks
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-CROP_RATIO = (3 / 4, 4 / 3)
-CROP_ATTEMPTS = 10
-LUMA = (0.299, 0.587, 0.114)
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
-
-
-class View(Protocol):
-    """Makes named tensors of an image (8 bits a channel, mode "RGB" or "L")."""
-
-    def __call__(self, image: Image.Image, generator: random.Random) -> dict[str, torch.Tensor]: ...
+Pictures = dict[str, Tensor]  # uint8 [B, size, size, 3]
 
 
 @dataclass(frozen=True)
-class TokenizerView:
+class Picture:
+    """A square to be cut out of an image: its side in pixels and the filter that resizes it."""
+
+    size: int
+    resample: str = "bicubic"
+
+
+class View(Protocol):
+    """Makes named tensors of images.
+
+    resizes_first: the whole image is resized before the box is cut out of it; else the box, before it is resized.
+    """
+
+    resizes_first: bool
+
+    @property
+    def pictures(self) -> dict[str, Picture]: ...
+
+    def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
+        """The random decisions for images of sizes [B, 2] (width, height) with keys [B] uint64, and the view's own:
+
+        "box" [B, 4], left, top, right and bottom in pixels of what is cut out; "flip" [B], whether the left becomes the
+        right; if `resizes_first`, "resized" [B, 2], width and height of the resized image.
+        """
+
+    def augment(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
+        """What else happens to picture i of the batch once it is resized and flipped."""
+
+    def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
+        """Tensors [B, ...] on the pictures' device."""
+
+
+class _View:
+    """What the views share."""
+
+    resizes_first = False
+
+    def __call__(self, image: Image.Image, key: int = 0) -> dict[str, Tensor]:
+        """The view of one image as the key, 64 random bits, wants it."""
+        draws = self.draw(np.array([image.size]), np.array([key % 2**64], dtype=np.uint64))
+        return {name: value[0] for name, value in self.finish(pictures_of([image], self, draws), draws).items()}
+
+    def augment(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
+        return image
+
+
+@dataclass(frozen=True)
+class TokenizerView(_View):
     """A random crop, flipped in half of the cases: {"image": float32 [3, size, size] in [0, 1]}.
 
     The crop covers a share of the image's area uniform in `crop_scale`, with an aspect ratio log-uniform in
@@ -44,13 +86,19 @@ class TokenizerView:
     def __post_init__(self) -> None:
         _check_view(self.size, self.crop_scale)
 
-    def __call__(self, image: Image.Image, generator: random.Random) -> dict[str, torch.Tensor]:
-        box, flip = random_crop(image.size, self.crop_scale, generator), generator.random() < 0.5
-        return {"image": _three_channels(_resized(image, box, self.size, flip))}
+    @property
+    def pictures(self) -> dict[str, Picture]:
+        return {"image": Picture(self.size)}
+
+    def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
+        return {"box": random_crops(sizes, self.crop_scale, keys), "flip": random_flips(keys)}
+
+    def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
+        return {"image": to_float(pictures["image"])}
 
 
 @dataclass(frozen=True)
-class PretrainView:
+class PretrainView(_View):
     """One crop and flip seen twice, and the student's mask:
 
     {"student": float32 [3, student_size, student_size], colours jittered, normalised by ImageNet's mean and deviation;
@@ -87,127 +135,149 @@ class PretrainView:
             raise ValueError(f"mask_kind is {self.mask_kind!r}; expected 'block' or 'random'")
         if self.tokenizer_resample not in RESAMPLING:
             raise ValueError(f"tokenizer_resample is {self.tokenizer_resample!r}; expected one of {sorted(RESAMPLING)}")
-        self._mask(random.Random(0))
+        self._masks(np.zeros(1, np.uint64))
 
-    def __call__(self, image: Image.Image, generator: random.Random) -> dict[str, torch.Tensor]:
-        box, flip = random_crop(image.size, self.crop_scale, generator), generator.random() < 0.5
-        student = _resized(image, box, self.student_size, flip)
-        if (self.tokenizer_size, self.tokenizer_resample) == (self.student_size, "bicubic"):
-            tokenizer = student
+    @property
+    def pictures(self) -> dict[str, Picture]:
+        student, tokenizer = Picture(self.student_size), Picture(self.tokenizer_size, self.tokenizer_resample)
+        return {"student": student} if student == tokenizer else {"student": student, "tokenizer": tokenizer}
+
+    def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
+        draws = {"box": random_crops(sizes, self.crop_scale, keys), "flip": random_flips(keys)}
+        return {**draws, **jitter_steps(keys, self.color_jitter), "mask": self._masks(keys)}
+
+    def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
+        student = pictures["student"]
+        tokenizer = to_float(pictures.get("tokenizer", student))
+        if "jitter_step" in draws:
+            student = to_float(color_jitter(student, draws["jitter_step"], draws["jitter_factor"]))
         else:
-            tokenizer = _resized(image, box, self.tokenizer_size, flip, self.tokenizer_resample)
-        return {
-            "student": normalise(color_jitter(student, self.color_jitter, generator)),
-            "tokenizer": _three_channels(tokenizer),
-            "mask": self._mask(generator).flatten(),
-        }
+            student = to_float(student)
+        mask = torch.from_numpy(draws["mask"]).to(student.device, non_blocking=True)
+        return {"student": normalise(student), "tokenizer": tokenizer, "mask": mask}
 
-    def _mask(self, generator: random.Random) -> torch.Tensor:
+    def _masks(self, keys: np.ndarray) -> np.ndarray:
+        keys = torch.from_numpy(mixed(keys + np.uint64(MASK_STREAM)).view(np.int64))
         if self.mask_kind == "random":
-            return random_mask(self.mask_grid, self.num_masked, generator)
-        return block_mask(self.mask_grid, self.num_masked, generator, min_patches=self.min_mask_patches)
+            masks = random_masks(keys, self.mask_grid, self.num_masked)
+        else:
+            masks = block_masks(keys, self.mask_grid, self.num_masked, min_patches=self.min_mask_patches)
+        return masks.flatten(1).numpy()
 
 
 @dataclass(frozen=True)
-class EvalView:
+class FinetuneView(_View):
+    """A random crop, flipped in half of the cases, with RandAugment: {"image": float32 [3, size, size] in [0, 1]}.
+
+    Erasing, mixup and cutmix come after it and for the whole batch: `beitv2_fast.augment.BatchAugment`.
+
+    Args:
+        ops, magnitude: RandAugment's number of operations and their strength, 0 .. 30 (arXiv 1909.13719); 0 ops: none.
+    """
+
+    size: int
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    ops: int = 2
+    magnitude: int = 9
+    _torchvision: list = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _check_view(self.size, self.crop_scale)
+        if self.ops < 0 or not 0 <= self.magnitude <= 30:
+            raise ValueError(
+                f"RandAugment of {self.ops} operations of magnitude {self.magnitude}; expected at least 0 operations "
+                "of magnitude 0 to 30"
+            )
+
+    @property
+    def pictures(self) -> dict[str, Picture]:
+        return {"image": Picture(self.size)}
+
+    def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
+        draws = {"box": random_crops(sizes, self.crop_scale, keys), "flip": random_flips(keys)}
+        if self.ops:
+            u = uniform(keys, AUGMENT, 2 * self.ops)
+            draws["augment_op"] = u[:, : self.ops]
+            draws["augment_sign"] = (u[:, self.ops :] < 0.5).astype(np.int32)
+        return draws
+
+    def augment(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
+        if not self.ops:
+            return image
+        if not self._torchvision:
+            from torchvision.transforms.v2 import InterpolationMode, RandAugment
+
+            made = RandAugment(self.ops, self.magnitude, interpolation=InterpolationMode.BILINEAR, fill=128)
+            self._torchvision.append(made)
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
+            torch.manual_seed(int(draws["augment_op"][i, 0] * 2**53))
+            return self._torchvision[0](image)
+
+    def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
+        return {"image": to_float(pictures["image"])}
+
+
+@dataclass(frozen=True)
+class EvalView(_View):
     """The centre of the image: {"image": float32 [3, size, size] in [0, 1]}, the same at every call.
 
-    As if the shorter side were resized to size / crop_pct and the middle cut out, in one bicubic resize.
+    The shorter side is resized to size / crop_pct bicubically, the longer one in proportion, and the middle is cut out.
     """
 
     size: int
     crop_pct: float = 0.875
+    resizes_first = True
 
     def __post_init__(self) -> None:
         _check_view(self.size, (self.crop_pct, 1.0))
 
-    def __call__(self, image: Image.Image, generator: random.Random | None = None) -> dict[str, torch.Tensor]:
-        width, height = image.size
-        side = min(width, height) * self.crop_pct
-        left, top = (width - side) / 2, (height - side) / 2
-        return {"image": _three_channels(_resized(image, (left, top, left + side, top + side), self.size, flip=False))}
+    @property
+    def pictures(self) -> dict[str, Picture]:
+        return {"image": Picture(self.size)}
+
+    def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
+        short, side = sizes.min(1, keepdims=True), int(self.size / self.crop_pct)
+        resized = side * sizes // short  # of the whole image, as torchvision rounds it
+        first = np.rint((resized - self.size) / 2).astype(np.int64)
+        box = np.concatenate([first, first + self.size], 1)
+        return {"box": box, "resized": resized, "flip": np.zeros(len(sizes), bool)}
+
+    def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
+        return {"image": to_float(pictures["image"])}
 
 
-def random_crop(size: tuple[int, int], scale: tuple[float, float], generator: random.Random) -> Box:
-    """Draws a crop of an image of size (width, height): area uniform in `scale` times the image's, aspect ratio
-    log-uniform in [3/4, 4/3], place uniform. If ten of them do not fit, the largest centre crop of allowed ratio."""
-    width, height = size
-    log_low, log_high = (math.log(ratio) for ratio in CROP_RATIO)
-    for _ in range(CROP_ATTEMPTS):
-        area = width * height * generator.uniform(*scale)
-        ratio = math.exp(generator.uniform(log_low, log_high))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = generator.randint(0, width - w), generator.randint(0, height - h)
-            return left, top, left + w, top + h
-    low, high = CROP_RATIO
-    w, h = min(width, round(height * high)), min(height, round(width / low))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
+def pictures_of(images: list[Image.Image], view: View, draws: Draws) -> Pictures:
+    """The view's pictures of PIL images (mode "RGB" or "L")."""
+    if not view.resizes_first:
+        images = [image.crop(box) for image, box in zip(images, draws["box"].tolist(), strict=True)]
+    return pictures_of_cuts(images, view, draws)
 
 
-def color_jitter(image: torch.Tensor, strength: float, generator: random.Random) -> torch.Tensor:
-    """Scales brightness, contrast and saturation, in random order, by factors uniform in [1 - strength, 1 + strength].
-
-    With f the factor and clamping to [0, 1] after each: brightness f*x; contrast m + f*(x - m), m the mean luma of the
-    image; saturation g + f*(x - g), g the luma of each pixel. A grey image has no saturation to change.
-
-    Args:
-        image: float32 [C, H, W] in [0, 1], C = 3 or 1 (grey).
-
-    Returns:
-        a new tensor of the same shape; `image` itself if strength is 0.
-    """
-    if strength == 0:
-        return image
-    steps = [_brightness, _contrast, _saturation]
-    generator.shuffle(steps)
-    for step in steps:
-        image = step(image, generator.uniform(1 - strength, 1 + strength))
-    return image
+def pictures_of_cuts(cuts: list[Image.Image], view: View, draws: Draws) -> Pictures:
+    """The view's pictures of what the boxes cut out, or of whole images if it resizes first."""
+    found: dict[str, list[np.ndarray]] = {name: [] for name in view.pictures}
+    for i, image in enumerate(cuts):
+        for name, picture in view.pictures.items():
+            if view.resizes_first:
+                cut = image.resize(draws["resized"][i].tolist(), RESAMPLING[picture.resample])
+                cut = cut.crop(draws["box"][i].tolist())
+            else:
+                cut = image.resize((picture.size, picture.size), RESAMPLING[picture.resample])
+            if draws["flip"][i]:
+                cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            found[name].append(np.asarray(view.augment(cut.convert("RGB"), draws, i)))
+    return {name: torch.from_numpy(np.stack(pixels)) for name, pixels in found.items()}
 
 
-def _brightness(image: torch.Tensor, factor: float) -> torch.Tensor:
-    return image.mul(factor).clamp_(0, 1)
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [0, 1]."""
+    return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
-def _contrast(image: torch.Tensor, factor: float) -> torch.Tensor:
-    return image.mul(factor).add_(_luma(image).mean() * (1 - factor)).clamp_(0, 1)
-
-
-def _saturation(image: torch.Tensor, factor: float) -> torch.Tensor:
-    if image.shape[0] == 1:
-        return image
-    return image.mul(factor).add_(_luma(image) * (1 - factor)).clamp_(0, 1)
-
-
-def _luma(image: torch.Tensor) -> torch.Tensor:
-    """[3, H, W] -> [1, H, W]; a grey image is its own luma."""
-    if image.shape[0] == 1:
-        return image
-    red, green, blue = LUMA
-    return (image[0] * red + image[1] * green + image[2] * blue).unsqueeze(0)
-
-
-def normalise(
-    image: torch.Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
-) -> torch.Tensor:
+def normalise(image: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> Tensor:
     """(image - mean) / std by channel: [..., 3 or 1, H, W] in [0, 1] -> [..., 3, H, W]."""
     mean_, std_ = (image.new_tensor(values).view(3, 1, 1) for values in (mean, std))
     return (image - mean_) / std_
-
-
-def _resized(image: Image.Image, box: Box, size: int, flip: bool, resample: str = "bicubic") -> torch.Tensor:
-    """Cuts out `box`, resizes it, mirrors it if wanted. -> float32 [3, size, size] in [0, 1], or [1, ...] if grey"""
-    image = image.resize((size, size), RESAMPLING[resample], box=box)
-    if flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, -1)  # [H, W, C]
-    return pixels.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-
-
-def _three_channels(image: torch.Tensor) -> torch.Tensor:
-    return image if image.shape[0] == 3 else image.expand(3, -1, -1).contiguous()
 
 
 def _check_view(size: int, crop_scale: tuple[float, float]) -> None:

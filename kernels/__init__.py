@@ -4,6 +4,7 @@ Imported as ``beitv2_fast.kernels``. They depend on torch alone.
 """
 
 from .attention import attention
+from .block_masks import block_masks
 from .codebook_search import CodebookSearch, codebook_search
 from .codebook_update import codebook_update
 from .masked_cross_entropy import masked_cross_entropy, masked_gather
@@ -13,6 +14,7 @@ __all__ = [
     "CodebookSearch",
     "VectorQuantize",
     "attention",
+    "block_masks",
     "codebook_search",
     "codebook_update",
     "masked_cross_entropy",

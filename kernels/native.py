@@ -12,6 +12,7 @@ FOLDER = Path(__file__).parent
 OPS = (
     "attention",
     "attention_backward",
+    "block_masks",
     "codebook_search",
     "codebook_statistics",
     "move_codebook",

@@ -40,9 +40,16 @@ def folder(tmp_path_factory):
     return root
 
 
+@pytest.fixture(params=["torchvision", "dali"])
+def loader(request):
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed (extra: dali)")
+    return request.param
+
+
 @pytest.fixture
-def dataset(folder):
-    return ImageFolder(find_images(folder), PretrainView(16, 8, (4, 4), 6, 2), seed=3)
+def dataset(folder, loader):
+    return ImageFolder(find_images(folder), PretrainView(16, 8, (4, 4), 6, 2), seed=3, loader=loader)
 
 
 def batches(dataset, **options):
@@ -99,13 +106,24 @@ def test_ranks_divide_the_batches_of_one_rank(dataset):
     assert_same(whole, joined)
 
 
-def test_an_epoch_shows_no_image_twice_and_the_next_has_another_order_and_other_crops(dataset):
-    per_epoch = steps_per_epoch(COUNT, 4)
-    assert per_epoch == 5
-    all_batches = batches(dataset, total_steps=10)
-    orders = [torch.cat([b["index"] for b in all_batches[first : first + 5]]).tolist() for first in (0, 5)]
-    assert all(len(set(order)) == 20 for order in orders)
-    assert orders[0] != orders[1]
+@pytest.mark.parametrize(("batch_size", "world_size"), [(4, 1), (2, 2), (1, 4), (7, 1), (3, 3), (11, 2)])
+def test_every_image_is_seen_once_an_epoch_whatever_the_number_of_ranks(batch_size, world_size):
+    epochs, total = 3, -(-3 * COUNT // (batch_size * world_size))
+    ranks = [
+        EpochSampler(COUNT, batch_size=batch_size, rank=rank, world_size=world_size, seed=1, total_steps=total)
+        for rank in range(world_size)
+    ]
+    keys = [key for step in zip(*ranks, strict=True) for batch in step for key in batch]
+    by_epoch = [[index for epoch, index in keys[: epochs * COUNT] if epoch == e] for e in range(epochs)]
+    assert all(sorted(order) == list(range(COUNT)) for order in by_epoch)
+    assert len({tuple(order) for order in by_epoch}) == epochs
+    # The order is that of one rank with batches of one.
+    one = EpochSampler(COUNT, batch_size=1, seed=1, total_steps=epochs * COUNT)
+    assert keys[: epochs * COUNT] == [key for batch in one for key in batch]
+
+
+def test_another_epoch_shows_other_crops_and_masks(dataset):
+    dataset = ImageFolder(dataset.images, dataset.view, dataset.seed)
     assert not torch.equal(dataset[0, 7]["tokenizer"], dataset[1, 7]["tokenizer"])
     assert not torch.equal(dataset[0, 7]["mask"], dataset[2, 7]["mask"])
 
@@ -150,20 +168,30 @@ def test_impossible_samplers_are_refused(options, message):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_sees_every_image_once_in_order(folder, workers):
-    dataset = ImageFolder(find_images(folder), EvalView(8))
+def test_evaluation_sees_every_image_once_in_order(folder, workers, loader):
+    dataset = ImageFolder(find_images(folder), EvalView(8), loader=loader)
     seen = list(eval_loader(dataset, 5, workers))
     assert torch.cat([batch["index"] for batch in seen]).tolist() == list(range(COUNT))
     assert [len(batch["image"]) for batch in seen] == [5, 5, 5, 5, 2]
 
 
+def test_ranks_share_the_evaluation_and_see_every_image_once(folder):
+    dataset = ImageFolder(find_images(folder), EvalView(8))
+    ranks = [torch.cat([b["index"] for b in eval_loader(dataset, 5, 0, rank, 3)]).tolist() for rank in range(3)]
+    assert sorted(index for seen in ranks for index in seen) == list(range(COUNT))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("damage", ["vanishes", "breaks"])
-def test_a_file_that_vanishes_or_breaks_is_named(tmp_path, workers, damage):
+@pytest.mark.parametrize("damage", ["vanishes", "breaks", "is cut"])
+def test_a_file_that_vanishes_or_breaks_is_named(tmp_path, workers, damage, loader):
     for i in range(4):
-        Image.new("RGB", (20, 20)).save(tmp_path / f"{i}.png")
-    dataset = ImageFolder(find_images(tmp_path), TokenizerView(8))
-    (tmp_path / "2.png").unlink() if damage == "vanishes" else (tmp_path / "2.png").write_bytes(b"broken")
+        Image.frombytes("RGB", (40, 40), random.Random(i).randbytes(4800)).save(tmp_path / f"{i}.png")
+    dataset = ImageFolder(find_images(tmp_path), TokenizerView(8), loader=loader)
+    file = tmp_path / "2.png"
+    if damage == "vanishes":
+        file.unlink()
+    else:
+        file.write_bytes(b"broken" if damage == "breaks" else file.read_bytes()[:2000])
     with pytest.raises(DataError, match=r"^The image \S+2.png could be read when it was checked") as caught:
         batches(dataset, total_steps=1, workers=workers)
     assert "Traceback" not in str(caught.value)
@@ -181,6 +209,16 @@ def test_workers_survive_a_signal_that_reaches_every_process(dataset, name):
     assert_same(expected, seen + list(iterator))
 
 
+def test_a_worker_that_dies_is_an_error_and_no_hang(dataset):
+    others = set(multiprocessing.active_children())  # of other tests
+    iterator = iter(train_loader(dataset, batch_size=4, seed=1, total_steps=100, workers=1))
+    next(iterator)
+    (worker,) = set(multiprocessing.active_children()) - others
+    worker.kill()
+    with pytest.raises(DataError, match="A process that loaded images died"):
+        list(iterator)
+
+
 def test_workers_end_when_their_parent_tells_them_to(dataset):
     others = set(multiprocessing.active_children())  # of other tests
     iterator = iter(train_loader(dataset, batch_size=4, seed=1, total_steps=12, workers=1))
@@ -191,13 +229,13 @@ def test_workers_end_when_their_parent_tells_them_to(dataset):
     assert worker.exitcode == 0
 
 
-def test_a_program_that_ends_within_an_epoch_is_not_held_up_by_its_workers(folder):
+def test_a_program_that_ends_within_an_epoch_is_not_held_up_by_its_workers(folder, loader):
     program = (
         "import sys\n"
         "from beitv2_fast.data import *\n"
-        "dataset = ImageFolder(find_images(sys.argv[1]), TokenizerView(8))\n"
+        "dataset = ImageFolder(find_images(sys.argv[1]), TokenizerView(8), loader=sys.argv[2])\n"
         "loader = train_loader(dataset, batch_size=2, total_steps=1000, workers=2)\n"
         "iterator = iter(loader)\n"
         "next(iterator)\n"
     )
-    assert subprocess.run([sys.executable, "-c", program, str(folder)], timeout=600).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program, str(folder), loader], timeout=600).returncode == 0

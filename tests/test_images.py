@@ -12,9 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from beitv2_fast import image_check
 from beitv2_fast.data import DataError, check_images, find_images
-from beitv2_fast.images import open_image
+from beitv2_fast.images import ImageList, open_image
 
 
 def save(path, size=(40, 32), mode="RGB", color=None, **options):
@@ -164,7 +163,8 @@ def test_a_restart_decodes_only_what_has_changed(tmp_path, monkeypatch):
     for name in ("a.png", "b.png", "c.png"):
         save(root / name)
     decoded = []
-    monkeypatch.setattr(image_check, "open_image", lambda path: decoded.append(path.name) or open_image(path))
+    opened = ImageList.open
+    monkeypatch.setattr(ImageList, "open", lambda images, i: decoded.append(images.paths[i]) or opened(images, i))
     first = check(find_images(root), cache)
     assert decoded == ["a.png", "b.png", "c.png"]
     decoded.clear()
@@ -183,17 +183,19 @@ def test_an_interrupted_check_goes_on_where_it_was(tmp_path, monkeypatch):
     for i in range(40):
         save(root / f"{i:02}.png")
 
-    def interrupted(path):
-        if path.name == "35.png":
-            raise KeyboardInterrupt
-        return open_image(path)
+    opened = ImageList.open
 
-    monkeypatch.setattr(image_check, "open_image", interrupted)
+    def interrupted(images, i):
+        if images.paths[i] == "35.png":
+            raise KeyboardInterrupt
+        return opened(images, i)
+
+    monkeypatch.setattr(ImageList, "open", interrupted)
     with pytest.raises(KeyboardInterrupt):
         check(find_images(root), cache)
     done = len(json.loads(cache.read_text())["files"])
     decoded = []
-    monkeypatch.setattr(image_check, "open_image", lambda path: decoded.append(path.name) or open_image(path))
+    monkeypatch.setattr(ImageList, "open", lambda images, i: decoded.append(images.paths[i]) or opened(images, i))
     assert len(check(find_images(root), cache)) == 40
     assert 0 < done == 40 - len(decoded)
 
@@ -269,11 +271,11 @@ def test_the_decoding_processes_end_when_the_command_is_killed(tmp_path):
     program = (
         "import os, signal, sys, pathlib\n"
         "from beitv2_fast import image_check\n"
-        "from beitv2_fast.images import find_images\n"
-        "def stuck(path):\n"
+        "from beitv2_fast.images import ImageList, find_images\n"
+        "def stuck(images, i):\n"
         "    print('decoding', flush=True)\n"
         "    signal.pause()\n"
-        "image_check.open_image = stuck\n"
+        "ImageList.open = stuck\n"
         "image_check.check_images(find_images(sys.argv[1]), cache=None, min_size=1, workers=2)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]

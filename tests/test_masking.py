@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from beitv2_fast.masking import block_mask, random_mask
+from beitv2_fast.draws import image_keys
+from beitv2_fast.masking import block_masks, random_masks
 
 SAMPLES = 8000
 # The largest deviation, in standard errors of the difference of two samples, that chance may cause: each test looks at
@@ -20,24 +19,23 @@ Z_MAX = 4.5
 REFERENCE_COMPONENT_SAMPLES = 5000
 
 
+def image_keys_of(seed, count):
+    return torch.from_numpy(image_keys(seed, np.zeros(count, np.int64), np.arange(count)).view(np.int64))
+
+
 @pytest.fixture(scope="module", params=["14x14_75", "8x8_26"])
 def sampled(request, golden):
     """(the reference's statistics, our masks [N, H, W]) of one setting"""
     want = golden[request.param]
-    generator = random.Random(1)
-    grid = (want["grid"], want["grid"])
-    masks = [
-        block_mask(
-            grid,
-            want["num_masking_patches"],
-            generator,
-            min_patches=want["min_num_patches"],
-            min_aspect=want["min_aspect"],
-            max_patches=want["max_num_patches"],
-        )
-        for _ in range(SAMPLES)
-    ]
-    return want, torch.stack(masks)
+    masks = block_masks(
+        image_keys_of(1, SAMPLES),
+        (want["grid"], want["grid"]),
+        want["num_masking_patches"],
+        min_patches=want["min_num_patches"],
+        min_aspect=want["min_aspect"],
+        max_patches=want["max_num_patches"],
+    )
+    return want, masks
 
 
 @pytest.fixture(scope="module")
@@ -103,43 +101,22 @@ def test_right_neighbours_of_masked_patches_are_masked_as_often_as_in_the_refere
     assert abs(ratio - want["right_neighbour_masked"]) < Z_MAX * error
 
 
-@st.composite
-def settings_of_masks(draw):
-    height, width = draw(st.integers(1, 20)), draw(st.integers(1, 20))
-    return (height, width), draw(st.integers(0, height * width)), draw(st.integers(1, 40)), draw(st.integers(0, 2**32))
-
-
-@settings(max_examples=200, deadline=None)
-@given(settings_of_masks())
-def test_masks_of_any_grid_have_the_exact_count(setting):
-    grid, num_masked, min_patches, seed = setting
-    for mask in (
-        block_mask(grid, num_masked, random.Random(seed), min_patches=min_patches),
-        block_mask(grid, num_masked, random.Random(seed), min_patches=min_patches, max_patches=min_patches + 3),
-        random_mask(grid, num_masked, random.Random(seed)),
-    ):
-        assert (mask.shape, mask.dtype) == (torch.Size(grid), torch.bool)
-        assert mask.sum() == num_masked
-
-
-def test_the_same_generator_state_gives_the_same_mask():
-    first, second = random.Random(7), random.Random(7)
-    masks = [block_mask((14, 14), 75, first) for _ in range(3)]
-    assert all(torch.equal(mask, block_mask((14, 14), 75, second)) for mask in masks)
-    assert not torch.equal(masks[0], masks[1])
+def test_every_mask_has_the_exact_count(sampled):
+    want, masks = sampled
+    assert (masks.sum((1, 2)) == want["num_masking_patches"]).all()
 
 
 def test_a_block_is_smaller_than_the_grid_in_both_directions():
     # In a 2x2 grid only single patches are, so the two diagonals are 2 of 6 equally likely pairs.
-    generator = random.Random(0)
-    masks = torch.stack([block_mask((2, 2), 2, generator, min_patches=2) for _ in range(2000)])
+    masks = block_masks(image_keys_of(0, 2000), (2, 2), 2, min_patches=2)
     diagonals = (masks[:, 0, 0] == masks[:, 1, 1]).double().mean()
     assert abs(diagonals - 1 / 3) < Z_MAX * math.sqrt(1 / 3 * 2 / 3 / 2000)
 
 
-def test_random_masks_hide_every_patch_equally_often():
-    generator = random.Random(3)
-    share = torch.stack([random_mask((6, 5), 12, generator) for _ in range(4000)]).double().mean(0)
+def test_random_masks_hide_every_patch_equally_often_and_the_exact_number():
+    masks = random_masks(image_keys_of(3, 4000), (6, 5), 12)
+    assert (masks.sum((1, 2)) == 12).all() and masks.dtype == torch.bool
+    share = masks.double().mean(0)
     error = math.sqrt(0.4 * 0.6 / 4000)
     assert (share - 0.4).abs().max() < Z_MAX * error
 
@@ -157,4 +134,10 @@ def test_random_masks_hide_every_patch_equally_often():
 )
 def test_impossible_settings_are_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
-        block_mask(arguments.pop("grid"), arguments.pop("num_masked"), random.Random(0), **arguments)
+        block_masks(image_keys_of(0, 1), arguments.pop("grid"), arguments.pop("num_masked"), **arguments)
+
+
+@pytest.mark.parametrize("num_masked", [-1, 17])
+def test_impossible_numbers_of_random_patches_are_refused(num_masked):
+    with pytest.raises(ValueError, match=f"num_masked is {num_masked}"):
+        random_masks(image_keys_of(0, 1), (4, 4), num_masked)

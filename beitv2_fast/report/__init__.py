@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config import ReportConfig
 from ..data import ImageFolder
 from ..errors import UserError, require
-from ..images import ImageList, open_image
+from ..images import ImageList
 from ..run import write_atomically
 from ..transforms import EvalView
 from .data import choose_codes, pretrain_view, sample_images
@@ -119,7 +119,7 @@ def _masks(found: Findings, config: ReportConfig, grid: tuple[int, int]) -> Call
 def _photos(images: ImageList, indices: list[int], size: int) -> Iterator[Tensor]:
     """Centre squares [3, size, size] in [0, 1]."""
     view = EvalView(size, 1.0)
-    return (view(open_image(images.root / images.paths[i]))["image"] for i in indices)
+    return (view(images.open(i))["image"] for i in indices)
 
 
 def _name(images: ImageList, index: int) -> str:

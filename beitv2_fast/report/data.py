@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import random
@@ -106,11 +105,6 @@ def sample_images(images: ImageList, count: int, seed: int) -> list[int]:
     for members in by_class.values():
         generator.shuffle(members)
     return sorted(_in_turns([by_class[label] for label in sorted(by_class)])[:count])
-
-
-def subset(images: ImageList, indices: list[int]) -> ImageList:
-    labels = None if images.labels is None else [images.labels[i] for i in indices]
-    return dataclasses.replace(images, paths=[images.paths[i] for i in indices], labels=labels)
 
 
 def choose_patches(codes: Tensor, code: int, count: int, seed: int) -> list[tuple[int, int]]:

@@ -26,7 +26,6 @@ from .data import (
     read_results,
     read_stage,
     sample_images,
-    subset,
 )
 
 
@@ -109,7 +108,7 @@ def _add_guesses(found: Findings, config: ReportConfig, device: torch.device) ->
 
 def _readable(images: ImageList, config: ReportConfig, min_size: int) -> ImageList:
     """At most ``max_images`` of them, without those that cannot be decoded."""
-    chosen = subset(images, sample_images(images, config.max_images, config.seed))
+    chosen = images.subset(sample_images(images, config.max_images, config.seed))
     return check_images(chosen, cache=None, min_size=min_size, workers=config.workers)
 
 

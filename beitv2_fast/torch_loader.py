@@ -1,0 +1,87 @@
+"""The loader without DALI: PIL in torch's worker processes, which may be killed, stopped or signalled at any time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .images import DataError
+
+
+class TorchLoader(DataLoader):
+    """A DataLoader whose workers outlive a SIGTERM to the process group, so that the trainer can end its step and save.
+
+    It passes on what a DataError said, without the worker's traceback around it, and a worker that dies is a DataError.
+
+    Args:
+        dataset: `dataset.__getitems__(keys)` is a batch.
+        batches: the keys of each batch, a list of lists or a Sampler.
+        workers: processes; 0: the calling one.
+    """
+
+    def __init__(self, dataset: Any, batches: Any, workers: int) -> None:
+        super().__init__(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            multiprocessing_context="fork" if workers else None,
+            persistent_workers=workers > 0,
+            worker_init_fn=_start_worker,
+            pin_memory=torch.cuda.is_available(),
+            # Without its own, starting to iterate would draw from torch's global generator, and a resumed run start
+            # twice.
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        try:
+            with _sigterm_blocked():  # the workers inherit it from their first moment on
+                batches = super().__iter__()
+            yield from batches
+        except DataError as error:
+            raise DataError(str(error).rpartition("DataError: ")[2]) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"A process that loaded images died ({' '.join(str(error).split())}). Often the memory was full: use "
+                "fewer --workers or a smaller --batch-size. The same command goes on from the last checkpoint."
+            ) from error
+
+
+def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch
+
+
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Hold SIGTERM back in this thread; one that arrives meanwhile is delivered at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(worker_id: int) -> None:
+    # Ctrl-C, and SIGTERM from a launcher or scheduler, reach every process of the group, while the trainer still needs
+    # its batches to end the step and save. Only the trainer ends its workers; if it dies, they notice and leave.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+    torch.set_num_threads(1)  # the parent's threads and the other workers need the cores
+
+
+def _end_when_told_by(parent: int) -> None:
+    """Obey SIGTERM, which this process blocks, from the parent alone."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -1,0 +1,65 @@
+"""block_masks in torch ops, for GPUs: all masks of the batch attempt their next block at once, and nobody waits.
+
+The number of rounds is fixed, so that nothing has to be read back: MAX_ATTEMPTS, after which every mask is through.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .reference import ATTEMPTS_PER_BLOCK, DRAWS_PER_ATTEMPT, FIRST_FILL, GAMMA, MAX_ATTEMPTS, MIX1, MIX2
+
+
+def random_bits(keys: Tensor, k: Tensor) -> Tensor:
+    """64 bits of int64, as the reference's: keys and k broadcast; int64 arithmetic wraps as uint64's does."""
+
+    def signed(value: int) -> int:
+        return value - 2**64 if value >= 2**63 else value
+
+    z = keys + k * signed(GAMMA)
+    z = (z ^ (z >> 30 & 2**34 - 1)) * signed(MIX1)
+    z = (z ^ (z >> 27 & 2**37 - 1)) * signed(MIX2)
+    return z ^ (z >> 31 & 2**33 - 1)
+
+
+def block_masks_batched(
+    keys: Tensor, height: int, width: int, num_masked: int, min_patches: int, min_aspect: float, max_patches: int
+) -> Tensor:
+    device, log_aspect = keys.device, math.log(min_aspect)
+    k = torch.arange(FIRST_FILL + height * width, device=device)
+    bits = random_bits(keys[:, None], k)  # [B, draws]
+    draws = (bits[:, :FIRST_FILL] >> 11 & 2**53 - 1).double() * 2.0**-53
+    draws = draws.view(len(keys), MAX_ATTEMPTS, DRAWS_PER_ATTEMPT)
+    aspects = (log_aspect * (1 - 2 * draws[..., 1])).exp()
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    mask = torch.zeros(len(keys), height, width, dtype=torch.bool, device=device)
+    masked = torch.zeros(len(keys), dtype=torch.int64, device=device)
+    failures = torch.zeros_like(masked)
+    for attempt in range(MAX_ATTEMPTS):
+        wanted = (num_masked - masked).clamp(max=max_patches)
+        area, aspect = min_patches + (wanted - min_patches) * draws[:, attempt, 0], aspects[:, attempt]
+        h, w = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+        top = ((height - h + 1) * draws[:, attempt, 2]).long()
+        left = ((width - w + 1) * draws[:, attempt, 3]).long()
+        inside_rows = (rows >= top[:, None]) & (rows < (top + h)[:, None])  # [B, H]
+        inside_columns = (columns >= left[:, None]) & (columns < (left + w)[:, None])
+        new = inside_rows[:, :, None] & inside_columns[:, None, :] & ~mask
+        gain = new.sum((1, 2))
+        going_on = (masked < num_masked) & (failures < ATTEMPTS_PER_BLOCK)
+        counts = going_on & (h < height) & (w < width) & (gain >= 1) & (gain <= wanted)
+        mask |= new & counts[:, None, None]
+        masked += gain * counts
+        failures = torch.where(counts, 0, failures + 1)
+    return _filled_up(mask, bits[:, FIRST_FILL:], num_masked - masked)
+
+
+def _filled_up(mask: Tensor, bits: Tensor, missing: Tensor) -> Tensor:
+    """Masks the `missing` [B] visible patches of mask [B, H, W] whose bits [B, H*W], read as unsigned, are lowest."""
+    flat = mask.flatten(1)
+    keys = (bits ^ torch.iinfo(torch.int64).min).masked_fill(flat, torch.iinfo(torch.int64).max)
+    place = torch.empty_like(keys)
+    place.scatter_(1, keys.argsort(dim=1), torch.arange(keys.shape[1], device=keys.device).expand_as(keys))
+    return (flat | (place < missing[:, None])).view_as(mask)

@@ -1,0 +1,86 @@
+"""block_masks: the reference, the C++ op and the batched torch ops draw the same masks, with the exact count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from beitv2_fast.kernels import block_masks
+from beitv2_fast.kernels.block_masks.batched import block_masks_batched, random_bits
+from beitv2_fast.kernels.block_masks.reference import MAX_ATTEMPTS, block_masks_reference
+from beitv2_fast.kernels.block_masks.reference import random_bits as reference_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+KEYS = torch.randint(-(2**63), 2**63 - 1, (400,), generator=torch.Generator().manual_seed(0))
+
+
+@st.composite
+def cases(draw):
+    """(height, width, num_masked, min_patches, min_aspect, max_patches), rows of up to three 64-bit words"""
+    height, width = draw(st.integers(1, 20)), draw(st.integers(1, 140))
+    min_patches = draw(st.integers(1, 40))
+    most = draw(st.integers(min_patches, min_patches + 60))
+    return height, width, draw(st.integers(0, height * width)), min_patches, draw(st.floats(0.05, 1)), most
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.integers(0, 300))
+def test_all_three_versions_draw_the_same_masks_of_the_exact_count(case, first):
+    height, width, num_masked, min_patches, min_aspect, most = case
+    keys = KEYS[first : first + 7]
+    masks = block_masks(
+        keys, (height, width), num_masked, min_patches=min_patches, min_aspect=min_aspect, max_patches=most
+    )
+    assert (masks.shape, masks.dtype) == (torch.Size([7, height, width]), torch.bool)
+    assert (masks.sum((1, 2)) == num_masked).all()
+    assert torch.equal(masks, block_masks_reference(keys, *case))
+    assert torch.equal(masks, block_masks_batched(keys, *case))
+
+
+def test_the_paper_s_masks_are_the_same_in_all_three_versions():
+    masks, case = block_masks(KEYS, (14, 14), 75), (14, 14, 75, 16, 0.3, 75)
+    assert torch.equal(masks, block_masks_reference(KEYS, *case))
+    assert torch.equal(masks, block_masks_batched(KEYS, *case))
+
+
+def test_the_generators_of_both_languages_agree():
+    k = torch.arange(300)
+    expected = [[reference_bits(key % 2**64, i) for i in range(300)] for key in (0, 1, -1, 2**62)]
+    found = random_bits(torch.tensor([0, 1, -1, 2**62])[:, None], k)
+    assert [[value % 2**64 for value in row] for row in found.tolist()] == expected
+
+
+def test_a_mask_follows_from_its_own_key_alone():
+    masks = block_masks(KEYS, (14, 14), 75)
+    order = torch.randperm(len(KEYS), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(masks[order], block_masks(KEYS[order], (14, 14), 75))
+    assert torch.equal(masks[::3], block_masks(KEYS[::3], (14, 14), 75))
+    assert len(masks.unique(dim=0)) == len(KEYS)
+
+
+def test_no_paper_mask_comes_near_the_limit_of_attempts(monkeypatch):
+    from beitv2_fast.kernels.block_masks import reference
+
+    monkeypatch.setattr(reference, "MAX_ATTEMPTS", MAX_ATTEMPTS - 20)  # FIRST_FILL stays: the same single patches
+    assert torch.equal(block_masks(KEYS, (14, 14), 75), block_masks_reference(KEYS, 14, 14, 75, 16, 0.3, 75))
+
+
+def test_no_keys_give_no_masks():
+    assert block_masks(KEYS[:0], (3, 4), 5).shape == (0, 3, 4)
+
+
+def test_the_op_passes_opcheck_and_compiles():
+    op = torch.ops.beitv2_fast.block_masks.default
+    torch.library.opcheck(op, (KEYS[:3], 6, 5, 12, 4, 0.3, 12))
+
+
+@pytest.mark.parametrize("keys", [KEYS.float(), KEYS[None]])
+def test_keys_of_another_type_or_shape_are_refused(keys):
+    with pytest.raises(ValueError, match=r"keys must be int64 \[B\]"):
+        block_masks(keys, (14, 14), 75)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_draws_the_cpu_s_masks():
+    assert torch.equal(block_masks(KEYS.cuda(), (14, 14), 75).cpu(), block_masks(KEYS, (14, 14), 75))
