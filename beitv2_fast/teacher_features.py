@@ -189,26 +189,23 @@ def _members(images: ImageList, first: int) -> range:
     return range(first, min(first + IMAGES_A_FILE, len(images)))
 
 
-def _state(images: ImageList, index: int) -> tuple[str, int, int]:
-    file = _file(images, index)
+def _state(images: ImageList, index: int) -> tuple[str, int, int, int]:
+    file = images.file(index)
     try:
         stat = file.stat()
     except OSError as error:
         raise DataError(f"The image {file} has gone ({error}). Put it back, or start again.") from error
-    return str(file), stat.st_size, stat.st_mtime_ns
-
-
-def _file(images: ImageList, index: int) -> Path:
-    return images.root / images.paths[index]
+    first = 0 if images.spans is None else images.spans[index][0]  # byte of a shard
+    return str(file), stat.st_size, stat.st_mtime_ns, first
 
 
 def _hash_files(images: ImageList, first: int) -> str:
     whole = hashlib.sha256()
     for index in _members(images, first):
         try:
-            whole.update(hashlib.sha256(_file(images, index).read_bytes()).digest())
+            whole.update(hashlib.sha256(images.read(index)).digest())
         except OSError as error:
-            raise DataError(f"The image {_file(images, index)} cannot be read now ({error}). Put it back.") from error
+            raise DataError(f"The image {images.paths[index]} cannot be read now ({error}). Put it back.") from error
     return whole.hexdigest()[:16]
 
 
