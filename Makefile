@@ -1,16 +1,20 @@
-# make demo: the whole of BEiT v2 on 2,624 photographs; make test: the tests. Both install what they need into .venv.
+# make demo: the whole of BEiT v2 on 2,624 photographs; make test: the tests; make test-faults: kills, full disks, fuzzing,
+# soak (30 minutes). They install what they need into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/pip --disable-pip-version-check
 DATA ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-faults lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python train/demo.py $(if $(DATA),--data $(DATA))
 
 test: $(VENV)/.installed lint
 	$(VENV)/bin/python -m pytest
+
+test-faults: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -m faults --durations=10
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

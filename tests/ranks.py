@@ -1,7 +1,8 @@
 """`ranks.py JOBS`: several jobs one after the other in one process group: importing torch takes longer than they do.
 
-JOBS is a JSON list of [stage, options], the training commands, and of ["copy", [run, other run, step]], which copies a
-run as it was at a checkpoint.
+JOBS is a JSON list of [stage, options], the training commands, of ["copy", [run, other run, step]], which copies a run
+as it was at a checkpoint, and of ["poison", [rank, step]], which makes the loss NaN there in every pre-training that
+follows.
 """
 
 import json
@@ -27,7 +28,22 @@ def copy(run: str, other: str, step: str) -> int:
     return 0
 
 
-JOBS = {"tokenizer": tokenizer.main, "pretrain": pretrain.main, "copy": lambda options: copy(*options)}
+def poison(rank: str, step: str) -> int:
+    def loss(self, model, batch):
+        result, metrics = original(self, model, batch)
+        self.calls = getattr(self, "calls", 0) + 1
+        return (result * float("nan") if (dist.get_rank(), self.calls) == (int(rank), int(step)) else result), metrics
+
+    original, pretrain.PretrainTask.loss = pretrain.PretrainTask.loss, loss
+    return 0
+
+
+JOBS = {
+    "tokenizer": tokenizer.main,
+    "pretrain": pretrain.main,
+    "copy": lambda options: copy(*options),
+    "poison": lambda options: poison(*options),
+}
 
 
 def main() -> int:

@@ -71,9 +71,12 @@ def run(stage: str, *options: object, launcher: Sequence[str] = (sys.executable,
 class Halted:
     """The command in a process group of its own, standing still at the end of a step until ``go_on``."""
 
-    def __init__(self, stage: str, step: int, *options: object, launcher: Sequence[str] = (sys.executable,)):
+    def __init__(
+        self, stage: str, step: int, *options: object, launcher: Sequence[str] = (sys.executable,), **env: str
+    ):
         command = [*launcher, HALTING, str(step), str(ROOT / "train" / f"{stage}.py"), *map(str, options)]
-        self.process = subprocess.Popen(command, start_new_session=True, env=ENVIRONMENT, text=True, **PIPES)
+        env = {**ENVIRONMENT, **env}
+        self.process = subprocess.Popen(command, start_new_session=True, env=env, text=True, **PIPES)
         self.pid, self.output = self.process.pid, ""
         self._watchdog = threading.Timer(900, os.killpg, (self.pid, signal.SIGABRT))  # a hang shows where
         self._watchdog.start()
