@@ -1,7 +1,7 @@
 """A training that runs for long: are memory, open files and step time flat? `python -m bench.soak --minutes 30`.
 
-A small tokenizer training (with checkpoints, pictures, two data workers, k-means, restarts of codes) on drawn images, in
-a process of its own that is looked at every few seconds through /proc: resident memory and open files of it and its
+A small tokenizer training (with checkpoints, pictures, two data workers, k-means, restarts of codes) on drawn images,
+in a process of its own that is looked at every few seconds through /proc: resident memory and open files of it and its
 workers, and its processor time a step, which other users of the machine disturb less than wall-clock time.
 """
 
@@ -22,8 +22,8 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = (
     "--preset demo --image-size 64 --patch-size 8 --dim 48 --depth 2 --heads 2 --teacher-image-size 128 "
-    "--num-codes 256 --code-dim 8 --decoder-depth 1 --batch-size 8 --epochs 1000000 --views 0 --no-in-memory --workers 2 --device cpu "
-    "--precision fp32 --log-every 10 --save-every 100 --lr 1e-4 --warmup-epochs 1"
+    "--num-codes 256 --code-dim 8 --decoder-depth 1 --batch-size 8 --epochs 1000000 --views 0 --no-in-memory "
+    "--workers 2 --device cpu --precision fp32 --log-every 10 --save-every 100 --lr 1e-4 --warmup-epochs 1"
 ).split()
 TICKS = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
