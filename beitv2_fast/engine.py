@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -188,8 +189,9 @@ def train(
     bad = BadSteps(run, world, config.stop_after_bad, about["skipped_steps"], dataset.images.paths)
     log = TrainingLog(task, run, world, plan, config, step)
     saved = step
-    with StopSignal() as stop, log, Watchdog(run.path, world.rank, config.hang_after) as watchdog:
-        for batch in _batches(loader):
+    watchdog = Watchdog(run.path, world.rank, config.hang_after)
+    with StopSignal() as stop, log, watchdog, _deaths_explained():
+        for batch in loader:
             undo = Undo(task.model)
             metrics = _gradient(task, backend, batch, config, step, world, amp)
             lr = plan.lr(step)
@@ -253,15 +255,21 @@ def _mix(seed: int, step: int, lane: int) -> int:
     return (seed * 1_000_003 + step) * 4_099 + lane
 
 
-def _batches(loader: Iterable[Batch]) -> Iterator[Batch]:
+@contextmanager
+def _deaths_explained() -> Iterator[None]:
+    """torch tells of a killed data-loading process by an exception at whatever line the training is just then.
+
+    Or Python does, by a broken connection, if a batch of that process's was still to be fetched from it.
+    """
     try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise UserError(
-            f"a data-loading process died ({str(error).splitlines()[0]}). The same command resumes from the last "
-            "checkpoint; if memory ran out, with fewer --workers."
+            f"A process that loaded images died ({reason}). The same command resumes from the last checkpoint; if "
+            "memory ran out, use fewer --workers."
         ) from error
 
 

@@ -189,8 +189,8 @@ def test_a_data_loading_process_that_is_killed_ends_the_run_which_then_resumes_t
     training = Halted("tokenizer", 2, *options, "--workers", 2)
     for child in Path(f"/proc/{training.pid}/task/{training.pid}/children").read_text().split():
         os.kill(int(child), 9)
-    assert training.go_on() == 2
-    assert "error: a data-loading process died" in training.output and "fewer --workers" in training.output
+    assert training.go_on() == 2, training.output
+    assert "error: A process that loaded images died" in training.output and "use fewer --workers" in training.output
     assert call("tokenizer", *options) == 0
     assert_same_bits(tmp_path / "run", undisturbed[0])
 
