@@ -3,12 +3,20 @@
 Imported as ``beitv2_fast.kernels``. They depend on torch alone.
 """
 
-from .attention import attention
-from .block_masks import block_masks
-from .codebook_search import CodebookSearch, codebook_search
-from .codebook_update import codebook_update
-from .masked_cross_entropy import masked_cross_entropy, masked_gather
-from .vector_quantize import VectorQuantize, vector_quantize
+if __name__ == "kernels":
+    # transformers imports another project of this name, and from the repository's root it finds this folder. A second
+    # copy of the ops would pull the first one's from under it, since torch lets the last registration win.
+    def __getattr__(name: str) -> object:
+        raise AttributeError(
+            f"{name}: this folder is imported as beitv2_fast.kernels; `kernels` of PyPI is another project"
+        )
+else:
+    from .attention import attention
+    from .block_masks import block_masks
+    from .codebook_search import CodebookSearch, codebook_search
+    from .codebook_update import codebook_update
+    from .masked_cross_entropy import masked_cross_entropy, masked_gather
+    from .vector_quantize import VectorQuantize, vector_quantize
 
 __all__ = [
     "CodebookSearch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,3 +37,10 @@ def test_a_library_from_older_sources_is_not_used_and_one_warning_says_so(monkey
             assert not native_ops()
     finally:
         native_ops.cache_clear()
+
+
+def test_under_another_name_the_folder_registers_no_second_copy_of_the_ops():
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import kernels; kernels.codebook_search"
+    command = [sys.executable, "-c", code, str(native.FOLDER.parent)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "AttributeError: codebook_search: this folder is imported as beitv2_fast.kernels" in result.stderr
