@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from beitv2_fast.kernels import codebook_update
 from beitv2_fast.kernels.codebook_update.ops import apply_statistics, codebook_statistics
 from beitv2_fast.kernels.codebook_update.reference import (
     apply_statistics_reference,
@@ -163,6 +164,15 @@ def test_two_ranks_hold_the_bits_of_one_process_and_restart_codes_alike(tmp_path
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         moved = (first[0] - state.codebook).abs().amax(1) > 0.1
         assert 0 < moved.sum() < 40
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_between_the_passes_ranks_exchange_one_flat_buffer(metric, monkeypatch):
+    exchanged = []
+    monkeypatch.setattr(sys.modules[codebook_update.__module__], "world", lambda group: (0, 2))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t, group: exchanged.append(t))
+    update(make_state(40, 9, average=metric == "euclidean"), *make_batch(500, 40, 9), metric=metric)
+    assert [(t.dtype, t.is_contiguous()) for t in exchanged] == [(torch.int64, True)]
 
 
 def bits_of_an_update() -> str:

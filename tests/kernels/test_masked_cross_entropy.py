@@ -21,6 +21,7 @@ from beitv2_fast.kernels.masked_cross_entropy.steps import softmax_ as softmax_r
 from beitv2_fast.kernels.native import native_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .counting import allocations, peak_of_backward
 from .masked_problem import Problem, problem
@@ -267,6 +268,34 @@ def test_memory_does_not_grow_with_tokens_times_classes():
     assert sizes[1] - sizes[0] < rows * 500  # all logits of a row are 80,000 bytes
     largest = allocations(lambda: torch.autograd.grad(large.ours()[0].sum(), large.leaves))[2]
     assert largest == max((1 << 22) // 20_000, 128) * 20_000 * 4  # the one chunk
+
+
+def test_of_200_000_tokens_only_a_chunk_of_logits_is_in_memory():
+    p = problem(100, 2000, 2000, dim=4, classes=500)
+    beyond = peak_of_backward(lambda: p.ours()[0].sum(), p.leaves)
+    assert len(p.labels) == 200_000 and beyond < 2 * 200_000 * 500 * 4 / 8  # both branches' logits
+
+
+class NoHostWait(TorchDispatchMode):
+    """Fails at an operator whose result the host has to read, for its value or its shape."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        waits = bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operator.tags))
+        if operator is torch.ops.aten.index.Tensor:  # only masks make a shape that nobody knows before
+            waits = any(i is not None and i.dtype == torch.bool for i in args[1])
+        assert not waits, operator
+        return operator(*args, **(kwargs or {}))
+
+
+def test_with_a_fixed_count_of_masked_tokens_the_host_waits_for_nothing():
+    """The functions that GPUs run, here on the CPU; their Triton kernels cannot wait."""
+    p = problem(3, 12, 4)
+    head = Head(p.norm_weight, p.norm_bias, 1e-6, p.weight, p.bias)
+    with torch.no_grad(), NoHostWait():
+        positions = masked_positions._init_fn(p.mask, 4)
+        head_losses(p.branches, positions, p.labels, head, torch.float32, Wanted(True, True, True), Device(500))
+        with pytest.raises(AssertionError, match="nonzero"):
+            masked_positions._init_fn(p.mask, None)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16 autocast"])
