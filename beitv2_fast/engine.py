@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from .distributed import World, autocast_dtype
 from .errors import UserError
 from .optim import cosine_schedule, parameter_groups
 from .run import RunFolder
+from .stop_signal import StopSignal
 from .training_log import TrainingLog
 from .transforms import View
 from .watchdog import Watchdog
@@ -93,31 +93,6 @@ class Plan:
             total_steps=self.total_steps,
             warmup_steps=self.warmup_steps,
         )
-
-
-class StopSignal:
-    """SIGTERM and SIGINT ask for a stop after the current step; a second Ctrl-C is obeyed at once.
-
-    A second SIGTERM is not: launchers pass on what their process group has already got, and would end the save.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        if number == signal.SIGINT:
-            signal.signal(number, self._previous[number])
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 def training_images(config: TrainConfig, view: View, run: RunFolder, world: World) -> ImageFolder:
