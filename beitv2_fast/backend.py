@@ -58,6 +58,11 @@ class TorchBackend:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    @property
+    def whole(self) -> Callable[[nn.Parameter], AbstractContextManager] | None:
+        """Around a parameter, in which every rank has all of its values; None where it always has."""
+        return None
+
     def weights(self) -> dict[str, Tensor]:
         """All parameters and persistent buffers. Every rank calls it; complete on rank 0."""
         return self.model.state_dict()
@@ -115,6 +120,10 @@ class DeepSpeedBackend:
             return norm
         self.wrapped.step()
         return torch.as_tensor(self.wrapped.get_global_grad_norm())
+
+    @property
+    def whole(self) -> Callable[[nn.Parameter], AbstractContextManager] | None:
+        return (lambda parameter: self.gather([parameter])) if self.stage == 3 else None
 
     def weights(self) -> dict[str, Tensor]:
         if self.stage < 3:

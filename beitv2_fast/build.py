@@ -9,7 +9,10 @@ from typing import Any
 from torch import nn
 
 from .checkpoint import latest_weights, load_model, read_weights
+from .classifier import Classifier
 from .config import PretrainConfig, TokenizerConfig, TrainConfig
+from .convert.shapes import describe
+from .downstream_config import FinetuneConfig
 from .errors import UserError
 from .positions import resize_positions
 from .run import read_config, stored_config
@@ -58,20 +61,38 @@ def build_student(config: PretrainConfig, num_codes: int) -> Student:
         raise UserError(f"{error}. Change one of these options.") from error
 
 
-def load_run_model(run: Path, image_size: int | None = None) -> tuple[nn.Module, TokenizerConfig | PretrainConfig]:
-    """The model of a tokenizer's or a pre-training's run folder, from its newest checkpoint, in eval mode.
+def load_run_model(
+    run: Path, image_size: int | None = None, *, average: bool = False
+) -> tuple[nn.Module, TokenizerConfig | PretrainConfig | FinetuneConfig]:
+    """The model of a training's run folder, from its newest checkpoint, in eval mode.
 
-    ``image_size``: that of the images it shall read, if not its training's; its positions are interpolated.
+    Args:
+        image_size: that of the images it shall read, if not its training's; its positions are interpolated.
+        average: of a fine-tuning, the moving average of the weights.
     """
-    kind = TokenizerConfig if "num_codes" in stored_config(run) else PretrainConfig
-    config = read_config(kind, run)
+    config = read_config(_kind_of_run(run), run)
     if image_size is not None:
         config = dataclasses.replace(config, image_size=image_size)
     path = latest_weights(run)
+    if average:
+        path = path.with_name("ema.safetensors")
     state = read_weights(path)
-    if kind is TokenizerConfig:
+    if isinstance(config, TokenizerConfig):
         model: nn.Module = build_tokenizer(config, state["decode_task_layer.2.weight"].shape[0])
-    else:
+    elif isinstance(config, PretrainConfig):
         model = build_student(config, state["lm_head.weight"].shape[0])
+    else:
+        found = describe(state, {"heads": config.heads})
+        shape = dataclasses.asdict(found.vit)
+        own = ("image_size", "drop_path", "attention", "checkpointing")
+        vit = vit_config(config, **{name: value for name, value in shape.items() if name not in own})
+        model = Classifier(dataclasses.replace(found, vit=vit))
     load_model(model, resize_positions(state, model), str(path))
     return model.eval(), config
+
+
+def _kind_of_run(run: Path) -> type[TokenizerConfig] | type[PretrainConfig] | type[FinetuneConfig]:
+    values = stored_config(run)
+    if "num_codes" in values:
+        return TokenizerConfig
+    return FinetuneConfig if "layer_decay" in values else PretrainConfig

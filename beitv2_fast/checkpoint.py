@@ -2,6 +2,7 @@
 
 checkpoints/step_00000200/model.safetensors   weights and buffers (codebook included)
                           optimizer.safetensors   AdamW's moments by parameter name, and its step
+                          ema.safetensors     the average of the weights, where a training keeps one
                           training.json       the step, images a step, ...
 """
 

@@ -311,6 +311,7 @@ def add_options(parser: argparse.ArgumentParser, shown: Any) -> None:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         elif typing.get_origin(kind) is tuple:
             item, count = typing.get_args(kind)[0], len(typing.get_args(kind))
+            count = "+" if typing.get_args(kind)[-1] is Ellipsis else count
             parser.add_argument(flag, type=item, nargs=count, metavar=item.__name__.upper(), **common)
         else:
             item = _optional(kind)
@@ -355,10 +356,14 @@ def _show(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _restore(kind: Any, value: Any) -> Any:
     if value is None:
         return None
-    return tuple(value) if typing.get_origin(kind) is tuple else _optional(kind)(value)
+    if typing.get_origin(kind) is tuple:
+        return tuple(map(typing.get_args(kind)[0], value))
+    return _optional(kind)(value)

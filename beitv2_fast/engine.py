@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from .checkpoint import Checkpoints, load_model, read_weights, save_weights
 from .config import TrainConfig
 from .data import ImageFolder, ImageList, check_images, choose_loader, find_images, steps_per_epoch, train_loader
 from .distributed import World, autocast_dtype
+from .ema import ModelEMA
 from .errors import UserError
 from .optim import cosine_schedule, parameter_groups
 from .run import RunFolder
@@ -32,6 +33,8 @@ from .transforms import View
 from .watchdog import Watchdog
 
 Batch = dict[str, Tensor]
+# After an epoch, on every rank: the step, the models to look at by name, and what tells that it goes on.
+AfterEpoch = Callable[[int, dict[str, nn.Module], Callable[[], None]], None]
 
 
 class Task(Protocol):
@@ -125,14 +128,27 @@ def train(
     *,
     deepspeed: bool = False,
     no_decay: Sequence[str] = (),
+    layer_decay: float = 1.0,
+    ema_decay: float = 0.0,
+    after_epoch: AfterEpoch | None = None,
+    every_epochs: int = 1,
 ) -> int:
-    """Train to the end, or until a signal. Returns the exit code: 0, or 128 + the signal's number after saving."""
+    """Train to the end, or until a signal. Returns the exit code: 0, or 128 + the signal's number after saving.
+
+    Args:
+        no_decay: names of parameters without weight decay, beside those of one dimension.
+        layer_decay: see ``parameter_groups``.
+        ema_decay: above 0: a ``ModelEMA`` follows the weights, and lies in the checkpoints as ema.safetensors.
+        after_epoch: called with the models "weights" and, if there is one, "average", before the epoch is saved: after
+            every ``every_epochs``-th and the last.
+    """
     plan = Plan.of(config, len(dataset), world.size)
     task.model.to(world.device).train()
     checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
-    about, optimizer_state = _resume(checkpoints, task.model, plan, dataset, run, world)
+    ema = ModelEMA(task.model, ema_decay) if ema_decay else None
+    about, optimizer_state = _resume(checkpoints, task.model, ema, plan, dataset, run, world)
     step = about["step"]
-    groups = parameter_groups(task.model, config.weight_decay, skip=no_decay)
+    groups = parameter_groups(task.model, config.weight_decay, layer_decay=layer_decay, skip=no_decay)
     backend = (DeepSpeedBackend if deepspeed else TorchBackend)(task.model, groups, config, world)
     if step:
         backend.restore(optimizer_state)
@@ -174,16 +190,23 @@ def train(
             step += 1
             if norm.isfinite():
                 bad.good()
+                if ema is not None:
+                    ema.update(task.model, step, backend.whole)
                 log.add(step, lr, {**metrics, "grad_norm": norm}, batch)
             else:
                 undo()
                 log.add(step, lr, {}, batch)
                 bad.bad(step, metrics["loss"].item(), norm.item(), batch)
             stopping = world.any(stop.received is not None)
-            due = stopping or step - saved >= config.save_every - saved % config.save_every or step == plan.total_steps
+            ends = step == plan.total_steps
+            due = step % (plan.steps_per_epoch * every_epochs) == 0 and not stopping
+            if after_epoch is not None and (due or ends):
+                models = {"weights": backend.wrapped, **({"average": ema.model} if ema else {})}
+                after_epoch(step, models, watchdog.progress)
+            due = stopping or step - saved >= config.save_every - saved % config.save_every or ends
             if due and not bad.in_a_row:  # among bad steps the weights are suspect
                 about = {"images_per_step": plan.images_per_step, "skipped_steps": bad.skipped}
-                _save(checkpoints, backend, step, world, images=dataset.images.fingerprint, **about)
+                _save(checkpoints, backend, ema, step, world, images=dataset.images.fingerprint, **about)
                 saved = step
             watchdog.progress()
             if stopping and step < plan.total_steps:
@@ -249,7 +272,13 @@ def _deaths_explained() -> Iterator[None]:
 
 
 def _resume(
-    checkpoints: Checkpoints, model: nn.Module, plan: Plan, dataset: ImageFolder, run: RunFolder, world: World
+    checkpoints: Checkpoints,
+    model: nn.Module,
+    ema: ModelEMA | None,
+    plan: Plan,
+    dataset: ImageFolder,
+    run: RunFolder,
+    world: World,
 ) -> tuple[dict, dict[str, Tensor]]:
     """Weights and codebook of the newest good checkpoint into the model.
 
@@ -259,7 +288,7 @@ def _resume(
     found: dict[str, dict] = {"about": {"step": 0, "skipped_steps": 0}, "optimizer": {}}
 
     def load(folder: Path) -> None:
-        found["about"], found["optimizer"] = _read_checkpoint(folder, model)
+        found["about"], found["optimizer"] = _read_checkpoint(folder, model, ema)
 
     step = checkpoints.latest(load, run.print)
     if world.any(step != world.first(step)):
@@ -278,17 +307,25 @@ def _resume(
     return found["about"], found["optimizer"]
 
 
-def _read_checkpoint(folder: Path, model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
+def _read_checkpoint(folder: Path, model: nn.Module, ema: ModelEMA | None) -> tuple[dict, dict[str, Tensor]]:
     """Load the weights, once all of the checkpoint has been read; returns training.json and the optimiser's state."""
     weights, optimizer = (read_weights(folder / f"{name}.safetensors") for name in ("model", "optimizer"))
     about = json.loads((folder / "training.json").read_text())
     check_optimizer_state(optimizer, model, str(folder / "optimizer.safetensors"))
+    average = read_weights(folder / "ema.safetensors") if ema is not None else None
     load_model(model, weights, str(folder))
+    if ema is not None:
+        load_model(ema.model, average, str(folder / "ema.safetensors"))
     return about, optimizer
 
 
 def _save(
-    checkpoints: Checkpoints, backend: TorchBackend | DeepSpeedBackend, step: int, world: World, **about: object
+    checkpoints: Checkpoints,
+    backend: TorchBackend | DeepSpeedBackend,
+    ema: ModelEMA | None,
+    step: int,
+    world: World,
+    **about: object,
 ) -> None:
     """Write a checkpoint on rank 0; if that fails, every rank raises."""
     weights, optimizer = backend.weights(), backend.optimizer_state()
@@ -298,6 +335,8 @@ def _save(
             checkpoints.begin(step)
             save_weights(weights, checkpoints.unfinished(step) / "model.safetensors")
             save_weights(optimizer, checkpoints.unfinished(step) / "optimizer.safetensors")
+            if ema is not None:
+                save_weights(ema.model.state_dict(), checkpoints.unfinished(step) / "ema.safetensors")
             checkpoints.commit(step, **about)
     except OSError as error:
         problem = error

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .config import PretrainConfig, ProbeConfig, ReportConfig, TokenizerConfig
+from .downstream_config import EvaluateConfig, FinetuneConfig
 from .vit import SIZES
 
 _TOKENIZER = TokenizerConfig(
@@ -59,6 +60,40 @@ PROBE = {
     "demo": ProbeConfig(
         data=Path("runs/demo/data"), out=Path("runs/demo/probe"), run=Path("runs/demo/pretrain"),
         tokenizer=Path("runs/demo/tokenizer"),
+    ),
+}  # fmt: skip
+
+_FINETUNE = FinetuneConfig(
+    epochs=100, batch_size=128, lr=5e-4, lr_batch=1024, min_lr=1e-6, warmup_epochs=20, weight_decay=0.05,
+    betas=(0.9, 0.999), clip_grad=0.0, drop_path=0.1, layer_decay=0.65,
+)  # fmt: skip
+
+FINETUNE = {
+    # after 300 epochs of pre-training; batch 1024 on 8 GPUs
+    "base": _FINETUNE,
+    "base_1600": replace(_FINETUNE, layer_decay=0.6, drop_path=0.2),
+    "large": replace(
+        _FINETUNE, **SIZES["large"], epochs=50, lr=2e-4, warmup_epochs=5, layer_decay=0.8, drop_path=0.2, batch_size=32,
+        layer_scale=1e-5,
+    ),
+    # the paper's intermediate fine-tuning on ImageNet-21k, to be continued by --weights on ImageNet-1k
+    "base_intermediate": replace(
+        _FINETUNE, epochs=90, lr=6e-4, warmup_epochs=5, layer_decay=0.75, out=Path("runs/intermediate")
+    ),
+    "demo": replace(
+        _FINETUNE,
+        data=Path("runs/demo/data"), out=Path("runs/demo/finetune"), weights=Path("runs/demo/pretrain"), image_size=128,
+        dim=128, depth=6, heads=2, init_std=0.1, layer_scale=0.0, drop_path=0.0, epochs=10, batch_size=32, lr=5e-4,
+        lr_batch=32, warmup_epochs=1, crop_scale=(0.5, 1.0), crop_pct=1.0, ema_decay=0.99, in_memory=True, workers=0,
+        log_every=20, save_every=200,
+    ),
+}  # fmt: skip
+
+EVALUATE = {
+    "base": EvaluateConfig(),
+    "demo": EvaluateConfig(
+        model=Path("runs/demo/finetune"), data=(Path("runs/demo/data/test"),), out=Path("runs/demo/evaluate"),
+        crop_pct=1.0,
     ),
 }  # fmt: skip
 

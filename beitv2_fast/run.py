@@ -1,4 +1,4 @@
-"""The run folder: config.json, log.txt, metrics.jsonl, tensorboard/, checkpoints/, report/."""
+"""The run folder: config.json, log.txt, metrics.jsonl, evaluation.jsonl, tensorboard/, checkpoints/, report/."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ class RunFolder:
         with (self.path / "log.txt").open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
+    def metrics(self, step: int, values: dict[str, float], file: str = "metrics.jsonl") -> None:
         """A line of metrics.jsonl and TensorBoard's scalars. A resumed run repeats steps: the last line counts."""
         if not self.writes:
             return
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        with (self.path / file).open("a") as lines:
+            lines.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
 

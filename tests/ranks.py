@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch.distributed as dist
 
 from beitv2_fast.distributed import run_main
-from train import pretrain, tokenizer
+from train import finetune, pretrain, tokenizer
 
 
 def copy(run: str, other: str, step: str) -> int:
@@ -41,6 +41,7 @@ def poison(rank: str, step: str) -> int:
 JOBS = {
     "tokenizer": tokenizer.main,
     "pretrain": pretrain.main,
+    "finetune": finetune.main,
     "copy": lambda options: copy(*options),
     "poison": lambda options: poison(*options),
 }

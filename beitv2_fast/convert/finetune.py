@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from ..checkpoint import compact, load_model
@@ -23,7 +24,8 @@ def to_classifier(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     A bias table that a student's layers share is copied into every layer, which then learns its own. What serves the
     pre-training alone is left behind: mask token, final norm, heads, aggregation branch. Of a tokenizer the encoder
-    remains, with its norm. A classifier's own weights come back as they are.
+    remains, with its norm, and reads images normalised as a student's instead of in [-1, 1]. A classifier's own weights
+    come back as they are.
 
     Args:
         ours: state dict under our names (see ``convert``).
@@ -32,13 +34,28 @@ def to_classifier(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if kind == "classifier":
         return dict(ours)
     if kind == "tokenizer":
-        return {n.removeprefix("encoder."): value for n, value in ours.items() if n.startswith("encoder.")}
+        encoder = {n.removeprefix("encoder."): value for n, value in ours.items() if n.startswith("encoder.")}
+        return reading_normalised(encoder)
     result = {name: value for name, value in ours.items() if not name.startswith(LEFT_BEHIND)}
     shared = result.pop(f"rel_pos_bias.{BIAS_TABLE}", None)
     if shared is not None:
         for layer in range(count_blocks(result, "blocks.")):
             result[f"blocks.{layer}.attn.{BIAS_TABLE}"] = shared.clone()
     return result
+
+
+def reading_normalised(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a ViT that read images in [-1, 1] -> the same function of images normalised by ImageNet's statistics.
+
+    2x - 1 = 2 std y + 2 mean - 1 for y = (x - mean) / std: both numbers go into the patch embedding.
+    """
+    from ..transforms import IMAGENET_MEAN, IMAGENET_STD  # brings PIL
+
+    weight, bias = (encoder[f"patch_embed.proj.{name}"] for name in ("weight", "bias"))
+    mean, std = (weight.new_tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    scaled, shift = weight.double() * 2 * std, (weight.double() * (2 * mean - 1)).sum((1, 2, 3))
+    new = {"patch_embed.proj.weight": scaled.to(weight), "patch_embed.proj.bias": (bias.double() + shift).to(bias)}
+    return {**encoder, **new}
 
 
 def start_classifier(model: nn.Module, ours: Mapping[str, Tensor], source: str) -> list[str]:

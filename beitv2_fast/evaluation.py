@@ -1,0 +1,95 @@
+"""How well a classifier names images: top-1 and top-5, also of a folder with some of its classes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .data import ImageFolder, keyed_loader
+from .distributed import World
+from .errors import UserError
+from .sampler import rank_share
+from .transforms import normalise
+
+
+def class_columns(folder_classes: Sequence[str], classes: Sequence[str], folder: Path | str) -> Tensor:
+    """For each class of a folder its number in the classifier: int64 [folder classes].
+
+    ImageNet-A and ImageNet-R have 200 of ImageNet's 1000 classes, under the same names (wnids): a classifier chooses
+    among those of the folder.
+
+    Raises:
+        UserError: a class that the classifier does not know.
+    """
+    number = {name: i for i, name in enumerate(classes)}
+    unknown = [name for name in folder_classes if name not in number]
+    if not folder_classes or unknown:
+        named = (
+            f"the classes {', '.join(unknown[:8])}{', ...' if len(unknown) > 8 else ''}" if unknown else "no classes"
+        )
+        raise UserError(
+            f"{folder} has {named}, but the classifier knows {len(classes)}: {', '.join(classes[:8])}"
+            f"{', ...' if len(classes) > 8 else ''}. Evaluation needs class folders under the training's names."
+        )
+    return torch.tensor([number[name] for name in folder_classes])
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    dataset: ImageFolder,
+    columns: Tensor,
+    world: World,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    amp: torch.dtype | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """The shares of images whose class has the highest score (top1) and one of the five highest (top5), and the loss.
+
+    The images are divided among the ranks, each of which runs as many batches (a network whose weights are spread over
+    them needs all in every forward). The model is in eval mode meanwhile.
+
+    Args:
+        model: normalised images [B, 3, H, W] -> logits [B, classes].
+        dataset: labelled images with a view that gives "image" in [0, 1].
+        columns: from ``class_columns``: the logits among which the model chooses, in the order of the labels.
+        amp: dtype of autocast. progress: called after every batch.
+
+    Returns:
+        top1, top5 (1 with five classes or less), loss (mean cross entropy over those logits) and the number of images.
+    """
+    own = rank_share(len(dataset), world.rank, world.size)
+    most = -(-len(dataset) // world.size)
+    keys = own + [(0, 0)] * (most - len(own))
+    columns, sums, seen = columns.to(world.device), torch.zeros(4, dtype=torch.float64, device=world.device), 0
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in keyed_loader(dataset, keys, batch_size, workers):
+            images, labels = batch["image"].to(world.device), batch["label"].to(world.device)
+            with torch.autocast(world.device.type, amp or torch.bfloat16, enabled=amp is not None):
+                logits = model(normalise(images))
+            real = max(min(len(own) - seen, len(labels)), 0)  # the rest fills up this rank's last batch
+            seen += len(labels)
+            sums += _counts(logits[:real].float()[:, columns], labels[:real])
+            progress()
+    finally:
+        model.train(was_training)
+    images, loss, top1, top5 = world.sum(sums).tolist()
+    return {"top1": top1 / images, "top5": top5 / images, "loss": loss / images, "images": int(images)}
+
+
+def _counts(scores: Tensor, labels: Tensor) -> Tensor:
+    """float64 [4]: images, sum of the cross entropy, right ones, ones with the label among the best five."""
+    if not len(labels):
+        return torch.zeros(4, dtype=torch.float64, device=labels.device)
+    best = scores.topk(min(5, scores.shape[1]), dim=1).indices
+    right = best == labels[:, None]
+    loss = F.cross_entropy(scores, labels, reduction="sum")
+    return torch.stack([torch.tensor(len(labels), device=labels.device), loss, right[:, 0].sum(), right.sum()]).double()

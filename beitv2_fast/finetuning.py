@@ -1,0 +1,190 @@
+"""Where a fine-tuning starts, what a step of it does, and what it is measured by (arXiv 2208.06366 section 3.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .augment import BatchAugment
+from .build import vit_config
+from .classifier import Classifier, ClassifierConfig
+from .config import RunConfig
+from .convert.files import read
+from .convert.finetune import describe_new, start_classifier
+from .convert.shapes import VIT_FIELD
+from .data import EvalView, ImageFolder, check_images, choose_loader, find_images
+from .distributed import World, autocast_dtype
+from .downstream_config import FinetuneConfig
+from .engine import Batch
+from .errors import UserError
+from .evaluation import class_columns, evaluate
+from .run import RunFolder, write_atomically
+from .transforms import normalise
+
+CLASSES = "classes.json"  # in the run folder: the names of the classes, in the order of the logits
+HEAD_SCALE = 1e-3  # a new head starts so small that the first gradients do not disturb the backbone (the reference's)
+POSITION = {"shared_relative": "relative"}  # the table that all blocks shared is copied into each
+SHAPE = ("dim", "depth", "heads", "patch_size")
+
+
+def start_model(config: FinetuneConfig, classes: list[str], say: Callable[[str], None]) -> Classifier:
+    """A classifier with the weights that the config names, at its image size and drop path, and a head for the classes.
+
+    The head is kept where the weights are a classifier's with these very classes (a run folder tells; of a file's as
+    many are taken for the same).
+
+    Raises:
+        UserError: the weights are of another shape than the options say; CheckpointError: they cannot be read.
+    """
+    if config.from_scratch:
+        model = Classifier(ClassifierConfig(vit_config(config, position="relative"), len(classes)))
+        return _small_head(model)
+    loaded = read(config.weights)
+    found = loaded.config(heads=config.heads)
+    backbone = getattr(found, VIT_FIELD[type(found)])
+    wrong = [
+        f"--{n.replace('_', '-')} {getattr(backbone, n)}" for n in SHAPE if getattr(backbone, n) != getattr(config, n)
+    ]
+    if wrong:
+        raise UserError(
+            f"{config.weights} has another shape than these options: give it as {' '.join(wrong)}, choose the --preset "
+            "of that size, or name other weights."
+        )
+    position = POSITION.get(backbone.position, backbone.position)
+    own = ("image_size", "drop_path", "attention", "checkpointing", "init_std")
+    shape = {name: value for name, value in dataclasses.asdict(backbone).items() if name not in own}
+    model = Classifier(ClassifierConfig(vit_config(config, **{**shape, "position": position}), len(classes)))
+    state = loaded.ours
+    if (known := stored_classes(config.weights)) is not None and known != classes:
+        state = {name: value for name, value in state.items() if not name.startswith("head.")}
+    new = start_classifier(model, state, str(config.weights))
+    say(f"weights from {config.weights}; {describe_new(new)}")
+    return _small_head(model) if "head.weight" in new else model
+
+
+def _small_head(model: Classifier) -> Classifier:
+    with torch.no_grad():
+        model.head.weight.mul_(HEAD_SCALE)
+        model.head.bias.mul_(HEAD_SCALE)
+    return model
+
+
+def stored_classes(run: Path) -> list[str] | None:
+    """The classes that a fine-tuning wrote into its run folder; None if this is none."""
+    file = run / CLASSES
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def store_classes(run: RunFolder, classes: list[str]) -> None:
+    """Write them, or refuse if the run was trained for others."""
+    known = stored_classes(run.path)
+    if known is not None and known != classes and any(run.checkpoints.glob("step_*")):
+        raise UserError(
+            f"{run.path} was trained for {len(known)} classes ({', '.join(known[:5])}, ...), --data has {len(classes)} "
+            f"({', '.join(classes[:5])}, ...). Restore the class folders, or choose another --out."
+        )
+    if run.writes:
+        write_atomically(run.path / CLASSES, json.dumps(classes) + "\n")
+
+
+class FinetuneTask:
+    """Augmented images -> soft targets' cross entropy ``-sum_k t_k log softmax(logits)_k``."""
+
+    name = "finetune"
+
+    def __init__(self, model: Classifier, augment: BatchAugment):
+        self.model, self.augment = model, augment
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        images, targets = self.augment(normalise(batch["image"]), batch["label"])
+        logits = model(images).float()
+        right = logits.argmax(-1) == targets.argmax(-1)
+        return F.cross_entropy(logits, targets), {"accuracy": right.float().mean()}
+
+    def prepare(self, micro_batches: list[Batch]) -> None:
+        pass
+
+    def report(self) -> dict[str, float]:
+        return {}
+
+    def warning(self, metrics: dict[str, float], steps: int) -> str | None:
+        return None
+
+    def line(self, metrics: dict[str, float]) -> str:
+        return f"larger label right {metrics['accuracy']:.1%}"
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        return {"augmented": batch["image"][0]}
+
+
+def labelled_images(
+    folder: Path, name: str, config: RunConfig, run: RunFolder, world: World, *, view: EvalView, min_size: int
+) -> ImageFolder:
+    """A folder's images for evaluation, checked once: rank 0 decodes them all. ``name``: of the list beside the run."""
+    loader, _ = choose_loader(config.loader)
+
+    def checked() -> ImageFolder:
+        found = find_images(folder, index=run.path / f"shards_{name}.json")
+        cache = run.path / f"images_{name}.json"
+        images = check_images(found, cache=cache, min_size=min_size, workers=config.workers)
+        return ImageFolder(images, view, loader=loader, device=world.device if loader == "dali" else "cpu")
+
+    if world.rank == 0:
+        dataset = checked()
+    world.barrier()
+    return dataset if world.rank == 0 else checked()
+
+
+def validation_folder(config: FinetuneConfig) -> Path | None:
+    """--val, or val or test of --data."""
+    if config.val is not None:
+        return config.val
+    return next((config.data / name for name in ("val", "test") if (config.data / name).is_dir()), None)
+
+
+class Validation:
+    """Evaluates at the ends of epochs: a line in the log, evaluation.jsonl and, in the end, results.json."""
+
+    def __init__(self, config: FinetuneConfig, classes: list[str], run: RunFolder, world: World):
+        self.config, self.run, self.world = config, run, world
+        folder = validation_folder(config)
+        view = EvalView(config.image_size, config.crop_pct)
+        self.dataset = labelled_images(folder, "val", config, run, world, view=view, min_size=config.patch_size)
+        self.columns = class_columns(self.dataset.images.classes, classes, folder)
+
+    def __call__(self, step: int, models: dict[str, nn.Module], progress: Callable[[], None]) -> dict[str, dict]:
+        """The results by model, logged."""
+        results = {
+            name: evaluate(
+                model,
+                self.dataset,
+                self.columns,
+                self.world,
+                batch_size=self.config.eval_batch_size,
+                workers=self.config.workers,
+                amp=autocast_dtype(self.config.precision, self.world.device),
+                progress=progress,
+            )
+            for name, model in models.items()
+        }
+        for name, found in results.items():
+            self.run.print(f"evaluation  step {step}  {name:<8} {describe(found)}")
+        self.run.metrics(
+            step,
+            {f"{name}_{key}": v for name, found in results.items() for key, v in found.items()},
+            "evaluation.jsonl",
+        )
+        if self.run.writes:
+            content = {"step": step, "classes": len(self.columns), **results}
+            write_atomically(self.run.path / "results.json", json.dumps(content, indent=2) + "\n")
+        return results
+
+
+def describe(found: dict[str, float]) -> str:
+    return f"top-1 {found['top1']:.2%}  top-5 {found['top5']:.2%}  loss {found['loss']:.3f}  {found['images']:,} images"

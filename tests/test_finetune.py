@@ -1,0 +1,241 @@
+"""Fine-tuning from students, tokenizers and classifiers: it learns, resumes to the same bits, says what it measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from beitv2_fast import create_model
+from beitv2_fast.build import load_run_model
+from beitv2_fast.config import parse
+from beitv2_fast.downstream_config import FinetuneConfig
+from beitv2_fast.finetuning import HEAD_SCALE, start_model
+from beitv2_fast.presets import FINETUNE
+from beitv2_fast.transforms import normalise
+
+from .training import (
+    PRETRAIN,
+    ROOT,
+    TINY,
+    TOKENIZER,
+    assert_same_bits,
+    call,
+    checkpoints,
+    last_weights,
+    run,
+    write_images,
+)
+
+COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 30)}
+PLAIN = "--augment-ops 0 --erasing 0 --mixup 0 --cutmix 0 --smoothing 0".split()
+SHARP = "--epochs 12 --lr 2e-2 --lr-batch 4 --layer-decay 0.9".split()
+
+
+def write_colours(folder: Path, count: int, names=tuple(COLOURS)) -> Path:
+    """Noisy images of one colour a class."""
+    generator = torch.Generator().manual_seed(count)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            noise = torch.randint(-20, 21, (40, 40, 3), generator=generator)
+            pixels = (torch.tensor(COLOURS[name]) + noise).clamp(0, 255).to(torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder with data/train and data/val of three classes, a tokenizer, a pre-training and a fine-tuning of it."""
+    folder = tmp_path_factory.mktemp("finetune")
+    write_colours(folder / "data" / "train", 4)
+    write_colours(folder / "data" / "val", 3)
+    images = write_images(folder / "images", 8)
+    common = [*TINY, "--epochs", 1, "--data", images]
+    assert call("tokenizer", *common, *TOKENIZER, "--out", folder / "tokenizer") == 0
+    command = [*common, *PRETRAIN, "--tokenizer", folder / "tokenizer", "--out", folder / "pretrain"]
+    assert call("pretrain", *command, "--layer-scale", 0.1) == 0
+    assert finetune(folder, "tuned") == 0
+    return folder
+
+
+def finetune(runs: Path, out: str, *more: object, weights: str = "pretrain", data: str = "data") -> int:
+    return call("finetune", *TINY, "--data", runs / data, "--weights", runs / weights, "--out", runs / out, *more)
+
+
+def config(runs: Path, weights: str, *more: object) -> FinetuneConfig:
+    options = [*TINY, "--weights", runs / weights, *more]
+    return parse(FinetuneConfig, FINETUNE, [str(option) for option in options])[0]
+
+
+def results(run: Path) -> dict:
+    return json.loads((run / "results.json").read_text())
+
+
+def test_it_starts_as_the_student_with_its_bias_table_in_every_layer_and_a_small_new_head(runs):
+    said: list[str] = []
+    model = start_model(config(runs, "pretrain"), ["a", "b"], said.append).eval()
+    student = load_run_model(runs / "pretrain")[0]
+    assert model.rel_pos_bias is None and student.rel_pos_bias is not None
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model.forward_tokens(x), student.forward_tokens(x), rtol=1e-5, atol=1e-5)
+    assert 0 < model.head.weight.std() < 2 * HEAD_SCALE and "head.weight" in said[0]
+
+
+def test_the_tokenizers_encoder_is_fine_tuned_with_its_norm_and_sees_what_it_saw(runs):
+    model = start_model(config(runs, "tokenizer"), ["a", "b"], print).eval()
+    tokenizer = load_run_model(runs / "tokenizer")[0]
+    x = torch.rand(2, 3, 32, 32)
+    ours, theirs = model.forward_tokens(normalise(x)), tokenizer.encoder.forward_tokens(2 * x - 1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.fc_norm.weight, tokenizer.encoder.fc_norm.weight)
+    assert finetune(runs, "tuned_tokenizer", weights="tokenizer") == 0
+    assert results(runs / "tuned_tokenizer")["weights"]["images"] == 9
+
+
+def test_it_learns_to_tell_colours(runs):
+    assert finetune(runs, "learnt", *PLAIN, *SHARP) == 0
+    found = results(runs / "learnt")
+    assert found["weights"]["top1"] == found["average"]["top1"] == 1.0
+    first = json.loads((runs / "learnt" / "evaluation.jsonl").read_text().splitlines()[0])
+    assert found["weights"]["loss"] < 0.5 * first["weights_loss"]
+
+
+def test_a_run_that_lost_its_last_checkpoint_ends_with_the_same_bits_of_weights_and_average(runs):
+    shutil.copytree(runs / "tuned", runs / "resumed")
+    shutil.rmtree(runs / "resumed" / "checkpoints" / checkpoints(runs / "resumed")[-1])
+    assert finetune(runs, "resumed") == 0
+    assert "resumed at step 6 of 9" in (runs / "resumed" / "log.txt").read_text()
+    assert_same_bits(runs / "resumed", runs / "tuned")
+    last = Path("checkpoints", checkpoints(runs / "tuned")[-1], "ema.safetensors")
+    ours, theirs = (load_file(runs / name / last) for name in ("resumed", "tuned"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+    assert any(not torch.equal(ours[name], value) for name, value in last_weights(runs / "tuned").items())
+    assert results(runs / "resumed") == results(runs / "tuned")
+
+
+def test_every_epoch_is_evaluated_or_every_few_and_the_last(runs):
+    def steps(run: str) -> list[int]:
+        return [json.loads(line)["step"] for line in (runs / run / "evaluation.jsonl").read_text().splitlines()]
+
+    assert steps("tuned") == [3, 6, 9]
+    assert finetune(runs, "seldom", "--eval-every", 2) == 0
+    assert steps("seldom") == [6, 9]
+    assert_same_bits(runs / "seldom", runs / "tuned")
+
+
+def test_evaluate_alone_repeats_the_last_numbers_and_trains_nothing(runs):
+    shutil.copytree(runs / "tuned", runs / "evaluated")
+    (runs / "evaluated" / "results.json").unlink()
+    assert finetune(runs, "evaluated", "--evaluate") == 0
+    assert results(runs / "evaluated") == results(runs / "tuned")
+    assert_same_bits(runs / "evaluated", runs / "tuned")
+
+
+def test_another_label_set_gets_a_new_head_and_the_same_one_keeps_it(runs):
+    write_colours(runs / "two" / "train", 4, ("blue", "red"))
+    tuned = load_run_model(runs / "tuned")[0]
+    same = start_model(config(runs, "tuned"), sorted(COLOURS), print)
+    assert torch.equal(same.head.weight, tuned.head.weight)
+    renamed = start_model(config(runs, "tuned"), ["a", "b", "c"], print)
+    assert not torch.equal(renamed.head.weight, tuned.head.weight)
+    assert torch.equal(renamed.fc_norm.weight, tuned.fc_norm.weight)
+    assert finetune(runs, "two_classes", weights="tuned", data="two") == 0
+    assert last_weights(runs / "two_classes")["head.weight"].shape == (2, 24)
+
+
+def test_another_resolution_resizes_the_positions(runs):
+    for weights in ("pretrain", "tokenizer"):
+        model = start_model(config(runs, weights, "--image-size", 48), ["a", "b"], print)
+        assert model(torch.randn(1, 3, 48, 48)).shape == (1, 2)
+    assert finetune(runs, "larger", "--image-size", 48, "--epochs", 1) == 0
+    table = last_weights(runs / "larger")["blocks.1.attn.relative_position_bias_table"]
+    assert len(table) == (2 * 6 - 1) ** 2 + 3
+
+
+def test_a_fine_tuned_run_is_read_by_create_model_and_converts(runs):
+    model = create_model(None, runs / "tuned")
+    assert model.config.num_classes == 3 and model.vit_config.position == "relative"
+    stored = last_weights(runs / "tuned")
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--dim", "48"], "another shape than these options: give it as --dim 24"),
+        (["--val", "{runs}/images"], "has no classes"),
+        (["--data", "{runs}/images"], "at least two class folders"),
+        (["--weights", "{runs}/nothing"], "nothing"),
+        (["--evaluate"], "no finished step"),
+    ],
+)
+def test_mistakes_end_with_one_paragraph_that_says_what_to_do(runs, tmp_path, capsys, options, said):
+    given = [option.format(runs=runs) for option in options]
+    assert finetune(runs, str(tmp_path / "run"), *given) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_other_classes_in_the_same_run_folder_are_refused(runs, capsys):
+    shutil.copytree(runs / "tuned", runs / "refused")
+    shutil.copytree(runs / "data", runs / "changing")
+    stored = runs / "refused" / "config.json"
+    stored.write_text(stored.read_text().replace(f"{runs}/data", f"{runs}/changing"))
+    (runs / "changing" / "train" / "blue").rename(runs / "changing" / "train" / "azure")
+    (runs / "refused" / "images.json").unlink()
+    assert finetune(runs, "refused", data="changing") == 2
+    assert "was trained for 3 classes (blue" in capsys.readouterr().err
+
+
+def test_folders_with_some_or_all_classes_are_evaluated_in_one_table(runs):
+    write_colours(runs / "some", 2, ("green", "red"))
+    command = ["--model", runs / "tuned", "--data", runs / "data" / "val", runs / "some", "--out", runs / "table"]
+    assert call("evaluate", *command, "--crop-pct", 1.0, "--precision", "fp32", "--workers", 0, "--device", "cpu") == 0
+    rows = json.loads((runs / "table" / "results.json").read_text())["rows"]
+    found = [(row["folder"], row["model"], row["classes"], row["images"]) for row in rows]
+    assert found == [(f, m, c, n) for f, c, n in (("val", 3, 9), ("some", 2, 4)) for m in ("weights", "average")]
+    tuned = results(runs / "tuned")
+    for row in rows[:2]:
+        assert {key: row[key] for key in ("top1", "top5", "loss")} == pytest.approx(
+            {key: tuned[row["model"]][key] for key in ("top1", "top5", "loss")}, rel=1e-5
+        )
+
+
+def test_a_file_of_weights_needs_to_be_told_its_classes(runs, capsys):
+    file = runs / "tuned" / "checkpoints" / checkpoints(runs / "tuned")[-1] / "ema.safetensors"
+    command = ["--model", file, "--data", runs / "data" / "val", "--out", runs / "of_file", "--workers", 0]
+    assert call("evaluate", *command) == 2
+    assert "Give --classes" in capsys.readouterr().err
+    (runs / "two.txt").write_text("blue\nred\n")
+    assert call("evaluate", *command, "--classes", runs / "two.txt") == 2
+    assert "names 2 classes, the classifier has 3" in capsys.readouterr().err
+    options = ("--crop-pct", 1.0, "--precision", "fp32", "--device", "cpu", "--classes", runs / "data" / "train")
+    assert call("evaluate", *command, *options) == 0
+    loss = json.loads((runs / "of_file" / "results.json").read_text())["rows"][0]["loss"]
+    assert loss == pytest.approx(results(runs / "tuned")["average"]["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_zero_3_trains_averages_and_evaluates_as_plain_torch(runs):
+    pytest.importorskip("deepspeed")
+    from .test_interruption import free_port
+
+    rank = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    options = [*TINY, "--data", runs / "data", "--weights", runs / "pretrain", "--out", runs / "zero3"]
+    done = run("finetune", *options, "--deepspeed-config", ROOT / "train" / "configs" / "zero3.json", **rank)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "DeepSpeed ZeRO 3" in done.stdout
+    last = checkpoints(runs / "zero3")[-1]
+    for file in ("model", "ema"):
+        ours, plain = (load_file(runs / r / "checkpoints" / last / f"{file}.safetensors") for r in ("zero3", "tuned"))
+        assert ours.keys() == plain.keys()
+        for name in plain:
+            torch.testing.assert_close(ours[name], plain[name], rtol=1e-4, atol=1e-6)
+    found, wanted = results(runs / "zero3"), results(runs / "tuned")
+    assert found["average"] == pytest.approx(wanted["average"], rel=1e-4)
+    assert found["weights"] == pytest.approx(wanted["weights"], rel=1e-4)

@@ -1,0 +1,105 @@
+"""Top-1 and top-5 of a fine-tuned classifier: `python train/evaluate.py --model RUN --data FOLDER [FOLDER ...]`.
+
+A folder with some of the classes alone (ImageNet-A, ImageNet-R) is evaluated among these. Also under `torchrun` and
+`deepspeed`, whose ranks share the images.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import nn
+
+from beitv2_fast import create_model
+from beitv2_fast.build import load_run_model
+from beitv2_fast.classifier import Classifier
+from beitv2_fast.config import parse
+from beitv2_fast.data import EvalView
+from beitv2_fast.distributed import autocast_dtype, run_main, start
+from beitv2_fast.downstream_config import EvaluateConfig
+from beitv2_fast.errors import UserError
+from beitv2_fast.evaluation import class_columns, evaluate
+from beitv2_fast.finetuning import describe, labelled_images, stored_classes
+from beitv2_fast.presets import EVALUATE
+from beitv2_fast.run import RunFolder, write_atomically
+
+
+def models(config: EvaluateConfig) -> dict[str, Classifier]:
+    """The classifier by name: of a fine-tuning that kept an average of its weights, both."""
+    if (config.model / "checkpoints").is_dir():
+        model, stored = load_run_model(config.model, config.image_size)
+        found: dict[str, nn.Module] = {"weights": model}
+        if getattr(stored, "ema_decay", 0):
+            found["average"] = load_run_model(config.model, config.image_size, average=True)[0]
+    else:
+        size = {} if config.image_size is None else {"image_size": config.image_size}
+        found = {"weights": create_model(None, config.model, **size)}
+    if not isinstance(found["weights"], Classifier):
+        raise UserError(f"--model {config.model} is no classifier. Fine-tune it first: train/finetune.py --weights.")
+    return found
+
+
+def class_names(config: EvaluateConfig, model: Classifier) -> list[str]:
+    """The names of the classifier's classes."""
+    source, names = config.classes, None
+    if source is None:
+        names = stored_classes(config.model)
+    elif source.is_dir():
+        names = sorted(entry.name for entry in source.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    elif source.is_file():
+        names = [line.strip() for line in source.read_text().splitlines() if line.strip()]
+    if names is None:
+        raise UserError(
+            f"nothing says which classes {config.model} knows. Give --classes: the training's folder of class folders, "
+            "or a text file with a name a line."
+        )
+    if len(names) != model.config.num_classes:
+        raise UserError(
+            f"{source or config.model} names {len(names)} classes, the classifier has {model.config.num_classes}. "
+            "Give the --classes that it was trained for."
+        )
+    return names
+
+
+def folder_names(folders: tuple[Path, ...]) -> list[str]:
+    """Short names, the whole path where two folders have the same."""
+    short = [folder.resolve().name for folder in folders]
+    return [name if short.count(name) == 1 else str(folder) for name, folder in zip(short, folders, strict=True)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    config, _ = parse(EvaluateConfig, EVALUATE, argv)
+    world = start(config.device)
+    found = {name: model.to(world.device) for name, model in models(config).items()}
+    first = found["weights"]
+    classes = class_names(config, first)
+    run = RunFolder(config, world.rank)
+    view = EvalView(first.vit_config.image_size, config.crop_pct)
+    datasets = {}
+    for i, (name, folder) in enumerate(zip(folder_names(config.data), config.data, strict=True)):
+        images = labelled_images(folder, str(i), config, run, world, view=view, min_size=first.vit_config.patch_size)
+        datasets[name] = images, class_columns(images.images.classes, classes, folder)
+    rows = []
+    for name, (dataset, columns) in datasets.items():
+        for kind, model in found.items():
+            result = evaluate(
+                model,
+                dataset,
+                columns,
+                world,
+                batch_size=config.batch_size,
+                workers=config.workers,
+                amp=autocast_dtype(config.precision, world.device),
+            )
+            rows.append({"folder": name, "model": kind, "classes": len(columns), **result})
+            run.print(f"evaluate  {name:<20} {kind:<8} {describe(result)}, {len(columns)} of {len(classes)} classes")
+    if run.writes:
+        write_atomically(
+            run.path / "results.json", json.dumps({"model": str(config.model), "rows": rows}, indent=2) + "\n"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,83 @@
+"""Fine-tune a classifier: `deepspeed train/finetune.py --preset base --data IMAGENET --weights RUN_OR_FILE`.
+
+Also under `torchrun` and plain `python`. Stopped and started again with the same options, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from beitv2_fast.augment import BatchAugment
+from beitv2_fast.build import load_run_model
+from beitv2_fast.config import parse
+from beitv2_fast.data import FinetuneView
+from beitv2_fast.distributed import World, run_main, start
+from beitv2_fast.downstream_config import FinetuneConfig
+from beitv2_fast.engine import train, training_images
+from beitv2_fast.errors import UserError
+from beitv2_fast.finetuning import (
+    FinetuneTask,
+    Validation,
+    start_model,
+    store_classes,
+    stored_classes,
+    validation_folder,
+)
+from beitv2_fast.presets import FINETUNE
+from beitv2_fast.run import RunFolder
+
+
+def evaluate_only(config: FinetuneConfig, run: RunFolder, world: World) -> int:
+    """--evaluate: the newest checkpoint's weights and their average."""
+    classes = stored_classes(config.out)
+    if classes is None or validation_folder(config) is None:
+        what = "no finished step of a fine-tuning in it" if classes is None else "no images to evaluate on: give --val"
+        raise UserError(f"--evaluate: {config.out} has {what}.")
+    kinds = ("weights", "average") if config.ema_decay else ("weights",)
+    models = {kind: load_run_model(config.out, average=kind == "average")[0].to(world.device) for kind in kinds}
+    step = int(sorted(run.checkpoints.glob("step_*"))[-1].name.removeprefix("step_"))
+    Validation(config, classes, run, world)(step, models, lambda: None)
+    run.close()
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    config, local_rank = parse(FinetuneConfig, FINETUNE, argv)
+    world = start(config.device)
+    run = RunFolder(config, world.rank)
+    if config.evaluate:
+        return evaluate_only(config, run, world)
+    view = FinetuneView(config.image_size, config.crop_scale, config.augment_ops, config.augment_magnitude)
+    dataset = training_images(config, view, run, world)
+    classes = dataset.images.classes
+    if len(classes) < 2:
+        raise UserError(f"{dataset.images.root} needs at least two class folders, each with images, for fine-tuning.")
+    store_classes(run, classes)
+    torch.manual_seed(config.seed)
+    model = start_model(config, classes, run.print)
+    augment = BatchAugment(
+        len(classes), mixup=config.mixup, cutmix=config.cutmix, smoothing=config.smoothing, erasing=config.erasing
+    )
+    validation = None
+    if validation_folder(config) is not None:
+        validation = Validation(config, classes, run, world)
+    else:
+        run.print("no images to evaluate on: neither --val nor a folder val or test in --data")
+
+    return train(
+        FinetuneTask(model, augment),
+        config,
+        dataset,
+        run,
+        world,
+        deepspeed=local_rank is not None or config.deepspeed_config is not None,
+        no_decay=("cls_token", "pos_embed"),
+        layer_decay=config.layer_decay,
+        ema_decay=config.ema_decay,
+        after_epoch=validation,
+        every_epochs=config.eval_every,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
