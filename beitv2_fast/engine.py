@@ -199,8 +199,8 @@ def train(
                 bad.bad(step, metrics["loss"].item(), norm.item(), batch)
             stopping = world.any(stop.received is not None)
             ends = step == plan.total_steps
-            due = step % (plan.steps_per_epoch * every_epochs) == 0 and not stopping
-            if after_epoch is not None and (due or ends):
+            epoch_ends = step % (plan.steps_per_epoch * every_epochs) == 0 and not stopping
+            if after_epoch is not None and (epoch_ends or ends):
                 models = {"weights": backend.wrapped, **({"average": ema.model} if ema else {})}
                 after_epoch(step, models, watchdog.progress)
             due = stopping or step - saved >= config.save_every - saved % config.save_every or ends
