@@ -67,6 +67,28 @@ def fit_linear(x: Tensor, labels: Tensor, num_classes: int, l2: float) -> Callab
     return lambda features: F.linear((features.double() - mean) / std, w, b)
 
 
+FEW_SHOT_L2 = 0.1  # there are too few images to choose it on
+
+
+def few_shot(
+    train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, shots: int, seeds: Iterable[int]
+) -> list[float]:
+    """Balanced accuracies on test of linear classifiers that have seen ``shots`` images a class, others for each seed.
+
+    A class with fewer images gives all of them.
+
+    Args:
+        train: [N, F]; labels: [N] int64. test: [M, F]; test_labels: [M] int64.
+    """
+    num_classes, runs = int(torch.cat([labels, test_labels]).max()) + 1, []
+    for seed in seeds:
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        chosen = torch.cat([order[labels[order] == c][:shots] for c in range(num_classes)])
+        predict = fit_linear(train[chosen], labels[chosen], num_classes, FEW_SHOT_L2)
+        runs.append(balanced_accuracy(predict(test).argmax(-1), test_labels, num_classes))
+    return runs
+
+
 def linear_probe(
     name: str,
     features: Callable[[int], tuple[Tensor, Tensor]],
