@@ -247,7 +247,7 @@ class ProbeConfig(RunConfig):
         "tested", above=0,
     )  # fmt: skip
     epochs: int = option(100, "of the sweep, passes over the cached features", at_least=1)
-    sgd_batch_size: int = option(1024, "of the sweep", at_least=1)
+    sgd_batch_size: int = option(1024, "of the sweep, images a step; a small set is cut into ten", at_least=1)
     neighbours: tuple[int, ...] = option((10, 20), "k of the k nearest neighbours", at_least=1)
     shots: tuple[int, ...] = option((1, 5, 10), "images a class of the few-shot probes", at_least=1)
     seeds: int = option(3, "repetitions of the exact and few-shot probes, with other images each", at_least=1)

@@ -59,7 +59,7 @@ PROBE = {
     "large": ProbeConfig(),
     "demo": ProbeConfig(
         data=Path("runs/demo/data"), out=Path("runs/demo/probe"), run=Path("runs/demo/pretrain"),
-        tokenizer=Path("runs/demo/tokenizer"), exact=True, layers=(2, 4, 6), epochs=30,
+        tokenizer=Path("runs/demo/tokenizer"), exact=True,
     ),
 }  # fmt: skip
 
