@@ -42,11 +42,13 @@ class FinetuneConfig(TrainConfig):
         (0.08, 1.0), "least and largest area of the random crop, as a share of the image", above=0, at_most=1
     )
     augment_ops: int = option(2, "RandAugment's operations on each image; 0: none", at_least=0)
-    augment_magnitude: int = option(9, "their strength", at_least=0, at_most=30)
+    augment_magnitude: int = option(9, "strength of these operations", at_least=0, at_most=30)
     erasing: float = option(0.25, "how often a rectangle of an image becomes noise", at_least=0, at_most=1)
     mixup: float = option(0.8, "mixup's alpha; 0: no mixup", at_least=0)
     cutmix: float = option(1.0, "cutmix's alpha; 0: no cutmix. With both, a batch gets either by chance", at_least=0)
-    smoothing: float = option(0.1, "label smoothing", at_least=0, at_most=1)
+    smoothing: float = option(
+        0.1, "label smoothing: the share of a label that all classes divide", at_least=0, at_most=1
+    )
     ema_decay: float = option(
         0.9999, "of the moving average of the weights, saved and evaluated beside them; 0: none", at_least=0, below=1
     )

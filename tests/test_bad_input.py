@@ -14,6 +14,7 @@ from PIL import Image
 
 from beitv2_fast import errors
 from beitv2_fast.config import PretrainConfig, ProbeConfig, TokenizerConfig
+from beitv2_fast.downstream_config import EvaluateConfig, FinetuneConfig
 from beitv2_fast.errors import UserError
 from beitv2_fast.run import RunFolder
 from beitv2_fast.teachers import Teacher
@@ -208,7 +209,14 @@ def test_diverged_losses_end_the_training_and_save_nothing(world, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("stage", "config"), [("tokenizer", TokenizerConfig), ("pretrain", PretrainConfig), ("linear_probe", ProbeConfig)]
+    ("stage", "config"),
+    [
+        ("tokenizer", TokenizerConfig),
+        ("pretrain", PretrainConfig),
+        ("linear_probe", ProbeConfig),
+        ("finetune", FinetuneConfig),
+        ("evaluate", EvaluateConfig),
+    ],
 )
 def test_help_explains_every_option_and_shows_the_preset_s_values(capsys, stage, config):
     assert call(stage, "--preset", "demo", "--help") == 0
