@@ -76,10 +76,6 @@ FINETUNE = {
         _FINETUNE, **SIZES["large"], epochs=50, lr=2e-4, warmup_epochs=5, layer_decay=0.8, drop_path=0.2, batch_size=32,
         layer_scale=1e-5,
     ),
-    # the paper's intermediate fine-tuning on ImageNet-21k, to be continued by --weights on ImageNet-1k
-    "base_intermediate": replace(
-        _FINETUNE, epochs=90, lr=6e-4, warmup_epochs=5, layer_decay=0.75, out=Path("runs/intermediate")
-    ),
     "demo": replace(
         _FINETUNE,
         data=Path("runs/demo/data"), out=Path("runs/demo/finetune"), weights=Path("runs/demo/pretrain"), image_size=128,
