@@ -68,7 +68,7 @@ _groups: dict[str, list[Measurement]] = {}
 def measure(
     benchmark: Any, group: str, name: str, run: Callable[[], object], *, seconds: float = 2.0
 ) -> dict[str, Measurement]:
-    """Time ``run`` with pytest-benchmark for ``seconds`` (5 to 50 rounds, two to warm up), then its memory.
+    """Time ``run`` with pytest-benchmark for ``seconds`` (3 to 50 rounds, two to warm up), then its memory.
 
     Returns what was measured so far in the group, by name.
     """
@@ -79,17 +79,18 @@ def measure(
             torch.cuda.synchronize()
 
     _give_back_from(32 << 20)
+    held = result_bytes(run())  # and the warm-up
     started = time.perf_counter()
     synchronised()
-    synchronised()
-    rounds = round(min(max(2 * seconds / (time.perf_counter() - started), 5), 50))
+    call = time.perf_counter() - started
+    rounds = round(min(max(seconds / call, 3 if call > 1 else 5), 50))
     benchmark.group = group
     wall, started, busy = time.perf_counter(), time.process_time(), _busy_seconds()
     benchmark.pedantic(synchronised, rounds=rounds, iterations=1)
     wall, processor = time.perf_counter() - wall, time.process_time() - started
     others = None if busy is None else max((_busy_seconds() or busy) - busy - processor, 0) / wall
     processor /= rounds
-    peak, held = peak_memory(run), result_bytes(run())
+    peak = peak_memory(run)
     benchmark.extra_info.update(peak_bytes=peak, result_bytes=held)
     stats = benchmark.stats.stats
     _groups.setdefault(group, []).append(

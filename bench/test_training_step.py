@@ -11,7 +11,7 @@ import torch
 from .harness import measure_in_turns
 from .training_steps import PRECISIONS, STAGES, steps
 
-BATCH, ROUNDS = 4, 3
+BATCH, ROUNDS = 8, 2
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
