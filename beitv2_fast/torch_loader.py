@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -52,10 +53,19 @@ class TorchLoader(DataLoader):
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise DataError(
-                f"A process that loaded images died ({' '.join(str(error).split())}). Often the memory was full: use "
-                "fewer --workers or a smaller --batch-size. The same command goes on from the last checkpoint."
-            ) from error
+            raise _death(error) from error
+        except (ConnectionError, EOFError) as error:  # a batch of the dead process was still to be fetched from it
+            with suppress(RuntimeError):
+                time.sleep(1)  # until torch notices the death, too, which would raise at any line from here on
+            raise _death(error) from error
+
+
+def _death(error: Exception) -> DataError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return DataError(
+        f"A process that loaded images died ({reason}). Often the memory was full: use fewer --workers or a smaller "
+        "--batch-size. The same command goes on from the last checkpoint."
+    )
 
 
 def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -153,18 +153,18 @@ def killed_at(call_number: int, folder: Path, step: int) -> bool:
         save_weights = engine.save_weights
         for module, name in [*SAVING, (engine, "save_weights")]:
             setattr(module, name, counting(getattr(module, name)))
-        engine._save(Checkpoints(folder, keep=1), backend(float(step)), step, WORLD)
+        engine._save(Checkpoints(folder, keep=1), backend(float(step)), None, step, WORLD)
         os._exit(0)
     finally:
         os._exit(1)
 
 
 def test_a_kill_at_any_moment_of_saving_leaves_a_complete_checkpoint(tmp_path):
-    engine._save(Checkpoints(tmp_path), backend(1.0), 1, WORLD)
+    engine._save(Checkpoints(tmp_path), backend(1.0), None, 1, WORLD)
     step, moment, resumed = 2, 1, []
     while killed_at(moment, tmp_path, step):
         model, optimizer = Model(0.0), {}
-        load = lambda folder, m=model, o=optimizer: o.update(engine._read_checkpoint(folder, m)[1])  # noqa: E731
+        load = lambda folder, m=model, o=optimizer: o.update(engine._read_checkpoint(folder, m, None)[1])  # noqa: E731
         found = Checkpoints(tmp_path).latest(load, pytest.fail)
         assert found in (step - 1, step)
         for value in [*model.state_dict().values(), *optimizer.values()]:
