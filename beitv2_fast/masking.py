@@ -6,8 +6,8 @@ The blocks are drawn by the op `beitv2_fast.kernels.block_masks`, in C++ on the 
 import torch
 from torch import Tensor
 
-from .kernels.block_masks import block_masks
-from .kernels.block_masks.batched import random_bits
+from .kernels.block_masks import block_masks, check_count
+from .kernels.counter_random import random_bits
 
 __all__ = ["block_masks", "random_masks"]
 
@@ -20,10 +20,7 @@ def random_masks(keys: Tensor, grid: tuple[int, int], num_masked: int) -> Tensor
     alone. Raises ValueError for an impossible grid or number.
     """
     height, width = grid
-    if height < 1 or width < 1:
-        raise ValueError(f"the mask's grid is {height}x{width} patches; both sides must be at least 1")
-    if not 0 <= num_masked <= height * width:
-        raise ValueError(f"num_masked is {num_masked}; a grid of {height}x{width} has 0 .. {height * width} to mask")
+    check_count(grid, num_masked)
     bits = random_bits(keys[:, None], torch.arange(height * width, device=keys.device))
     mask = torch.zeros(bits.shape, dtype=torch.bool, device=keys.device)
     mask.scatter_(1, bits.argsort(dim=1)[:, :num_masked], True)

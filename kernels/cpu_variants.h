@@ -4,31 +4,37 @@
 //   #include "../cpu_variants.h"
 //   const Rows& op_rows() { return BEITV2_FAST_PICK(rows); }
 //
-// The header has no include guard and includes nothing (see cpu_target.h). One such file a source file.
+// The header has no include guard and includes nothing but more of the same kind (see cpu_target.h). REGISTER_FLOATS tells
+// it how many floats a register holds. One such file a source file.
 #include <stdint.h>
 #include <string.h>
 
 #include "cpu_capability.h"
 #include "cpu_target.h"
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // 64-byte vectors never cross a function that is not inlined
+
 namespace beitv2_fast {
 namespace {
 
 namespace portable {
+constexpr int REGISTER_FLOATS = 4;
 #include BEITV2_FAST_VARIANTS
 }
 
 #if BEITV2_FAST_X86
 BEITV2_FAST_TARGET_BEGIN("avx2,fma")
 namespace avx2 {
+constexpr int REGISTER_FLOATS = 8;
 #include BEITV2_FAST_VARIANTS
 }
 BEITV2_FAST_TARGET_END
 #endif
 
 #if BEITV2_FAST_COMPILES_AVX512
-BEITV2_FAST_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+BEITV2_FAST_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
 namespace avx512 {
+constexpr int REGISTER_FLOATS = 16;
 #include BEITV2_FAST_VARIANTS
 }
 BEITV2_FAST_TARGET_END

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .counter_random import as_uniform, random_bits
+
 
 def world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
     """(rank, ranks) of the process group, by default the default one; (0, 1) without one."""
@@ -20,15 +22,6 @@ def salt(*numbers: int) -> int:
     for number in numbers:
         value = (value * 6364136223846793005 + number + 1442695040888963407) % 2**64
     return value - 2**63
-
-
-def uniform(index: Tensor, salt: int) -> Tensor:
-    """float64 in [0, 1), a function of the index and the salt alone (splitmix64): [n] int64 -> [n]."""
-    z = index * -7046029254386353131 + salt
-    z = (z ^ ((z >> 30) & (2**34 - 1))) * -4658895280553007687
-    z = (z ^ ((z >> 27) & (2**37 - 1))) * -7723592293110705685
-    z = z ^ ((z >> 31) & (2**33 - 1))
-    return ((z >> 11) & (2**53 - 1)).double() / 2**53
 
 
 def directed(x: Tensor) -> Tensor:
@@ -60,7 +53,7 @@ def sample_rows(
         dist.all_gather_into_tensor(counts, torch.full((1,), n, device=x.device), group=group)
         numbers += counts[:rank].sum()
     # Exponential races: the row with the largest weight / Exp(1) wins with probability proportional to its weight.
-    keys = 1 / -torch.log1p(-uniform(numbers, salt)).clamp(max=-1e-300)
+    keys = 1 / -torch.log1p(-as_uniform(random_bits(salt, numbers))).clamp(max=-1e-300)
     if weights is not None:
         keys = keys * weights
     keys = torch.where(x.isfinite().all(-1) & (keys > 0), keys, -1.0)  # NaN weights compare False

@@ -188,7 +188,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& qkv, const std::opt
   at::Tensor sums = at::empty({2, s.images, s.heads, s.tokens}, qkv.options().dtype(at::kFloat));
   const float* added = bias ? bias->const_data_ptr<float>() : nullptr;
   with_type(qkv.scalar_type(), [&](auto type) {
-    const Forward<decltype(type)> task = {attention::kernels_for(cpu_capability()), s, qkv, out, sums, added,
+    const Forward<decltype(type)> task = {attention::kernels(), s, qkv, out, sums, added,
                                           static_cast<float>(scale)};
     at::parallel_for(0, s.images * s.heads, 1, [&](int64_t begin, int64_t end) { task.run(begin, end); });
   });
@@ -208,7 +208,7 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
   if (of_bias) partial = at::zeros({groups, s.heads, s.tokens, s.tokens}, qkv.options().dtype(at::kFloat));
   const float* added = bias ? bias->const_data_ptr<float>() : nullptr;
   with_type(qkv.scalar_type(), [&](auto type) {
-    const Backward<decltype(type)> task = {attention::kernels_for(cpu_capability()), s, grad, qkv, sums, grad_qkv,
+    const Backward<decltype(type)> task = {attention::kernels(), s, grad, qkv, sums, grad_qkv,
                                            added, of_bias ? partial.mutable_data_ptr<float>() : nullptr,
                                            static_cast<float>(scale), groups};
     at::parallel_for(0, groups * s.heads, 1, [&](int64_t begin, int64_t end) { task.run(begin, end); });

@@ -3,8 +3,6 @@
 
 #include <cstdint>
 
-#include "../cpu_capability.h"
-
 namespace beitv2_fast::attention {
 
 struct Kernels {
@@ -16,6 +14,6 @@ struct Kernels {
   void (*scores_gradient)(const float* p, float* grad, float* grad_bias, int64_t n);
 };
 
-const Kernels& kernels_for(Capability capability);
+const Kernels& kernels();
 
 }  // namespace beitv2_fast::attention

@@ -1,8 +1,11 @@
 // Products of small matrices and rows of softmax; included once for every instruction set, inside a namespace and a
-// target region, after WIDTH (floats of a register), ROWS and VECTORS (the register tile) are set.
+// target region (see cpu_variants.h).
 //
 // No include guard, and nothing is included but more of the same kind.
 #include "../cpu_floats.h"
+
+constexpr int WIDTH = REGISTER_FLOATS;
+constexpr int ROWS = WIDTH == 16 ? 14 : WIDTH == 8 ? 6 : 5, VECTORS = 2;  // a tile that 32 or 16 registers hold
 
 typedef float Register __attribute__((vector_size(4 * WIDTH)));
 
@@ -163,4 +166,4 @@ static void scores_gradient(const float* p, float* grad, float* grad_bias, int64
   }
 }
 
-const Kernels kernels = {product, transpose, softmax, probabilities, scores_gradient};
+const attention::Kernels attention_kernels = {product, transpose, softmax, probabilities, scores_gradient};

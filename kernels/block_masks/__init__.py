@@ -65,17 +65,22 @@ def check_settings(
     grid: tuple[int, int], num_masked: int, min_patches: int, min_aspect: float, max_patches: int | None
 ) -> None:
     """ValueError that names the setting outside its range."""
-    height, width = grid
-    if height < 1 or width < 1:
-        raise ValueError(f"the mask's grid is {height}x{width} patches; both sides must be at least 1")
-    if not 0 <= num_masked <= height * width:
-        raise ValueError(f"num_masked is {num_masked}; a grid of {height}x{width} has 0 .. {height * width} to mask")
+    check_count(grid, num_masked)
     if min_patches < 1:
         raise ValueError(f"min_patches is {min_patches}; a block needs at least 1 patch")
     if not 0 < min_aspect <= 1:
         raise ValueError(f"min_aspect is {min_aspect}; expected a height / width above 0 and at most 1, such as 0.3")
     if max_patches is not None and max_patches < min_patches:
         raise ValueError(f"max_patches is {max_patches}, less than min_patches, {min_patches}; raise it or pass None")
+
+
+def check_count(grid: tuple[int, int], num_masked: int) -> None:
+    """ValueError unless the grid has so many patches to mask."""
+    height, width = grid
+    if height < 1 or width < 1:
+        raise ValueError(f"the mask's grid is {height}x{width} patches; both sides must be at least 1")
+    if not 0 <= num_masked <= height * width:
+        raise ValueError(f"num_masked is {num_masked}; a grid of {height}x{width} has 0 .. {height * width} to mask")
 
 
 @torch.library.custom_op("beitv2_fast::block_masks", mutates_args=())

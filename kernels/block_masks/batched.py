@@ -10,19 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from .reference import ATTEMPTS_PER_BLOCK, DRAWS_PER_ATTEMPT, FIRST_FILL, GAMMA, MAX_ATTEMPTS, MIX1, MIX2
-
-
-def random_bits(keys: Tensor, k: Tensor) -> Tensor:
-    """64 bits of int64, as the reference's: keys and k broadcast; int64 arithmetic wraps as uint64's does."""
-
-    def signed(value: int) -> int:
-        return value - 2**64 if value >= 2**63 else value
-
-    z = keys + k * signed(GAMMA)
-    z = (z ^ (z >> 30 & 2**34 - 1)) * signed(MIX1)
-    z = (z ^ (z >> 27 & 2**37 - 1)) * signed(MIX2)
-    return z ^ (z >> 31 & 2**33 - 1)
+from ..counter_random import as_uniform, random_bits
+from .reference import ATTEMPTS_PER_BLOCK, DRAWS_PER_ATTEMPT, FIRST_FILL, MAX_ATTEMPTS
 
 
 def block_masks_batched(
@@ -31,8 +20,7 @@ def block_masks_batched(
     device, log_aspect = keys.device, math.log(min_aspect)
     k = torch.arange(FIRST_FILL + height * width, device=device)
     bits = random_bits(keys[:, None], k)  # [B, draws]
-    draws = (bits[:, :FIRST_FILL] >> 11 & 2**53 - 1).double() * 2.0**-53
-    draws = draws.view(len(keys), MAX_ATTEMPTS, DRAWS_PER_ATTEMPT)
+    draws = as_uniform(bits[:, :FIRST_FILL]).view(len(keys), MAX_ATTEMPTS, DRAWS_PER_ATTEMPT)
     aspects = (log_aspect * (1 - 2 * draws[..., 1])).exp()
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     mask = torch.zeros(len(keys), height, width, dtype=torch.bool, device=device)

@@ -11,12 +11,12 @@ import math
 import torch
 from torch import Tensor
 
+from ..counter_random import GAMMA, MIX1, MIX2
+
 ATTEMPTS_PER_BLOCK = 10
 MAX_ATTEMPTS = 64
 DRAWS_PER_ATTEMPT = 4  # area, aspect ratio, top, left
 FIRST_FILL = DRAWS_PER_ATTEMPT * MAX_ATTEMPTS  # the draw of patch 0 where single patches make up the number
-
-GAMMA, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64
 
 
 def random_bits(key: int, k: int) -> int:

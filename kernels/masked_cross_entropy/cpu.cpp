@@ -63,7 +63,7 @@ void softmax_cross_entropy_(const at::Tensor& logits, const std::optional<at::Te
   const int64_t rows = logits.size(0), classes = logits.size(1);
   for (const at::Tensor& t : {logits, labels, losses, correct})
     TORCH_CHECK(t.is_contiguous() && t.size(0) == rows, "softmax_cross_entropy_: contiguous tensors with one row count");
-  const Chunk chunk = {softmax::kernels_for(cpu_capability()), logits.mutable_data_ptr<float>(),
+  const Chunk chunk = {softmax::kernels(), logits.mutable_data_ptr<float>(),
                        bias ? bias->const_data_ptr<float>() : nullptr, labels.const_data_ptr<int64_t>(),
                        losses.mutable_data_ptr<float>(), correct.mutable_data_ptr<bool>(), classes, gradient};
   // A row of column sums a thread, added in order: the result does not depend on which thread is first.

@@ -74,4 +74,4 @@ static void scale_rows(float* rows, const float* scale, int64_t count, int64_t n
     }
 }
 
-const Kernels kernels = {add_bias, exponentials, scale_rows};
+const softmax::Kernels softmax_kernels = {add_bias, exponentials, scale_rows};

@@ -3,8 +3,6 @@
 
 #include <cstdint>
 
-#include "../cpu_capability.h"
-
 namespace beitv2_fast::softmax {
 
 struct Kernels {
@@ -13,6 +11,6 @@ struct Kernels {
   void (*scale_rows)(float* rows, const float* scale, int64_t count, int64_t n, float* column_sums);
 };
 
-const Kernels& kernels_for(Capability capability);
+const Kernels& kernels();
 
 }  // namespace beitv2_fast::softmax
