@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -181,3 +182,25 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make a file or folder beside ``path``, flush it to disk, then give it its name.
+
+    A crash leaves the old one or the new one, and a failure nothing else. Several writers do not meet.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        write(temporary)
+        for file in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+            flush(file)
+        old = path.with_name(f"{temporary.name}.old")
+        if path.is_dir():  # a rename replaces files alone
+            path.rename(old)
+        temporary.replace(path)
+        flush(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)

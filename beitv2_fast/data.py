@@ -81,7 +81,7 @@ class ImageFolder(Dataset):
         in_memory: decode all images now and keep them, 1 byte (grey) or 3 a pixel, `decoded_bytes` in all. Worth it
             where decoding is the larger part of the work and the images fit; forked worker processes share them.
         loader: what makes batches of them: "torchvision" (PIL and torch's workers) or "dali"; see `choose_loader`.
-        device: where DALI works and leaves the batches.
+        device: where DALI works and leaves the batches; PIL works on the CPU, whatever it says.
 
     Raises:
         DataError: a file that could be read before no longer can.
@@ -102,7 +102,7 @@ class ImageFolder(Dataset):
         self.view = view
         self.seed = seed
         self.views = views
-        self.loader, self.device = loader, torch.device(device)
+        self.loader, self.device = loader, torch.device(device if loader == "dali" else "cpu")
         self._decoded = None
         if in_memory:
             with ThreadPoolExecutor() as pool:  # PIL decodes without holding the interpreter's lock

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from .checkpoint import flush
+from .checkpoint import atomically
 from .config import option
 from .distributed import autocast_dtype
 from .errors import UserError, require
@@ -102,37 +101,48 @@ def encode_folder(images: Path, config: EncodeConfig) -> tuple[int, list[tuple[s
     return sum(len(part[0]) for part in parts), left_out
 
 
+Batch = tuple[list[int], Tensor | None, dict[int, str]]
+
+
 class _Images(Dataset):
-    """index -> the tokenizer's view of an image, or the reason why there is none."""
+    """indices -> those whose images can be read, the tokenizer's views of these [B, 3, H, W], the others' reasons."""
 
     def __init__(self, root: Path, paths: list[str], size: int, crop_pct: float):
         from .transforms import EvalView
 
         self.root, self.paths, self.view = root, paths, EvalView(size, crop_pct)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        good: list[int] = []
+        views: list[Tensor] = []
+        bad: dict[int, str] = {}
+        for index in indices:
+            try:
+                views.append(self._view(index))
+                good.append(index)
+            except Exception as error:  # a decoder may raise anything at all on a damaged file
+                reason = " ".join(str(error).replace(f"{self.root}{os.sep}", "").split())[:200]
+                bad[index] = reason or type(error).__name__
+        return good, torch.stack(views) if views else None, bad
+
+    def _view(self, index: int) -> Tensor:
         from .images import Image, open_image
 
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                return index, self.view(open_image(self.root / self.paths[index]))["image"], ""
-        except Exception as error:  # a decoder may raise anything at all on a damaged file
-            reason = " ".join(str(error).replace(f"{self.root}{os.sep}", "").split())[:200]
-            return index, None, reason or type(error).__name__
-
-
-def _collate(items: list[tuple[int, Tensor | None, str]]) -> tuple[list[int], Tensor | None, dict[int, str]]:
-    good = [(index, image) for index, image, _ in items if image is not None]
-    bad = {index: reason for index, image, reason in items if image is None}
-    return [index for index, _ in good], torch.stack([image for _, image in good]) if good else None, bad
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return self.view(open_image(self.root / self.paths[index]))["image"]
 
 
 def _encode_pieces(
     root: Path, paths: list[str], model: Tokenizer, config: EncodeConfig, pieces: Path
 ) -> Iterator[Path]:
     """Encode what has no piece on disk yet; yields each piece's file when it is complete."""
+    from .torch_loader import TorchLoader  # brings PIL
+
     tqdm = require("tqdm", "train", "A progress bar").tqdm
     step = _piece(config)
     todo = [first for first in range(0, len(paths), step) if not (pieces / f"{first:09d}.npz").exists()]
@@ -145,13 +155,13 @@ def _encode_pieces(
     models = [model.to(devices[0]), *(_copy(model, device) for device in devices[1:])]
     workers = _workers(config.workers, devices[0])
     dataset = _Images(root, paths, model.config.encoder.image_size, config.crop_pct)
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_collate, **_options(workers))
+    loader = TorchLoader(dataset, batches, workers)
     dtype = autocast_dtype(config.precision, devices[0])
     with tqdm(total=len(paths), initial=len(paths) - sum(map(len, batches)), unit="image", desc="encoding") as bar:
         indices: list[int] = []
         codes: list[Tensor] = []
         left_out: dict[str, str] = {}
-        for number, (good, images, bad) in enumerate(_batches(loader)):
+        for number, (good, images, bad) in enumerate(loader):
             left_out |= {paths[index]: reason for index, reason in bad.items()}
             if images is not None:  # several GPUs take turns, none waits for another
                 device = number % len(devices)
@@ -176,18 +186,6 @@ def _codes(model: Tokenizer, images: Tensor, dtype: torch.dtype | None) -> Tenso
             return model.encode(images)
 
 
-def _batches(loader: DataLoader) -> Iterator[Any]:
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            "a process that decoded images died (out of memory, or a file that crashes the decoder). What is done is "
-            "kept: run the same command again with fewer --workers; if it happens again, look for a damaged file."
-        ) from error
-
-
 def _copy(model: Tokenizer, device: torch.device) -> Tokenizer:
     copy = Tokenizer(model.config)
     copy.load_state_dict(model.state_dict())
@@ -206,17 +204,6 @@ def _workers(workers: int | None, device: torch.device) -> int:
     if workers is not None:
         return workers
     return min(cores, 16) if device.type == "cuda" else cores // 2
-
-
-def _options(workers: int) -> dict[str, Any]:
-    if not workers:
-        return {}
-    return {"multiprocessing_context": "fork", "worker_init_fn": _start_worker, "pin_memory": torch.cuda.is_available()}
-
-
-def _start_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # one message, from the parent, is enough
-    torch.set_num_threads(1)  # the encoder needs the other cores
 
 
 def _piece(config: EncodeConfig) -> int:
@@ -300,19 +287,16 @@ def _strings(values: list[str]) -> Any:
 
 
 def _save(path: Path, kind: str, arrays: dict[str, Any]) -> None:
-    """Write beside, flush, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    """So that a crash leaves the old file or the new one."""
+
+    def write(temporary: Path) -> None:
         if kind == "npz":
             with temporary.open("wb") as file:
                 require("numpy", "train", "Writing codes").savez(file, **arrays)
         else:
             require("safetensors.numpy", "train", "Writing codes").save_file(arrays, temporary)
-        flush(temporary)
-        temporary.replace(path)
-        flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    atomically(path, write)
 
 
 def _check_out(config: EncodeConfig) -> None:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +19,7 @@ from .attention import choose_attention
 from .backend import DeepSpeedBackend, TorchBackend, check_optimizer_state
 from .bad_steps import BadSteps, Undo, poisoned
 from .checkpoint import Checkpoints, load_model, read_weights, save_weights
-from .config import TrainConfig
+from .config import RunConfig, TrainConfig
 from .data import ImageFolder, ImageList, check_images, choose_loader, find_images, steps_per_epoch, train_loader
 from .distributed import World, autocast_dtype
 from .ema import ModelEMA
@@ -28,6 +27,7 @@ from .errors import UserError
 from .optim import cosine_schedule, parameter_groups
 from .run import RunFolder
 from .stop_signal import StopSignal
+from .torch_loader import deaths_explained
 from .training_log import TrainingLog
 from .transforms import View
 from .watchdog import Watchdog
@@ -38,7 +38,10 @@ AfterEpoch = Callable[[int, dict[str, nn.Module], Callable[[], None]], None]
 
 
 class Task(Protocol):
-    """What a stage brings: its model, what a step does with a batch, what it tells the log."""
+    """What a stage brings: its model, what a step does with a batch, what it tells the log.
+
+    Stages are subclasses; what has a body here may stay as it is.
+    """
 
     name: str
     model: nn.Module
@@ -48,15 +51,18 @@ class Task(Protocol):
 
     def prepare(self, micro_batches: list[Batch]) -> None:
         """Before a first step of several micro-batches: what must see them all at once."""
+        return
 
     def report(self) -> dict[str, float]:
         """Further numbers over the window since the last line of the log."""
+        return {}
 
     def line(self, metrics: dict[str, float]) -> str:
         """The stage's part of a console line."""
 
     def warning(self, metrics: dict[str, float], steps: int) -> str | None:
         """What is wrong with the numbers of a line, which cover so many steps, and what to try."""
+        return None
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Pictures [3, H, W] in [0, 1] for TensorBoard."""
@@ -98,25 +104,31 @@ class Plan:
         )
 
 
-def training_images(config: TrainConfig, view: View, run: RunFolder, world: World) -> ImageFolder:
-    """The images of --data, checked once: rank 0 decodes them all, the others read what it wrote beside the run."""
-    loader, why = choose_loader(config.loader, in_memory=config.in_memory)
+def checked_images(
+    data: Path, split: str | None, config: RunConfig, run: RunFolder, world: World, *, min_size: int, name: str = ""
+) -> ImageList:
+    """The images of a folder, checked once: rank 0 decodes them all, the others read what it wrote beside the run.
+
+    ``name``: of what is written, where a run has several lists.
+    """
 
     def checked() -> ImageList:
-        found = find_images(config.data, "train", index=run.path / "shards.json")
-        cache = run.path / "images.json"
-        return check_images(found, cache=cache, min_size=config.patch_size, workers=config.workers)
+        found = find_images(data, split, index=run.path / f"shards{name}.json")
+        return check_images(found, cache=run.path / f"images{name}.json", min_size=min_size, workers=config.workers)
 
     if world.rank == 0:
         images = checked()
     world.barrier()
-    if world.rank != 0:
-        images = checked()
-    device = world.device if loader == "dali" else "cpu"
-    run.print(
-        f"images: {len(images):,} from {images.root}, loaded by {loader} on the {torch.device(device).type} ({why})"
-    )
-    return ImageFolder(images, view, config.seed, in_memory=config.in_memory, loader=loader, device=device)
+    return images if world.rank == 0 else checked()
+
+
+def training_images(config: TrainConfig, view: View, run: RunFolder, world: World) -> ImageFolder:
+    """The images of --data and how they are loaded, which the log says."""
+    loader, why = choose_loader(config.loader, in_memory=config.in_memory)
+    images = checked_images(config.data, "train", config, run, world, min_size=config.patch_size)
+    dataset = ImageFolder(images, view, config.seed, in_memory=config.in_memory, loader=loader, device=world.device)
+    run.print(f"images: {len(images):,} from {images.root}, loaded by {loader} on the {dataset.device.type} ({why})")
+    return dataset
 
 
 def train(
@@ -181,7 +193,7 @@ def train(
     log = TrainingLog(task, run, world, plan, config, step)
     saved = step
     watchdog = Watchdog(run.path, world.rank, config.hang_after)
-    with StopSignal() as stop, log, watchdog, _deaths_explained():
+    with StopSignal() as stop, log, watchdog, deaths_explained():
         for batch in loader:
             undo = Undo(task.model)
             metrics = _gradient(task, backend, batch, config, step, world, amp)
@@ -251,24 +263,6 @@ def _gradient(
 def _mix(seed: int, step: int, lane: int) -> int:
     """A seed for torch's generators in one micro-batch of a step."""
     return (seed * 1_000_003 + step) * 4_099 + lane
-
-
-@contextmanager
-def _deaths_explained() -> Iterator[None]:
-    """torch tells of a killed data-loading process by an exception at whatever line the training is just then.
-
-    Or Python does, by a broken connection, if a batch of that process's was still to be fetched from it.
-    """
-    try:
-        yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise UserError(
-            f"A process that loaded images died ({reason}). The same command resumes from the last checkpoint; if "
-            "memory ran out, use fewer --workers."
-        ) from error
 
 
 def _resume(

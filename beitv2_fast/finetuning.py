@@ -18,10 +18,10 @@ from .config import RunConfig
 from .convert.files import read
 from .convert.finetune import describe_new, start_classifier
 from .convert.shapes import VIT_FIELD
-from .data import EvalView, ImageFolder, check_images, choose_loader, find_images
+from .data import EvalView, ImageFolder, choose_loader
 from .distributed import World, autocast_dtype
 from .downstream_config import FinetuneConfig
-from .engine import Batch
+from .engine import Batch, Task, checked_images
 from .errors import UserError
 from .evaluation import class_columns, evaluate
 from .run import RunFolder, write_atomically
@@ -93,7 +93,7 @@ def store_classes(run: RunFolder, classes: list[str]) -> None:
         write_atomically(run.path / CLASSES, json.dumps(classes) + "\n")
 
 
-class FinetuneTask:
+class FinetuneTask(Task):
     """Augmented images -> soft targets' cross entropy ``-sum_k t_k log softmax(logits)_k``."""
 
     name = "finetune"
@@ -107,15 +107,6 @@ class FinetuneTask:
         right = logits.argmax(-1) == targets.argmax(-1)
         return F.cross_entropy(logits, targets), {"accuracy": right.float().mean()}
 
-    def prepare(self, micro_batches: list[Batch]) -> None:
-        pass
-
-    def report(self) -> dict[str, float]:
-        return {}
-
-    def warning(self, metrics: dict[str, float], steps: int) -> str | None:
-        return None
-
     def line(self, metrics: dict[str, float]) -> str:
         return f"larger label right {metrics['accuracy']:.1%}"
 
@@ -126,19 +117,9 @@ class FinetuneTask:
 def labelled_images(
     folder: Path, name: str, config: RunConfig, run: RunFolder, world: World, *, view: EvalView, min_size: int
 ) -> ImageFolder:
-    """A folder's images for evaluation, checked once: rank 0 decodes them all. ``name``: of the list beside the run."""
-    loader, _ = choose_loader(config.loader)
-
-    def checked() -> ImageFolder:
-        found = find_images(folder, index=run.path / f"shards_{name}.json")
-        cache = run.path / f"images_{name}.json"
-        images = check_images(found, cache=cache, min_size=min_size, workers=config.workers)
-        return ImageFolder(images, view, loader=loader, device=world.device if loader == "dali" else "cpu")
-
-    if world.rank == 0:
-        dataset = checked()
-    world.barrier()
-    return dataset if world.rank == 0 else checked()
+    """A folder's images for evaluation. ``name``: of the list that is kept beside the run."""
+    images = checked_images(folder, None, config, run, world, min_size=min_size, name=f"_{name}")
+    return ImageFolder(images, view, loader=choose_loader(config.loader)[0], device=world.device)
 
 
 def validation_folder(config: FinetuneConfig) -> Path | None:

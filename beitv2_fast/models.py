@@ -12,7 +12,7 @@ from .classifier import Classifier, ClassifierConfig
 from .convert import kind_of
 from .convert.files import Loaded, read
 from .convert.finetune import check_backbone, describe_new, start_classifier
-from .convert.shapes import VIT_FIELD, ModelConfig, flatten, unflatten
+from .convert.shapes import EARLY_LAYERS, VIT_FIELD, ModelConfig, flatten, unflatten
 from .errors import CheckpointError, UserError
 from .positions import resize_positions
 from .student import Student, StudentConfig
@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 CLASSES = {TokenizerModelConfig: Tokenizer, StudentConfig: Student, ClassifierConfig: Classifier}
 KINDS = {TokenizerModelConfig: "tokenizer", StudentConfig: "student", ClassifierConfig: "classifier"}
 LAYER_SCALE = {"small": 0.1, "base": 0.1, "large": 1e-5, "huge": 1e-5}
-EARLY_LAYER = {"small": 9, "base": 9, "large": 21, "huge": 28}
 # what no weight depends on, or what loading adapts
 FREE = ("image_size", "num_classes", "layer_scale", "drop_path", "eps", "init_std", "early_layer", "decay")
 FREE += ("commitment_weight", "kmeans_init", "dead_after", "attention", "checkpointing")
@@ -38,7 +37,7 @@ def _tokenizer(decoder_depth: int, teacher_dim: int) -> TokenizerModelConfig:
 def _students() -> dict[str, StudentConfig]:
     return {
         f"beitv2_{size}": StudentConfig(
-            ViTConfig(**shape, layer_scale=LAYER_SCALE[size]), early_layer=EARLY_LAYER[size]
+            ViTConfig(**shape, layer_scale=LAYER_SCALE[size]), early_layer=EARLY_LAYERS[shape["depth"]]
         )
         for size, shape in SIZES.items()
     }

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .checkpoint import read_weights, save_weights
+from .checkpoint import atomically, read_weights, save_weights
 from .data import EvalView, ImageFolder, ImageList, choose_loader, eval_loader
 from .distributed import World
+from .features import features
 from .student import Student
-from .transforms import normalise
 
 KINDS = {"cls": "CLS token", "mean": "mean of patches"}  # of the whole model, in the order of ``student_features``
 Features = dict[str, Tensor]  # by split
@@ -28,25 +27,23 @@ def student_features(model: Student, layers: Sequence[int] = ()) -> Callable[[Te
     gives them all.
     """
 
-    def features(images: Tensor) -> Tensor:
+    def found(images: Tensor) -> Tensor:
         tokens: dict[int, Tensor] = {}
         hooks = [
             model.blocks[layer - 1].register_forward_hook(lambda _, given, out, at=layer: tokens.update({at: out}))
             for layer in layers
         ]
         try:
-            last, aggregated = model.encode(normalise(images))
+            cls, patches = features(model, images)
         finally:
             for hook in hooks:
                 hook.remove()
-        norm, _ = model.aggregation_head
-        cls = norm((last if aggregated is None else aggregated)[:, 0])
-        found = [cls, model.norm(last[:, 1:]).mean(1)]
+        columns = [cls, patches.mean(1)]
         for layer in layers:
-            found += [tokens[layer][:, 0], tokens[layer][:, 1:].mean(1)]
-        return torch.stack(found, dim=1)
+            columns += [tokens[layer][:, 0], tokens[layer][:, 1:].mean(1)]
+        return torch.stack(columns, dim=1)
 
-    return features
+    return found
 
 
 def feature_names(layers: Sequence[int]) -> list[str]:
@@ -90,7 +87,5 @@ class Extractor:
         found = torch.cat([function(b["image"].to(self.device)).float().cpu() for b in bar])
         if key and self.world.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{file.name}.{os.getpid()}")
-            save_weights({"features": found}, temporary)
-            temporary.replace(file)
+            atomically(file, lambda temporary: save_weights({"features": found}, temporary))
         return found

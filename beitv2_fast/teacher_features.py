@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoint import atomically
 from .data import ImageFolder, keyed_loader
 from .distributed import World
 from .errors import UserError, require
@@ -227,14 +227,10 @@ def _save(features: Tensor, file: Path) -> None:
     from numpy.lib import format as npy
 
     array = features.contiguous().numpy()
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    try:
+
+    def write(temporary: Path) -> None:
         with temporary.open("xb") as stream:
             npy.write_array_header_1_0(stream, npy.header_data_from_array_1_0(array))
             stream.write(array.data)  # np.save would write through another stream and lose its error on a full disk
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+    atomically(file, write)

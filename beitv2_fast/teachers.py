@@ -249,8 +249,7 @@ def _read_file(weights: str | Path, teacher: str, source: str) -> dict[str, Any]
     path = Path(weights)
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint file {path} (weights of the teacher {teacher}): {source}.")
-    state = read_torchscript(path) if is_torchscript(path) else read_weights(path)
-    return state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
+    return read_torchscript(path) if is_torchscript(path) else read_weights(path)
 
 
 def create_teacher(

@@ -44,27 +44,39 @@ class TorchLoader(DataLoader):
         )
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        try:
-            with _sigterm_blocked():  # the workers inherit it from their first moment on
-                batches = super().__iter__()
-            yield from batches
-        except DataError as error:
-            raise DataError(str(error).rpartition("DataError: ")[2]) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise _death(error) from error
-        except (ConnectionError, EOFError) as error:  # a batch of the dead process was still to be fetched from it
-            with suppress(RuntimeError):
-                time.sleep(1)  # until torch notices the death, too, which would raise at any line from here on
-            raise _death(error) from error
+        with deaths_explained():
+            try:
+                with _sigterm_blocked():  # the workers inherit it from their first moment on
+                    batches = super().__iter__()
+                yield from batches
+            except DataError as error:
+                raise DataError(str(error).rpartition("DataError: ")[2]) from None
+
+
+@contextmanager
+def deaths_explained() -> Iterator[None]:
+    """Inside, what torch and Python raise because a data-loading process was killed becomes a DataError.
+
+    torch tells of it by an exception at whatever line the main thread is just then; Python by a broken connection, if a
+    batch of that process's was still to be fetched from it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise _death(error) from error
+    except (ConnectionError, EOFError) as error:
+        with suppress(RuntimeError):
+            time.sleep(1)  # until torch notices the death, too, which would raise at any line from here on
+        raise _death(error) from error
 
 
 def _death(error: Exception) -> DataError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return DataError(
-        f"A process that loaded images died ({reason}). Often the memory was full: use fewer --workers or a smaller "
-        "--batch-size. The same command goes on from the last checkpoint."
+        f"A process that loaded images died ({reason}). Often the memory was full: use fewer --workers. The same "
+        "command goes on from what was saved last; if it happens again, look for a damaged file."
     )
 
 

@@ -59,9 +59,14 @@ class View(Protocol):
 
 
 class _View:
-    """What the views share."""
+    """What the views share; by default the view is one square picture, "image"."""
 
+    size: int
     resizes_first = False
+
+    @property
+    def pictures(self) -> dict[str, Picture]:
+        return {"image": Picture(self.size)}
 
     def __call__(self, image: Image.Image, key: int = 0) -> dict[str, Tensor]:
         """The view of one image as the key, 64 random bits, wants it."""
@@ -70,6 +75,9 @@ class _View:
 
     def augment(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
         return image
+
+    def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
+        return {"image": to_float(pictures["image"])}
 
 
 @dataclass(frozen=True)
@@ -86,15 +94,8 @@ class TokenizerView(_View):
     def __post_init__(self) -> None:
         _check_view(self.size, self.crop_scale)
 
-    @property
-    def pictures(self) -> dict[str, Picture]:
-        return {"image": Picture(self.size)}
-
     def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
         return {"box": random_crops(sizes, self.crop_scale, keys), "flip": random_flips(keys)}
-
-    def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
-        return {"image": to_float(pictures["image"])}
 
 
 @dataclass(frozen=True)
@@ -189,10 +190,6 @@ class FinetuneView(_View):
                 "of magnitude 0 to 30"
             )
 
-    @property
-    def pictures(self) -> dict[str, Picture]:
-        return {"image": Picture(self.size)}
-
     def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
         draws = {"box": random_crops(sizes, self.crop_scale, keys), "flip": random_flips(keys)}
         if self.ops:
@@ -213,9 +210,6 @@ class FinetuneView(_View):
             torch.manual_seed(int(draws["augment_op"][i, 0] * 2**53))
             return self._torchvision[0](image)
 
-    def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
-        return {"image": to_float(pictures["image"])}
-
 
 @dataclass(frozen=True)
 class EvalView(_View):
@@ -231,19 +225,12 @@ class EvalView(_View):
     def __post_init__(self) -> None:
         _check_view(self.size, (self.crop_pct, 1.0))
 
-    @property
-    def pictures(self) -> dict[str, Picture]:
-        return {"image": Picture(self.size)}
-
     def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
         short, side = sizes.min(1, keepdims=True), int(self.size / self.crop_pct)
         resized = side * sizes // short  # of the whole image, as torchvision rounds it
         first = np.rint((resized - self.size) / 2).astype(np.int64)
         box = np.concatenate([first, first + self.size], 1)
         return {"box": box, "resized": resized, "flip": np.zeros(len(sizes), bool)}
-
-    def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
-        return {"image": to_float(pictures["image"])}
 
 
 def pictures_of(images: list[Image.Image], view: View, draws: Draws) -> Pictures:

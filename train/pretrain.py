@@ -13,7 +13,7 @@ from beitv2_fast.build import build_student, load_run_model
 from beitv2_fast.config import PretrainConfig, TokenizerConfig, parse
 from beitv2_fast.data import PretrainView
 from beitv2_fast.distributed import run_main, start
-from beitv2_fast.engine import Batch, train, training_images
+from beitv2_fast.engine import Batch, Task, train, training_images
 from beitv2_fast.errors import UserError
 from beitv2_fast.pictures import masked_picture, token_map
 from beitv2_fast.presets import PRETRAIN
@@ -22,7 +22,7 @@ from beitv2_fast.student import Student
 from beitv2_fast.tokenizer import Tokenizer
 
 
-class PretrainTask:
+class PretrainTask(Task):
     name = "pretrain"
 
     def __init__(self, model: Student, tokenizer: Tokenizer, num_masked: int):
@@ -37,15 +37,6 @@ class PretrainTask:
         metrics = {f"loss_{name}": loss for name, loss in zip(self.branches, out.losses, strict=True)}
         accuracy = out.correct / max(len(labels), 1)
         return out.loss, {**metrics, **{f"accuracy_{n}": a for n, a in zip(self.branches, accuracy, strict=True)}}
-
-    def prepare(self, micro_batches: list[Batch]) -> None:
-        pass
-
-    def report(self) -> dict[str, float]:
-        return {}
-
-    def warning(self, metrics: dict[str, float], steps: int) -> str | None:
-        return None
 
     def line(self, metrics: dict[str, float]) -> str:
         return "masked tokens right: " + ", ".join(f"{n} {metrics[f'accuracy_{n}']:.1%}" for n in self.branches)

@@ -16,7 +16,7 @@ from beitv2_fast.collapse import CollapseWatch
 from beitv2_fast.config import TokenizerConfig, parse
 from beitv2_fast.data import TokenizerView
 from beitv2_fast.distributed import autocast_dtype, run_main, start
-from beitv2_fast.engine import Batch, train, training_images
+from beitv2_fast.engine import Batch, Task, train, training_images
 from beitv2_fast.errors import UserError
 from beitv2_fast.pictures import token_map
 from beitv2_fast.presets import TOKENIZER
@@ -26,7 +26,7 @@ from beitv2_fast.teachers import Teacher, create_teacher
 from beitv2_fast.tokenizer import Tokenizer
 
 
-class TokenizerTask:
+class TokenizerTask(Task):
     name = "tokenizer"
 
     def __init__(self, model: Tokenizer, teacher: Teacher | TeacherFeatures, config: TokenizerConfig):

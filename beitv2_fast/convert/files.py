@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import flush, read_weights, save_weights
+from ..checkpoint import atomically, read_weights, save_weights
 from ..errors import CheckpointError, UserError, require
 from ..run import CONFIG, stored_config
 from . import Weights, convert, detect
@@ -92,20 +90,20 @@ def write(
         raise UserError(f"a folder for transformers ({path}) needs the model's config.")
     path.parent.mkdir(parents=True, exist_ok=True)
     if folder:
-        _atomically(path, lambda temporary: _write_folder(temporary, state, extras, config))
+        atomically(path, lambda temporary: _write_folder(temporary, state, extras, config))
         return
     side = _extras_file(path)
     if extras:
-        _atomically(side, lambda temporary: save_weights(extras, temporary))
+        atomically(side, lambda temporary: save_weights(extras, temporary))
     else:
         side.unlink(missing_ok=True)
     metadata = (
         {METADATA: json.dumps(flatten(config))} if target == METADATA and config is not None else {"format": "pt"}
     )
     if path.suffix == ".safetensors":
-        _atomically(path, lambda temporary: save_weights(state, temporary, metadata))
+        atomically(path, lambda temporary: save_weights(state, temporary, metadata))
     else:
-        _atomically(path, lambda temporary: torch.save({"model": dict(state)}, temporary))
+        atomically(path, lambda temporary: torch.save({"model": dict(state)}, temporary))
 
 
 def convert_file(
@@ -192,22 +190,3 @@ def _write_folder(path: Path, state: Mapping[str, Tensor], extras: dict[str, Ten
         save_weights(extras, path / "extras.safetensors")
     for name, values in ((CONFIG, to_transformers(config)), ("preprocessor_config.json", preprocessor(config))):
         (path / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a file or folder beside ``path``, flush it to disk, then give it its name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        for file in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
-            flush(file)
-        old = path.with_name(f"{temporary.name}.old")
-        if path.is_dir():  # a rename replaces files alone
-            path.rename(old)
-        temporary.replace(path)
-        flush(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
