@@ -66,7 +66,7 @@ _groups: dict[str, list[Measurement]] = {}
 
 
 def measure(
-    benchmark: Any, group: str, name: str, run: Callable[[], object], *, seconds: float = 2.0
+    benchmark: Any, group: str, name: str, run: Callable[[], object], *, seconds: float = 1.0
 ) -> dict[str, Measurement]:
     """Time ``run`` with pytest-benchmark for ``seconds`` (3 to 50 rounds, two to warm up), then its memory.
 
