@@ -3,8 +3,11 @@
 JOBS is a JSON list of [stage, options], the training commands, of ["copy", [run, other run, step]], which copies a run
 as it was at a checkpoint, and of ["poison", [rank, step]], which makes the loss NaN there in every pre-training that
 follows.
+
+Every rank writes buffers_rank_R.jsonl into the run folder: after each step a hash of all buffers that it holds.
 """
 
+import hashlib
 import json
 import shutil
 import sys
@@ -12,9 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 import torch.distributed as dist
 
 from beitv2_fast.distributed import run_main
+from beitv2_fast.training_log import TrainingLog
 from train import finetune, pretrain, tokenizer
 
 
@@ -38,6 +43,16 @@ def poison(rank: str, step: str) -> int:
     return 0
 
 
+def add_and_hash(self, step, *args):
+    add(self, step, *args)
+    digest = hashlib.sha256()
+    for name, buffer in sorted(self.task.model.named_buffers()):
+        digest.update(name.encode() + buffer.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    with (self.run.path / f"buffers_rank_{self.world.rank}.jsonl").open("a") as lines:
+        lines.write(json.dumps([step, digest.hexdigest()]) + "\n")
+
+
+add, TrainingLog.add = TrainingLog.add, add_and_hash
 JOBS = {
     "tokenizer": tokenizer.main,
     "pretrain": pretrain.main,
