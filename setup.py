@@ -37,6 +37,7 @@ TRAIN = ["numpy>=1.26", "pillow>=10", "safetensors>=0.5", "tensorboard>=2.16", "
 DEEPSPEED = ["deepspeed>=0.19"]
 # For CUDA 13 and for machines without a GPU; with CUDA 12 install nvidia-dali-cuda120 instead, which is imported alike.
 DALI = ["nvidia-dali-cuda130>=2.0"]
+SEGMENT = ["torchmetrics>=1.4"]
 DEMO = [
     "elpv-dataset>=1.0",
     "efficientnet-lite-pytorch>=0.1",
@@ -53,7 +54,8 @@ BENCH = [
 TEACHERS = ["open_clip_torch>=3.3", "timm>=1.0.31"]
 REPLACE = ["diffusers>=0.42", "vector-quantize-pytorch>=1.32"]  # whose quantizers replace_quantizers swaps
 INTEROP = ["timm>=1.0.31", "transformers>=5.24"]  # whose classes the tests of conversion compare with
-TEST = [*INTEROP, *REPLACE, *TEACHERS, *TRAIN, *DALI, *DEEPSPEED, *DEMO, *BENCH, "hypothesis>=6.100", "ruff>=0.9"]
+TEST = [*INTEROP, *REPLACE, *TEACHERS, *TRAIN, *SEGMENT, *DALI, *DEEPSPEED, *DEMO, *BENCH]
+TEST += ["hypothesis>=6.100", "ruff>=0.9"]
 
 setup(
     name="beitv2-fast",
@@ -76,6 +78,7 @@ setup(
         # attention on NVIDIA GPUs up to capability 9.0; its wheel is built for CUDA 12, whose runtime it has to find
         "gpu": ["xformers>=0.0.35", "nvidia-cuda-runtime-cu12"],
         "dali": DALI,
+        "segment": [*TRAIN, *SEGMENT],  # mIoU
         "demo": [*TRAIN, *DEMO],
         "bench": BENCH,
         "test": TEST,

@@ -144,6 +144,7 @@ def train(
     ema_decay: float = 0.0,
     after_epoch: AfterEpoch | None = None,
     every_epochs: int = 1,
+    plan: Plan | None = None,
 ) -> int:
     """Train to the end, or until a signal. Returns the exit code: 0, or 128 + the signal's number after saving.
 
@@ -153,8 +154,9 @@ def train(
         ema_decay: above 0: a ``ModelEMA`` follows the weights, and lies in the checkpoints as ema.safetensors.
         after_epoch: called with the models "weights" and, if there is one, "average", before the epoch is saved: after
             every ``every_epochs``-th and the last.
+        plan: of steps and learning rates; None: what the config says.
     """
-    plan = Plan.of(config, len(dataset), world.size)
+    plan = plan or Plan.of(config, len(dataset), world.size)
     task.model.to(world.device).train()
     checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
     ema = ModelEMA(task.model, ema_decay) if ema_decay else None
