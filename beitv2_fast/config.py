@@ -219,42 +219,6 @@ class PretrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class ProbeConfig(RunConfig):
-    """Linear probe of a frozen backbone."""
-
-    out: Path = option(Path("runs/probe"), "run folder for results.json and the log")
-    data: Path = option(Path("data"), "folder of FOLDER/train/CLASS and FOLDER/test/CLASS (or val) with images")
-    run: Path = option(Path("runs/pretrain"), "run folder of the pre-training whose backbone is probed")
-    tokenizer: Path | None = option(
-        None, "run folder of a tokenizer, to probe its teacher's features too; none: do not"
-    )
-    features: str = option(
-        "auto",
-        "cls: the aggregation branch's CLS token; mean: the mean of the last layer's patches; auto: both",
-        choices=("auto", "cls", "mean"),
-    )
-    exact: bool = option(
-        False, "also probe by L-BFGS, to convergence and with the penalty chosen, and compare with an untrained "
-        "network, pixels and the teacher: for up to some 10,000 images"
-    )  # fmt: skip
-    layers: tuple[int, ...] = option(
-        (), "blocks, counted from 1, whose CLS token and mean of patches the sweep probes too; each takes 2 x dim x 4 "
-        "bytes of memory an image", at_least=1,
-    )  # fmt: skip
-    learning_rates: tuple[float, ...] = option(
-        (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
-        "of the sweep, for a batch of 256: all are trained at once on every feature; the best on a fifth of train is "
-        "tested", above=0,
-    )  # fmt: skip
-    epochs: int = option(100, "of the sweep, passes over the cached features", at_least=1)
-    sgd_batch_size: int = option(1024, "of the sweep, images a step; a small set is cut into ten", at_least=1)
-    neighbours: tuple[int, ...] = option((10, 20), "k of the k nearest neighbours", at_least=1)
-    shots: tuple[int, ...] = option((1, 5, 10), "images a class of the few-shot probes", at_least=1)
-    seeds: int = option(3, "repetitions of the exact and few-shot probes, with other images each", at_least=1)
-    batch_size: int = option(64, "images a forward pass", free=True, at_least=1)
-
-
-@dataclass(frozen=True)
 class ReportConfig(RunConfig):
     """The report: one HTML file and its pictures, from the run folders of the other commands."""
 

@@ -25,6 +25,7 @@ PEER_ADVICE = (
     "If the text above speaks of a closed or reset connection, another rank ended first: look for its last words. The "
     "same command resumes from the last checkpoint."
 )
+_left = False  # this process was a rank: see World.leave
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
@@ -49,9 +50,25 @@ class World:
         """Rank 0's number, on every rank."""
         return int(self.sum(torch.tensor(number if self.rank == 0 else 0, device=self.device)).item())
 
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, which are of one shape, in the order of the ranks."""
+        if self.size == 1:
+            return [x]
+        found = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(found, x.contiguous())
+        return found
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+    def leave(self) -> None:
+        """The end of the common work: what follows is one rank's, and the others need not wait for it."""
+        global _left
+        if in_a_group():
+            dist.barrier()
+            dist.destroy_process_group()
+            _left = True
 
 
 def keep_freed_memory() -> None:
@@ -144,8 +161,8 @@ def run_main(main: Callable[[], int | None]) -> None:
         traceback.print_exc()
         print(f"\nerror: rank {dist.get_rank()} ends here. {PEER_ADVICE}", file=sys.stderr)
         code = 1
-    if in_a_group():
-        if code == 0:
+    if in_a_group() or _left:
+        if code == 0 and not _left:
             dist.barrier()
             dist.destroy_process_group()
         sys.stdout.flush()

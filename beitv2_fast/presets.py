@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from .config import PretrainConfig, ProbeConfig, ReportConfig, TokenizerConfig
-from .downstream_config import EvaluateConfig, FinetuneConfig
+from .config import PretrainConfig, ReportConfig, TokenizerConfig
+from .downstream_config import EvaluateConfig, FinetuneConfig, ProbeConfig
 from .vit import SIZES
 
 _TOKENIZER = TokenizerConfig(

@@ -10,27 +10,31 @@ import torch
 from torch import Tensor
 
 from .checkpoint import atomically, read_weights, save_weights
-from .data import EvalView, ImageFolder, ImageList, choose_loader, eval_loader
+from .classifier import Classifier
+from .data import EvalView, ImageFolder, ImageList, choose_loader, keyed_loader
 from .distributed import World
 from .features import features
+from .sampler import rank_share
 from .student import Student
+from .tokenizer import Tokenizer
 
-KINDS = {"cls": "CLS token", "mean": "mean of patches"}  # of the whole model, in the order of ``student_features``
+KINDS = {"cls": "CLS token", "mean": "mean of patches"}  # of the whole model, in the order of ``global_features``
 Features = dict[str, Tensor]  # by split
 
 
-def student_features(model: Student, layers: Sequence[int] = ()) -> Callable[[Tensor], Tensor]:
+def global_features(model: Student | Classifier | Tokenizer, layers: Sequence[int] = ()) -> Callable[[Tensor], Tensor]:
     """Images [B, 3, H, W] in [0, 1] -> global features [B, 2 + 2 layers, C].
 
-    First the CLS token of the aggregation branch and the mean of the last layer's patches, both normed, in the order of
-    ``KINDS``; then for each block (counted from 1) its CLS token and the mean of its patches as they are. One forward
-    gives them all.
+    First the CLS token and the mean of the patches that ``beitv2_fast.features`` gives, in the order of ``KINDS``: of a
+    student the CLS token of the aggregation branch and the last layer's patches, both normed. Then for each block
+    (counted from 1) its CLS token and the mean of its patches as they are. One forward gives them all.
     """
+    blocks = model.encoder.blocks if isinstance(model, Tokenizer) else model.blocks
 
     def found(images: Tensor) -> Tensor:
         tokens: dict[int, Tensor] = {}
         hooks = [
-            model.blocks[layer - 1].register_forward_hook(lambda _, given, out, at=layer: tokens.update({at: out}))
+            blocks[layer - 1].register_forward_hook(lambda _, given, out, at=layer: tokens.update({at: out}))
             for layer in layers
         ]
         try:
@@ -47,12 +51,14 @@ def student_features(model: Student, layers: Sequence[int] = ()) -> Callable[[Te
 
 
 def feature_names(layers: Sequence[int]) -> list[str]:
-    """Of the columns of ``student_features``."""
+    """Of the columns of ``global_features``."""
     return [*KINDS.values(), *(f"{title}, block {layer}" for layer in layers for title in KINDS.values())]
 
 
 class Extractor:
     """Runs a feature function over all splits. What it made lies in the run folder, so a stopped probe goes on there.
+
+    The ranks share the images; rank 0 gets the features of all of them, which it alone writes and fits classifiers to.
 
     Args:
         splits: the images. folder: for the files.
@@ -64,28 +70,48 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, name: str, size: int, function: Callable[[Tensor], Tensor], key: str = "") -> Features:
-        """Features [N, ...] on the CPU by split.
+        """Features [N, ...] on the CPU by split, on rank 0; on the others nothing.
 
         Args:
             size: of the images that the function reads. key: tells features apart that differ though all else is the
                 same, such as the checkpoint; "": they are not kept.
         """
-        return {split: self._split(name, split, size, function, key) for split in self.splits}
+        found = {split: self._split(name, split, size, function, key) for split in self.splits}
+        return found if self.world.rank == 0 else {}
 
-    def _split(self, name: str, split: str, size: int, function: Callable[[Tensor], Tensor], key: str) -> Tensor:
-        from tqdm import tqdm
-
+    def _split(self, name: str, split: str, size: int, function: Callable[[Tensor], Tensor], key: str) -> Tensor | None:
         images = self.splits[split]
         told = hashlib.sha256(f"{name}/{key}/{size}/{images.root}/{images.fingerprint}".encode()).hexdigest()[:16]
         file = self.folder / f"{split}_{told}.safetensors"
-        if key and file.is_file():
-            return read_weights(file)["features"]
-        loader, _ = choose_loader("auto")
-        dataset = ImageFolder(images, EvalView(size, 1.0), loader=loader, device=self.device)
-        batches = eval_loader(dataset, self.batch_size, self.workers)
-        bar = tqdm(batches, desc=f"{name} ({split})", unit="batch", leave=False, dynamic_ncols=True)
-        found = torch.cat([function(b["image"].to(self.device)).float().cpu() for b in bar])
-        if key and self.world.rank == 0:
+        first = self.world.rank == 0
+        if self.world.first(int(bool(key) and file.is_file())):
+            return read_weights(file)["features"] if first else None
+        found = self._computed(f"{name} ({split})", images, size, function)
+        if key and first:
             self.folder.mkdir(parents=True, exist_ok=True)
             atomically(file, lambda temporary: save_weights({"features": found}, temporary))
+        return found
+
+    def _computed(
+        self, title: str, images: ImageList, size: int, function: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
+        from tqdm import tqdm
+
+        world, total = self.world, len(images)
+        keys = rank_share(total, world.rank, world.size)
+        keys += [(0, 0)] * (-(-total // world.size) - len(keys))  # the same batches everywhere; cut off below
+        loader, _ = choose_loader("auto")
+        dataset = ImageFolder(images, EvalView(size, 1.0), loader=loader, device=self.device)
+        batches = keyed_loader(dataset, keys, self.batch_size, self.workers)
+        found: Tensor | None = None
+        done = 0
+        for batch in tqdm(batches, desc=title, unit="batch", leave=False, dynamic_ncols=True, disable=world.rank > 0):
+            own = function(batch["image"].to(self.device)).float()
+            parts = world.gather(own)
+            if world.rank == 0:
+                rows = torch.stack(parts, 1).flatten(0, 1).cpu()  # rank r has the images r, r + ranks, ...
+                if found is None:
+                    found = rows.new_empty(total, *rows.shape[1:])
+                found[done : done + len(rows)] = rows[: total - done]
+                done += len(rows)
         return found

@@ -24,7 +24,7 @@ class SweepResult:
     lr: float
     held_out: float  # top-1 there
     top1: float
-    top5: float
+    top5: float | None  # None with five classes or less, where it is always 1
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,8 @@ def sweep(
     final = fit_sgd(x, labels, num_classes, chosen, **how)
     top1, top5 = (share[:, 0].tolist() for share in shares(final, x_test, test_labels))
     return [
-        SweepResult(name, learning_rates[best[i]], held_out[i, best[i]].item(), top1[i], top5[i])
+        SweepResult(
+            name, learning_rates[best[i]], held_out[i, best[i]].item(), top1[i], top5[i] if num_classes > 5 else None
+        )
         for i, name in enumerate(names)
     ]

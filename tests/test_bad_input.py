@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from beitv2_fast import errors
-from beitv2_fast.config import PretrainConfig, ProbeConfig, TokenizerConfig
-from beitv2_fast.downstream_config import EvaluateConfig, FinetuneConfig
+from beitv2_fast.config import PretrainConfig, TokenizerConfig
+from beitv2_fast.downstream_config import EvaluateConfig, FinetuneConfig, ProbeConfig
 from beitv2_fast.errors import UserError
 from beitv2_fast.run import RunFolder
 from beitv2_fast.teachers import Teacher
@@ -93,7 +93,6 @@ MISTAKES = [
     (("pretrain",), "--tokenizer corrupt_config", "corrupt_config/config.json cannot be read"),
     (("pretrain",), "--tokenizer no_checkpoint", "has no checkpoint yet"),
     (("pretrain",), "--tokenizer cut", "cannot be read as a checkpoint"),
-    (("linear_probe",), "--run tokenizer", "is the run folder of a tokenizer"),
     (("linear_probe",), "--run missing", "missing is no run folder"),
     (("linear_probe",), "--tokenizer missing", "missing is no run folder"),
     (("linear_probe",), "--tokenizer pretrain", "that a TokenizerConfig does not know"),
@@ -150,7 +149,7 @@ def test_a_first_try_that_failed_before_training_does_not_hold_the_folder(world,
 def test_a_run_folder_in_use_is_refused_and_free_again_when_its_process_ends(tmp_path):
     program = (
         "import sys, pathlib\n"
-        "from beitv2_fast.config import ProbeConfig\n"
+        "from beitv2_fast.downstream_config import ProbeConfig\n"
         "from beitv2_fast.run import RunFolder\n"
         "run = RunFolder(ProbeConfig(out=pathlib.Path(sys.argv[1])))\n"
         "print('open', flush=True)\n"

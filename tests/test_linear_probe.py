@@ -13,7 +13,7 @@ from beitv2_fast.distributed import World
 from beitv2_fast.features import features
 from beitv2_fast.images import find_images
 from beitv2_fast.probe import few_shot
-from beitv2_fast.probe_features import Extractor, feature_names, student_features
+from beitv2_fast.probe_features import Extractor, feature_names, global_features
 from beitv2_fast.transforms import normalise
 
 from .test_finetune import write_colours
@@ -48,7 +48,7 @@ def test_features_are_the_aggregated_cls_token_the_mean_and_those_of_each_block(
     model = load_run_model(runs / "pretrain")[0]
     x = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
-        found, whole = student_features(model, (1, 2))(x), features(model, x)
+        found, whole = global_features(model, (1, 2))(x), features(model, x)
         last, _ = model.encode(normalise(x))
         first = model.blocks[0](model.embed(normalise(x)), model.position_bias())
     wanted = [whole.cls, whole.patches.mean(1), first[:, 0], first[:, 1:].mean(1), last[:, 0], last[:, 1:].mean(1)]
@@ -67,7 +67,7 @@ def test_the_table_has_every_probe_of_every_row(runs):
         assert len(row["runs"]) == len(row["few_shot"]["2"]["runs"]) == 2
     assert names[4] and found["rows"][4]["knn"]["10"] == 1.0  # noisy colours: pixels tell them
     assert [row["features"] for row in found["sweep"]] == feature_names((1, 2))
-    assert all(0 <= row["top1"] <= row["top5"] == 1.0 for row in found["sweep"])
+    assert all(0 <= row["top1"] <= 1 and row["top5"] is None for row in found["sweep"])
 
 
 def test_without_the_exact_probe_the_sweep_s_numbers_stand_for_the_rows(runs):
@@ -108,6 +108,66 @@ def test_few_shots_see_so_many_images_of_each_class():
     assert torch.bincount(labels[seen[0]]).tolist() == [4, 4, 4]
 
 
+@pytest.mark.parametrize(
+    ("options", "title", "columns"),
+    [
+        (["--run", "{runs}/tokenizer"], "VQ-KD encoder", feature_names((1, 2))),
+        (["--backbone", "untrained"], "untrained", feature_names((1, 2))),
+        (["--run", "{runs}/tuned"], "fine-tuned", feature_names((1, 2))),
+    ],
+)
+def test_every_kind_of_network_is_probed_as_the_student_is(runs, options, title, columns):
+    given = [option.format(runs=runs) for option in options]
+    if title == "fine-tuned":
+        common = [*TINY, "--epochs", 1, "--data", runs / "data", "--weights", runs / "pretrain"]
+        assert call("finetune", *common, "--out", runs / "tuned") == 0
+    assert probe(runs, title.replace(" ", "_"), *given, "--no-exact") == 0
+    found = results(runs / title.replace(" ", "_"))
+    assert [row["features"] for row in found["rows"]] == [f"{title}, {column}" for column in columns[:2]]
+    assert [row["features"] for row in found["sweep"]] == columns
+    assert ("fine-tuned with labels" in found["notes"][0]) == (title == "fine-tuned")
+
+
+def test_a_tokenizer_s_features_are_those_of_its_encoder_and_of_each_of_its_blocks(runs):
+    model = load_run_model(runs / "tokenizer")[0]
+    x = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        found, whole = global_features(model, (2,))(x), features(model, x)
+        tokens = model.encoder.forward_tokens(2 * x - 1)
+    wanted = [whole.cls, whole.patches.mean(1), tokens[:, 0], tokens[:, 1:].mean(1)]
+    torch.testing.assert_close(found, torch.stack(wanted, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_untrained_network_of_exact_is_that_of_backbone_untrained(runs):
+    assert probe(runs, "untrained_exact", "--backbone", "untrained") == 0
+    ours = {row["features"]: row for row in results(runs / "untrained_exact")["rows"]}
+    assert list(ours) == ["untrained, CLS token", "untrained, mean of patches"]
+    exact = {row["features"]: row for row in results(runs / "probe")["rows"]}
+    assert all(ours[name]["knn"] == exact[name]["knn"] for name in ours)
+    assert all(ours[name]["runs"][0] == exact[name]["runs"][0] for name in ours)  # the first seed's network
+
+
+def test_the_teacher_is_that_of_the_tokenizer(runs):
+    without_layers = [*OPTIONS[: OPTIONS.index("--layers")], *OPTIONS[OPTIONS.index("--epochs") :], "--no-exact"]
+    given = ["--data", runs / "data", "--run", runs / "tokenizer", "--backbone", "teacher", "--out", runs / "teacher"]
+    assert call("linear_probe", *without_layers, *given, "--tokenizer", runs / "tokenizer") == 0
+    ours, exact = results(runs / "teacher")["rows"], results(runs / "probe")["rows"]
+    assert [row["features"] for row in ours] == [exact[5]["features"]] and ours[0]["knn"] == exact[5]["knn"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--backbone", "teacher"], "a teacher is probed as a whole"),
+        (["--layers", 3], "the network has 2 blocks"),
+        (["--data", "{runs}/images"], "needs the folders train/CLASS and test/CLASS"),
+    ],
+)
+def test_mistakes_end_with_one_paragraph_that_says_what_to_do(runs, capsys, options, said):
+    assert probe(runs, "refused", *[str(option).format(runs=runs) for option in options]) == 2
+    assert said in capsys.readouterr().err
+
+
 class Spy:
     """Features that note which rows are read."""
 
@@ -117,8 +177,3 @@ class Spy:
     def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
         self.seen.append(rows)
         return self.x[rows]
-
-
-def test_a_block_that_the_network_does_not_have_is_refused(runs, capsys):
-    assert probe(runs, "refused", "--layers", 3) == 2
-    assert "the network has 2 blocks" in capsys.readouterr().err

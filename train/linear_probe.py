@@ -1,55 +1,54 @@
-"""Probes of a frozen backbone: `python train/linear_probe.py --run RUN --data FOLDER --out RUN`.
+"""Probes of a frozen backbone: `deepspeed train/linear_probe.py --run RUN --data FOLDER --out RUN`.
 
 A sweep of linear classifiers over layers and learning rates, as published; k nearest neighbours; few images a class.
 With --exact also the probe to convergence, on what a representation has to beat too: the untrained backbone and raw
 pixels, and on the teacher's features, from which the tokenizer learnt.
+
+Also under `torchrun` and plain `python`. The ranks share the images of which the features are computed; rank 0 alone
+then fits the classifiers, and the others end.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from beitv2_fast.build import build_student, load_run_model
-from beitv2_fast.checkpoint import latest_weights
-from beitv2_fast.config import PretrainConfig, ProbeConfig, TokenizerConfig, parse
-from beitv2_fast.data import ImageList, check_images, find_images
-from beitv2_fast.distributed import run_main, start
+from beitv2_fast.build import load_run_model
+from beitv2_fast.classifier import Classifier
+from beitv2_fast.config import TokenizerConfig, parse
+from beitv2_fast.data import ImageList
+from beitv2_fast.distributed import World, run_main, start
+from beitv2_fast.downstream_config import ProbeConfig
+from beitv2_fast.engine import checked_images
 from beitv2_fast.errors import UserError
 from beitv2_fast.neighbours import knn_predict
 from beitv2_fast.presets import PROBE
 from beitv2_fast.probe import ProbeResult, balanced_accuracy, few_shot, linear_probe
-from beitv2_fast.probe_features import KINDS, Extractor, Features, feature_names, student_features
+from beitv2_fast.probe_backbones import Backbone, Run, choose_backbone, teacher, untrained
+from beitv2_fast.probe_features import KINDS, Extractor, Features
 from beitv2_fast.run import RunFolder, read_config, write_atomically
-from beitv2_fast.student import Student
-from beitv2_fast.sweep import sweep
-from beitv2_fast.teachers import create_teacher
+from beitv2_fast.sweep import SweepResult, sweep
 
 PIXELS = 32  # side of the images whose raw pixels are probed
 Split = dict[str, ImageList]
+Row = tuple[str, list[Features]]  # name, features [N, C] by split, for each seed (the same ones, if it changes nothing)
 
 
-def find_labelled(config: ProbeConfig, run: RunFolder, min_size: int) -> Split:
+def find_labelled(config: ProbeConfig, run: RunFolder, world: World, min_size: int) -> Split:
     test = "test" if (config.data / "test").is_dir() else "val"
     splits = {}
     for split, folder in (("train", "train"), ("test", test)):
         if not (config.data / folder).is_dir():
             raise UserError(f"{config.data} needs the folders train/CLASS and test/CLASS (or val/CLASS) for a probe")
-        splits[split] = check_images(
-            find_images(config.data, folder),
-            cache=run.path / f"images_{split}.json",
-            min_size=min_size,
-            workers=config.workers,
-        )
+        splits[split] = checked_images(config.data, folder, config, run, world, min_size=min_size, name=f"_{split}")
     if splits["train"].labels is None or len(splits["train"].classes) < 2:
         raise UserError(f"{config.data}/train needs at least two class folders for a probe")
-    for images in splits.values():
+    for split, images in splits.items():
         empty = [name for i, name in enumerate(images.classes) if i not in images.labels]
         if empty:
             raise UserError(
@@ -63,46 +62,45 @@ def find_labelled(config: ProbeConfig, run: RunFolder, min_size: int) -> Split:
     return splits
 
 
-def rows(
-    config: ProbeConfig, pretrain: PretrainConfig, extract: Extractor, model: Student, trained: Features
-) -> Iterator[tuple[str, Callable[[int], Features]]]:
-    """(name, seed -> features by split) of every row of the table."""
-
-    @functools.cache
-    def untrained(seed: int) -> Features:
-        torch.manual_seed(1000 + seed)
-        fresh = build_student(pretrain, model.config.num_codes).to(extract.device).eval()
-        return extract("untrained", pretrain.image_size, student_features(fresh))
-
-    networks = {"pre-trained": lambda seed: trained}
-    if config.exact:
-        networks["untrained"] = untrained
-    for name, features in networks.items():
-        for column, (kind, title) in enumerate(KINDS.items()):
-            if config.features in ("auto", kind):
-                yield (
-                    f"{name}, {title}",
-                    lambda seed, f=features, c=column: {split: x[:, c] for split, x in f(seed).items()},
-                )
-    if not config.exact:
-        return
-    found = extract("pixels", PIXELS, lambda images: images.flatten(1))
-    yield f"pixels, {PIXELS}x{PIXELS}", lambda seed, found=found: found
-    if config.tokenizer is not None:
-        stored = read_config(TokenizerConfig, config.tokenizer)
-        grid = (stored.image_size // stored.patch_size,) * 2
-        teacher = create_teacher(stored.teacher, grid, stored.teacher_weights).to(extract.device)
-        view = stored.teacher_image_size or stored.image_size
-        found = extract("teacher", view, lambda images: teacher(images, grid).mean(1))
-        yield f"teacher ({stored.teacher}), mean of patches", lambda seed, found=found: found
+def kept_columns(config: ProbeConfig, backbone: Backbone) -> list[int]:
+    """Those of the features that --features names, and those of single blocks."""
+    dropped = [title for kind, title in KINDS.items() if config.features not in ("auto", kind)]
+    keep = [i for i, title in enumerate(backbone.columns) if title not in dropped]
+    if not keep:
+        raise UserError(f"--features {config.features}: a teacher has only the {backbone.columns[0]}. Leave it out.")
+    return keep
 
 
-def probe_row(
-    name: str, features: Callable[[int], Features], labels: Features, config: ProbeConfig, device: torch.device
-) -> dict[str, Any]:
-    """A row of results.json: balanced accuracies of the k nearest neighbours, few-shot probes and the exact probe."""
+def extracted(extract: Extractor, backbone: Backbone) -> Features:
+    return extract(backbone.title, backbone.image_size, backbone.features, backbone.key)
+
+
+def rows_of(title: str, columns: Sequence[str], keep: Sequence[int], by_seed: list[Features]) -> Iterator[Row]:
+    """The rows of a backbone: those of the whole network."""
+    for i in keep:
+        if columns[i] in KINDS.values():
+            yield f"{title}, {columns[i]}", [{split: x[:, i] for split, x in found.items()} for found in by_seed]
+
+
+def compared(config: ProbeConfig, run: Run, extract: Extractor) -> Iterator[Row]:
+    """What --exact compares a trained network with."""
+    whole = dataclasses.replace(config, layers=())
     seeds = range(config.seed, config.seed + config.seeds)
-    first, num_classes = features(config.seed), int(labels["train"].max()) + 1
+    fresh = [untrained(whole, run, seed, extract.device) for seed in seeds]
+    found = [extracted(extract, network) for network in fresh]
+    yield from rows_of(fresh[0].title, fresh[0].columns, kept_columns(whole, fresh[0]), found)
+    pixels = extract("pixels", PIXELS, lambda images: images.flatten(1))
+    yield f"pixels, {PIXELS}x{PIXELS}", [pixels]
+    if config.tokenizer is not None:
+        known = teacher(config.tokenizer, extract.device)
+        yield from rows_of(known.title, known.columns, [0], [extracted(extract, known)])
+
+
+def probe_row(row: Row, labels: Features, config: ProbeConfig, device: torch.device) -> dict[str, Any]:
+    """A row of results.json: balanced accuracies of the k nearest neighbours, few-shot probes and the exact probe."""
+    name, by_seed = row
+    seeds = range(config.seed, config.seed + config.seeds)
+    first, num_classes = by_seed[0], int(labels["train"].max()) + 1
     predicted = knn_predict(
         first["train"], labels["train"].to(device), first["test"].to(device), num_classes, config.neighbours
     )
@@ -112,16 +110,16 @@ def probe_row(
         given = (first["train"], labels["train"], first["test"], labels["test"])
         result = ProbeResult(name, few_shot(*given, shots, seeds))
         few[str(shots)] = {"mean": result.mean, "std": result.std, "runs": result.runs}
-    row = {"features": name, "knn": knn, "few_shot": few}
+    found = {"features": name, "knn": knn, "few_shot": few}
     if config.exact:
 
         def both(seed: int) -> tuple[Tensor, Tensor]:
-            found = features(seed)
-            return found["train"], found["test"]
+            features = by_seed[(seed - config.seed) % len(by_seed)]
+            return features["train"], features["test"]
 
         result = linear_probe(name, both, labels["train"], labels["test"], seeds)
-        row |= {"mean": result.mean, "std": result.std, "runs": result.runs}
-    return row
+        found |= {"mean": result.mean, "std": result.std, "runs": result.runs}
+    return found
 
 
 def line(row: dict[str, Any]) -> str:
@@ -131,16 +129,17 @@ def line(row: dict[str, Any]) -> str:
     return f"probe  {row['features']:<42}{exact}  {near}  {few}"
 
 
-def swept(config: ProbeConfig, trained: Features, labels: Features, run: RunFolder, device: torch.device) -> list:
+def swept(
+    config: ProbeConfig, names: list[str], train: Tensor, test: Tensor, labels: Features, run: RunFolder, world: World
+) -> list[SweepResult]:
     """The published probe, of several layers and learning rates at once: top-1 and top-5."""
-    names = feature_names(config.layers)
-    keep = [i for i in range(len(names)) if i > 1 or config.features in ("auto", list(KINDS)[i])]
-    train, test = ((trained[split][:, keep], labels[split]) for split in ("train", "test"))
     how = {"learning_rates": config.learning_rates, "epochs": config.epochs, "batch_size": config.sgd_batch_size}
-    found = sweep([names[i] for i in keep], train, test, **how, seed=config.seed, device=device)
+    given = (train, labels["train"]), (test, labels["test"])
+    found = sweep(names, *given, **how, seed=config.seed, device=world.device)
     for result in found:
+        top5 = "" if result.top5 is None else f"  top-5 {result.top5:.2%}"
         run.print(
-            f"sweep  {result.features:<42}  top-1 {result.top1:.2%}  top-5 {result.top5:.2%}  "
+            f"sweep  {result.features:<42}  top-1 {result.top1:.2%}{top5}  "
             f"lr {result.lr:g} (held out: {result.held_out:.2%})"
         )
     return found
@@ -149,44 +148,62 @@ def swept(config: ProbeConfig, trained: Features, labels: Features, run: RunFold
 def main(argv: list[str] | None = None) -> int:
     config, _ = parse(ProbeConfig, PROBE, argv)
     world = start(config.device)
-    model, pretrain = load_run_model(config.run)
-    if not isinstance(model, Student):
-        raise UserError(f"--run {config.run} is the run folder of a tokenizer; the probe needs a pre-training's")
-    if any(layer > pretrain.depth for layer in config.layers):
-        raise UserError(f"--layers {' '.join(map(str, config.layers))}: the network has {pretrain.depth} blocks")
-    model.to(world.device)
+    model, stored = load_run_model(config.run)
+    backbone = choose_backbone(config, (model, stored), world.device)
+    keep = kept_columns(config, backbone)
     if config.tokenizer is not None:
         read_config(TokenizerConfig, config.tokenizer)  # now, not after the other features have been computed
     run = RunFolder(config, world.rank)
-    splits = find_labelled(config, run, pretrain.patch_size)
-    labels = {split: torch.tensor(images.labels) for split, images in splits.items()}
+    splits = find_labelled(config, run, world, stored.patch_size)
     extract = Extractor(splits, run.path / "features", world, batch_size=config.batch_size, workers=config.workers)
-    key = f"{latest_weights(config.run).resolve()}/{config.layers}"
-    trained = extract("pre-trained", pretrain.image_size, student_features(model, config.layers), key)
-    sweeps = swept(config, trained, labels, run, world.device)
+    found = extracted(extract, backbone)
+    others = list(compared(config, (model, stored), extract)) if config.exact and config.backbone == "trained" else []
+    world.leave()
+    if world.rank:
+        return 0
+
+    labels = {split: torch.tensor(images.labels) for split, images in splits.items()}
+    names = [backbone.columns[i] for i in keep]
+    sweeps = swept(config, names, found["train"][:, keep], found["test"][:, keep], labels, run, world)
     table = []
-    for name, features in rows(config, pretrain, extract, model, trained):
-        table.append(probe_row(name, features, labels, config, world.device))
+    for row in [*rows_of(backbone.title, backbone.columns, keep, [found]), *others]:
+        table.append(probe_row(row, labels, config, world.device))
         run.print(line(table[-1]))
-    classes = splits["train"].classes
     metric = "balanced accuracy"
     if not config.exact:  # the published probe's number stands for the row
-        metric, top1 = "top-1 accuracy", {f"pre-trained, {r.features}": r.top1 for r in sweeps}
+        metric, top1 = "top-1 accuracy", {f"{backbone.title}, {r.features}": r.top1 for r in sweeps}
         table = [{**row, "mean": top1[row["features"]], "std": 0.0, "runs": [top1[row["features"]]]} for row in table]
+    write_results(run, config, backbone, isinstance(model, Classifier), splits, metric, table, sweeps)
+    run.print(f"probe: done; {run.path / 'results.json'}")
+    return 0
+
+
+def write_results(
+    run: RunFolder,
+    config: ProbeConfig,
+    backbone: Backbone,
+    fine_tuned: bool,
+    splits: Split,
+    metric: str,
+    table: list[dict[str, Any]],
+    sweeps: list[SweepResult],
+) -> None:
+    classes = splits["train"].classes
+    labelled = "The backbone was fine-tuned with labels."
+    unlabelled = "The teacher was trained with ImageNet's labels; nothing else here saw a label."
     content = {
+        "backbone": backbone.title,
         "task": f"which of {len(classes)} classes: {', '.join(classes[:10])}",
         "metric": metric,
+        "metric_of_knn_and_few_shot": "balanced accuracy",
         "chance": 1 / len(classes),
         "seeds": config.seeds,
         "images": {split: len(images) for split, images in splits.items()},
         "rows": table,
         "sweep": [dataclasses.asdict(result) for result in sweeps],
-        "notes": ["The teacher was trained with ImageNet's labels; nothing else here saw a label."],
+        "notes": [labelled if fine_tuned and config.backbone == "trained" else unlabelled],
     }
-    if run.writes:
-        write_atomically(run.path / "results.json", json.dumps(content, indent=2) + "\n")
-    run.print(f"probe: done; {run.path / 'results.json'}")
-    return 0
+    write_atomically(run.path / "results.json", json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

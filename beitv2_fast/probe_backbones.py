@@ -1,0 +1,85 @@
+"""The frozen networks that can be probed: of a run, of its shape with random weights, or a tokenizer's teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import latest_weights
+from .classifier import Classifier
+from .config import TokenizerConfig
+from .downstream_config import ProbeConfig
+from .errors import UserError
+from .probe_features import KINDS, feature_names, global_features
+from .run import read_config
+from .student import Student
+from .teachers import create_teacher
+from .tokenizer import Tokenizer
+
+TITLES = {Student: "pre-trained", Tokenizer: "VQ-KD encoder", Classifier: "fine-tuned"}
+Run = tuple[nn.Module, object]  # what ``load_run_model`` gives
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """features: images [B, 3, image_size, image_size] in [0, 1] -> [B, columns, C]. key: see ``Extractor``."""
+
+    title: str
+    image_size: int
+    columns: list[str]
+    features: Callable[[Tensor], Tensor]
+    key: str = ""
+
+
+def choose_backbone(config: ProbeConfig, run: Run, device: torch.device) -> Backbone:
+    """The one that --backbone names. ``run``: the model of --run and its config."""
+    model, stored = run
+    if config.backbone == "teacher":
+        if config.layers:
+            raise UserError("--layers are those of the network of --run; a teacher is probed as a whole. Leave it out.")
+        return teacher(_tokenizer_run(config, stored), device)
+    if any(layer > stored.depth for layer in config.layers):
+        raise UserError(f"--layers {' '.join(map(str, config.layers))}: the network has {stored.depth} blocks")
+    if config.backbone == "untrained":
+        return untrained(config, run, config.seed, device)
+    key = f"{latest_weights(config.run).resolve()}/{config.layers}"
+    features = global_features(model.to(device), config.layers)
+    return Backbone(TITLES[type(model)], stored.image_size, feature_names(config.layers), features, key)
+
+
+def untrained(config: ProbeConfig, run: Run, seed: int, device: torch.device) -> Backbone:
+    """A network of the shape of --run with the random weights of its training's start, other ones for each seed."""
+    model, stored = run
+    torch.manual_seed(1000 + seed)
+    fresh = type(model)(model.config).to(device).eval()
+    features = global_features(fresh, config.layers)
+    return Backbone("untrained", stored.image_size, feature_names(config.layers), features)
+
+
+def teacher(tokenizer: Path, device: torch.device) -> Backbone:
+    """The mean of the patch features from which a tokenizer learnt."""
+    stored = read_config(TokenizerConfig, tokenizer)
+    grid = (stored.image_size // stored.patch_size,) * 2
+    network = create_teacher(stored.teacher, grid, stored.teacher_weights).to(device)
+    return Backbone(
+        f"teacher ({stored.teacher})",
+        stored.teacher_image_size or stored.image_size,
+        [KINDS["mean"]],
+        lambda images: network(images, grid).mean(1)[:, None],
+        f"{stored.teacher}/{stored.teacher_weights}/{grid}",
+    )
+
+
+def _tokenizer_run(config: ProbeConfig, stored: object) -> Path:
+    if config.tokenizer is not None:
+        return config.tokenizer
+    if isinstance(stored, TokenizerConfig):
+        return config.run
+    raise UserError(
+        f"--backbone teacher: {config.run} is no tokenizer's run folder. Give the one whose teacher you mean with "
+        "--tokenizer."
+    )
