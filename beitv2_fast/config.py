@@ -210,6 +210,10 @@ class PretrainConfig(TrainConfig):
     num_masked: int = option(75, "masked patches of each image", at_least=1)
     min_mask_patches: int = option(16, "patches of the smallest block of the block mask", at_least=1)
     mask: str = option("block", "shape of the mask; random: single patches, an ablation", choices=("block", "random"))
+    masks: str = option(
+        "loader", "what draws the masks: the loader's processes, or the device that trains, for the whole batch at "
+        "once; the same masks", free=True, choices=("loader", "device"),
+    )  # fmt: skip
     crop_scale: tuple[float, float] = option(
         (0.2, 1.0), "least and largest area of the random crop, as a share of the image", above=0, at_most=1
     )

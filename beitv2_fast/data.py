@@ -20,7 +20,7 @@ from .draws import Draws, image_keys
 from .errors import UserError, require
 from .image_check import check_images
 from .images import DataError, Image, ImageList, find_images
-from .sampler import EpochSampler, Key, rank_share, steps_per_epoch
+from .sampler import EpochSampler, Key, rank_share
 from .torch_loader import TorchLoader
 from .transforms import (
     IMAGENET_MEAN,
@@ -49,7 +49,6 @@ __all__ = [
     "eval_loader",
     "find_images",
     "keyed_loader",
-    "steps_per_epoch",
     "train_loader",
 ]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -20,11 +19,12 @@ from .backend import DeepSpeedBackend, TorchBackend, check_optimizer_state
 from .bad_steps import BadSteps, Undo, poisoned
 from .checkpoint import Checkpoints, load_model, read_weights, save_weights
 from .config import RunConfig, TrainConfig
-from .data import ImageFolder, ImageList, check_images, choose_loader, find_images, steps_per_epoch, train_loader
+from .data import ImageFolder, ImageList, check_images, choose_loader, find_images, train_loader
 from .distributed import World, autocast_dtype
 from .ema import ModelEMA
 from .errors import UserError
-from .optim import cosine_schedule, parameter_groups
+from .optim import parameter_groups
+from .plan import Plan
 from .run import RunFolder
 from .stop_signal import StopSignal
 from .torch_loader import deaths_explained
@@ -65,43 +65,7 @@ class Task(Protocol):
         return None
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Pictures [3, H, W] in [0, 1] for TensorBoard."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Steps and learning rate of a training."""
-
-    images_per_step: int
-    steps_per_epoch: int
-    total_steps: int
-    warmup_steps: int
-    peak_lr: float
-    min_lr: float
-
-    @classmethod
-    def of(cls, config: TrainConfig, num_images: int, world_size: int) -> Plan:
-        on_a_rank = config.batch_size * config.accumulate
-        per_epoch = steps_per_epoch(num_images, on_a_rank, world_size)
-        peak = config.lr * on_a_rank * world_size / config.lr_batch
-        total = per_epoch * config.epochs
-        return cls(
-            on_a_rank * world_size,
-            per_epoch,
-            total,
-            min(round(per_epoch * config.warmup_epochs), total),
-            peak,
-            config.min_lr,
-        )
-
-    def lr(self, step: int) -> float:
-        return cosine_schedule(
-            step,
-            peak=self.peak_lr,
-            final=min(self.min_lr, self.peak_lr),
-            total_steps=self.total_steps,
-            warmup_steps=self.warmup_steps,
-        )
+        """Pictures [3, H, W] in [0, 1] for TensorBoard, of a batch of one image."""
 
 
 def checked_images(
@@ -170,7 +134,7 @@ def train(
     amp = autocast_dtype(config.precision, world.device)
     parameters = sum(p.numel() for group in groups for p in group["params"])
     run.print(
-        f"{task.name}: {len(dataset):,} images, {plan.steps_per_epoch} steps an epoch, {plan.total_steps:,} steps of "
+        f"{task.name}: {len(dataset):,} images, {plan.epochs} epochs, {plan.total_steps:,} steps of "
         f"{plan.images_per_step} images; {parameters / 1e6:.1f} M parameters; {world.size} x {world.device.type}, "
         f"{'bf16 autocast' if amp else 'fp32'}, {backend.name}, "
         f"attention {choose_attention(config.attention, world.device.type)}, lr {plan.peak_lr:.2e}"
@@ -213,8 +177,8 @@ def train(
                 bad.bad(step, metrics["loss"].item(), norm.item(), batch)
             stopping = world.any(stop.received is not None)
             ends = step == plan.total_steps
-            epoch_ends = step % (plan.steps_per_epoch * every_epochs) == 0 and not stopping
-            if after_epoch is not None and (epoch_ends or ends):
+            epoch = plan.ended_epoch(step)
+            if after_epoch is not None and (ends or (epoch and epoch % every_epochs == 0 and not stopping)):
                 models = {"weights": backend.wrapped, **({"average": ema.model} if ema else {})}
                 after_epoch(step, models, watchdog.progress)
             due = stopping or step - saved >= config.save_every - saved % config.save_every or ends

@@ -9,7 +9,14 @@ from torch import Tensor
 from .kernels.block_masks import block_masks, check_count
 from .kernels.counter_random import random_bits
 
-__all__ = ["block_masks", "random_masks"]
+__all__ = ["block_masks", "patch_masks", "random_masks"]
+
+
+def patch_masks(keys: Tensor, kind: str, grid: tuple[int, int], num_masked: int, min_patches: int) -> Tensor:
+    """The student's masks, bool [B, H*W] on the device of the keys [B] int64: of kind "block" or "random"."""
+    if kind == "random":
+        return random_masks(keys, grid, num_masked).flatten(1)
+    return block_masks(keys, grid, num_masked, min_patches=min_patches).flatten(1)
 
 
 def random_masks(keys: Tensor, grid: tuple[int, int], num_masked: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -118,14 +119,18 @@ def lock(path: Path) -> TextIO:
 
     Worker processes do not inherit the lock (POSIX record locks belong to one process).
     """
-    file = (path / LOCK).open("w")
+    file = (path / LOCK).open("a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        file.seek(0)
         raise UserError(
-            f"another process is writing to the run folder {path}. Wait until it has ended, stop it, or choose another "
-            "--out."
+            f"another process is writing to the run folder {path}: {file.read() or 'unknown'}. Wait until it has "
+            "ended, stop it (`kill` lets it save first), or choose another --out."
         ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
     return file
 
 

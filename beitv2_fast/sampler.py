@@ -44,7 +44,7 @@ class EpochSampler(Sampler[list[Key]]):
             raise ValueError(f"rank is {rank}; expected 0 .. {world_size - 1} for a world size of {world_size}")
         if not 0 <= start_step <= total_steps:
             raise ValueError(f"start_step is {start_step}; expected 0 .. {total_steps}, the total number of steps")
-        steps_per_epoch(length, batch_size, world_size)
+        check_batch(length, batch_size, world_size)
         self.length, self.seed = length, seed
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.start_step, self.total_steps = start_step, total_steps
@@ -70,8 +70,8 @@ class EpochSampler(Sampler[list[Key]]):
         return np.argsort(image_keys(self.seed, np.full(self.length, epoch), indices, stream=2), kind="stable")
 
 
-def steps_per_epoch(length: int, batch_size: int, world_size: int = 1) -> int:
-    """length // (batch_size * world_size), batch_size being a rank's; DataError if that is 0."""
+def check_batch(length: int, batch_size: int, world_size: int = 1) -> None:
+    """DataError if a step of batch_size images on each of world_size ranks has more images than there are."""
     if batch_size < 1 or world_size < 1:
         raise ValueError(f"batch_size is {batch_size} and world_size {world_size}; both must be at least 1")
     if batch_size * world_size > length:
@@ -79,7 +79,6 @@ def steps_per_epoch(length: int, batch_size: int, world_size: int = 1) -> int:
             f"A batch of {batch_size * world_size} images ({batch_size} on each of {world_size} ranks) is larger than "
             f"the data set of {length}. Choose a smaller batch or add images."
         )
-    return length // (batch_size * world_size)
 
 
 def rank_share(length: int, rank: int, world_size: int) -> list[Key]:

@@ -13,7 +13,8 @@ from .distributed import World
 from .run import RunFolder
 
 if TYPE_CHECKING:
-    from .engine import Batch, Plan, Task
+    from .engine import Batch, Task
+    from .plan import Plan
 
 
 class TrainingLog:
@@ -56,10 +57,11 @@ class TrainingLog:
         self.bar.update()
         if step % self.config.log_every == 0 or step == self.plan.total_steps:
             self._line(step, lr)
-        epoch, rest = divmod(step, self.plan.steps_per_epoch)
-        if rest == 0 and (epoch & (epoch - 1) == 0 or step == self.plan.total_steps):
+        epoch = self.plan.ended_epoch(step)
+        if (epoch and epoch & (epoch - 1) == 0) or step == self.plan.total_steps:
             # On every rank, though one writes: under ZeRO 3 they have the weights only together.
-            for name, picture in self.task.pictures(batch).items():
+            first = {name: values[:1].to(self.world.device) for name, values in batch.items()}
+            for name, picture in self.task.pictures(first).items():
                 self.run.image(name, picture, step)
 
     def _line(self, step: int, lr: float) -> None:
@@ -70,7 +72,7 @@ class TrainingLog:
         means = dict(zip(names, (self.world.sum(values) / self.world.size).tolist(), strict=True))
         seconds = max(time.monotonic() - self.window_started, 1e-9)
         speed = self.steps * self.plan.images_per_step / seconds
-        means.update(self.task.report(), epoch=step / self.plan.steps_per_epoch, lr=lr, images_per_second=speed)
+        means.update(self.task.report(), epoch=self.plan.epoch(step), lr=lr, images_per_second=speed)
         if self.steps > self.count:
             means["skipped_steps"] = self.steps - self.count
         self.run.metrics(step, means)

@@ -17,7 +17,7 @@ from torch import Tensor
 from .draws import AUGMENT, MASK_STREAM, Draws, jitter_steps, mixed, random_crops, random_flips, uniform
 from .images import Image
 from .jitter import color_jitter
-from .masking import block_masks, random_masks
+from .masking import patch_masks
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -114,6 +114,8 @@ class PretrainView(_View):
         crop_scale: the range of the crop's share of the image's area.
         color_jitter: how far brightness, contrast and saturation may be scaled: factors in [1 - j, 1 + j].
         mask_kind: "block", or "random" for single patches.
+        masks: "loader", or "device": instead of "mask" there is "mask_key", int64, of which `patch_masks` makes the
+            same masks wherever the keys lie.
         tokenizer_resample: "bicubic" or "lanczos".
     """
 
@@ -125,6 +127,7 @@ class PretrainView(_View):
     crop_scale: tuple[float, float] = (0.2, 1.0)
     color_jitter: float = 0.4
     mask_kind: str = "block"
+    masks: str = "loader"
     tokenizer_resample: str = "bicubic"
 
     def __post_init__(self) -> None:
@@ -134,9 +137,11 @@ class PretrainView(_View):
             raise ValueError(f"color_jitter is {self.color_jitter}; expected 0 (none) to 1")
         if self.mask_kind not in ("block", "random"):
             raise ValueError(f"mask_kind is {self.mask_kind!r}; expected 'block' or 'random'")
+        if self.masks not in ("loader", "device"):
+            raise ValueError(f"masks is {self.masks!r}; expected 'loader' or 'device'")
         if self.tokenizer_resample not in RESAMPLING:
             raise ValueError(f"tokenizer_resample is {self.tokenizer_resample!r}; expected one of {sorted(RESAMPLING)}")
-        self._masks(np.zeros(1, np.uint64))
+        self._masks(np.zeros(1, np.int64))
 
     @property
     def pictures(self) -> dict[str, Picture]:
@@ -145,7 +150,9 @@ class PretrainView(_View):
 
     def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
         draws = {"box": random_crops(sizes, self.crop_scale, keys), "flip": random_flips(keys)}
-        return {**draws, **jitter_steps(keys, self.color_jitter), "mask": self._masks(keys)}
+        mask_keys = mixed(keys + np.uint64(MASK_STREAM)).view(np.int64)
+        mask = {"mask": self._masks(mask_keys)} if self.masks == "loader" else {"mask_key": mask_keys}
+        return {**draws, **jitter_steps(keys, self.color_jitter), **mask}
 
     def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
         student = pictures["student"]
@@ -154,16 +161,13 @@ class PretrainView(_View):
             student = to_float(color_jitter(student, draws["jitter_step"], draws["jitter_factor"]))
         else:
             student = to_float(student)
-        mask = torch.from_numpy(draws["mask"]).to(student.device, non_blocking=True)
-        return {"student": normalise(student), "tokenizer": tokenizer, "mask": mask}
+        name = "mask" if self.masks == "loader" else "mask_key"
+        mask = torch.from_numpy(draws[name]).to(student.device, non_blocking=True)
+        return {"student": normalise(student), "tokenizer": tokenizer, name: mask}
 
     def _masks(self, keys: np.ndarray) -> np.ndarray:
-        keys = torch.from_numpy(mixed(keys + np.uint64(MASK_STREAM)).view(np.int64))
-        if self.mask_kind == "random":
-            masks = random_masks(keys, self.mask_grid, self.num_masked)
-        else:
-            masks = block_masks(keys, self.mask_grid, self.num_masked, min_patches=self.min_mask_patches)
-        return masks.flatten(1).numpy()
+        settings = (self.mask_kind, self.mask_grid, self.num_masked, self.min_mask_patches)
+        return patch_masks(torch.from_numpy(keys), *settings).numpy()
 
 
 @dataclass(frozen=True)

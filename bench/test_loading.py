@@ -151,7 +151,7 @@ def _our_stages(loader: str) -> Callable[[Path], Stages]:
             pixels = timed("crop and resize", pictures_of_cuts, cuts, VIEW, draws)["student"]
             jittered = timed("colour jitter", color_jitter, pixels, draws["jitter_step"], draws["jitter_factor"])
             timed("to float", lambda a, b: (normalise(to_float(a)), to_float(b)), jittered, pixels)
-            timed("mask", VIEW._masks, np.arange(BATCH, dtype=np.uint64))
+            timed("mask", VIEW._masks, np.arange(BATCH))
         return stages
 
     return measured

@@ -4,7 +4,8 @@ JOBS is a JSON list of [stage, options], the training commands, of ["copy", [run
 as it was at a checkpoint, and of ["poison", [rank, step]], which makes the loss NaN there in every pre-training that
 follows.
 
-Every rank writes buffers_rank_R.jsonl into the run folder: after each step a hash of all buffers that it holds.
+Every rank writes told_by_rank_R.jsonl into the run folder: after each step a hash of all buffers that it holds, and
+which images it had, as (epoch, index).
 """
 
 import hashlib
@@ -43,16 +44,17 @@ def poison(rank: str, step: str) -> int:
     return 0
 
 
-def add_and_hash(self, step, *args):
-    add(self, step, *args)
+def add_and_tell(self, step, lr, metrics, batch):
+    add(self, step, lr, metrics, batch)
     digest = hashlib.sha256()
     for name, buffer in sorted(self.task.model.named_buffers()):
         digest.update(name.encode() + buffer.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    with (self.run.path / f"buffers_rank_{self.world.rank}.jsonl").open("a") as lines:
-        lines.write(json.dumps([step, digest.hexdigest()]) + "\n")
+    images = list(zip(batch["view"].tolist(), batch["index"].tolist(), strict=True))
+    with (self.run.path / f"told_by_rank_{self.world.rank}.jsonl").open("a") as lines:
+        lines.write(json.dumps([step, digest.hexdigest(), images]) + "\n")
 
 
-add, TrainingLog.add = TrainingLog.add, add_and_hash
+add, TrainingLog.add = TrainingLog.add, add_and_tell
 JOBS = {
     "tokenizer": tokenizer.main,
     "pretrain": pretrain.main,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
@@ -28,6 +27,7 @@ from .training import (
     ROOT,
     TINY,
     TOKENIZER,
+    TORCHRUN,
     assert_same_bits,
     call,
     last_weights,
@@ -46,6 +46,7 @@ MOVES = [("zero3", "zero1"), ("zero2", "torch"), ("micro", "zero3"), ("zero3", "
 LOSS, WEIGHT = 1e-5, 1e-5
 # A code's numbers, at most 1, of weights that differ by that much less: two units in the last place, measured 1.2e-7
 CODE = 2.5e-7
+UNEVEN, UNEVEN_EPOCHS = 11, 3  # images of which no number of steps makes an epoch
 STILL = ("--drop-path", 0, "--lr", 1e-20)  # so small that adding it changes no weight that is not 0
 
 Folder = Callable[[str, str], Path]
@@ -63,14 +64,20 @@ def settings(name: str, folder: Path) -> list[object]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Folder:
     root = tmp_path_factory.mktemp("ranks")
-    return make_runs(root, CONFIGS, MOVES, {"no_drop": ("--drop-path", 0), "still": STILL})
+    uneven = ("--data", write_images(root / "uneven", UNEVEN), "--epochs", UNEVEN_EPOCHS, "--views", 0)
+    variants = {"no_drop": ("--drop-path", 0), "still": STILL}
+    return make_runs(root, CONFIGS, MOVES, variants, {"uneven": uneven})
 
 
 def make_runs(
-    root: Path, configs: Sequence[str], moves: Sequence[tuple[str, str]], variants: dict[str, tuple]
+    root: Path,
+    configs: Sequence[str],
+    moves: Sequence[tuple[str, str]],
+    variants: dict[str, tuple],
+    tokenizers: dict[str, tuple],
 ) -> Folder:
     """The folder of a run by (stage, name): micro, one_VARIANT (one process); torch, configs, variants (two ranks, the
-    variants under torch); A_to_B (moved)."""
+    variants and further tokenizers under torch); A_to_B (moved)."""
     data = ["--data", write_images(root / "images", STEPS)]
     given = {"tokenizer": data, "pretrain": [*data, "--tokenizer", root / "tokenizer_micro"]}
     zero = {name: settings(name, root) for name in configs}
@@ -92,14 +99,15 @@ def make_runs(
             jobs.append((stage, options(stage, name, "--batch-size", 2, *zero.get(name, []))))
         for name, more in variants.items():
             jobs.append((stage, options(stage, name, "--batch-size", 2, *more)))
+        for name, more in tokenizers.items() if stage == "tokenizer" else ():
+            jobs.append((stage, options(stage, name, "--batch-size", 2, *more)))
         for source, target in moves:
             moved = f"{source}_to_{target}"
             jobs.append(("copy", [str(folder(stage, source)), str(folder(stage, moved)), HALF]))
             if target != "one":
                 jobs.append((stage, options(stage, moved, "--batch-size", 2, *zero.get(target, []))))
     (root / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "tests" / "ranks.py"), str(root / "jobs.json")]
+    command = [*TORCHRUN, str(ROOT / "tests" / "ranks.py"), str(root / "jobs.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-5000:]
     for stage, (source, target) in product(OPTIONS, moves):
@@ -133,7 +141,16 @@ def test_two_ranks_have_the_codebook_of_one_process_with_the_same_global_batch_u
 
 def test_where_no_weight_moves_two_ranks_codebook_has_the_bits_of_one_process_with_the_same_global_batch(runs):
     assert_same_state(runs("tokenizer", "still"), runs("tokenizer", "one_still"))
-    assert len({digest for _, digest in hashes(runs("tokenizer", "still"))[0]}) == STEPS  # it moved in every step
+    assert len(set(hashes(runs("tokenizer", "still"))[0])) == STEPS  # it moved in every step
+
+
+def told(run: Path) -> list[list]:
+    """Of each rank what it told after each step: [step, hash of all its buffers, its images as [epoch, index]]."""
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in sorted(run.glob("told_by_rank_*"))]
+
+
+def hashes(run: Path) -> list[list[str]]:
+    return [[digest for _, digest, _ in rank] for rank in told(run)]
 
 
 @pytest.mark.parametrize("name", ["torch", "no_drop", *CONFIGS])
@@ -141,12 +158,15 @@ def test_where_no_weight_moves_two_ranks_codebook_has_the_bits_of_one_process_wi
 def test_all_ranks_hold_the_same_codebook_and_buffers_in_every_step(runs, stage, name):
     first, second = hashes(runs(stage, name))
     assert first == second and len(first) == STEPS
-    assert len({digest for _, digest in first}) == (STEPS if stage == "tokenizer" else 1)
+    assert len(set(first)) == (STEPS if stage == "tokenizer" else 1)
 
 
-def hashes(run: Path) -> list[list]:
-    """What each rank wrote of all buffers that it held after each step: [step, hash]."""
-    return [[json.loads(line) for line in file.read_text().splitlines()] for file in sorted(run.glob("buffers_rank_*"))]
+def test_two_ranks_see_every_image_once_in_every_epoch(runs):
+    ranks = told(runs("tokenizer", "uneven"))
+    seen = [(epoch, image) for rank in ranks for _, _, images in rank for epoch, image in images]
+    whole = [(epoch, image) for epoch in range(UNEVEN_EPOCHS) for image in range(UNEVEN)]
+    assert sorted(key for key in seen if key[0] < UNEVEN_EPOCHS) == whole
+    assert len(seen) - len(whole) < 4  # images of the next epoch fill the last step
 
 
 @pytest.mark.parametrize("stage", OPTIONS)

@@ -21,6 +21,7 @@ from train import evaluate, finetune, linear_probe, pretrain, segment, tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 HALTING = str(Path(__file__).with_name("halting.py"))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
 MODULES = {"tokenizer": tokenizer, "pretrain": pretrain, "linear_probe": linear_probe}
 MODULES |= {"finetune": finetune, "evaluate": evaluate, "segment": segment}

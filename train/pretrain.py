@@ -15,6 +15,7 @@ from beitv2_fast.data import PretrainView
 from beitv2_fast.distributed import run_main, start
 from beitv2_fast.engine import Batch, Task, train, training_images
 from beitv2_fast.errors import UserError
+from beitv2_fast.masking import patch_masks
 from beitv2_fast.pictures import masked_picture, token_map
 from beitv2_fast.presets import PRETRAIN
 from beitv2_fast.run import RunFolder
@@ -25,12 +26,13 @@ from beitv2_fast.tokenizer import Tokenizer
 class PretrainTask(Task):
     name = "pretrain"
 
-    def __init__(self, model: Student, tokenizer: Tokenizer, num_masked: int):
-        self.model, self.tokenizer, self.num_masked = model, tokenizer, num_masked
+    def __init__(self, model: Student, tokenizer: Tokenizer, config: PretrainConfig):
+        self.model, self.tokenizer, self.num_masked = model, tokenizer, config.num_masked
+        self.mask_settings = (config.mask, model.grid, config.num_masked, config.min_mask_patches)
         self.branches = ("mim", "agg")[: 2 if model.config.aggregation_depth else 1]
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        mask = batch["mask"]
+        mask = self._mask(batch)
         codes = self.tokenizer.encode(batch["tokenizer"])  # [B, N]
         labels = masked_gather(codes[..., None], mask, num_masked=self.num_masked)[:, 0]
         out = model(batch["student"], mask, labels, self.num_masked)
@@ -45,9 +47,13 @@ class PretrainTask(Task):
         view = batch["tokenizer"][:1]
         codes = self.tokenizer.encode(view).view(self.tokenizer.grid)
         return {
-            "masked": masked_picture(view[0], batch["mask"][0].view(self.model.grid)),
+            "masked": masked_picture(view[0], self._mask(batch)[0].view(self.model.grid)),
             "tokens": token_map(codes, self.tokenizer.patch_size),
         }
+
+    def _mask(self, batch: Batch) -> Tensor:
+        """[B, N] bool: the loader's, or with --masks device drawn here and now."""
+        return batch["mask"] if "mask" in batch else patch_masks(batch["mask_key"], *self.mask_settings)
 
 
 def load_tokenizer(config: PretrainConfig) -> tuple[Tokenizer, TokenizerConfig]:
@@ -80,12 +86,13 @@ def main(argv: list[str] | None = None) -> int:
             crop_scale=config.crop_scale,
             color_jitter=config.color_jitter,
             mask_kind=config.mask,
+            masks=config.masks,
         )
     except ValueError as error:
         raise UserError(f"{error}. Change one of these options.") from error
     run = RunFolder(config, world.rank)
     return train(
-        PretrainTask(model, tokenizer.to(world.device), config.num_masked),
+        PretrainTask(model, tokenizer.to(world.device), config),
         config,
         training_images(config, view, run, world),
         run,

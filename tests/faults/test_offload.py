@@ -25,7 +25,7 @@ MOVES = [("torch", "zero2_offload"), ("zero1_offload", "zero3_offload"), ("zero3
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Folder:
-    return make_runs(tmp_path_factory.mktemp("offload"), CONFIGS, MOVES, {})
+    return make_runs(tmp_path_factory.mktemp("offload"), CONFIGS, MOVES, {}, {})
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -20,6 +20,7 @@ from ..training import (
     ROOT,
     TINY,
     TOKENIZER,
+    TORCHRUN,
     Halted,
     assert_same_bits,
     call,
@@ -29,7 +30,6 @@ from ..training import (
 
 pytestmark = pytest.mark.faults
 STEPS = 12
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 RUNS = 50  # in a row that have to end with exit code 0
 
 
@@ -115,6 +115,28 @@ def test_ranks_whose_launcher_is_killed_save_and_stop_and_resume_to_the_same_bit
     assert again.returncode == 0, again.stderr[-3000:]
     assert "resumed at step 5 of 12" in again.stdout
     assert_same_bits(tmp_path / "run", undisturbed["pretrain", name])
+
+
+def test_a_killed_deepspeed_runner_leaves_ranks_that_the_next_start_names_and_that_stop_and_resume_to_the_same_bits(
+    options, undisturbed, tmp_path
+):
+    """The process that the user started is the parent of the launcher whose death the ranks notice."""
+    given = [*options["pretrain"], "--out", tmp_path / "run"]
+    training = Halted("pretrain", 5, *given, launcher=launcher("deepspeed"))
+    ranks = ranks_of(training.pid)
+    assert parent(parent(ranks[0])) == training.pid
+    os.kill(training.pid, signal.SIGKILL)
+    training.process.wait()
+    refused = run("pretrain", *given, launcher=launcher("deepspeed"))
+    assert refused.returncode != 0
+    assert f"another process is writing to the run folder {tmp_path / 'run'}: process {ranks[0]} on" in refused.stderr
+    os.kill(ranks[0], signal.SIGTERM)
+    training.go_on()  # returns when the last process has ended
+    assert "stopped at step 5, saved" in training.output
+    again = run("pretrain", *given, launcher=launcher("deepspeed"))
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "resumed at step 5 of 12" in again.stdout
+    assert_same_bits(tmp_path / "run", undisturbed["pretrain", "deepspeed"])
 
 
 def test_a_hang_of_one_rank_ends_with_the_stacks_of_all(options, tmp_path):
