@@ -103,7 +103,7 @@ class Scores:
     predictions: dict[int, Tensor] = field(default_factory=dict)  # by image, uint8 [H, W], as far as asked for
 
     def numbers(self) -> dict[str, float]:
-        truth, right = self.confusion.sum(1), self.confusion.diag()
+        truth, right = self.confusion.sum(1).double(), self.confusion.diag().double()
         return {
             "miou": self.iou().nanmean().item(),
             "macc": (right / truth).nanmean().item(),
@@ -112,8 +112,8 @@ class Scores:
         }
 
     def iou(self) -> Tensor:
-        """float [classes]; NaN for a class that is nowhere, in truth or prediction."""
-        right = self.confusion.diag()
+        """float64 [classes]; NaN for a class that is nowhere, in truth or prediction."""
+        right = self.confusion.diag().double()
         return right / (self.confusion.sum(0) + self.confusion.sum(1) - right)
 
 

@@ -17,9 +17,10 @@ from ..convert.files import read
 from ..convert.finetune import describe_new, to_classifier
 from ..convert.shapes import VIT_FIELD
 from ..distributed import World, autocast_dtype
-from ..engine import Batch, Plan, Task, checked_images
+from ..engine import Batch, Task, checked_images
 from ..errors import UserError
 from ..finetuning import POSITION, SHAPE
+from ..plan import Plan
 from ..positions import resize_positions
 from ..run import RunFolder, read_config, stored_config, write_atomically
 from ..transforms import normalise
@@ -44,19 +45,17 @@ class PolySchedule(Plan):
 
     @classmethod
     def of(cls, config: SegmentConfig, num_images: int, world_size: int) -> PolySchedule:
-        plan = {f.name: value for f, value in _fields(Plan.of(config, num_images, world_size))}
+        plan = vars(Plan.of(config, num_images, world_size))
         if config.steps:
-            plan.update(total_steps=config.steps, warmup_steps=min(config.warmup_steps, config.steps))
+            epochs = -(-config.steps * plan["images_per_step"] // num_images)
+            warmup = min(config.warmup_steps, config.steps)
+            plan = {**plan, "total_steps": config.steps, "warmup_steps": warmup, "epochs": epochs}
         return cls(**plan, power=config.power)
 
     def lr(self, step: int) -> float:
         low = min(self.min_lr, self.peak_lr)
         rate = (self.peak_lr - low) * max(1 - step / self.total_steps, 0.0) ** self.power + low
         return rate * min(step / self.warmup_steps, 1.0) if self.warmup_steps else rate
-
-
-def _fields(plan: Plan) -> list[tuple[dataclasses.Field, object]]:
-    return [(f, getattr(plan, f.name)) for f in dataclasses.fields(plan)]
 
 
 def segmenter_config(config: SegmentConfig, num_classes: int, **vit: object) -> SegmenterConfig:
