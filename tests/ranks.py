@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from beitv2_fast.distributed import run_main
 from beitv2_fast.training_log import TrainingLog
-from train import finetune, pretrain, tokenizer
+from train import evaluate, finetune, linear_probe, pretrain, tokenizer
 
 
 def copy(run: str, other: str, step: str) -> int:
@@ -59,6 +59,8 @@ JOBS = {
     "tokenizer": tokenizer.main,
     "pretrain": pretrain.main,
     "finetune": finetune.main,
+    "evaluate": evaluate.main,
+    "linear_probe": linear_probe.main,
     "copy": lambda options: copy(*options),
     "poison": lambda options: poison(*options),
 }

@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     model, stored = load_run_model(config.run)
     backbone = choose_backbone(config, (model, stored), world.device)
     keep = kept_columns(config, backbone)
-    if config.tokenizer is not None:
+    if config.exact and config.tokenizer is not None:
         read_config(TokenizerConfig, config.tokenizer)  # now, not after the other features have been computed
     run = RunFolder(config, world.rank)
     splits = find_labelled(config, run, world, stored.patch_size)
