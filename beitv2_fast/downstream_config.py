@@ -75,9 +75,10 @@ class FinetuneConfig(TrainConfig):
         at_least=1,
     )  # fmt: skip
     eval_batch_size: int = option(128, "images a forward of the evaluation on each rank", free=True, at_least=1)
-    crop_pct: float = option(
-        0.875, "share of the shorter side that the evaluation's centre crop shows", free=True, above=0, at_most=1
-    )
+    crop_pct: float | None = option(
+        None, "share of the shorter side that the evaluation's centre crop shows; none: 0.875 below 384 pixels, else 1",
+        free=True, above=0, at_most=1,
+    )  # fmt: skip
     layer_decay: float = option(
         0.65, "each block learns at this times the rate of the next; the head at the full rate", above=0, at_most=1
     )
@@ -125,7 +126,10 @@ class EvaluateConfig(RunConfig):
     image_size: int | None = option(
         None, "side of the images, in pixels, to which positions are resized; none: that of the training", at_least=1
     )
-    crop_pct: float = option(0.875, "share of the shorter side that the centre crop shows", above=0, at_most=1)
+    crop_pct: float | None = option(
+        None, "share of the shorter side that the centre crop shows; none: 0.875 below 384 pixels, else 1", above=0,
+        at_most=1,
+    )  # fmt: skip
     precision: str = option(
         "auto", "arithmetic; bf16: autocast; auto: bf16 on GPUs and CPUs with AMX, else fp32",
         choices=("auto", "fp32", "bf16"),

@@ -12,15 +12,35 @@ from torch import Tensor, nn
 from .data import ImageFolder, keyed_loader
 from .distributed import World
 from .errors import UserError
+from .images import ImageList
 from .sampler import rank_share
 from .transforms import normalise
+
+
+def columns_of(images: ImageList, classes: Sequence[str], source: Path | str) -> Tensor:
+    """The logits among which a classifier chooses, in the order of the images' labels: int64.
+
+    Of a folder those of its classes, found by their names. Shards have the training's numbers for names: all logits.
+    """
+    if images.spans is None:
+        return class_columns(images.classes, classes, source)
+    if not images.classes:
+        raise UserError(
+            f"{source}: not every image of the shards has a label. Evaluation needs KEY.cls beside KEY.jpg."
+        )
+    if len(images.classes) > len(classes):
+        raise UserError(
+            f"{source} has an image of class {len(images.classes) - 1}, but the classifier knows 0 to "
+            f"{len(classes) - 1}. The shards need the numbers of the training's classes."
+        )
+    return torch.arange(len(classes))
 
 
 def class_columns(folder_classes: Sequence[str], classes: Sequence[str], folder: Path | str) -> Tensor:
     """For each class of a folder its number in the classifier: int64 [folder classes].
 
     ImageNet-A and ImageNet-R have 200 of ImageNet's 1000 classes, under the same names (wnids): a classifier chooses
-    among those of the folder.
+    among those of the folder, as the reference does, which cuts the other rows out of the head.
 
     Raises:
         UserError: a class that the classifier does not know.

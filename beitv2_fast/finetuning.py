@@ -23,12 +23,14 @@ from .distributed import World, autocast_dtype
 from .downstream_config import FinetuneConfig
 from .engine import Batch, Task, checked_images
 from .errors import UserError
-from .evaluation import class_columns, evaluate
+from .evaluation import columns_of, evaluate
 from .run import RunFolder, write_atomically
 from .transforms import normalise
 
 CLASSES = "classes.json"  # in the run folder: the names of the classes, in the order of the logits
-HEAD_SCALE = 1e-3  # a new head starts so small that the first gradients do not disturb the backbone (the reference's)
+# a new head starts so small that the first gradients do not disturb the backbone (--init_scale of the reference's
+# run_class_finetuning.py)
+HEAD_SCALE = 1e-3
 POSITION = {"shared_relative": "relative"}  # the table that all blocks shared is copied into each
 SHAPE = ("dim", "depth", "heads", "patch_size")
 
@@ -122,6 +124,13 @@ def labelled_images(
     return ImageFolder(images, view, loader=choose_loader(config.loader)[0], device=world.device)
 
 
+def crop_share(crop_pct: float | None, image_size: int) -> float:
+    """--crop-pct, or what the reference evaluates with: 224/256 below 384 pixels, the whole shorter side from there."""
+    if crop_pct is not None:
+        return crop_pct
+    return 224 / 256 if image_size < 384 else 1.0
+
+
 def validation_folder(config: FinetuneConfig) -> Path | None:
     """--val, or val or test of --data."""
     if config.val is not None:
@@ -135,9 +144,9 @@ class Validation:
     def __init__(self, config: FinetuneConfig, classes: list[str], run: RunFolder, world: World):
         self.config, self.run, self.world = config, run, world
         folder = validation_folder(config)
-        view = EvalView(config.image_size, config.crop_pct)
+        view = EvalView(config.image_size, crop_share(config.crop_pct, config.image_size))
         self.dataset = labelled_images(folder, "val", config, run, world, view=view, min_size=config.patch_size)
-        self.columns = class_columns(self.dataset.images.classes, classes, folder)
+        self.columns = columns_of(self.dataset.images, classes, folder)
 
     def __call__(self, step: int, models: dict[str, nn.Module], progress: Callable[[], None]) -> dict[str, dict]:
         """The results by model, logged."""
@@ -155,7 +164,7 @@ class Validation:
             for name, model in models.items()
         }
         for name, found in results.items():
-            self.run.print(f"evaluation  step {step}  {name:<8} {describe(found)}")
+            self.run.print(f"evaluation  step {step}  {name:<8} {describe(found, len(self.columns))}")
         self.run.metrics(
             step,
             {f"{name}_{key}": v for name, found in results.items() for key, v in found.items()},
@@ -167,5 +176,7 @@ class Validation:
         return results
 
 
-def describe(found: dict[str, float]) -> str:
-    return f"top-1 {found['top1']:.2%}  top-5 {found['top5']:.2%}  loss {found['loss']:.3f}  {found['images']:,} images"
+def describe(found: dict[str, float], classes: int) -> str:
+    """A line of the log. Top-5 is told of more than five classes, where it says something."""
+    top5 = f"  top-5 {found['top5']:.2%}" if classes > 5 else ""
+    return f"top-1 {found['top1']:.2%}{top5}  loss {found['loss']:.3f}  {found['images']:,} images"

@@ -63,18 +63,35 @@ PROBE = {
     ),
 }  # fmt: skip
 
+# The numbers of the appendix; warm-up, min_lr and those after an intermediate fine-tuning: the reference's commands
+# (beit2/get_started_for_image_classification.md and the defaults of its run_class_finetuning.py).
 _FINETUNE = FinetuneConfig(
     epochs=100, batch_size=128, lr=5e-4, lr_batch=1024, min_lr=1e-6, warmup_epochs=20, weight_decay=0.05,
     betas=(0.9, 0.999), clip_grad=0.0, drop_path=0.1, layer_decay=0.65,
 )  # fmt: skip
 
+_FINETUNE_LARGE = replace(
+    _FINETUNE, **SIZES["large"], epochs=50, warmup_epochs=5, layer_decay=0.8, drop_path=0.2, batch_size=32,
+    layer_scale=1e-5,
+)  # fmt: skip
+
+# On ImageNet-21k, batch 4096 on 32 GPUs: another label set, without evaluation unless there is a folder val or --val
+_INTERMEDIATE = replace(_FINETUNE, epochs=90, lr=6e-4, lr_batch=4096, layer_decay=0.75)
+
 FINETUNE = {
     # after 300 epochs of pre-training; batch 1024 on 8 GPUs
     "base": _FINETUNE,
     "base_1600": replace(_FINETUNE, layer_decay=0.6, drop_path=0.2),
-    "large": replace(
-        _FINETUNE, **SIZES["large"], epochs=50, lr=2e-4, warmup_epochs=5, layer_decay=0.8, drop_path=0.2, batch_size=32,
-        layer_scale=1e-5,
+    # batch 1024 on 32 GPUs
+    "large": replace(_FINETUNE_LARGE, lr=5e-4),
+    "large_1600": replace(_FINETUNE_LARGE, lr=2e-4),
+    "base_intermediate": _INTERMEDIATE,
+    "large_intermediate": replace(_INTERMEDIATE, **SIZES["large"], drop_path=0.2, layer_scale=1e-5),
+    "base_after_intermediate": replace(
+        _FINETUNE, epochs=30, lr=5e-5, layer_decay=0.75, mixup=0.0, cutmix=0.0,
+    ),
+    "large_after_intermediate": replace(
+        _FINETUNE_LARGE, epochs=20, lr=7e-5, drop_path=0.25, mixup=0.0, cutmix=0.0,
     ),
     "demo": replace(
         _FINETUNE,

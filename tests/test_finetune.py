@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 from beitv2_fast import create_model
 from beitv2_fast.build import load_run_model
 from beitv2_fast.config import parse
+from beitv2_fast.convert.finetune import reading_normalised
 from beitv2_fast.downstream_config import FinetuneConfig
-from beitv2_fast.finetuning import HEAD_SCALE, start_model
+from beitv2_fast.finetuning import HEAD_SCALE, crop_share, start_model
+from beitv2_fast.images import find_images
+from beitv2_fast.positions import resize_bias_table, resize_embedding
 from beitv2_fast.presets import FINETUNE
-from beitv2_fast.transforms import normalise
+from beitv2_fast.transforms import EvalView, normalise
 
 from .training import (
     PRETRAIN,
@@ -94,8 +97,14 @@ def test_the_tokenizers_encoder_is_fine_tuned_with_its_norm_and_sees_what_it_saw
     ours, theirs = model.forward_tokens(normalise(x)), tokenizer.encoder.forward_tokens(2 * x - 1)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert torch.equal(model.fc_norm.weight, tokenizer.encoder.fc_norm.weight)
-    assert finetune(runs, "tuned_tokenizer", weights="tokenizer") == 0
-    assert results(runs / "tuned_tokenizer")["weights"]["images"] == 9
+
+
+def test_the_tokenizer_s_encoder_is_trained_from_its_weights_and_learns(runs):
+    assert finetune(runs, "still_tokenizer", *STILL, weights="tokenizer") == 0
+    encoder = {n.removeprefix("encoder."): w for n, w in last_weights(runs / "tokenizer").items() if "encoder." in n}
+    assert_starts_from(reading_normalised(encoder), runs / "still_tokenizer")
+    assert finetune(runs, "tuned_tokenizer", *PLAIN, *SHARP, weights="tokenizer") == 0
+    assert results(runs / "tuned_tokenizer")["weights"]["top1"] == 1.0
 
 
 def test_it_learns_to_tell_colours(runs):
@@ -137,6 +146,57 @@ def test_evaluate_alone_repeats_the_last_numbers_and_trains_nothing(runs):
     assert_same_bits(runs / "evaluated", runs / "tuned")
 
 
+STILL = "--lr 1e-12 --weight-decay 0 --epochs 1".split()  # the weights stay what they start from, but for 1e-9
+
+
+def assert_starts_from(weights: dict[str, torch.Tensor], run_folder: Path) -> None:
+    """A run that stood still has these weights."""
+    found = last_weights(run_folder)
+    for name, value in weights.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-9)
+
+
+def test_intermediate_fine_tuning_passes_all_but_the_head_on_to_the_next_label_set(runs):
+    write_colours(runs / "other" / "train", 3, ("blue", "green"))
+    for name in ("cyan", "white"):
+        shutil.copytree(runs / "other" / "train" / "blue", runs / "other" / "train" / name)
+    assert finetune(runs, "intermediate", *SHARP, data="other") == 0  # of four classes
+    assert not (runs / "intermediate" / "results.json").exists()  # nothing to evaluate on, as with ImageNet-21k
+    assert finetune(runs, "after", *STILL, weights="intermediate") == 0
+    passed = {name: w for name, w in last_weights(runs / "intermediate").items() if not name.startswith("head.")}
+    assert_starts_from(passed, runs / "after")
+    tables = [passed[f"blocks.{i}.attn.relative_position_bias_table"] for i in range(2)]
+    assert not torch.equal(*tables)  # each block has learnt its own
+    head = last_weights(runs / "after")["head.weight"]
+    assert head.shape == (3, 24) and head.abs().max() < 0.01
+    assert results(runs / "after")["classes"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [  # the commands of the reference's get_started_for_image_classification.md, for a batch of 1024 (4096)
+        ("base", (100, 5e-4, 1024, 20, 0.65, 0.1, 0.8, 1.0)),
+        ("base_1600", (100, 5e-4, 1024, 20, 0.6, 0.2, 0.8, 1.0)),
+        ("large", (50, 5e-4, 1024, 5, 0.8, 0.2, 0.8, 1.0)),
+        ("large_1600", (50, 2e-4, 1024, 5, 0.8, 0.2, 0.8, 1.0)),
+        ("base_intermediate", (90, 6e-4, 4096, 20, 0.75, 0.1, 0.8, 1.0)),
+        ("large_intermediate", (90, 6e-4, 4096, 20, 0.75, 0.2, 0.8, 1.0)),
+        ("base_after_intermediate", (30, 5e-5, 1024, 20, 0.75, 0.1, 0.0, 0.0)),
+        ("large_after_intermediate", (20, 7e-5, 1024, 5, 0.8, 0.25, 0.0, 0.0)),
+    ],
+)
+def test_presets_are_the_reference_s_commands(name, expected):
+    c = FINETUNE[name]
+    assert (c.epochs, c.lr, c.lr_batch, c.warmup_epochs, c.layer_decay, c.drop_path, c.mixup, c.cutmix) == expected
+    assert (c.min_lr, c.weight_decay, c.smoothing, c.erasing, HEAD_SCALE) == (1e-6, 0.05, 0.1, 0.25, 1e-3)
+    assert (c.dim, c.depth) == ((1024, 24) if name.startswith("large") else (768, 12))
+
+
+@pytest.mark.parametrize(("size", "given", "share"), [(224, None, 0.875), (384, None, 1.0), (224, 0.9, 0.9)])
+def test_the_centre_crop_grows_with_the_image_size_unless_it_is_given(size, given, share):
+    assert crop_share(given, size) == share
+
+
 def test_another_label_set_gets_a_new_head_and_the_same_one_keeps_it(runs):
     write_colours(runs / "two" / "train", 4, ("blue", "red"))
     tuned = load_run_model(runs / "tuned")[0]
@@ -149,13 +209,30 @@ def test_another_label_set_gets_a_new_head_and_the_same_one_keeps_it(runs):
     assert last_weights(runs / "two_classes")["head.weight"].shape == (2, 24)
 
 
-def test_another_resolution_resizes_the_positions(runs):
-    for weights in ("pretrain", "tokenizer"):
-        model = start_model(config(runs, weights, "--image-size", 48), ["a", "b"], print)
-        assert model(torch.randn(1, 3, 48, 48)).shape == (1, 2)
-    assert finetune(runs, "larger", "--image-size", 48, "--epochs", 1) == 0
-    table = last_weights(runs / "larger")["blocks.1.attn.relative_position_bias_table"]
-    assert len(table) == (2 * 6 - 1) ** 2 + 3
+def test_at_another_resolution_it_starts_from_resized_positions_and_all_else_as_it_was(runs):
+    student, encoder = last_weights(runs / "pretrain"), last_weights(runs / "tokenizer")
+    assert finetune(runs, "larger", "--image-size", 48, *STILL) == 0
+    table = resize_bias_table(student["rel_pos_bias.relative_position_bias_table"], (6, 6))
+    wanted = {f"blocks.{i}.attn.relative_position_bias_table": table for i in range(2)}
+    wanted["blocks.1.mlp.fc1.weight"] = student["blocks.1.mlp.fc1.weight"]
+    assert_starts_from(wanted, runs / "larger")
+    assert finetune(runs, "larger_tokenizer", "--image-size", 48, *STILL, weights="tokenizer") == 0
+    assert_starts_from({"pos_embed": resize_embedding(encoder["encoder.pos_embed"], (6, 6))}, runs / "larger_tokenizer")
+
+
+def test_a_classifier_is_evaluated_at_another_resolution_with_resized_positions(runs):
+    assert finetune(runs, "sure", *SHARP) == 0
+    command = ["--model", runs / "sure", "--data", runs / "data" / "val", "--image-size", 48, "--crop-pct", 1.0]
+    options = ["--precision", "fp32", "--workers", 0, "--device", "cpu", "--out", runs / "evaluated_larger"]
+    assert call("evaluate", *command, *options) == 0
+    found = results(runs / "evaluated_larger")["rows"][0]
+    model = load_run_model(runs / "sure", 48)[0]
+    images = find_images(runs / "data" / "val")
+    x = torch.stack([EvalView(48, 1.0)(images.open(i))["image"] for i in range(len(images))])
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(normalise(x)), torch.tensor(images.labels))
+    assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert found["loss"] != pytest.approx(results(runs / "sure")["weights"]["loss"], rel=1e-5)
 
 
 def test_a_fine_tuned_run_is_read_by_create_model_and_converts(runs):

@@ -19,8 +19,8 @@ from beitv2_fast.data import EvalView
 from beitv2_fast.distributed import autocast_dtype, run_main, start
 from beitv2_fast.downstream_config import EvaluateConfig
 from beitv2_fast.errors import UserError
-from beitv2_fast.evaluation import class_columns, evaluate
-from beitv2_fast.finetuning import describe, labelled_images, stored_classes
+from beitv2_fast.evaluation import columns_of, evaluate
+from beitv2_fast.finetuning import crop_share, describe, labelled_images, stored_classes
 from beitv2_fast.presets import EVALUATE
 from beitv2_fast.run import RunFolder, write_atomically
 
@@ -75,11 +75,12 @@ def main(argv: list[str] | None = None) -> int:
     first = found["weights"]
     classes = class_names(config, first)
     run = RunFolder(config, world.rank)
-    view = EvalView(first.vit_config.image_size, config.crop_pct)
+    size = first.vit_config.image_size
+    view = EvalView(size, crop_share(config.crop_pct, size))
     datasets = {}
     for i, (name, folder) in enumerate(zip(folder_names(config.data), config.data, strict=True)):
         images = labelled_images(folder, str(i), config, run, world, view=view, min_size=first.vit_config.patch_size)
-        datasets[name] = images, class_columns(images.images.classes, classes, folder)
+        datasets[name] = images, columns_of(images.images, classes, folder)
     rows = []
     for name, (dataset, columns) in datasets.items():
         for kind, model in found.items():
@@ -93,7 +94,8 @@ def main(argv: list[str] | None = None) -> int:
                 amp=autocast_dtype(config.precision, world.device),
             )
             rows.append({"folder": name, "model": kind, "classes": len(columns), **result})
-            run.print(f"evaluate  {name:<20} {kind:<8} {describe(result)}, {len(columns)} of {len(classes)} classes")
+            among = f"{len(columns)} of {len(classes)} classes"
+            run.print(f"evaluate  {name:<20} {kind:<8} {describe(result, len(columns))}, {among}")
     if run.writes:
         write_atomically(
             run.path / "results.json", json.dumps({"model": str(config.model), "rows": rows}, indent=2) + "\n"
