@@ -68,7 +68,7 @@ setup(
     packages=[*find_packages(include=["beitv2_fast", "beitv2_fast.*"]), "beitv2_fast.kernels"]
     + [f"beitv2_fast.kernels.{p}" for p in find_packages("kernels")],
     package_dir={"beitv2_fast": "beitv2_fast", "beitv2_fast.kernels": "kernels"},
-    package_data={"beitv2_fast": ["py.typed"], "beitv2_fast.kernels": ["py.typed"]},
+    package_data={"beitv2_fast": ["py.typed"], "beitv2_fast.explore": ["page/*"], "beitv2_fast.kernels": ["py.typed"]},
     entry_points={"console_scripts": ["beitv2-fast=beitv2_fast.cli:main"]},
     install_requires=["torch>=2.7"],
     extras_require={

@@ -1,4 +1,4 @@
-"""The command `beitv2-fast` (also `python -m beitv2_fast`): convert weights, encode images, list models."""
+"""The command `beitv2-fast` (also `python -m beitv2_fast`): weights, codes, pictures of runs, names of models."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import compact
 from .config import add_options, check_limits
@@ -14,6 +15,7 @@ from .convert import FORMATS
 from .convert.files import convert_file
 from .distributed import run_main
 from .encode import EncodeConfig, encode_folder
+from .explore import ExploreConfig, explore
 from .models import ALIASES, MODELS
 
 
@@ -37,6 +39,11 @@ def parser() -> argparse.ArgumentParser:
     )
     encode.add_argument("images", metavar="IMAGES", type=Path, help="folder of images, with or without folders in it")
     add_options(encode, EncodeConfig())
+    explore = commands.add_parser(
+        "explore", help="a local page to look at a run with", description=ExploreConfig.__doc__
+    )
+    explore.add_argument("run", metavar="RUN", type=Path, help="folder of the runs, or a run folder")
+    add_options(explore, ExploreConfig())
     commands.add_parser("models", help="the names that create_model knows", description="List the models' names.")
     return result
 
@@ -48,15 +55,25 @@ def run(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if command == "convert":
         _convert(**given)
+    elif command == "explore":
+        folder = given.pop("run")
+        return explore(folder, given_options(ExploreConfig(), given))
     elif command == "encode":
-        config = dataclasses.replace(EncodeConfig(), **{k: v for k, v in given.items() if k != "images"})
-        check_limits(config)
-        count, left_out = encode_folder(given["images"], config)
+        images = given.pop("images")
+        config = given_options(EncodeConfig(), given)
+        count, left_out = encode_folder(images, config)
         print(f"{config.out}: the codes of {count} images; {len(left_out)} files left out")
     else:
         aliases = {name: [alias for alias, target in ALIASES.items() if target == name] for name in MODELS}
         print("\n".join(f"{name:<26}{', '.join(aliases[name])}".rstrip() for name in MODELS))
     return 0
+
+
+def given_options(config: Any, given: dict[str, Any]) -> Any:
+    """A config with the options of the command line, within their limits."""
+    config = dataclasses.replace(config, **given)
+    check_limits(config)
+    return config
 
 
 def _convert(input: Path, output: Path, to: str, source: str | None, model: str | None, force: bool) -> None:
