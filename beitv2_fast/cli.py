@@ -17,6 +17,7 @@ from .distributed import run_main
 from .encode import EncodeConfig, encode_folder
 from .explore import ExploreConfig, explore
 from .models import ALIASES, MODELS
+from .picture_commands import KINDS, write_picture
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +45,15 @@ def parser() -> argparse.ArgumentParser:
     )
     explore.add_argument("run", metavar="RUN", type=Path, help="folder of the runs, or a run folder")
     add_options(explore, ExploreConfig())
+    pictures = commands.add_parser(
+        "picture", help="pictures of a run as PNG files", description="Pictures of a run as PNG files."
+    ).add_subparsers(dest="kind", required=True)
+    for kind, config in KINDS.items():
+        text = " ".join((type(config).__doc__ or "").split())
+        picture = pictures.add_parser(kind, help=text.split(":")[0].split(".")[0], description=text)
+        picture.add_argument("run", metavar="RUN", type=Path, nargs="+", help="folder of the runs, or a run folder")
+        picture.add_argument("-o", "--out", type=Path, required=True, help="the .png file to write")
+        add_options(picture, config)
     commands.add_parser("models", help="the names that create_model knows", description="List the models' names.")
     return result
 
@@ -55,6 +65,10 @@ def run(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if command == "convert":
         _convert(**given)
+    elif command == "picture":
+        kind, runs, out = given.pop("kind"), given.pop("run"), given.pop("out")
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        print(write_picture(kind, runs, out, given_options(KINDS[kind], given)))
     elif command == "explore":
         folder = given.pop("run")
         return explore(folder, given_options(ExploreConfig(), given))

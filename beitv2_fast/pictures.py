@@ -1,10 +1,11 @@
-"""Small pictures as tensors, for TensorBoard and the report: token maps and masked images."""
+"""Small pictures as tensors, for TensorBoard and the report: token maps, heat maps and masked images."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+HEAT = ((0, 0, 4), (64, 15, 108), (148, 38, 103), (221, 81, 58), (251, 166, 10), (252, 255, 164))
 HIDDEN = (0.36, 0.45, 0.60)  # of masked patches: no colour that a grey photograph has
 
 
@@ -43,6 +44,15 @@ def _evenly(values: Tensor, weight: Tensor) -> Tensor:
     spread = torch.empty_like(values)
     spread[order] = weight[order].cumsum(0) - weight[order] / 2
     return spread
+
+
+def heat_map(values: Tensor, cell: int) -> Tensor:
+    """Values [h, w] in [0, 1] -> [3, h*cell, w*cell] in [0, 1]: black, purple, red, orange, pale yellow."""
+    stops = torch.tensor(HEAT, dtype=torch.float32) / 255
+    at = values.float().clamp(0, 1) * (len(HEAT) - 1)
+    low = at.floor().long().clamp(max=len(HEAT) - 2)
+    colours = torch.lerp(stops[low], stops[low + 1], (at - low)[..., None])  # [h, w, 3]
+    return colours.movedim(-1, 0).repeat_interleave(cell, 1).repeat_interleave(cell, 2)
 
 
 def masked_picture(image: Tensor, mask: Tensor, fill: Tensor | None = None) -> Tensor:

@@ -71,7 +71,7 @@ class Answers:
             "name": runs.name,
             "grid": list(runs.grid),
             "images": len(runs.images),
-            "samples": [_name(runs.samples, i) for i in range(len(runs.samples))],
+            "samples": [name_of(runs.samples, i) for i in range(len(runs.samples))],
             "held_out": runs.held_out,
             "counts": usage.counts.tolist(),
             "ranks": [self.rank[code] for code in range(usage.num_codes)],
@@ -94,7 +94,7 @@ class Answers:
     def sample(self, number: int) -> dict[str, Any]:
         """One of the offered images."""
         self._check(number, len(self.runs.samples), "sample")
-        name = _name(self.runs.samples, number)
+        name = name_of(self.runs.samples, number)
         return self._describe(self._remember(f"sample-{number}", name, self.runs.samples.open(number)))
 
     def picture(self, key: str) -> bytes:
@@ -131,25 +131,16 @@ class Answers:
 
     def nearest(self, key: str, patch: int, model: str) -> dict[str, Any]:
         """The patches of the data set whose features are most like this one's, at most one of an image."""
-        shown, features = self._get(key), self.index.features.get(model)
-        if features is None:
+        shown = self._get(key)
+        if model not in self.index.features:
             raise BadRequest(f"there are no features of {model!r}; there are those of {', '.join(self.index.features)}")
-        patches = self.index.codes.shape[1]
-        self._check(patch, patches, "patch")
+        self._check(patch, len(shown.codes), "patch")
         with self.lock:
             query = shown.views.features(model)[0, patch]
-            cosines, found = nearest(features, query[None], 16 * SHOWN)
-        best: dict[int, tuple[int, float]] = {}
-        for at, cosine in zip(found[0].tolist(), cosines[0].tolist(), strict=True):
-            best.setdefault(at // patches, (at % patches, cosine))
-        rows = [
-            {"image": image, "patch": at, "cosine": cosine, "code": int(self.index.codes[image, at])}
-            for image, (at, cosine) in best.items()
-        ]
-        return {"patches": rows[:SHOWN]}
+            return {"patches": nearest_patches(self.index, query, model, SHOWN)}
 
     def attention(self, key: str, patch: int, model: str, layer: int) -> dict[str, Any]:
-        """What a patch attends to: by head, a number for each patch, and which hold most of it."""
+        """What a patch attends to: by head, a number for each patch; and which hold most: of the mean, by head."""
         shown = self._get(key)
         if model not in ("student", "tokenizer") or getattr(self.runs, model) is None:
             raise BadRequest(f"there is no model {model!r} here")
@@ -159,7 +150,8 @@ class Answers:
         with self.lock:
             everything = attention_probabilities(network, shown.views.of[model], layer)
         heads = query_attention(everything, patch, self.runs.grid)[0].cpu()  # [H, h, w]
-        return {"heads": heads.flatten(1).tolist(), "most": most_attended(heads).flatten(1).tolist()}
+        most = most_attended(torch.stack([heads.mean(0), *heads]))
+        return {"heads": heads.flatten(1).tolist(), "most": most.flatten(1).tolist()}
 
     def predict(self, key: str, hidden: list[int]) -> dict[str, Any]:
         """What the student says about hidden patches: its best codes, their probabilities, that of the true one."""
@@ -227,6 +219,20 @@ class Answers:
             raise BadRequest(f"there is no such {what}")
 
 
+def nearest_patches(index: Index, query: Tensor, model: str, count: int) -> list[dict[str, Any]]:
+    """The patches of the data set with the largest cosine to a feature [C], one an image, the nearest first."""
+    patches = index.codes.shape[1]
+    cosines, found = nearest(index.features[model], query[None], 16 * count)
+    best: dict[int, tuple[int, float]] = {}
+    for at, cosine in zip(found[0].tolist(), cosines[0].tolist(), strict=True):
+        best.setdefault(at // patches, (at % patches, cosine))
+    rows = [
+        {"image": image, "patch": at, "cosine": cosine, "code": int(index.codes[image, at])}
+        for image, (at, cosine) in best.items()
+    ]
+    return rows[:count]
+
+
 def _decode(data: bytes) -> Image.Image:
     """An uploaded image: of a known format, of bounded size, whole."""
     try:
@@ -251,7 +257,7 @@ def _square(photo: Image.Image, size: int) -> Image.Image:
     return Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
 
-def _name(images: Any, index: int) -> str:
+def name_of(images: Any, index: int) -> str:
     """The class of an image, or its file's name."""
     if images.labels is None:
         return images.paths[index].rsplit("/", 1)[-1]

@@ -99,8 +99,8 @@ class Views:
         return F.cosine_similarity(decoded.float(), target.float(), dim=-1).cpu()
 
 
-def open_runs(run: Path, config: ExploreConfig) -> Runs:
-    """Load what RUN stands for.
+def open_runs(run: Path, config: ExploreConfig, *, with_images: bool = True) -> Runs:
+    """Load what RUN stands for; ``with_images``: its images too, else there are none.
 
     Raises:
         UserError: no run there, runs that do not belong together, no images, a teacher that cannot be loaded.
@@ -115,7 +115,9 @@ def open_runs(run: Path, config: ExploreConfig) -> Runs:
     if student is not None:
         _check_belong(tokenizer, student)
     teacher = _teacher(stored, folder, tokenizer) if config.teacher else None
-    images, samples, held_out = _images(config, run, [c for c in (settings, stored) if c is not None], tokenizer)
+    images, samples, held_out = ImageList(run, []), ImageList(run, []), False
+    if with_images:
+        images, samples, held_out = _images(config, run, [c for c in (settings, stored) if c is not None], tokenizer)
     for model in (tokenizer, student, teacher):
         if model is not None:
             model.to(device).requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from .data import BRANCHES, CodeUsage
 from .theme import WIDTH, Theme
 
 SMOOTH_FROM = 200  # points from which a moving average is drawn over the raw curve
+MORE = ("#2f9e6e", "#c2417c", "#8a63d2", "#8f8a2c", "#3aa7b8")  # after the theme's two, for both themes
 HEIGHT = 250  # CSS pixels
 FONT = 12
 
@@ -81,6 +83,40 @@ def pretrain_panels(metrics: Metrics, usage: CodeUsage | None) -> list[Panel]:
     ]  # fmt: skip
 
 
+COMPARED = (  # title, key of metrics.jsonl, what is drawn of it, is it a share, does the axis start at zero
+    ("similarity to the teacher (cosine)", "rec_loss", lambda y: 1 - y, False, False),
+    ("perplexity of the codes", "perplexity", None, False, True),
+    ("codes used, share of the codebook", "used_codes", None, True, True),
+    ("loss, last layer", "loss_mim", None, False, False),
+    ("masked tokens right, last layer", "accuracy_mim", None, True, True),
+    ("masked tokens right, aggregation branch", "accuracy_agg", None, True, True),
+    ("loss", "loss", None, False, False),
+    ("learning rate, thousandths", "lr", lambda y: 1000 * y, False, True),
+    ("images a second", "images_per_second", None, False, True),
+)
+
+
+def compared_panels(runs: dict[str, Metrics]) -> list[Panel]:
+    """What the logs of several runs have, each run a curve of its name; what no run logs is left out."""
+    panels = []
+    for title, key, of, percent, zero in COMPARED:
+        curves = [c for name, metrics in runs.items() for c in curve(metrics, name, key, of or (lambda y: y))]
+        if curves:
+            panels.append(Panel(title, curves, percent=percent, zero=zero))
+    return panels
+
+
+def stack(pictures: list[Image.Image], paper: str, gap: int = 0) -> Image.Image:
+    """Pictures below one another."""
+    height = sum(p.height + gap for p in pictures) - gap
+    whole = Image.new("RGB", (max(p.width for p in pictures), height), paper)
+    top = 0
+    for picture in pictures:
+        whole.paste(picture, (0, top))
+        top += picture.height + gap
+    return whole
+
+
 def draw_panels(panels: Iterable[Panel], theme: Theme, scale: float) -> Image.Image:
     """All panels that have something to show, side by side, as wide as the page."""
     matplotlib = require("matplotlib", "demo", "The report's curves")
@@ -101,8 +137,11 @@ def draw_panels(panels: Iterable[Panel], theme: Theme, scale: float) -> Image.Im
 def _draw_curves(axes, panel: Panel, theme: Theme) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    # The second of two near-equal curves is dashed, so that the first shows through.
-    for c, colour, dash in zip(panel.curves, (theme.accent, theme.second), ("-", (0, (5, 1.5))), strict=False):
+    # Every second one is dashed, so that of two near-equal curves the first shows through.
+    styles = itertools.cycle(("-", (0, (5, 1.5))))
+    for c, colour, dash in zip(
+        panel.curves, itertools.cycle((theme.accent, theme.second, *MORE)), styles, strict=False
+    ):
         if len(c.y) >= SMOOTH_FROM:
             axes.plot(c.x, c.y, color=colour, linewidth=0.8, alpha=0.3)
             axes.plot(c.x, _smoothed(c.y), color=colour, linewidth=1.8, linestyle=dash, label=c.name)

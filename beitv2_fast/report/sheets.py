@@ -93,7 +93,7 @@ def token_map_sheet(
     maps = [token_map(c, photo.shape[1] // c.shape[0], colours) for photo, c in zip(photos, codes, strict=True)]
     both = [_over(photo, m) for photo, m in zip(photos, maps, strict=True)]
     labels = [Label(["photograph"]), Label(["token map", "one colour a code"]), Label(["both"])]
-    rows = [[_image(x) for x in row] for row in (photos, maps, both)]
+    rows = [[image_of(x) for x in row] for row in (photos, maps, both)]
     return Sheet(theme, scale).draw(rows, labels, names, cell_width(len(photos)))
 
 
@@ -110,10 +110,10 @@ def mask_sheet(
     for i, (photo, mask) in enumerate(zip(photos, masks, strict=True)):
         cell = photo.shape[1] // mask.shape[0]
         dim = DIMMED * photo + (1 - DIMMED) * torch.tensor(theme.rgb(theme.paper)).view(3, 1, 1)
-        seen = _image(masked_picture(photo, mask))
-        asked, guessed = (_image(masked_picture(dim, mask, token_map(c[i], cell, colours))) for c in (codes, guesses))
+        seen = image_of(masked_picture(photo, mask))
+        asked, guessed = (image_of(masked_picture(dim, mask, token_map(c[i], cell, colours))) for c in (codes, guesses))
         right = mask & (codes[i] == guesses[i])
-        rows.append([_image(photo), seen, asked, _dots(guessed, right, cell)])
+        rows.append([image_of(photo), seen, asked, _dots(guessed, right, cell)])
         hidden = f"{int(mask.sum())} of {mask.numel()} hidden"
         labels.append(Label([names[i], hidden, f"{int(right.sum())} guessed right"]))
     columns = [
@@ -180,7 +180,7 @@ def _over(photo: Tensor, colours: Tensor) -> Tensor:
     return (0.55 * grey + 0.45 * colours * (0.4 + 0.6 * grey)).clamp(0, 1)
 
 
-def _image(picture: Tensor) -> Image.Image:
+def image_of(picture: Tensor) -> Image.Image:
     pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
     return Image.fromarray(np.ascontiguousarray(pixels.numpy()))
 

@@ -69,7 +69,7 @@ function drawAttention(board, patches) {
   const chosen = head === "mean" ? heads : [heads[head]];
   const values = chosen[0].map((_, i) => chosen.reduce((sum, row) => sum + row[i], 0) / chosen.length);
   const top = Math.max(...values), keep = $("att-most").checked;
-  const kept = i => (head === "mean" ? most.some(row => row[i]) : most[head][i]);
+  const kept = i => most[head === "mean" ? 0 : Number(head) + 1][i];
   for (let i = 0; i < patches; i++) {
     const share = keep ? Number(kept(i)) : values[i] / top;
     board.fill(i, "#000", .5 * (1 - share));
