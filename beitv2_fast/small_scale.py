@@ -29,10 +29,10 @@ class SmallScale:
     num_codes: int = option(256, "size of the codebook", at_least=1)
     early_layer: int = option(3, "the aggregation branch reads the patches after this block", at_least=1)
     masked: float = option(0.4, "share of the patches that are masked", above=0, below=1)
-    tokenizer_epochs: int = option(6, "passes of the tokenizer over the images", at_least=1)
-    pretrain_epochs: int = option(8, "passes of each pre-training", at_least=1)
-    finetune_epochs: int = option(6, "passes of each fine-tuning", at_least=1)
-    segment_epochs: int = option(15, "passes of each segmentation over the scenes", at_least=1)
+    tokenizer_epochs: int = option(5, "passes of the tokenizer over the images", at_least=1)
+    pretrain_epochs: int = option(6, "passes of each pre-training", at_least=1)
+    finetune_epochs: int = option(3, "passes of each fine-tuning", at_least=1)
+    segment_epochs: int = option(8, "passes of each segmentation over the scenes", at_least=1)
     probe_epochs: int = option(30, "passes of the linear probe over the cached features", at_least=1)
     batch_size: int = option(32, "images a step", at_least=1)
     quality_images: int = option(2000, "held-out images on which a tokenizer is judged", at_least=1)
@@ -82,7 +82,7 @@ class Stages:
         values = self._network(
             seed=seed, teacher="efficientnet_lite0", teacher_image_size=s.image_size, views=1,
             teacher_cache=self.root / "teacher_features", crop_scale=(0.35, 1.0), num_codes=s.num_codes, code_dim=32,
-            decoder_depth=1, epochs=s.tokenizer_epochs, lr=1e-3,
+            decoder_depth=1, epochs=s.tokenizer_epochs, lr=7e-4,
         )  # fmt: skip
         return self._step("tokenizer", name, (), "demo", {**values, **options})
 
