@@ -207,6 +207,11 @@ class PretrainConfig(TrainConfig):
         2, "transformer blocks of the aggregation branch; 0: no such branch (BEiT v1's objective)", at_least=0
     )
     shared_head: bool = option(True, "both branches share the final norm and the head")
+    loss_on: str = option(
+        "both", "the branches whose loss is learnt from, an ablation; last: the last layer's alone, aggregation: the "
+        "aggregation branch's alone; without such a branch there is only the last layer's",
+        choices=("both", "last", "aggregation"),
+    )  # fmt: skip
     num_masked: int = option(75, "masked patches of each image", at_least=1)
     min_mask_patches: int = option(16, "patches of the smallest block of the block mask", at_least=1)
     mask: str = option("block", "shape of the mask; random: single patches, an ablation", choices=("block", "random"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import signal
 import subprocess
 import time
@@ -74,6 +75,15 @@ def times(root: Path, steps: Sequence[Step]) -> tuple[float, float]:
     """Seconds and processor seconds of all attempts of these steps."""
     attempts = [attempt for step in steps for attempt in read_record(root, step)["attempts"]]
     return tuple(sum(attempt[key] for attempt in attempts) for key in ("seconds", "cpu_seconds"))
+
+
+def machine() -> dict[str, Any]:
+    """The state of the machine, to be kept beside times that were measured on it."""
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": platform.machine(),
+        "load_average": [round(x, 2) for x in os.getloadavg()],  # of 1, 5 and 15 minutes: 2 keep two cores busy
+    }
 
 
 def run_steps(steps: Sequence[Step], root: Path, *, jobs: int = 0, say: Callable[[str], None] = print) -> Outcome:

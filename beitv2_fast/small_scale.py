@@ -65,6 +65,7 @@ class Stages:
     root: Path
     images: Path
     scale: SmallScale
+    teacher_cache: Path | None = None  # none: in root
     common: tuple[str, ...] = ("--device", "cpu", "--workers", "0")
 
     def _step(self, script: str, name: str, needs: tuple[str, ...], preset: str, values: dict[str, Any]) -> Step:
@@ -81,8 +82,8 @@ class Stages:
         s = self.scale
         values = self._network(
             seed=seed, teacher="efficientnet_lite0", teacher_image_size=s.image_size, views=1,
-            teacher_cache=self.root / "teacher_features", crop_scale=(0.35, 1.0), num_codes=s.num_codes, code_dim=32,
-            decoder_depth=1, epochs=s.tokenizer_epochs, lr=7e-4,
+            teacher_cache=self.teacher_cache or self.root / "teacher_features", crop_scale=(0.35, 1.0),
+            num_codes=s.num_codes, code_dim=32, decoder_depth=1, epochs=s.tokenizer_epochs, lr=7e-4,
         )  # fmt: skip
         return self._step("tokenizer", name, (), "demo", {**values, **options})
 

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from beitv2_fast import distributed
-from train import evaluate, finetune, linear_probe, pretrain, segment, tokenizer
+from train import evaluate, finetune, linear_probe, pretrain, segment, tokenizer, tokenizer_quality
 
 ROOT = Path(__file__).resolve().parents[1]
 HALTING = str(Path(__file__).with_name("halting.py"))
@@ -24,7 +24,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "P
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
 MODULES = {"tokenizer": tokenizer, "pretrain": pretrain, "linear_probe": linear_probe}
-MODULES |= {"finetune": finetune, "evaluate": evaluate, "segment": segment}
+MODULES |= {"finetune": finetune, "evaluate": evaluate, "segment": segment, "tokenizer_quality": tokenizer_quality}
 
 TINY = (
     "--preset demo --image-size 32 --patch-size 8 --dim 24 --depth 2 --heads 2 --batch-size 4 --epochs 3 --workers 0 "

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from beitv2_fast.config import option, parse
 from beitv2_fast.distributed import run_main
-from beitv2_fast.experiments import Step, run_steps, times
+from beitv2_fast.experiments import Step, machine, run_steps, times
 from beitv2_fast.packed_images import unpacked
 from beitv2_fast.result_tables import Column, Table, markdown, ordering, plot
 from beitv2_fast.run import write_atomically
@@ -120,14 +118,6 @@ def collect(root: Path, seeds: int) -> tuple[Table, Table]:
 def orderings(table: Table) -> list[str]:
     titles = {column.key: column for column in COLUMNS}
     return [f"{a} > {b}, {titles[key].title}: {ordering(table, a, b, titles[key])}" for a, b, key in ORDERINGS]
-
-
-def machine() -> dict[str, object]:
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "processor": platform.machine(),
-        "load_average": [round(x, 2) for x in os.getloadavg()],
-    }
 
 
 def write(config: DownstreamConfig, steps: list[Step], before: dict[str, object], started: float) -> str:

@@ -30,6 +30,9 @@ class PretrainTask(Task):
         self.model, self.tokenizer, self.num_masked = model, tokenizer, config.num_masked
         self.mask_settings = (config.mask, model.grid, config.num_masked, config.min_mask_patches)
         self.branches = ("mim", "agg")[: 2 if model.config.aggregation_depth else 1]
+        self.weights = {"both": (1, 1), "last": (1, 0), "aggregation": (0, 1)}[config.loss_on]
+        if config.loss_on == "aggregation" and len(self.branches) == 1:
+            raise UserError("--loss-on aggregation needs that branch: give an --aggregation-depth above 0.")
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         mask = self._mask(batch)
@@ -38,7 +41,10 @@ class PretrainTask(Task):
         out = model(batch["student"], mask, labels, self.num_masked)
         metrics = {f"loss_{name}": loss for name, loss in zip(self.branches, out.losses, strict=True)}
         accuracy = out.correct / max(len(labels), 1)
-        return out.loss, {**metrics, **{f"accuracy_{n}": a for n, a in zip(self.branches, accuracy, strict=True)}}
+        loss = out.loss
+        if self.weights != (1, 1):  # a loss times 0 keeps its parameters in the graph, as ZeRO and DDP expect
+            loss = (out.losses * out.losses.new_tensor(self.weights[: len(out.losses)])).sum()
+        return loss, {**metrics, **{f"accuracy_{n}": a for n, a in zip(self.branches, accuracy, strict=True)}}
 
     def line(self, metrics: dict[str, float]) -> str:
         return "masked tokens right: " + ", ".join(f"{n} {metrics[f'accuracy_{n}']:.1%}" for n in self.branches)
