@@ -236,6 +236,9 @@ class ReportConfig(RunConfig):
     tokenizer: Path = option(Path("runs/tokenizer"), "run folder of the tokenizer")
     pretrain: Path = option(Path("runs/pretrain"), "run folder of the pre-training")
     probe: Path = option(Path("runs/probe"), "run folder of the linear probe")
+    downstream: tuple[Path, ...] = option(
+        (), "run folders of fine-tunings, segmentations and evaluations, to be reported too"
+    )
     max_images: int = option(5000, "images of train, and of test or val, that are encoded; more: a sample")
     examples: int = option(6, "photographs shown with their token map; up to 4 with their mask")
     code_rows: int = option(24, "codes on the sheet of patches: half the most frequent, half a spread of the others")

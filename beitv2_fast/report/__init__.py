@@ -22,6 +22,7 @@ from ..images import ImageList
 from ..run import write_atomically
 from ..transforms import EvalView
 from .data import choose_codes, pretrain_view, sample_images
+from .downstream import pictures_of
 from .findings import Findings, gather
 from .page import Picture, page
 from .plots import codebook_panels, draw_panels, pretrain_panels, tokenizer_panels
@@ -76,7 +77,7 @@ def _drawings(found: Findings, config: ReportConfig, rows: list[int]) -> dict[st
         ("codebook", "Use of the codebook", codebook_panels(found.tokenizer.metrics, found.usage)),
         ("pretraining", "Curves of the pre-training", pretrain_panels(found.pretrain.metrics, found.hidden_usage)),
     )
-    for name, alt, panels in curves:
+    for name, alt, panels in (*curves, *((n, *picture) for n, picture in pictures_of(found.downstream).items())):
         if any(p.curves or p.bars for p in panels):
             drawings[name] = alt, False, lambda theme, panels=panels: draw_panels(panels, theme, config.scale)
     if found.codes is None:

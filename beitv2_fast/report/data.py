@@ -63,10 +63,13 @@ def read_stage(run: Path | None, kind: type[Tokenizer] | type[Student]) -> Stage
     return Stage(model.requires_grad_(False), config, metrics)
 
 
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl by step. A resumed run repeats steps: the last line counts; a cut line does not."""
+def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, float]]:
+    """The lines of metrics.jsonl, or of another such file, by step.
+
+    A resumed run repeats steps: the last line counts; a cut line does not.
+    """
     by_step: dict[int, dict[str, float]] = {}
-    file = run / "metrics.jsonl"
+    file = run / name
     for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
         try:
             values = json.loads(line)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from .data import (
     read_stage,
     sample_images,
 )
+from .downstream import Downstream, read_downstream
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Findings:
     colours: Tensor | None = None
     shown: ImageList | None = None
     guesses: Guesses | None = None
+    downstream: list[Downstream] = field(default_factory=list)
 
     @property
     def hidden_usage(self) -> CodeUsage | None:
@@ -62,6 +64,7 @@ class Findings:
     def problems(self) -> list[str]:
         """What is missing, one sentence or two each."""
         found = [self.tokenizer.problem, self.pretrain.problem, self.no_results]
+        found += [run.problem for run in self.downstream]
         return [problem for problem in found if problem is not None]
 
 
@@ -73,13 +76,15 @@ def gather(config: ReportConfig, device: torch.device) -> Findings:
     """
     tokenizer, pretrain = read_stage(config.tokenizer, Tokenizer), read_stage(config.pretrain, Student)
     results, no_results = read_results(config.probe)
-    if not (tokenizer.config or tokenizer.metrics or pretrain.config or pretrain.metrics or results):
+    anything = (tokenizer.config, tokenizer.metrics, pretrain.config, pretrain.metrics, results, config.downstream)
+    if not any(anything):
         raise UserError(
             f"There is nothing to report on. {tokenizer.problem} {pretrain.problem} {no_results} "
             "Name run folders with --tokenizer, --pretrain and --probe."
         )
     images = find_images(config.data, "train")
     found = Findings(tokenizer, pretrain, results, no_results, images, len(images))
+    found.downstream = [read_downstream(run) for run in config.downstream]
     if tokenizer.model is not None:
         _check_belong(tokenizer.model, pretrain.model)
         _add_codes(found, config, device)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import to_json
+from . import downstream
 from .data import CodeUsage, Stage
 from .findings import Findings
 from .page import Picture, Section, details, note, paragraph, results_table, table, tile
@@ -55,8 +56,10 @@ def sections(found: Findings, pictures: Mapping[str, Picture], data: Path, shown
     def figure(name: str, caption: str) -> list[str]:
         return [pictures[name].html(caption)] if name in pictures else []
 
+    after = downstream.body(found.downstream, figure)
     return [
         Section("probe", "What the probe found", _probe(found)),
+        *([Section("downstream", "Fine-tuning and evaluation", after)] if after else []),
         Section("tokenizer", "Tokenizer", _tokenizer(found, figure)),
         Section("codebook", "Codebook", _codebook(found, figure)),
         Section("maps", "Token maps", _maps(found, figure)),
@@ -82,6 +85,7 @@ def _probe(found: Findings) -> list[str]:
         results_table(results),
     ]
     lines += [paragraph(sentence) for sentence in verdict(results)]
+    lines += downstream.probe_details(results)
     return lines + [paragraph(str(text), "muted") for text in results.get("notes", [])]
 
 
