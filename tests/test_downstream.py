@@ -81,9 +81,9 @@ def test_an_ablation_trains_the_base_once_and_collects_with_the_others(data, mon
     monkeypatch.setattr(ablate, "run_steps", note)
     where = flags(images=data / "images", out=data / "ablations")
     assert ablate.main(["masks", *OPTIONS, *where]) == 0
-    assert len(ran) == 2 + 2 * 4  # a tokenizer and its quality; a pre-training and a probe for each mask
+    assert len(ran) == 1 + 2 * 4  # a tokenizer; a pre-training and a probe for each mask
     assert ablate.main(["early_layer", "aggregation", *OPTIONS, *where]) == 0
-    assert ran[10:] == [
+    assert ran[9:] == [
         f"seed0/{stage}-{what}"
         for what in ("early_layer_1", "early_layer_3", "aggregation_depth_0")
         for stage in ("pretrain", "probe")
@@ -92,7 +92,14 @@ def test_an_ablation_trains_the_base_once_and_collects_with_the_others(data, mon
     assert list(found) == ["masks", "early_layer", "aggregation"]
     base = found["masks"]["rows"]["blocks, 40 %"]
     assert found["early_layer"]["rows"]["l = 2"] == base == found["aggregation"]["rows"]["with"]
-    assert "used_codes" not in base
+    assert base.keys() == {"probe_cls", "probe_mean", "knn_cls", "knn_mean"}
+    # A tokenizer is judged by itself, too; without students by itself alone.
+    assert ablate.main(["decoder_depth", *OPTIONS, *where, "--no-students"]) == 0
+    stages = ("quality", "encoder", "tokenizer-decoder_depth_3", "quality-decoder_depth_3", "encoder-decoder_depth_3")
+    assert ran[15:] == [f"seed0/{stage}" for stage in stages]
+    judged = json.loads((data / "ablations" / "results.json").read_text())["decoder_depth"]["rows"]["3 blocks"]
+    assert {"used_codes", "perplexity", "similarity", "encoder_knn_mean"} < judged.keys()
+    assert "probe_cls" not in judged
     assert (data / "ablations" / "masks.png").is_file() and (data / "ablations" / "masks.md").is_file()
 
 

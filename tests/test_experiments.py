@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -79,12 +78,13 @@ def test_each_step_gets_its_share_of_the_cores_as_threads(tmp_path, monkeypatch)
     assert file.read_text() == "3"
 
 
+# The first step asks for the stop itself, once it can be told to save; the second must never start.
 RUNS = """
 import sys
 from pathlib import Path
 from beitv2_fast.experiments import Step, run_steps
-steps = [Step("long", ("bash", "-c", "trap 'echo saved; exit 143' TERM; echo ready > {0}; read < {1} & wait")),
-         Step("never", ("true",), ("long",))]
+script = "trap 'echo saved; exit 143' TERM; kill -{0} $PPID; tail -f /dev/null & wait"
+steps = [Step("long", ("bash", "-c", script)), Step("never", ("true",), ("long",))]
 outcome = run_steps(steps, Path(sys.argv[1]), jobs=1)
 print("left", outcome.left, "code", outcome.code, flush=True)
 """
@@ -92,18 +92,9 @@ print("left", outcome.left, "code", outcome.code, flush=True)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_lets_the_running_steps_save_and_starts_no_other(tmp_path, number):
-    ready, never = tmp_path / "ready", tmp_path / "never"
-    os.mkfifo(ready)
-    os.mkfifo(never)
-    command = [sys.executable, "-c", RUNS.format(ready, never), str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        alarm = threading.Timer(120, process.kill)
-        alarm.start()
-        assert ready.read_text() == "ready\n"
-        process.send_signal(number)
-        said = process.stdout.read()
-        alarm.cancel()
-    assert f"left ['never'] code {128 + number}" in said
+    command = [sys.executable, "-c", RUNS.format(number.value), str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert f"left ['never'] code {128 + number}" in found.stdout
     assert (tmp_path / "logs" / "long.txt").read_text() == "saved\n"
     assert read_record(tmp_path, Step("long", ()))["done"] is False
 

@@ -29,8 +29,10 @@ Options = dict[str, Any]
 COLUMNS = (
     Column("used_codes", "codes used"),
     Column("perplexity", "perplexity", percent=False, digits=0),
-    Column("similarity", "similarity to the teacher", percent=False, digits=3),
-    Column("probe_cls", "probe, CLS"),
+    Column("similarity", "similarity to teacher", percent=False, digits=3),
+    Column("encoder_probe_mean", "encoder: probe"),
+    Column("encoder_knn_mean", "encoder: 10-NN"),
+    Column("probe_cls", "student: probe, CLS"),
     Column("probe_mean", "probe, mean"),
     Column("knn_cls", "10-NN, CLS"),
     Column("knn_mean", "10-NN, mean"),
@@ -121,6 +123,10 @@ class AblateConfig(SmallScale):
         None,
         "folder of the teacher's features, which another experiment on these images may have filled; none: in --out",
     )
+    students: bool = option(
+        True, "also pre-train and probe a student for each tokenizer of an ablation that is about tokenizers; else "
+        "these are judged by themselves: codes, similarity, probe and k-NN of their encoder's patches",
+    )  # fmt: skip
     seeds: int = option(1, "repetitions of the whole, from the tokenizer on", at_least=1)
     jobs: int = option(0, "steps that run at once, each with its share of the cores; 0: one a core", at_least=0)
     show: bool = option(False, "run nothing: write the tables of what is there")
@@ -147,11 +153,14 @@ def plan(names: Sequence[str], config: AblateConfig, images: Path) -> Plan:
     for name in names:
         for variant in ABLATIONS[name].variants:
             for seed in range(config.seeds):
-                made.runs[name, variant.title, seed] = _runs(made, stages, variant, seed)
+                about = ABLATIONS[name].about_tokenizers
+                made.runs[name, variant.title, seed] = _runs(
+                    made, stages, variant, seed, encoder=about, student=config.students or not about
+                )
     return made
 
 
-def _runs(made: Plan, stages: Stages, variant: Variant, seed: int) -> dict[str, str]:
+def _runs(made: Plan, stages: Stages, variant: Variant, seed: int, *, encoder: bool, student: bool) -> dict[str, str]:
     """The steps of a variant. Their names tell all that differs from the base, so equal ones are the same step."""
     scale = stages.scale
     base = {**FIXED, "num_codes": scale.num_codes, "early_layer": scale.early_layer, "masked": scale.masked}
@@ -161,11 +170,15 @@ def _runs(made: Plan, stages: Stages, variant: Variant, seed: int) -> dict[str, 
     )
     of_tokenizer, whole = _slug(given), _slug(given) + _slug(own)
     tokenizer = made.add(stages.tokenizer(f"seed{seed}/tokenizer{of_tokenizer}", seed, **given))
-    quality = made.add(stages.quality(f"seed{seed}/quality{of_tokenizer}", tokenizer))
-    masks = dataclasses.replace(stages, scale=dataclasses.replace(scale, masked=own.pop("masked", scale.masked)))
-    pretrain = made.add(masks.pretrain(f"seed{seed}/pretrain{whole}", tokenizer, seed, **own))
-    probe = made.add(stages.probe(f"seed{seed}/probe{whole}", pretrain, seed))
-    return {"tokenizer": tokenizer, "quality": quality, "pretrain": pretrain, "probe": probe}
+    runs = {"tokenizer": tokenizer}
+    if encoder:
+        runs["quality"] = made.add(stages.quality(f"seed{seed}/quality{of_tokenizer}", tokenizer))
+        runs["encoder"] = made.add(stages.probe(f"seed{seed}/encoder{of_tokenizer}", tokenizer, seed))
+    if student:
+        masks = dataclasses.replace(stages, scale=dataclasses.replace(scale, masked=own.pop("masked", scale.masked)))
+        runs["pretrain"] = made.add(masks.pretrain(f"seed{seed}/pretrain{whole}", tokenizer, seed, **own))
+        runs["probe"] = made.add(stages.probe(f"seed{seed}/probe{whole}", runs["pretrain"], seed))
+    return runs
 
 
 def _slug(options: Options) -> str:
@@ -179,11 +192,14 @@ def collect(name: str, made: Plan, config: AblateConfig) -> Table:
         row = table.setdefault(variant.title, {})
         for seed in range(config.seeds):
             runs = made.runs[name, variant.title, seed]
+            found = {kind: result(config.out, step) for kind, step in runs.items()}
             numbers: dict[str, float] = {}
-            if ABLATIONS[name].about_tokenizers and (found := result(config.out, runs["quality"])) is not None:
-                numbers |= {key: found[key] for key in OF_TOKENIZERS}
-            if (found := result(config.out, runs["probe"])) is not None:
-                numbers |= probe_numbers(found)
+            if (quality := found.get("quality")) is not None:
+                numbers |= {key: quality[key] for key in OF_TOKENIZERS}
+            if (encoder := found.get("encoder")) is not None:
+                numbers |= {f"encoder_{key}": value for key, value in probe_numbers(encoder).items()}
+            if (student := found.get("probe")) is not None:
+                numbers |= probe_numbers(student)
             for key, value in numbers.items():
                 row.setdefault(key, []).append(value)
     return table
@@ -199,7 +215,7 @@ def write(names: Sequence[str], made: Plan, config: AblateConfig, started: float
         used = {step for key, runs in made.runs.items() if key[0] == name for step in runs.values()}
         seconds, cpu = times(config.out, [made.steps[step] for step in used])
         columns = [c for c in COLUMNS if any(row.get(c.key) for row in table.values())]
-        text = markdown(ABLATIONS[name].title, table, columns)
+        text = markdown(ABLATIONS[name].title, table, columns) if columns else f"{name}: nothing is done yet\n"
         content[name] = {
             "title": ABLATIONS[name].title,
             "rows": table,

@@ -8,7 +8,6 @@ bounded, and images are decoded by ``answers``, which bounds their pixels.
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import sys
 import webbrowser
@@ -86,8 +85,7 @@ class Handler(BaseHTTPRequestHandler):
         origin = self.headers.get("Origin")
         allowed = self.headers.get("Host") in self.server.hosts
         if not allowed or origin not in (None, *(f"http://{host}" for host in self.server.hosts)):
-            here = f"{self.server.url} (through ssh -L: the same port at both ends)"
-            self._refuse(HTTPStatus.FORBIDDEN, f"this page answers at its own address alone: {here}")
+            self._refuse(HTTPStatus.FORBIDDEN, "this page is for the browser on this computer, at its own address")
             return
         try:
             find([part for part in urlsplit(self.path).path.split("/") if part])
@@ -187,11 +185,6 @@ class Handler(BaseHTTPRequestHandler):
         """The terminal stays quiet."""
 
 
-def _has_screen() -> bool:
-    """Without one, a browser for the terminal might take it over."""
-    return sys.platform in ("darwin", "win32") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
-
-
 def serve(answers: Answers, config: ExploreConfig, say: Callable[[str], None] = print) -> int:
     """Serve the page until Ctrl+C."""
     with Server(answers, config.port) as server:
@@ -199,7 +192,7 @@ def serve(answers: Answers, config: ExploreConfig, say: Callable[[str], None] = 
             say(answers.runs.problem)
         say(f"explore: {server.url} (Ctrl+C ends it)")
         sys.stdout.flush()
-        if config.browser and _has_screen():
+        if config.browser:
             webbrowser.open(server.url)
         try:
             server.serve_forever()
