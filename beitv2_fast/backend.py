@@ -151,15 +151,28 @@ class DeepSpeedBackend:
         return {**state, STEP: next(iter(self.base.state.values()))[STEP]}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if self.stage == 0:
             return set_state(self.base, self.model, state)
         for name, parameter in trained(self.model):
             for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[f"{name}.{key}"].to(self.world.device), key)
+                value = state[f"{name}.{key}"].to(self.world.device)
+                if self.stage == 3:
+                    safe_set_local_optimizer_state(parameter, self._partition(value, parameter), key)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, key)
         for own in self.base.state.values():
             own[STEP].copy_(state[STEP])
+
+    def _partition(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        """This rank's part of a whole value under ZeRO 3, filled up with zeros where the ranks do not divide it.
+
+        DeepSpeed's own setter of whole values fails there (a head of 150 classes on 8 ranks).
+        """
+        size = parameter.ds_tensor.numel()
+        whole = nn.functional.pad(value.flatten(), (0, size * self.world.size - value.numel()))
+        return whole[size * self.world.rank :][:size]
 
     def _start_moments(self) -> None:
         """AdamW's state before its first step, in the flat part of the weights that this rank's optimiser sees.

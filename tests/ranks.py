@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from beitv2_fast.distributed import run_main
 from beitv2_fast.training_log import TrainingLog
-from train import evaluate, finetune, linear_probe, pretrain, tokenizer
+from train import evaluate, finetune, linear_probe, pretrain, segment, tokenizer
 
 
 def copy(run: str, other: str, step: str) -> int:
@@ -61,6 +61,7 @@ JOBS = {
     "finetune": finetune.main,
     "evaluate": evaluate.main,
     "linear_probe": linear_probe.main,
+    "segment": segment.main,
     "copy": lambda options: copy(*options),
     "poison": lambda options: poison(*options),
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 from beitv2_fast.build import load_run_model
 from beitv2_fast.config import parse
 from beitv2_fast.segmentation.config import SEGMENT, SegmentConfig
-from beitv2_fast.segmentation.task import load_segmenter, start_segmenter
+from beitv2_fast.segmentation.task import PolySchedule, SegmentTask, load_segmenter, start_segmenter
 from beitv2_fast.transforms import normalise
 
 from .training import PRETRAIN, TINY, TOKENIZER, assert_same_bits, call, checkpoints, write_images
@@ -108,3 +110,85 @@ def test_evaluate_alone_repeats_the_last_numbers_and_trains_nothing(runs):
     assert results(runs / "evaluated") == results(runs / "trained")
     assert_same_bits(runs / "evaluated", runs / "trained")
     assert load_segmenter(runs / "evaluated")[0].config.num_classes == 3
+
+
+def test_the_schedule_is_poly_with_a_linear_warm_up():
+    plan = PolySchedule.of(SEGMENT["base"], 20210, 8)
+    assert (plan.images_per_step, plan.total_steps, plan.warmup_steps, plan.epochs) == (16, 160_000, 1500, 127)
+    assert plan.lr(0) == 0 and plan.lr(750) == pytest.approx(0.5 * 5e-5 * (1 - 750 / 160_000))
+    assert plan.lr(80_000) == pytest.approx(2.5e-5) and plan.lr(159_999) == pytest.approx(5e-5 / 160_000)
+    by_epochs = replace(SEGMENT["base"], steps=0, epochs=2, warmup_epochs=1, power=2.0, min_lr=1e-5)
+    plan = PolySchedule.of(by_epochs, 1600, 8)
+    assert (plan.total_steps, plan.warmup_steps) == (200, 100)
+    assert plan.lr(150) == pytest.approx(4e-5 * 0.25**2 + 1e-5)
+
+
+def test_the_presets_are_the_references():
+    base, large = SEGMENT["base"], SEGMENT["large"]
+    assert (base.image_size, base.steps, base.lr, base.layer_decay, base.drop_path) == (512, 160_000, 5e-5, 0.75, 0.15)
+    assert (large.dim, large.depth, large.lr, large.layer_decay, large.drop_path) == (1024, 24, 4e-5, 0.9, 0.2)
+    for preset in (base, large):
+        assert (preset.num_classes, preset.reduce_zero_label, preset.auxiliary_weight) == (150, True, 0.4)
+        assert preset.batch_size * 8 == preset.lr_batch == 16 and preset.clip_grad == preset.min_lr == 0
+
+
+def test_the_loss_counts_ignored_pixels_as_zero_and_adds_the_auxiliary_heads(runs):
+    class Fixed(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return logits, auxiliary
+
+    logits, auxiliary = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    mask = torch.randint(0, 3, (2, 8, 8), dtype=torch.uint8)
+    mask[0, :4] = 255
+    batch = {"image": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "mask": mask}
+    loss, metrics = SegmentTask(load_segmenter(runs / "trained")[0], 0.4).loss(Fixed(), batch)
+    flat = [x.permute(0, 2, 3, 1)[mask != 255].log_softmax(-1) for x in (logits, auxiliary)]
+    labels = mask[mask != 255].long()
+    sums = [-x[torch.arange(len(labels)), labels].sum() / mask.numel() for x in flat]
+    torch.testing.assert_close(loss, sums[0] + 0.4 * sums[1])
+    assert metrics["accuracy"] == pytest.approx((flat[0].argmax(-1) == labels).float().mean().item())
+
+
+def test_another_segmentation_is_a_start_with_a_new_last_layer_for_other_classes(runs):
+    said: list[str] = []
+    trained = load_segmenter(runs / "trained")[0]
+    same = start_segmenter(config(runs, "trained"), 3, said.append)
+    assert "all weights were loaded" in said[0]
+    assert torch.equal(same.decode_head.conv_seg.weight, trained.decode_head.conv_seg.weight)
+    other = start_segmenter(config(runs, "trained", "--image-size", 64), 5, said.append)
+    assert "conv_seg" in said[1] and other.decode_head.conv_seg.weight.shape[0] == 5
+    assert torch.equal(other.fpn1[0].weight, trained.fpn1[0].weight)
+
+
+def test_a_finished_run_evaluated_at_several_scales_has_both_results_and_pictures(runs):
+    shutil.copytree(runs / "trained", runs / "scales")
+    shutil.rmtree(runs / "scales" / "overlays")
+    assert segment(runs, "scales", "--evaluate", "--multi-scale", "--scales", 0.5, 1.0) == 0
+    found = results(runs / "scales")
+    assert found["weights"] == results(runs / "trained")["weights"]
+    assert 0 < found["multi_scale"]["miou"] != found["weights"]["miou"]
+    pictures = sorted((runs / "scales" / "overlays").iterdir())
+    assert [path.name for path in pictures] == ["0.png", "2.png"]
+    with Image.open(pictures[0]) as image:
+        assert image.size == (3 * 48 + 12, 40)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--dim", "48"], "another shape than these options: give it as --dim 24"),
+        (["--data", "{runs}/images"], "no images with masks"),
+        (["--val", "{runs}/images"], "--val"),
+        (["--num-classes", "2"], "labels beyond the 2 classes"),
+        (["--layers", "0", "1"], "Change --layers"),
+        (["--batch-size", "1"], "two images"),
+        (["--scale-range", "2", "1"], "--scale-range"),
+        (["--loader", "dali"], "--loader dali"),
+        (["--weights", "{runs}/nothing"], "nothing"),
+        (["--evaluate"], "no run folder of a segmentation|no checkpoint yet"),
+    ],
+)
+def test_mistakes_end_with_one_paragraph_that_says_what_to_do(runs, tmp_path, capsys, options, said):
+    given = [option.format(runs=runs) for option in options]
+    assert segment(runs, str(tmp_path / "run"), *given) == 2
+    assert re.search(said, capsys.readouterr().err)

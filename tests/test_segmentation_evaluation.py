@@ -34,18 +34,18 @@ class Brightest(nn.Module):
         super().__init__()
         self.sizes: list[torch.Size] = []
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
         self.sizes.append(x.shape)
-        return x
+        return (x,)
 
 
 class ByPlace(nn.Module):
     """Logits that say where in the window a pixel lies, so that overlaps show."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
         rows, columns = torch.arange(x.shape[2]), torch.arange(x.shape[3])
         place = (rows[:, None] * 100.0 + columns).expand(len(x), 1, -1, -1)
-        return torch.cat([place, x[:, :1]], 1)
+        return (torch.cat([place, x[:, :1]], 1),)
 
 
 SIZES = [(16, 16), (40, 16), (33, 47), (7, 16), (5, 9), (16, 100), (17, 17)]
@@ -92,9 +92,9 @@ def test_scales_and_sides_are_averaged_as_probabilities():
 
 def test_flipping_makes_a_lopsided_network_symmetric():
     class Lopsided(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
             side = torch.linspace(-3, 3, x.shape[3]).expand(len(x), 1, x.shape[2], -1)
-            return torch.cat([side, x[:, :1]], 1)
+            return (torch.cat([side, x[:, :1]], 1),)
 
     image = pixels((16, 8))
     image = torch.cat([image, image.flip(2)], 2)
@@ -163,7 +163,7 @@ def test_every_rank_runs_as_many_forwards_and_together_they_see_every_image_once
 
 def test_the_model_is_in_eval_mode_meanwhile_and_the_caller_hears_of_every_image(tmp_path):
     class Watched(Brightest):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
             assert not self.training
             return super().forward(x)
 

@@ -13,6 +13,7 @@ from beitv2_fast.engine import train
 from beitv2_fast.errors import UserError
 from beitv2_fast.run import RunFolder
 from beitv2_fast.segmentation.config import SEGMENT, SegmentConfig
+from beitv2_fast.segmentation.head import across_ranks
 from beitv2_fast.segmentation.masks import validation_folders
 from beitv2_fast.segmentation.task import (
     PolySchedule,
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     dataset, num_classes = training_folder(config, run, world)
     plan = PolySchedule.of(config, len(dataset), world.size)
     torch.manual_seed(config.seed)
-    model = start_segmenter(config, num_classes, run.print)
+    model = across_ranks(start_segmenter(config, num_classes, run.print), world)
     validation, folders = None, validation_folders(config.data, config.val)
     if folders is not None:
         validation = Validation(config, folders, num_classes, run, world)

@@ -61,7 +61,8 @@ class Slide:
 def sliding_logits(model: nn.Module, image: Tensor, slide: Slide) -> Tensor:
     """Image [3, H, W], normalised, of any size -> logits [classes, H, W], their mean where windows overlap.
 
-    The last window of a row or column ends at the image's edge. A side shorter than the window is filled up with zeros,
+    ``model`` returns a tuple with the windows' logits, at any size, first. The last window of a row or column ends at
+    the image's edge. A side shorter than the window is filled up with zeros,
     the mean colour, whose logits are left out.
     """
     height, width = image.shape[1:]
@@ -72,7 +73,7 @@ def sliding_logits(model: nn.Module, image: Tensor, slide: Slide) -> Tensor:
     for first in range(0, len(corners), slide.batch):
         some = corners[first : first + slide.batch]
         windows = torch.stack([padded[:, y : y + slide.window, x : x + slide.window] for y, x in some])
-        logits = resize(model(windows).float(), windows.shape[2:])
+        logits = resize(model(windows)[0].float(), windows.shape[2:])
         if sums is None:
             sums = logits.new_zeros(logits.shape[1], *padded.shape[1:])
         for (y, x), found in zip(some, logits, strict=True):
@@ -136,6 +137,7 @@ def evaluate(
     them needs all in every forward). The model is in eval mode meanwhile.
 
     Args:
+        model: normalised images [B, 3, window, window] -> (logits [B, classes, h, w], ...).
         folder: without a view. amp: dtype of autocast. progress: called after every image.
         keep: the indices whose predictions this rank returns, if they are among its images (of rank 0 always).
     """

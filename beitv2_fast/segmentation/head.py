@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distributed import in_a_group
+from ..distributed import World, in_a_group
 
 POOL_SCALES = (1, 2, 3, 6)
 SEGMENT_STD = 0.01  # of the last convolution's initial weights
@@ -26,7 +26,7 @@ class ConvNorm(nn.Module):
     def __init__(self, in_channels: int, channels: int, kernel_size: int = 1):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False)
-        self.bn = SyncBatchNorm(channels)
+        self.bn = BatchNorm(channels)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,19 +77,16 @@ class FCNHead(nn.Module):
         return self.conv_seg(self.dropout(self.convs(x)))
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """torch's batch norm over all ranks, on CPUs too, where torch has none: the statistics are those of all images."""
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm whose statistics are those of the images of all ranks, with any backend of torch.distributed.
+
+    torch's nn.SyncBatchNorm is for GPUs alone; ``across_ranks`` puts it in place there.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return super().forward(x)
         ranks = dist.get_world_size() if self.training and in_a_group() else 1
         if ranks == 1:
-            if self.training:
-                self.num_batches_tracked.add_(1)
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
-            )
+            return super().forward(x)
         self.num_batches_tracked.add_(1)
         count = ranks * x.numel() // x.shape[1]  # every rank has as many images
         x = x.float()
@@ -101,6 +98,12 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
         scale = self.weight * (var + self.eps).rsqrt()
         return centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+
+def across_ranks(model: nn.Module, world: World) -> nn.Module:
+    """The model as several ranks train it: on GPUs with torch's batch norm over ranks, whose kernels are faster."""
+    on_gpus = world.size > 1 and world.device.type == "cuda"
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if on_gpus else model
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..vit import ViT, ViTConfig, init_weights, rescale_outputs
-from .head import FCNHead, SyncBatchNorm, UPerNetHead
+from .head import BatchNorm, FCNHead, UPerNetHead
 
 PUBLISHED_LAYERS = {12: (3, 5, 7, 11), 24: (7, 11, 15, 23)}  # depth -> the reference's
 AUXILIARY_LEVEL = 2  # of the pyramid: the map at the patches' own size
@@ -39,9 +39,11 @@ class SegmenterConfig:
 
 
 class Segmenter(ViT):
-    """Images [B, 3, S, S], normalised -> logits [B, classes, S/4, S/4] (with patches of 16 or 8 pixels).
+    """Images [B, 3, S, S], normalised -> logits [B, classes, S/4, S/4] (with patches of 16 or 8 pixels), and those of
+    the auxiliary head, [B, classes, S/16, S/16].
 
-    In training mode it returns those and the auxiliary head's [B, classes, S/16, S/16].
+    The latter in evaluation too, where they cost half a percent and nobody needs them: ZeRO 3 fetches weights ahead in
+    the order of the training's forward, and those that were not used then could not be saved.
     """
 
     def __init__(self, config: SegmenterConfig):
@@ -67,10 +69,9 @@ class Segmenter(ViT):
         scale = (self.fpn1, self.fpn2, self.fpn3, self.fpn4)
         return [module(found) for module, found in zip(scale, maps, strict=True)]
 
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         maps = self.forward_maps(images)
-        logits = self.decode_head(maps)
-        return (logits, self.auxiliary_head(maps[AUXILIARY_LEVEL])) if self.training else logits
+        return self.decode_head(maps), self.auxiliary_head(maps[AUXILIARY_LEVEL])
 
 
 def pyramid(dim: int, patch_size: int) -> list[nn.Module]:
@@ -81,5 +82,5 @@ def pyramid(dim: int, patch_size: int) -> list[nn.Module]:
     twice = nn.ConvTranspose2d(dim, dim, 2, 2)
     if patch_size == 8:
         return [nn.Sequential(twice), nn.Identity(), nn.Sequential(nn.MaxPool2d(2)), nn.Sequential(nn.MaxPool2d(4))]
-    four_times = nn.Sequential(twice, SyncBatchNorm(dim), nn.GELU(), nn.ConvTranspose2d(dim, dim, 2, 2))
+    four_times = nn.Sequential(twice, BatchNorm(dim), nn.GELU(), nn.ConvTranspose2d(dim, dim, 2, 2))
     return [four_times, nn.Sequential(nn.ConvTranspose2d(dim, dim, 2, 2)), nn.Identity(), nn.MaxPool2d(2)]

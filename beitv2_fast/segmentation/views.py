@@ -140,7 +140,7 @@ class SegmentationFolder(Dataset):
         bits = image_keys(self.seed, epochs, indices)
         pairs = [self._view(index, int(key >> np.uint64(1))) for index, key in zip(indices.tolist(), bits, strict=True)]
         images, masks = (torch.stack(part) for part in zip(*pairs, strict=True))
-        return {"image": images, "mask": masks, "index": torch.from_numpy(indices)}
+        return {"image": images, "mask": masks, "index": torch.from_numpy(indices), "view": torch.from_numpy(epochs)}
 
     def _view(self, index: int, key: int) -> tuple[Tensor, Tensor]:
         image, mask = self._open(index) if self._decoded is None else self._decoded[index]
