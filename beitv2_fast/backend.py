@@ -228,6 +228,11 @@ def deepspeed_settings(config: TrainConfig, device: torch.device) -> dict[str, A
     for section in ("bf16", "fp16"):
         if settings.get(section, {}).get("enabled"):
             raise UserError(f"{file} enables {section}. Leave it out: the precision follows from --precision.")
+    for part in ("offload_optimizer", "offload_param"):
+        if settings.get("zero_optimization", {}).get(part, {}).get("device") == "nvme":
+            raise UserError(
+                f'{file} has {part} to nvme, from which checkpoints have never been tried here. Use "device": "cpu".'
+            )
     if "optimizer" in settings or "scheduler" in settings:
         raise UserError(f"{file} sets an optimizer or scheduler. Leave both out: they follow from --lr, --betas, ...")
     owned: dict[str, Any] = {

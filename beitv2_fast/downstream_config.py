@@ -89,7 +89,10 @@ class FinetuneConfig(TrainConfig):
         (0.08, 1.0), "least and largest area of the random crop, as a share of the image", above=0, at_most=1
     )
     augment_ops: int = option(2, "RandAugment's operations on each image; 0: none", at_least=0)
-    augment_magnitude: int = option(9, "strength of these operations", at_least=0, at_most=30)
+    augment_magnitude: int = option(
+        9, "strength of these operations, of 30; 27: the reference's, which applies each in half of the cases",
+        at_least=0, at_most=30,
+    )  # fmt: skip
     erasing: float = option(0.25, "how often a rectangle of an image becomes noise", at_least=0, at_most=1)
     mixup: float = option(0.8, "mixup's alpha; 0: no mixup", at_least=0)
     cutmix: float = option(1.0, "cutmix's alpha; 0: no cutmix. With both, a batch gets either by chance", at_least=0)

@@ -257,14 +257,14 @@ def _patch(runs: Runs, config: PatchPicture) -> tuple[Image.Image, Views, int]:
 
 def _attention(run: Path, config: AttentionConfig, theme: Theme) -> Image.Image:
     from .attention_maps import attention_probabilities, query_attention
-    from .report.attention_sheets import COLUMNS, attention_sheet
+    from .report.attention_sheets import attention_columns, attention_sheet
 
     runs = _open(run, config, images=config.image is None)
     model = _model(runs, config.model)
     photo, views, patch = _patch(runs, config)
     everything = attention_probabilities(model, views.of[config.model], config.layer or None)
     heads = query_attention(everything, patch, runs.grid)[0].cpu()
-    square = _squares([photo], runs.grid, min(COLUMNS, len(heads) + 2), config.scale)[0]
+    square = _squares([photo], runs.grid, attention_columns(len(heads)), config.scale)[0]
     depth = len((model.encoder if config.model == "tokenizer" else model).blocks)
     what = f"{config.model}, layer {config.layer or depth}"
     return attention_sheet(square, heads, patch, what, theme, config.scale, config.share)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -16,9 +17,14 @@ from torch.utils.data import DataLoader
 
 from .images import DataError
 
+PATIENCE = 30.0  # seconds for a batch that nobody wants any more, before the workers are ended; storage may hang
+
 
 class TorchLoader(DataLoader):
     """A DataLoader whose workers outlive a SIGTERM to the process group, so that the trainer can end its step and save.
+
+    While a step works on one batch, a thread fetches the next, as torch itself does where it pins memory: a batch comes
+    through a connection for each of its tensors, which the worker serves between two batches' Python, not at once.
 
     It passes on what a DataError said, without the worker's traceback around it, and a worker that dies is a DataError.
 
@@ -48,9 +54,37 @@ class TorchLoader(DataLoader):
             try:
                 with _sigterm_blocked():  # the workers inherit it from their first moment on
                     batches = super().__iter__()
-                yield from batches
+                yield from _one_ahead(batches) if self.num_workers and not self.pin_memory else batches
             except DataError as error:
                 raise DataError(str(error).rpartition("DataError: ")[2]) from None
+
+
+def _one_ahead(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    wanted: SimpleQueue[bool] = SimpleQueue()
+    fetched: SimpleQueue[dict[str, Tensor] | BaseException | None] = SimpleQueue()
+
+    def fetch() -> None:
+        while wanted.get():
+            try:
+                fetched.put(next(batches, None))
+            except BaseException as error:  # raised where the batch is waited for
+                fetched.put(error)
+
+    thread = threading.Thread(target=fetch, daemon=True, name="fetching batches")
+    thread.start()
+    try:
+        wanted.put(True)
+        while True:
+            found = [fetched.get()]
+            if isinstance(found[0], BaseException):
+                raise found[0]
+            if found[0] is None:
+                return
+            wanted.put(True)
+            yield found.pop()  # nothing here keeps the batch's memory
+    finally:
+        wanted.put(False)
+        thread.join(PATIENCE)
 
 
 @contextmanager

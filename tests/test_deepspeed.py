@@ -68,6 +68,7 @@ def test_deepspeed_s_autocast_is_that_of_the_precision_option(file, precision):
         ("{", "cannot be read"),
         ("[]", "must hold a JSON object"),
         (json.dumps({"bf16": {"enabled": True}}), "enables bf16"),
+        (json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}), "offload_param to nvme"),
         (json.dumps({"optimizer": {"type": "Adam"}}), "sets an optimizer"),
         (json.dumps({"gradient_clipping": 9.0}), "gradient_clipping = 9.0, the options say 3.0"),
         (json.dumps({"gradient_accumulation_steps": 2}), "gradient_accumulation_steps = 2, the options say 1"),

@@ -119,13 +119,13 @@ def test_a_run_whose_last_steps_are_bad_does_not_end_as_if_it_were_good(options,
 
 
 def test_a_hang_ends_with_a_stack_trace(options, tmp_path):
-    training = Halted("tokenizer", 2, *options, "--hang-after", 1)  # it waits for a line that does not come
+    training = Halted("tokenizer", 2, *options, "--hang-after", 4)  # it waits for a line that does not come
     training.output += training.process.stdout.read()
     training._watchdog.cancel()
     assert training.process.wait() == EXIT_HUNG
     trace = (tmp_path / "run" / "hang_rank_0.txt").read_text()
     for text in (trace, training.output):
-        assert "no step in 1 seconds" in text and "halting.py" in text and "in add_and_halt" in text
+        assert "no step in 4 seconds" in text and "halting.py" in text and "in add_and_halt" in text
     training.process.stdin.close()
 
 

@@ -21,6 +21,7 @@ from beitv2_fast.images import find_images
 from beitv2_fast.positions import resize_bias_table, resize_embedding
 from beitv2_fast.presets import FINETUNE
 from beitv2_fast.transforms import EvalView, normalise
+from train import evaluate as evaluate_command
 
 from .training import (
     PRETRAIN,
@@ -281,6 +282,24 @@ def test_folders_with_some_or_all_classes_are_evaluated_in_one_table(runs):
         assert {key: row[key] for key in ("top1", "top5", "loss")} == pytest.approx(
             {key: tuned[row["model"]][key] for key in ("top1", "top5", "loss")}, rel=1e-5
         )
+
+
+def test_an_interrupted_evaluation_goes_on_with_what_is_missing_unless_the_weights_have_changed(runs, monkeypatch):
+    command = ["--model", runs / "again", "--data", runs / "data" / "val", "--out", runs / "interrupted"]
+    command += ["--crop-pct", 1.0, "--precision", "fp32", "--workers", 0, "--device", "cpu"]
+    shutil.copytree(runs / "tuned", runs / "again")
+    assert call("evaluate", *command) == 0
+    whole = results(runs / "interrupted")
+    file, counted = runs / "interrupted" / "results.json", []
+    evaluate = evaluate_command.evaluate
+    monkeypatch.setattr(evaluate_command, "evaluate", lambda *a, **k: counted.append(0) or evaluate(*a, **k))
+    file.write_text(json.dumps({**whole, "rows": whole["rows"][:1]}))
+    assert call("evaluate", *command) == 0
+    assert results(runs / "interrupted") == whole and len(counted) == 1
+    assert call("evaluate", *command) == 0 and len(counted) == 1
+    last = runs / "again" / "checkpoints" / checkpoints(runs / "again")[-1] / "model.safetensors"
+    last.touch()
+    assert call("evaluate", *command) == 0 and len(counted) == 3
 
 
 def test_a_file_of_weights_needs_to_be_told_its_classes(runs, capsys):

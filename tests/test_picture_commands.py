@@ -15,11 +15,13 @@ pytest.importorskip("matplotlib")
 from beitv2_fast import cli
 from beitv2_fast.attention_maps import most_attended
 from beitv2_fast.errors import UserError
+from beitv2_fast.explore import ExploreConfig, runs
 from beitv2_fast.picture_commands import KINDS, short_names
 from beitv2_fast.pictures import HEAT, heat_map
 from beitv2_fast.report import attention_sheets, sheets
 from beitv2_fast.report.plots import COMPARED, compared_panels
 from beitv2_fast.report.theme import DARK, LIGHT
+from beitv2_fast.teachers import Teacher
 
 from .small_runs import small_runs
 
@@ -121,26 +123,43 @@ def test_the_similarity_needs_the_teacher_that_the_tokenizer_had(root, tmp_path)
         picture(tmp_path / "a.png", "similarity", root)
 
 
-def test_the_similarity_is_the_cosine_of_what_the_codes_rebuild(root):
-    from beitv2_fast.explore import ExploreConfig
-    from beitv2_fast.explore.runs import open_runs
+class TinyTeacher(Teacher):
+    dim, patch_size = 12, 8
 
-    runs = open_runs(root, ExploreConfig(device="cpu"))
+    def __init__(self):
+        super().__init__((0.5,) * 3, (0.5,) * 3)
+        torch.manual_seed(5)
+        self.conv = torch.nn.Conv2d(3, 12, 8, 8)
+
+    def features(self, images):
+        return self.conv(images)
+
+
+@pytest.mark.parametrize("words", [["similarity"], ["nearest", "--by", "teacher"]])
+def test_pictures_of_the_teacher_load_the_one_that_the_tokenizer_had(root, tmp_path, monkeypatch, words):
+    asked = []
+    monkeypatch.setattr(runs, "create_teacher", lambda *given: asked.append(given) or TinyTeacher().eval())
+    found = picture(tmp_path / "a.png", words[0], root, *words[1:], "--scale", "0.5")
+    assert asked == [("efficientnet_lite0", (4, 4), None)] and found.width == 540
+
+
+def test_the_similarity_is_the_cosine_of_what_the_codes_rebuild(root):
+    opened = runs.open_runs(root, ExploreConfig(device="cpu"))
     features = torch.randn(1, 16, 12, generator=torch.Generator().manual_seed(3))
-    runs.teacher, runs.teacher_size = (lambda images, grid: features), 32
-    views = runs.views([runs.samples.open(0)])
+    opened.teacher, opened.teacher_size = (lambda images, grid: features), 32
+    views = opened.views([opened.samples.open(0)])
     with torch.no_grad():
-        output = runs.tokenizer(views.of["tokenizer"], features)
+        output = opened.tokenizer(views.of["tokenizer"], features)
     expected = torch.cosine_similarity(output.reconstruction, features, dim=-1)
     torch.testing.assert_close(views.similarity(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_curves_of_several_runs_share_their_panels():
-    runs = {
+    logs = {
         "a": [{"step": 1, "epoch": 0.5, "rec_loss": 0.4, "lr": 1e-3}],
         "b": [{"step": 1, "epoch": 1.0, "rec_loss": 0.1}],
     }
-    panels = compared_panels(runs)
+    panels = compared_panels(logs)
     assert [panel.title for panel in panels] == [COMPARED[0][0], "learning rate, thousandths"]
     assert [(c.name, c.x, c.y) for c in panels[0].curves] == [("a", [0.5], [0.6]), ("b", [1.0], [0.9])]
     assert [(c.name, c.y) for c in panels[1].curves] == [("a", [1.0])]

@@ -26,8 +26,8 @@ from beitv2_fast.report.sheets import code_sheet, patch_picture
 from beitv2_fast.report.text import verdict
 from beitv2_fast.report.theme import LIGHT
 
-SECTIONS = ["probe", "tokenizer", "codebook", "maps", "codes", "pretraining", "masks", "how"]
-PICTURES = ["tokenizer", "codebook", "token_maps", "codes", "pretraining", "masks"]
+SECTIONS = ["probe", "tokenizer", "codebook", "maps", "codes", "pretraining", "masks", "attention", "how"]
+PICTURES = ["tokenizer", "codebook", "token_maps", "codes", "pretraining", "masks", "attention"]
 SHAPE = {"image_size": 32, "patch_size": 8, "dim": 16, "depth": 2, "heads": 2, "epochs": 2}
 COLOURS = [(220, 40, 40), (40, 200, 60), (50, 70, 230), (230, 210, 40)]
 

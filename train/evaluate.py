@@ -1,18 +1,20 @@
 """Top-1 and top-5 of a fine-tuned classifier: `python train/evaluate.py --model RUN --data FOLDER [FOLDER ...]`.
 
 A folder with some of the classes alone (ImageNet-A, ImageNet-R) is evaluated among these. Also under `torchrun` and
-`deepspeed`, whose ranks share the images.
+`deepspeed`, whose ranks share the images. Stopped and started again, it goes on with the next folder.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from beitv2_fast import create_model
 from beitv2_fast.build import load_run_model
+from beitv2_fast.checkpoint import latest_weights
 from beitv2_fast.classifier import Classifier
 from beitv2_fast.config import parse
 from beitv2_fast.data import EvalView
@@ -68,6 +70,21 @@ def folder_names(folders: tuple[Path, ...]) -> list[str]:
     return [name if short.count(name) == 1 else str(folder) for name, folder in zip(short, folders, strict=True)]
 
 
+def source_state(model: Path) -> str:
+    """Tells the weights from later ones in the same place."""
+    file = latest_weights(model).resolve() if (model / "checkpoints").is_dir() else model
+    return f"{file} {file.stat().st_mtime_ns}"
+
+
+def finished_rows(run: RunFolder, state: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """What an interrupted evaluation of the same weights has already found, by folder and model."""
+    try:
+        content = json.loads((run.path / "results.json").read_text())
+        return {(row["folder"], row["model"]): row for row in content["rows"]} if content["state"] == state else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def main(argv: list[str] | None = None) -> int:
     config, _ = parse(EvaluateConfig, EVALUATE, argv)
     world = start(config.device)
@@ -75,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     first = found["weights"]
     classes = class_names(config, first)
     run = RunFolder(config, world.rank)
+    state = source_state(config.model)
+    finished = finished_rows(run, state)
     size = first.vit_config.image_size
     view = EvalView(size, crop_share(config.crop_pct, size))
     datasets = {}
@@ -84,6 +103,10 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for name, (dataset, columns) in datasets.items():
         for kind, model in found.items():
+            row = {"folder": name, "model": kind, "classes": len(columns), "images_found": dataset.images.fingerprint}
+            if row.items() <= finished.get((name, kind), {}).items():
+                rows.append(finished[name, kind])
+                continue
             result = evaluate(
                 model,
                 dataset,
@@ -93,13 +116,12 @@ def main(argv: list[str] | None = None) -> int:
                 workers=config.workers,
                 amp=autocast_dtype(config.precision, world.device),
             )
-            rows.append({"folder": name, "model": kind, "classes": len(columns), **result})
+            rows.append({**row, **result})
             among = f"{len(columns)} of {len(classes)} classes"
             run.print(f"evaluate  {name:<20} {kind:<8} {describe(result, len(columns))}, {among}")
-    if run.writes:
-        write_atomically(
-            run.path / "results.json", json.dumps({"model": str(config.model), "rows": rows}, indent=2) + "\n"
-        )
+            if run.writes:
+                content = {"model": str(config.model), "state": state, "rows": rows}
+                write_atomically(run.path / "results.json", json.dumps(content, indent=2) + "\n")
     return 0
 
 

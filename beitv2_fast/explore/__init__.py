@@ -35,7 +35,7 @@ class ExploreConfig:
     device: str = option(
         "auto", "what computes; auto: a CUDA or ROCm GPU if there is one, else the CPU", choices=("auto", "cpu", "cuda")
     )
-    browser: bool = option(True, "open the page in the browser")
+    browser: bool = option(True, "open the page in the browser, where there is a screen")
     seed: int = option(0, "draws the images and the patches that are shown", at_least=0)
 
 

@@ -8,6 +8,7 @@ bounded, and images are decoded by ``answers``, which bounds their pixels.
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import sys
 import webbrowser
@@ -85,7 +86,8 @@ class Handler(BaseHTTPRequestHandler):
         origin = self.headers.get("Origin")
         allowed = self.headers.get("Host") in self.server.hosts
         if not allowed or origin not in (None, *(f"http://{host}" for host in self.server.hosts)):
-            self._refuse(HTTPStatus.FORBIDDEN, "this page is for the browser on this computer, at its own address")
+            here = f"{self.server.url} (through ssh -L: the same port at both ends)"
+            self._refuse(HTTPStatus.FORBIDDEN, f"this page answers at its own address alone: {here}")
             return
         try:
             find([part for part in urlsplit(self.path).path.split("/") if part])
@@ -185,6 +187,11 @@ class Handler(BaseHTTPRequestHandler):
         """The terminal stays quiet."""
 
 
+def _has_screen() -> bool:
+    """Without one, a browser for the terminal might take it over."""
+    return sys.platform in ("darwin", "win32") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
+
+
 def serve(answers: Answers, config: ExploreConfig, say: Callable[[str], None] = print) -> int:
     """Serve the page until Ctrl+C."""
     with Server(answers, config.port) as server:
@@ -192,7 +199,7 @@ def serve(answers: Answers, config: ExploreConfig, say: Callable[[str], None] = 
             say(answers.runs.problem)
         say(f"explore: {server.url} (Ctrl+C ends it)")
         sys.stdout.flush()
-        if config.browser:
+        if config.browser and _has_screen():
             webbrowser.open(server.url)
         try:
             server.serve_forever()

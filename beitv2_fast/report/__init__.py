@@ -15,12 +15,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..attention_maps import attention_probabilities, query_attention
 from ..config import ReportConfig
 from ..data import ImageFolder
 from ..errors import UserError, require
 from ..images import ImageList
 from ..run import write_atomically
 from ..transforms import EvalView
+from .attention_sheets import attention_columns, attention_sheet
 from .data import choose_codes, pretrain_view, sample_images
 from .downstream import pictures_of
 from .findings import Findings, gather
@@ -87,6 +89,11 @@ def _drawings(found: Findings, config: ReportConfig, rows: list[int]) -> dict[st
         drawings["token_maps"] = "Photographs and their token maps", True, _maps(found, config, grid)
         if found.guesses is not None:
             drawings["masks"] = "Photographs, masks, and codes of hidden patches", True, _masks(found, config, grid)
+            drawings["attention"] = (
+                "A photograph, and what one of its patches attends to",
+                True,
+                _attention(found, config, grid),
+            )
     if rows:
         drawings["codes"] = "Patches grouped by code", True, lambda theme: code_sheet(
             found.images, found.codes, grid, found.usage, rows, found.colours, theme, config.scale,
@@ -115,6 +122,18 @@ def _masks(found: Findings, config: ReportConfig, grid: tuple[int, int]) -> Call
     masks, codes, guesses = (x[chosen].unflatten(1, grid) for x in (g.masks, g.codes, g.guesses))
     names = [_name(found.shown, i) for i in chosen]
     return lambda theme: mask_sheet(photos, masks, codes, guesses, found.colours, names, theme, config.scale)
+
+
+def _attention(found: Findings, config: ReportConfig, grid: tuple[int, int]) -> Callable[[Theme], Image.Image]:
+    model, device = found.pretrain.model, found.tokenizer.model.quantize.codebook.device
+    # Another photograph than the other pictures', where there are enough.
+    chosen = sample_images(found.shown, 1, config.seed + 2)
+    views = torch.stack(list(_photos(found.shown, chosen, model.vit_config.image_size)))
+    patch = grid[0] // 2 * grid[1] + grid[1] // 2
+    heads = query_attention(attention_probabilities(model, views.to(device)), patch, grid)[0].cpu()
+    photo = next(_photos(found.shown, chosen, display_size(grid, attention_columns(len(heads)), config.scale)))
+    what = f"student, layer {len(model.blocks)}"
+    return lambda theme: attention_sheet(photo, heads, patch, what, theme, config.scale)
 
 
 def _photos(images: ImageList, indices: list[int], size: int) -> Iterator[Tensor]:

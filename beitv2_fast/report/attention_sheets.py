@@ -19,6 +19,11 @@ COLUMNS = 6  # most pictures in a row
 OVER = 0.7  # share of the heat where it lies over a photograph
 
 
+def attention_columns(heads: int) -> int:
+    """Columns of the sheet for so many heads."""
+    return min(COLUMNS, heads + 2)
+
+
 def attention_sheet(
     photo: Tensor, heads: Tensor, patch: int, what: str, theme: Theme, scale: float, share: float = KEPT
 ) -> Image.Image:
@@ -33,7 +38,7 @@ def attention_sheet(
     heat = [_marked(_lit(photo, values / values.max()), patch, mean.shape, theme) for values in (mean, *heads)]
     dark = [_marked(_kept(photo, k), patch, mean.shape, theme) for k in kept]
     names = ["mean of the heads", *(f"head {i + 1}" for i in range(len(heads)))]
-    columns = min(COLUMNS, len(heads) + 2)
+    columns = attention_columns(len(heads))
     photograph = _marked(photo, patch, mean.shape, theme), "photograph"
     rows = []
     for start in range(0, len(names), columns - 1):

@@ -85,7 +85,8 @@ def body(runs: list[Downstream], figure: Callable[[str, str], list[str]]) -> lis
     """The section's HTML. ``figure``: (picture, caption) -> HTML, [] if there is no such picture."""
     lines: list[str] = []
     for i, run in enumerate(runs):
-        start = f", from {run.start or 'random weights'}" if run.metrics else ""
+        start = "random weights" if run.start in (None, "none") else run.start
+        start = f", from {start}" if run.metrics else ""
         lines.append(paragraph(f"{run.name}{start}", "run"))
         if run.problem:
             lines.append(note(run.problem))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..images import ImageList, open_image
+from ..images import ImageList
 from ..pictures import masked_picture, token_map
 from .data import CodeUsage, choose_patches
 from .theme import WIDTH, Theme
@@ -161,7 +161,7 @@ def code_sheet(
     rank = {code: i + 1 for i, code in enumerate(usage.ranking.tolist())}
     for code in rows:
         found = choose_patches(codes, code, columns, seed)
-        photos = (open_image(images.root / images.paths[image]) for image, _ in found)
+        photos = (images.open(image) for image, _ in found)
         side = round(cell * scale)
         pictures.append([patch_picture(p, grid, at, side, theme) for p, (_, at) in zip(photos, found, strict=True)])
         lines = [f"code {code}", f"#{rank[code]}: {usage.shares[code]:.2%}", f"{int(usage.counts[code]):,} ×"]

@@ -66,6 +66,7 @@ def sections(found: Findings, pictures: Mapping[str, Picture], data: Path, shown
         Section("codes", "What the codes mean", _codes(found, figure, shown)),
         Section("pretraining", "Pre-training", _pretraining(found, figure)),
         Section("masks", "Hidden and guessed", _masks(found, figure)),
+        Section("attention", "What a patch attends to", _attention(found, figure)),
         Section("how", "How it was made", _how(found, data)),
     ]
 
@@ -214,6 +215,18 @@ def _masks(found: Findings, figure) -> list[str]:
         "Blocks of patches are hidden (blue) from the student. Third column: the tokenizer's codes of the hidden "
         "patches, which it is asked for; last column: the guesses of its last layer, a white dot where right. Similar "
         f" colours are codes that lie close together, so a wrong guess may still be a near one. {_unseen(found)}",
+    )
+
+
+def _attention(found: Findings, figure) -> list[str]:
+    if found.guesses is None:
+        return _state(found.pretrain) or _state(found.tokenizer)
+    return figure(
+        "attention",
+        "The attention of the framed patch to all patches in the student's last layer, which saw the whole photograph: "
+        "the mean of the heads, and each head by itself, scaled to its largest value. Below, the fewest patches that "
+        "hold 60 % of it. Other patches, layers and photographs: `beitv2-fast picture attention` and "
+        f"`beitv2-fast explore`. {_unseen(found)}",
     )
 
 

@@ -117,7 +117,7 @@ def test_hiding_patches_by_dragging_shows_what_the_student_expects(page, answers
     assert text(page, "#score b") == f"{said['right']} of 3 right"
     rows = page("[...document.querySelectorAll('#best li')].map(row => row.textContent)")
     assert len(rows) == 5 and rows[0].startswith(f"token {said['codes'][2][0]}")
-    assert rows[0].endswith(f"{100 * said['chances'][2][0]:.1f} %")
+    assert rows[0].endswith(f"{100 * said['chances'][2][0]:.1f}\u00a0%")
     assert f"true token is {said['true'][2]}" in text(page, "#best-true")
     assert pixel(page, "#board", 5)[:3] == [92, 115, 153], "it is hidden"
     assert pixel(page, "#board", 1)[:3] != [92, 115, 153]
