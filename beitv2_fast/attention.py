@@ -66,10 +66,14 @@ def prepare_bias(bias: Tensor, implementation: str) -> Tensor:
     return bias
 
 
-@torch.compiler.assume_constant_result
 def choose_attention(implementation: str, device_type: str) -> str:
     """What computes attention on this type of device; ``UserError`` if what was asked for cannot run here."""
     return _choose(implementation, device_type)
+
+
+# The mark that torch.compiler.assume_constant_result makes; the decorator itself would import torch._dynamo, which
+# takes as long as the rest of the package.
+choose_attention._dynamo_marked_constant = True
 
 
 @functools.cache  # once a process: the look at xformers imports it
