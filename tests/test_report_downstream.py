@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("matplotlib")
 
 from beitv2_fast.config import to_json
 from beitv2_fast.downstream_config import FinetuneConfig
 from beitv2_fast.report.downstream import body, panels, pictures_of, probe_details, read_downstream
+from beitv2_fast.report.overlay_sheets import GAP, overlay_sheet
 
 from .test_report import report, runs  # noqa: F401
 
@@ -111,3 +113,26 @@ def test_the_report_has_their_section_and_curves_where_runs_are_named(runs, tune
     assert not said and '<section id="downstream">' in page and "Curves of tuned" in page
     assert (tmp_path / "report" / "downstream_0.png").is_file()
     assert not (tmp_path / "report" / "downstream_1.png").exists()
+
+
+def draw(run: Path, count: int, size: tuple[int, int] = (90, 20)) -> None:
+    (run / "overlays").mkdir()
+    for i in range(count):
+        Image.new("RGB", size, (10 * i, 0, 0)).save(run / "overlays" / f"{i}.png")
+
+
+def test_a_segmentations_pictures_stand_below_one_another_spread_over_all(tmp_path):
+    run = segmented(tmp_path / "segment")
+    assert overlay_sheet(run) is None
+    draw(run, 6)
+    sheet = overlay_sheet(run)
+    assert sheet.size == (90, 3 * 20 + 2 * GAP)
+    assert [sheet.getpixel((0, i * (20 + GAP)))[0] for i in range(3)] == [0, 20, 40]
+
+
+def test_the_report_shows_a_segmentations_pictures(runs, tmp_path):  # noqa: F811
+    run = segmented(tmp_path / "segment")
+    draw(run, 2)
+    page, said = report(runs, tmp_path / "report", downstream=(run,))
+    assert not said and "Photograph, truth and prediction" in page
+    assert (tmp_path / "report" / "overlays_0.png").is_file()

@@ -26,6 +26,7 @@ from .attention_sheets import attention_columns, attention_sheet
 from .data import choose_codes, pretrain_view, sample_images
 from .downstream import pictures_of
 from .findings import Findings, gather
+from .overlay_sheets import overlay_sheet
 from .page import Picture, page
 from .plots import codebook_panels, draw_panels, pretrain_panels, tokenizer_panels
 from .sheets import code_sheet, display_size, mask_sheet, token_map_sheet
@@ -82,6 +83,10 @@ def _drawings(found: Findings, config: ReportConfig, rows: list[int]) -> dict[st
     for name, alt, panels in (*curves, *((n, *picture) for n, picture in pictures_of(found.downstream).items())):
         if any(p.curves or p.bars for p in panels):
             drawings[name] = alt, False, lambda theme, panels=panels: draw_panels(panels, theme, config.scale)
+    for i, run in enumerate(config.downstream):
+        if (sheet := overlay_sheet(run)) is not None:
+            alt = "Photographs, their classes, and the classes predicted"
+            drawings[f"overlays_{i}"] = alt, True, lambda theme, sheet=sheet: sheet
     if found.codes is None:
         return drawings
     grid = found.tokenizer.model.grid

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..run import stored_config
 from .data import read_metrics
+from .overlay_sheets import CAPTION
 from .page import note, paragraph, table
 from .plots import Panel, curve
 
@@ -99,6 +100,7 @@ def body(runs: list[Downstream], figure: Callable[[str, str], list[str]]) -> lis
             "Left: the loss in training. Middle: on the evaluation's images, the weights, and dashed what is evaluated "
             "beside them: their moving average or another procedure. Right: the learning rate of the head.",
         )
+        lines += figure(f"overlays_{i}", CAPTION)
     return lines
 
 
