@@ -20,7 +20,7 @@ def unpacked(source: Path, folder: Path) -> Path:
     ``folder``/SPLIT/images/*.jpg and ``folder``/SPLIT/masks/*.png. What is there already is not written again.
 
     Raises:
-        UserError: there is no such file, or it is no pack.
+        UserError: there is no such file, it is no pack, or the name of a class would leave the folder.
     """
     if source.is_dir():
         return source
@@ -35,7 +35,7 @@ def unpacked(source: Path, folder: Path) -> Path:
                 raise KeyError("train_data")
             for split in splits:
                 _write_split(pack, split, folder / split)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, IndexError) as error:
         raise UserError(
             f"{source} is neither a folder of images nor a file of packed ones ({error}). Give a folder with "
             "train/CLASS and val/CLASS (of scenes: train/images, train/masks and the same in val)."
@@ -55,6 +55,8 @@ def _write_split(pack: Any, split: str, folder: Path) -> None:
         return
     classes = [str(name) for name in pack["classes"]]
     for name in classes:
+        if name in ("", ".", "..") or set(name) & set("/\\\0"):
+            raise ValueError(f"{name!r} cannot be the folder of a class")
         (folder / name).mkdir(parents=True, exist_ok=True)
     for i, (data, label) in enumerate(zip(images, pack[f"{split}_labels"].tolist(), strict=True)):
         (folder / classes[label] / f"{i:05d}.jpg").write_bytes(data)

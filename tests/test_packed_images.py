@@ -56,3 +56,12 @@ def test_what_is_neither_is_refused_by_its_name(tmp_path, content):
 def test_a_pack_without_images_is_refused(tmp_path):
     with pytest.raises(UserError, match="neither a folder"):
         unpacked(pack(tmp_path / "other.npz", something=np.zeros(3)), tmp_path / "images")
+
+
+@pytest.mark.parametrize("name", ["../outside", "..", "/absolute", "back\\slash", ""])
+def test_the_name_of_a_class_cannot_leave_the_folder(tmp_path, name):
+    data, offsets = joined([b"first"])
+    values = {"train_data": data, "train_offsets": offsets, "train_labels": np.array([0]), "classes": [name]}
+    with pytest.raises(UserError, match="cannot be the folder of a class"):
+        unpacked(pack(tmp_path / "pack.npz", **values), tmp_path / "inner" / "images")
+    assert not list(tmp_path.rglob("*.jpg"))

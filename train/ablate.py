@@ -115,10 +115,7 @@ class AblateConfig(SmallScale):
     """Ablations on small photographs; each row differs from the base in what it names."""
 
     out: Path = option(Path("runs/ablations"), "folder of all runs, of results.json and of NAME.md and NAME.png")
-    images: Path = option(
-        Path("../shared/data/tiny_imagenet_100.npz"),
-        "photographs: a folder with train/CLASS and val/CLASS, or a packed file",
-    )
+    images: Path = option(Path("data"), "photographs: a folder with train/CLASS and val/CLASS, or a packed file")
     teacher_cache: Path | None = option(
         None,
         "folder of the teacher's features, which another experiment on these images may have filled; none: in --out",

@@ -52,11 +52,11 @@ class DownstreamConfig(SmallScale):
 
     out: Path = option(Path("runs/downstream"), "folder of all runs, of results.json, table.md and table.png")
     images: Path = option(
-        Path("../shared/data/tiny_imagenet_100.npz"),
+        Path("data"),
         "photographs to pre-train on and to classify: a folder with train/CLASS and val/CLASS, or a packed file",
     )
     scenes: Path = option(
-        Path("../shared/data/camvid_320x240.npz"),
+        Path("none"),
         "scenes to segment: a folder with train/images, train/masks and the same in val, or a packed file; 'none': no "
         "segmentation",
     )
