@@ -239,6 +239,8 @@ class ReportConfig(RunConfig):
     downstream: tuple[Path, ...] = option(
         (), "run folders of fine-tunings, segmentations and evaluations, to be reported too"
     )
+    compare: tuple[Path, ...] = option((), "run folders of any trainings, whose curves are drawn beside each other")
+    teacher: bool = option(True, "load the tokenizer's teacher, to show what the codes keep of it", free=True)
     max_images: int = option(5000, "images of train, and of test or val, that are encoded; more: a sample")
     examples: int = option(6, "photographs shown with their token map; up to 4 with their mask")
     code_rows: int = option(24, "codes on the sheet of patches: half the most frequent, half a spread of the others")

@@ -42,6 +42,22 @@ def nearest(
     return torch.cat(cosines), torch.cat(indices)
 
 
+def one_an_image(features: Tensor, query: Tensor, patches: int, count: int) -> list[dict[str, int | float]]:
+    """The patches with the largest cosine to a query, at most one an image: ``image``, ``patch``, ``cosine`` of each.
+
+    Looked for among the ``16 * count`` nearest patches, so there may be fewer than ``count``.
+
+    Args:
+        features: of every patch, image after image [images * patches, C]. query: [C].
+    """
+    cosines, found = nearest(features, query[None], 16 * count)
+    best: dict[int, dict[str, int | float]] = {}
+    for at, cosine in zip(found[0].tolist(), cosines[0].tolist(), strict=True):
+        image, patch = divmod(at, patches)
+        best.setdefault(image, {"image": image, "patch": patch, "cosine": cosine})
+    return list(best.values())[:count]
+
+
 def knn_predict(
     train: Tensor,
     labels: Tensor,

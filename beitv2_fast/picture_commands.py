@@ -141,25 +141,14 @@ def write_picture(kind: str, runs: list[Path], out: Path, config: PictureConfig)
 
 
 def draw_curves(runs: list[Path], config: CurvesConfig, theme: Theme) -> Image.Image:
-    from .report.data import read_metrics
-    from .report.plots import compared_panels, draw_panels, stack
+    from .report.data import read_logs
+    from .report.plots import compared_panels, draw_rows
 
-    logs = {name: read_metrics(run) for name, run in zip(short_names(runs), runs, strict=True)}
+    logs = read_logs(runs)
     for run, metrics in zip(runs, logs.values(), strict=True):
         if not metrics:
             raise UserError(f"{run} has no training log (metrics.jsonl). Name run folders of trainings.")
-    panels = compared_panels(logs)
-    rows = [panels[i : i + 3] for i in range(0, len(panels), 3)]
-    return stack([draw_panels(row, theme, config.scale) for row in rows], theme.paper)
-
-
-def short_names(runs: list[Path]) -> list[str]:
-    """The ends of the paths that tell them apart."""
-    whole = [run.resolve().parts for run in runs]
-    if len(set(whole)) < len(whole):
-        raise UserError("a run is named twice. Name each once.")
-    length = next(n for n in range(1, max(map(len, whole)) + 1) if len({p[-n:] for p in whole}) == len(whole))
-    return ["/".join(parts[-length:]) for parts in whole]
+    return draw_rows(compared_panels(logs), theme, config.scale)
 
 
 def _open(run: Path, config: ModelPicture, *, images: bool, teacher: bool = False) -> Runs:

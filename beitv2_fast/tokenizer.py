@@ -117,6 +117,16 @@ class Tokenizer(nn.Module):
         grid = quantized.transpose(1, 2).unflatten(2, self.grid)  # [B, D, h, w]
         return self.decode_task_layer(self.decoder(grid))
 
+    @torch.no_grad()
+    def similarity(self, images: Tensor, teacher_features: Tensor) -> Tensor:
+        """Cosine of what the decoder makes of the codes alone and of the teacher's feature, by patch: [B, N] fp32.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1]. teacher_features: [B, N, teacher_dim].
+        """
+        decoded = self.decode(self.quantize.codebook[self.encode(images)])
+        return F.cosine_similarity(decoded.float(), teacher_features.float(), dim=-1)
+
     def forward(self, images: Tensor, teacher_features: Tensor) -> TokenizerOutput:
         """The VQ-KD loss (eq. 3): mean(1 - cos(o_i, t_i)) + beta * mean((sg[z_q] - l2(h))^2).
 

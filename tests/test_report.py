@@ -19,15 +19,21 @@ from beitv2_fast.config import PretrainConfig, ReportConfig, TokenizerConfig, to
 from beitv2_fast.errors import UserError
 from beitv2_fast.images import find_images
 from beitv2_fast.pictures import HIDDEN, code_colours, masked_picture, token_map
-from beitv2_fast.report import build_report
+from beitv2_fast.report import build_report, findings
 from beitv2_fast.report.data import CodeUsage, choose_codes, choose_patches, read_metrics, sample_images
 from beitv2_fast.report.findings import gather
 from beitv2_fast.report.sheets import code_sheet, patch_picture
 from beitv2_fast.report.text import verdict
 from beitv2_fast.report.theme import LIGHT
 
-SECTIONS = ["probe", "tokenizer", "codebook", "maps", "codes", "pretraining", "masks", "attention", "how"]
-PICTURES = ["tokenizer", "codebook", "token_maps", "codes", "pretraining", "masks", "attention"]
+from .small_runs import TinyTeacher
+
+SECTIONS = [
+    "probe", "tokenizer", "codebook", "maps", "similarity", "codes", "pretraining", "masks", "attention", "how",
+]  # fmt: skip
+PICTURES = [
+    "tokenizer", "codebook", "token_maps", "similarity", "codes", "pretraining", "masks", "attention", "nearest",
+]  # fmt: skip
 SHAPE = {"image_size": 32, "patch_size": 8, "dim": 16, "depth": 2, "heads": 2, "epochs": 2}
 COLOURS = [(220, 40, 40), (40, 200, 60), (50, 70, 230), (230, 210, 40)]
 
@@ -84,6 +90,15 @@ def report(root: Path, out: Path, **values) -> tuple[str, list[str]]:
     """The page's text, and what the report said was missing."""
     said: list[str] = []
     return build_report(config(root, out, **values), torch.device("cpu"), said.append).read_text(), said
+
+
+@pytest.fixture(scope="module", autouse=True)
+def teachers():
+    """The teachers that were asked for; all are the small one of the runs."""
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(findings, "create_teacher", lambda *given: asked.append(given) or TinyTeacher().eval())
+        yield asked
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +158,40 @@ def test_missing_parts_are_said_and_the_rest_is_there(runs, tmp_path):
     assert "The probe has not been run yet" in page and "never is no run folder" in page
     assert len(said) == 2
     made = {p.stem for p in (tmp_path / "report").glob("*.png") if not p.stem.endswith("_dark")}
-    assert made == {"tokenizer", "codebook", "token_maps", "codes"}
+    assert made == {"tokenizer", "codebook", "token_maps", "similarity", "codes"}
+
+
+def test_a_teacher_that_cannot_be_had_is_said_in_its_place(runs, tmp_path, monkeypatch):
+    def fail(*given):
+        raise UserError("no weights here.")
+
+    monkeypatch.setattr(findings, "create_teacher", fail)
+    page, said = report(runs, tmp_path / "report")
+    assert said == ["report: The tokenizer's teacher cannot be loaded: no weights here."]
+    assert "no weights here" in page and not (tmp_path / "report" / "similarity.png").exists()
+
+
+def test_a_teacher_of_another_width_is_not_compared_with(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(TinyTeacher, "dim", 13)
+    page, said = report(runs, tmp_path / "report")
+    assert "features of width 13" in page and len(said) == 1
+
+
+def test_a_report_does_without_the_teacher_if_told(runs, tmp_path, teachers):
+    teachers.clear()
+    page, said = report(runs, tmp_path / "report", teacher=False)
+    assert not (said or teachers) and "has not been loaded, as asked" in page
+
+
+def test_runs_are_compared_by_their_curves(runs, tmp_path):
+    shutil.copytree(runs / "tokenizer", tmp_path / "second")
+    compare = (runs / "tokenizer", tmp_path / "second")
+    page, said = report(runs, tmp_path / "report", compare=compare)
+    assert not said and "Curves of tokenizer, second" in page and (tmp_path / "report" / "compared.png").is_file()
+    (tmp_path / "second" / "metrics.jsonl").unlink()
+    assert report(runs, tmp_path / "report", compare=compare)[1] == [
+        "report: second has no training log (metrics.jsonl)."
+    ]
 
 
 def test_a_training_without_a_checkpoint_yet_still_shows_its_curves(runs, tmp_path):

@@ -109,7 +109,7 @@ def test_the_probe_s_neighbours_few_shots_and_sweep_have_tables():
 
 
 def test_the_report_has_their_section_and_curves_where_runs_are_named(runs, tuned, tmp_path):  # noqa: F811
-    page, said = report(runs, tmp_path / "report", downstream=(tuned, evaluated(tmp_path / "robust")))
+    page, said = report(runs, tmp_path / "report", downstream=(tuned, evaluated(tmp_path / "robust")), teacher=False)
     assert not said and '<section id="downstream">' in page and "Curves of tuned" in page
     assert (tmp_path / "report" / "downstream_0.png").is_file()
     assert not (tmp_path / "report" / "downstream_1.png").exists()
@@ -133,6 +133,6 @@ def test_a_segmentations_pictures_stand_below_one_another_spread_over_all(tmp_pa
 def test_the_report_shows_a_segmentations_pictures(runs, tmp_path):  # noqa: F811
     run = segmented(tmp_path / "segment")
     draw(run, 2)
-    page, said = report(runs, tmp_path / "report", downstream=(run,))
+    page, said = report(runs, tmp_path / "report", downstream=(run,), teacher=False)
     assert not said and "Photograph, truth and prediction" in page
     assert (tmp_path / "report" / "overlays_0.png").is_file()

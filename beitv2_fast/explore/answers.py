@@ -17,7 +17,7 @@ from torch import Tensor
 from ..attention_maps import attention_probabilities, most_attended, query_attention
 from ..images import Image, open_image
 from ..masking import block_masks
-from ..neighbours import nearest
+from ..neighbours import one_an_image
 from ..report.data import choose_patches
 from ..report.sheets import patch_picture
 from ..report.theme import LIGHT
@@ -221,16 +221,8 @@ class Answers:
 
 def nearest_patches(index: Index, query: Tensor, model: str, count: int) -> list[dict[str, Any]]:
     """The patches of the data set with the largest cosine to a feature [C], one an image, the nearest first."""
-    patches = index.codes.shape[1]
-    cosines, found = nearest(index.features[model], query[None], 16 * count)
-    best: dict[int, tuple[int, float]] = {}
-    for at, cosine in zip(found[0].tolist(), cosines[0].tolist(), strict=True):
-        best.setdefault(at // patches, (at % patches, cosine))
-    rows = [
-        {"image": image, "patch": at, "cosine": cosine, "code": int(index.codes[image, at])}
-        for image, (at, cosine) in best.items()
-    ]
-    return rows[:count]
+    found = one_an_image(index.features[model], query, index.codes.shape[1], count)
+    return [{**row, "code": int(index.codes[row["image"], row["patch"]])} for row in found]
 
 
 def _decode(data: bytes) -> Image.Image:

@@ -89,14 +89,10 @@ class Views:
             found = features(getattr(self.runs, model), self.of[model]).patches
         return F.normalize(found.float(), dim=-1).cpu()
 
-    @torch.no_grad()
     def similarity(self) -> Tensor:
         """Cosine between what the tokenizer's decoder makes of the codes and the teacher's features: [B, N]."""
-        tokenizer = self.runs.tokenizer
-        codes = tokenizer.quantize.encode(tokenizer.features(self.of["tokenizer"]))
-        decoded = tokenizer.decode(tokenizer.quantize.codebook[codes])
         target = self.runs.teacher(self.of["teacher"], self.runs.grid)
-        return F.cosine_similarity(decoded.float(), target.float(), dim=-1).cpu()
+        return self.runs.tokenizer.similarity(self.of["tokenizer"], target).cpu()
 
 
 def open_runs(run: Path, config: ExploreConfig, *, with_images: bool = True) -> Runs:

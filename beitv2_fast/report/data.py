@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,26 @@ def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, float
         except (ValueError, KeyError, TypeError):
             continue
     return [by_step[step] for step in sorted(by_step)]
+
+
+def read_logs(runs: Sequence[Path]) -> dict[str, list[dict[str, float]]]:
+    """``read_metrics`` of several runs by the ends of their paths, as long as it takes to tell them apart.
+
+    Raises:
+        UserError: a run is named twice.
+    """
+    return {name: read_metrics(run) for name, run in zip(short_names(runs), runs, strict=True)}
+
+
+def short_names(runs: Sequence[Path]) -> list[str]:
+    """The ends of the paths that tell them apart."""
+    whole = [run.resolve().parts for run in runs]
+    if len(set(whole)) < len(whole):
+        raise UserError("a run is named twice. Name each once.")
+    length = next(
+        n for n in range(1, max(map(len, whole), default=1) + 1) if len({p[-n:] for p in whole}) == len(whole)
+    )
+    return ["/".join(parts[-length:]) for parts in whole]
 
 
 def read_results(probe: Path | None) -> tuple[dict[str, Any] | None, str | None]:

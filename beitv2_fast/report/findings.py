@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..images import ImageList, find_images
 from ..pictures import code_colours
 from ..student import Student
+from ..teachers import Teacher, create_teacher
 from ..tokenizer import Tokenizer
 from .data import (
     CodeUsage,
@@ -23,6 +24,7 @@ from .data import (
     guess_hidden,
     held_out_images,
     pretrain_view,
+    read_logs,
     read_results,
     read_stage,
     sample_images,
@@ -36,7 +38,7 @@ class Findings:
 
     images: those of the codebook's statistics, a sample of ``total_images``; codes: theirs, [images, N]; colours:
     [K, 3]. shown: those of the examples, which the trainings did not see if ``held_out``; guesses: of their hidden
-    patches, on the crops of ``pretrain_view``.
+    patches, on the crops of ``pretrain_view``. teacher: the tokenizer's. compared: metrics by name of a run.
     """
 
     tokenizer: Stage
@@ -51,7 +53,10 @@ class Findings:
     colours: Tensor | None = None
     shown: ImageList | None = None
     guesses: Guesses | None = None
+    teacher: Teacher | None = None
+    no_teacher: str | None = None
     downstream: list[Downstream] = field(default_factory=list)
+    compared: dict[str, list[dict[str, float]]] = field(default_factory=dict)
 
     @property
     def hidden_usage(self) -> CodeUsage | None:
@@ -63,8 +68,9 @@ class Findings:
 
     def problems(self) -> list[str]:
         """What is missing, one sentence or two each."""
-        found = [self.tokenizer.problem, self.pretrain.problem, self.no_results]
+        found = [self.tokenizer.problem, self.pretrain.problem, self.no_results, self.no_teacher]
         found += [run.problem for run in self.downstream]
+        found += [f"{name} has no training log (metrics.jsonl)." for name, log in self.compared.items() if not log]
         return [problem for problem in found if problem is not None]
 
 
@@ -85,11 +91,14 @@ def gather(config: ReportConfig, device: torch.device) -> Findings:
     images = find_images(config.data, "train")
     found = Findings(tokenizer, pretrain, results, no_results, images, len(images))
     found.downstream = [read_downstream(run) for run in config.downstream]
+    found.compared = read_logs(config.compare)
     if tokenizer.model is not None:
         _check_belong(tokenizer.model, pretrain.model)
         _add_codes(found, config, device)
         if pretrain.model is not None:
             _add_guesses(found, config, device)
+        if config.teacher and config.examples:
+            _add_teacher(found, device)
     return found
 
 
@@ -109,6 +118,23 @@ def _add_guesses(found: Findings, config: ReportConfig, device: torch.device) ->
     view = pretrain_view(trained, trained.image_size, tokenizer.config.encoder.image_size)
     dataset = ImageFolder(found.shown, view, config.seed)
     found.guesses = guess_hidden(student, tokenizer, dataset, device, config.batch_size, config.workers)
+
+
+def _add_teacher(found: Findings, device: torch.device) -> None:
+    """A report does without a teacher whose weights are not there."""
+    model, trained = found.tokenizer.model, found.tokenizer.config
+    try:
+        teacher = create_teacher(trained.teacher, model.grid, trained.teacher_weights)
+    except UserError as error:
+        found.no_teacher = f"The tokenizer's teacher cannot be loaded: {error}"
+        return
+    if teacher.dim == model.config.teacher_dim:
+        found.teacher = teacher.to(device)
+    else:
+        found.no_teacher = (
+            f"The teacher {trained.teacher} has features of width {teacher.dim}, the tokenizer was trained on "
+            f"{model.config.teacher_dim}: it was another one."
+        )
 
 
 def _readable(images: ImageList, config: ReportConfig, min_size: int) -> ImageList:

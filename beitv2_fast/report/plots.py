@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -132,6 +132,12 @@ def draw_panels(panels: Iterable[Panel], theme: Theme, scale: float) -> Image.Im
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=100 * scale)
     return Image.open(buffer).convert("RGB")
+
+
+def draw_rows(panels: Sequence[Panel], theme: Theme, scale: float, columns: int = 3) -> Image.Image:
+    """``draw_panels``, so many in a row."""
+    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    return stack([draw_panels(row, theme, scale) for row in rows], theme.paper)
 
 
 def _draw_curves(axes, panel: Panel, theme: Theme) -> None:

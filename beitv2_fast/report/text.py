@@ -56,6 +56,7 @@ def sections(found: Findings, pictures: Mapping[str, Picture], data: Path, shown
     def figure(name: str, caption: str) -> list[str]:
         return [pictures[name].html(caption)] if name in pictures else []
 
+    compared = figure("compared", "Whatever the logs of these runs have, each run a curve of its folder's name.")
     after = downstream.body(found.downstream, figure)
     return [
         Section("probe", "What the probe found", _probe(found)),
@@ -63,10 +64,12 @@ def sections(found: Findings, pictures: Mapping[str, Picture], data: Path, shown
         Section("tokenizer", "Tokenizer", _tokenizer(found, figure)),
         Section("codebook", "Codebook", _codebook(found, figure)),
         Section("maps", "Token maps", _maps(found, figure)),
+        Section("similarity", "What the codes keep of the teacher", _similarity(found, figure)),
         Section("codes", "What the codes mean", _codes(found, figure, shown)),
         Section("pretraining", "Pre-training", _pretraining(found, figure)),
         Section("masks", "Hidden and guessed", _masks(found, figure)),
         Section("attention", "What a patch attends to", _attention(found, figure)),
+        *([Section("compared", "Runs beside each other", compared)] if compared else []),
         Section("how", "How it was made", _how(found, data)),
     ]
 
@@ -169,6 +172,18 @@ def _maps(found: Findings, figure) -> list[str]:
     )
 
 
+def _similarity(found: Findings, figure) -> list[str]:
+    if found.codes is None:
+        return _state(found.tokenizer)
+    if found.teacher is None:
+        return [note(found.no_teacher or "The teacher has not been loaded, as asked.")]
+    return figure(
+        "similarity",
+        "For every patch the cosine between the teacher's feature and what the decoder rebuilds from the codes alone: "
+        f"dark 0, bright 1. Above each photograph the mean. {_unseen(found)}",
+    )
+
+
 def _codes(found: Findings, figure, shown: Mapping[str, int]) -> list[str]:
     if found.codes is None:
         return _state(found.tokenizer)
@@ -227,6 +242,10 @@ def _attention(found: Findings, figure) -> list[str]:
         "the mean of the heads, and each head by itself, scaled to its largest value. Below, the fewest patches that "
         "hold 60 % of it. Other patches, layers and photographs: `beitv2-fast picture attention` and "
         f"`beitv2-fast explore`. {_unseen(found)}",
+    ) + figure(
+        "nearest",
+        "The same patch, and the patches of other photographs, which the trainings have seen, whose features of the "
+        "student are nearest (cosine), at most one of a photograph. The framed square is the patch.",
     )
 
 

@@ -1,0 +1,149 @@
+"""Which pictures a report has, and how each is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..attention_maps import attention_probabilities, query_attention
+from ..config import ReportConfig
+from ..data import ImageFolder, eval_loader
+from ..features import features
+from ..images import ImageList
+from ..neighbours import one_an_image
+from ..transforms import EvalView
+from .attention_sheets import attention_columns, attention_sheet, nearest_sheet, similarity_sheet
+from .data import pretrain_view, sample_images
+from .downstream import pictures_of
+from .findings import Findings
+from .overlay_sheets import overlay_sheet
+from .plots import codebook_panels, compared_panels, draw_panels, draw_rows, pretrain_panels, tokenizer_panels
+from .sheets import code_sheet, display_size, mask_sheet, token_map_sheet
+from .theme import Theme
+
+MASK_EXAMPLES = 4
+PATCHES_A_CODE = 12
+NEAREST_IMAGES = 500  # whose patches are compared with the chosen one
+NEAREST_SHOWN = 13
+
+Drawing = tuple[str, bool, Callable[[Theme], Image.Image]]  # alternative text, is it of photographs, how to draw it
+
+
+def drawings_of(found: Findings, config: ReportConfig, rows: list[int]) -> dict[str, Drawing]:
+    """The report's pictures by name: those for which there is something to draw."""
+    drawings: dict[str, Drawing] = {}
+    curves = (
+        ("tokenizer", "Curves of the tokenizer's training", tokenizer_panels(found.tokenizer.metrics)),
+        ("codebook", "Use of the codebook", codebook_panels(found.tokenizer.metrics, found.usage)),
+        ("pretraining", "Curves of the pre-training", pretrain_panels(found.pretrain.metrics, found.hidden_usage)),
+    )
+    for name, alt, panels in (*curves, *((n, *picture) for n, picture in pictures_of(found.downstream).items())):
+        if any(p.curves or p.bars for p in panels):
+            drawings[name] = alt, False, lambda theme, panels=panels: draw_panels(panels, theme, config.scale)
+    if panels := compared_panels(found.compared):
+        alt = f"Curves of {', '.join(found.compared)}"
+        drawings["compared"] = alt, False, lambda theme: draw_rows(panels, theme, config.scale)
+    for i, run in enumerate(config.downstream):
+        if (sheet := overlay_sheet(run)) is not None:
+            alt = "Photographs, their classes, and the classes predicted"
+            drawings[f"overlays_{i}"] = alt, True, lambda theme, sheet=sheet: sheet
+    if found.codes is None:
+        return drawings
+    grid = found.tokenizer.model.grid
+    if config.examples:
+        drawings["token_maps"] = "Photographs and their token maps", True, _maps(found, config, grid)
+        if found.guesses is not None:
+            drawings["masks"] = "Photographs, masks, and codes of hidden patches", True, _masks(found, config, grid)
+            attention, nearest = _chosen_patch(found, config, grid)
+            drawings["attention"] = "A photograph, and what one of its patches attends to", True, attention
+            drawings["nearest"] = "A patch, and the nearest patches of other photographs", True, nearest
+        if found.teacher is not None:
+            drawings["similarity"] = (
+                "Photographs, and the similarity of every patch",
+                True,
+                _similarity(found, config, grid),
+            )
+    if rows:
+        drawings["codes"] = "Patches grouped by code", True, lambda theme: code_sheet(
+            found.images, found.codes, grid, found.usage, rows, found.colours, theme, config.scale,
+            columns=PATCHES_A_CODE, seed=config.seed,
+        )  # fmt: skip
+    return drawings
+
+
+def _maps(found: Findings, config: ReportConfig, grid: tuple[int, int]) -> Callable[[Theme], Image.Image]:
+    chosen = sample_images(found.shown, config.examples, config.seed)
+    photos = list(_photos(found.shown, chosen, display_size(grid, len(chosen), config.scale)))
+    model, device = found.tokenizer.model, found.tokenizer.model.quantize.codebook.device
+    views = torch.stack(list(_photos(found.shown, chosen, model.config.encoder.image_size)))
+    codes = model.encode(views.to(device)).cpu().unflatten(1, grid)
+    names = [_name(found.shown, i) for i in chosen]
+    return lambda theme: token_map_sheet(photos, codes, found.colours, names, theme, config.scale)
+
+
+def _masks(found: Findings, config: ReportConfig, grid: tuple[int, int]) -> Callable[[Theme], Image.Image]:
+    # Another seed than the token maps': other photographs, where there are enough.
+    chosen = sample_images(found.shown, min(config.examples, MASK_EXAMPLES), config.seed + 1)
+    size = display_size(grid, 4, config.scale)
+    crops = ImageFolder(found.shown, pretrain_view(found.pretrain.config, 1, size), config.seed)
+    photos = [crops[0, i]["tokenizer"] for i in chosen]
+    g = found.guesses
+    masks, codes, guesses = (x[chosen].unflatten(1, grid) for x in (g.masks, g.codes, g.guesses))
+    names = [_name(found.shown, i) for i in chosen]
+    return lambda theme: mask_sheet(photos, masks, codes, guesses, found.colours, names, theme, config.scale)
+
+
+def _chosen_patch(
+    found: Findings, config: ReportConfig, grid: tuple[int, int]
+) -> tuple[Callable[[Theme], Image.Image], Callable[[Theme], Image.Image]]:
+    """What the middle patch of a photograph attends to, and the patches of the data set whose features are nearest."""
+    model, device = found.pretrain.model, found.tokenizer.model.quantize.codebook.device
+    # Another photograph than the other pictures', where there are enough.
+    chosen = sample_images(found.shown, 1, config.seed + 2)
+    view = torch.stack(list(_photos(found.shown, chosen, model.vit_config.image_size))).to(device)
+    patch = grid[0] // 2 * grid[1] + grid[1] // 2
+    heads = query_attention(attention_probabilities(model, view), patch, grid)[0].cpu()
+    square = next(_photos(found.shown, chosen, display_size(grid, attention_columns(len(heads)), config.scale)))
+    what = f"student, layer {len(model.blocks)}"
+
+    others = found.images.subset(sample_images(found.images, NEAREST_IMAGES, config.seed))
+    loader = eval_loader(
+        ImageFolder(others, EvalView(model.vit_config.image_size, 1.0)), config.batch_size, config.workers
+    )
+    every = torch.cat([features(model, batch["image"].to(device)).patches.half().cpu() for batch in loader])
+    query = features(model, view).patches[0, patch].cpu()
+    near = one_an_image(every.flatten(0, 1), query, every.shape[1], NEAREST_SHOWN)
+    photo = found.shown.open(chosen[0])
+    return (
+        lambda theme: attention_sheet(square, heads, patch, what, theme, config.scale),
+        lambda theme: nearest_sheet(photo, patch, others, near, grid, "student", theme, config.scale),
+    )
+
+
+def _similarity(found: Findings, config: ReportConfig, grid: tuple[int, int]) -> Callable[[Theme], Image.Image]:
+    chosen = sample_images(found.shown, config.examples, config.seed)
+    photos = list(_photos(found.shown, chosen, display_size(grid, len(chosen), config.scale)))
+    model, trained = found.tokenizer.model, found.tokenizer.config
+    device = model.quantize.codebook.device
+    views, larger = (
+        torch.stack(list(_photos(found.shown, chosen, size))).to(device)
+        for size in (trained.image_size, trained.teacher_image_size or trained.image_size)
+    )
+    values = model.similarity(views, found.teacher(larger, grid)).cpu().unflatten(1, grid)
+    names = [_name(found.shown, i) for i in chosen]
+    return lambda theme: similarity_sheet(photos, values, names, theme, config.scale)
+
+
+def _photos(images: ImageList, indices: list[int], size: int) -> Iterator[Tensor]:
+    """Centre squares [3, size, size] in [0, 1]."""
+    view = EvalView(size, 1.0)
+    return (view(images.open(i))["image"] for i in indices)
+
+
+def _name(images: ImageList, index: int) -> str:
+    """The class of an image, or its file's name."""
+    return Path(images.paths[index]).name if images.labels is None else images.classes[images.labels[index]]
