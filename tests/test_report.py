@@ -14,8 +14,7 @@ from PIL import Image
 pytest.importorskip("matplotlib")
 
 from beitv2_fast.build import build_student, build_tokenizer
-from beitv2_fast.checkpoint import save_weights
-from beitv2_fast.config import PretrainConfig, ReportConfig, TokenizerConfig, to_json
+from beitv2_fast.config import PretrainConfig, ReportConfig, TokenizerConfig
 from beitv2_fast.errors import UserError
 from beitv2_fast.images import find_images
 from beitv2_fast.pictures import HIDDEN, code_colours, masked_picture, token_map
@@ -26,7 +25,7 @@ from beitv2_fast.report.sheets import code_sheet, patch_picture
 from beitv2_fast.report.text import verdict
 from beitv2_fast.report.theme import LIGHT
 
-from .small_runs import TinyTeacher
+from .small_runs import SHAPE, TinyTeacher, write_images, write_run
 
 SECTIONS = [
     "probe", "tokenizer", "codebook", "maps", "similarity", "codes", "pretraining", "masks", "attention", "how",
@@ -34,16 +33,7 @@ SECTIONS = [
 PICTURES = [
     "tokenizer", "codebook", "token_maps", "similarity", "codes", "pretraining", "masks", "attention", "nearest",
 ]  # fmt: skip
-SHAPE = {"image_size": 32, "patch_size": 8, "dim": 16, "depth": 2, "heads": 2, "epochs": 2}
 COLOURS = [(220, 40, 40), (40, 200, 60), (50, 70, 230), (230, 210, 40)]
-
-
-def write_run(out: Path, config, model: torch.nn.Module, metrics: list[dict]) -> None:
-    folder = out / "checkpoints" / "step_00000004"
-    folder.mkdir(parents=True)
-    save_weights(model.state_dict(), folder / "model.safetensors")
-    (out / "config.json").write_text(json.dumps(to_json(config)))
-    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
 
 
 def tokenizer_line(step: int, **values: float) -> dict:
@@ -60,13 +50,7 @@ def pretrain_line(step: int) -> dict:
 def runs(tmp_path_factory) -> Path:
     """data/{train,test}/{a,b}/*.png and the run folders tokenizer, pretrain and probe, untrained but complete."""
     root = tmp_path_factory.mktemp("runs")
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 4), ("test", 2)):
-        for label in ("a", "b"):
-            (root / "data" / split / label).mkdir(parents=True)
-            for i in range(count):
-                pixels = torch.randint(0, 256, (40, 48, 3), generator=generator, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(root / "data" / split / label / f"{i}.png")
+    write_images(root / "data")
     (root / "data" / "README.md").write_text("Licence: <CC BY>, https://creativecommons.org/")
     torch.manual_seed(0)
     tokenizer = TokenizerConfig(**SHAPE, num_codes=8, code_dim=4, decoder_depth=1, teacher="efficientnet_lite0")
