@@ -21,6 +21,7 @@ from .images import SUFFIXES, DataError, ImageList
 INDEX_VERSION = 1
 SCANNERS = 8  # shards that are scanned at once: on network storage most of the time is waiting
 MAX_LABEL_BYTES = 1 << 20
+MAX_CLASSES = 1 << 20  # a hostile label would else make a list of as many names
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # of a pattern such as train-{0000..0146}.tar
 
 Member = tuple[str, int, int, int | None]  # name, first byte, bytes, label
@@ -180,7 +181,7 @@ def _label(content: bytes) -> int | None:
         return None
     if isinstance(value, dict):
         value = value.get("label", value.get("cls"))
-    return value if isinstance(value, int) and 0 <= value < 2**31 and not isinstance(value, bool) else None
+    return value if isinstance(value, int) and 0 <= value < MAX_CLASSES and not isinstance(value, bool) else None
 
 
 def _read_index(index: Path | None) -> dict[str, dict]:

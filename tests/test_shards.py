@@ -112,7 +112,7 @@ def test_labels_come_from_cls_or_json_and_need_every_image(tmp_path):
     members = [("a.b/x.png", png(0)), ("a.b/x.json", b'{"label": 2}'), ("y.png", png(1)), ("y.cls", b" 0\n")]
     images = find_images(write_tar(tmp_path / "a.tar", members))
     assert (images.labels, images.classes) == ([2, 0], ["0", "1", "2"])
-    for bad in (b"", b"cat", b"-1", b"1.5", b"[" * 100_000, b'{"label": "cat"}', b"true"):
+    for bad in (b"", b"cat", b"-1", b"1.5", b"[" * 100_000, b'{"label": "cat"}', b"true", b"2147483647"):
         path = write_tar(tmp_path / "b.tar", [*members, ("z.png", png(2)), ("z.cls", bad)])
         assert find_images(path).labels is None, bad
 

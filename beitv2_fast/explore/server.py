@@ -93,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
             find([part for part in urlsplit(self.path).path.split("/") if part])
         except BadRequest as error:
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
-        except (ValueError, KeyError, TypeError, IndexError):
+        except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
             self._refuse(HTTPStatus.BAD_REQUEST, "this request cannot be understood")
 
     def _get(self, path: list[str]) -> None:

@@ -105,7 +105,8 @@ def test_a_body_of_unknown_length_is_refused(server, length):
 
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"1", b"{}", b'{"key": "sample-0"}', b'{"key": "sample-0", "hidden": ["x"]}',
-             b'{"key": "sample-0", "hidden": 3}', b'{"key": "nobody", "hidden": [1]}', b"\xff"],
+             b'{"key": "sample-0", "hidden": 3}', b'{"key": "nobody", "hidden": [1]}', b"\xff",
+             b'{"key": "sample-0", "hidden": [1e999]}', b"[" * 100_000],
 )  # fmt: skip
 def test_a_question_that_makes_no_sense_is_the_askers_mistake(server, body):
     ask(server, "GET", "/api/sample/0")
