@@ -19,7 +19,7 @@ def token_map(codes: Tensor, cell: int, colours: Tensor | None = None) -> Tensor
         cells = colours[codes].movedim(-1, 0)
     else:
         hue = codes.double() * 0.6180339887498949 % 1  # the golden ratio keeps neighbouring ids apart
-        cells = _from_hue(hue, torch.tensor(0.55), torch.tensor(0.35))
+        cells = from_hue(hue, torch.tensor(0.55), torch.tensor(0.35))
     return cells.float().repeat_interleave(cell, 1).repeat_interleave(cell, 2)
 
 
@@ -35,7 +35,7 @@ def code_colours(codebook: Tensor, counts: Tensor) -> Tensor:
     axes = torch.linalg.svd(weight.sqrt()[:, None] * centred, full_matrices=False).Vh[:3]
     x = torch.nn.functional.pad(centred @ axes.T, (0, 3 - len(axes)))  # [K, 3]
     hue = _evenly(torch.atan2(x[:, 1], x[:, 0]), weight)
-    return _from_hue(hue, 0.45 + 0.22 * _evenly(x[:, 2], weight), torch.tensor(0.33)).T.clamp(0, 1).float()
+    return from_hue(hue, 0.45 + 0.22 * _evenly(x[:, 2], weight), torch.tensor(0.33)).T.clamp(0, 1).float()
 
 
 def _evenly(values: Tensor, weight: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def masked_picture(image: Tensor, mask: Tensor, fill: Tensor | None = None) -> T
     return torch.where(hidden, image.new_tensor(HIDDEN).view(3, 1, 1) if fill is None else fill, image)
 
 
-def _from_hue(hue: Tensor, lightness: Tensor, chroma: Tensor) -> Tensor:
+def from_hue(hue: Tensor, lightness: Tensor, chroma: Tensor) -> Tensor:
     """Hue in turns [...] -> [3, ...]."""
     phase = torch.stack([hue, hue + 1 / 3, hue + 2 / 3]) * 2 * torch.pi
     return lightness + chroma * torch.cos(phase)

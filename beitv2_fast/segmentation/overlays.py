@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..pictures import _from_hue
+from ..pictures import from_hue
 from ..run import RunFolder
 from .masks import IGNORED
 from .views import SegmentationFolder
@@ -21,7 +21,7 @@ def class_colours(count: int) -> Tensor:
     numbers = torch.arange(count)
     hue = numbers.double() * 0.6180339887498949 % 1  # the golden ratio
     lightness = torch.tensor([0.55, 0.72, 0.38], dtype=torch.float64)[numbers % 3]
-    return (_from_hue(hue, lightness, torch.tensor(0.33)).T.clamp(0, 1) * 255).round().to(torch.uint8)
+    return (from_hue(hue, lightness, torch.tensor(0.33)).T.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def overlay(image: Tensor, labels: Tensor, strength: float = 0.65) -> Tensor:
