@@ -15,9 +15,9 @@ from .config import TokenizerConfig
 from .downstream_config import ProbeConfig
 from .errors import UserError
 from .probe_features import KINDS, feature_names, global_features
-from .run import read_config
+from .run import CONFIG, read_config
 from .student import Student
-from .teachers import create_teacher
+from .teachers import TAUGHT_BY, create_teacher
 from .tokenizer import Tokenizer
 
 TITLES = {Student: "pre-trained", Tokenizer: "VQ-KD encoder", Classifier: "fine-tuned"}
@@ -72,6 +72,19 @@ def teacher(tokenizer: Path, device: torch.device) -> Backbone:
         lambda images: network(images, grid).mean(1)[:, None],
         f"{stored.teacher}/{stored.teacher_weights}/{grid}",
     )
+
+
+def labels_seen(config: ProbeConfig, run: Run) -> str:
+    """What is to be said beside the numbers: whether a label was in the trainings behind them."""
+    model, stored = run
+    if isinstance(model, Classifier) and config.backbone == "trained":
+        return "The backbone was fine-tuned with labels."
+    tokenizer = config.tokenizer or (config.run if isinstance(model, Tokenizer) else getattr(stored, "tokenizer", None))
+    if tokenizer is None or not (tokenizer / CONFIG).is_file():
+        return "The trainings here saw no label; what the tokenizer's teacher learnt from is not known here."
+    name = read_config(TokenizerConfig, tokenizer).teacher
+    learnt = TAUGHT_BY.get(name, "what its source says")
+    return f"The teacher ({name}) learnt from {learnt}; nothing else here saw a label."
 
 
 def _tokenizer_run(config: ProbeConfig, stored: object) -> Path:

@@ -29,6 +29,7 @@ CLIP_NAME = "ViT-B-16-quickgelu"  # plain "ViT-B-16" has another GELU than OpenA
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 DINO_NAME = "vit_base_patch16_224.dino"
 HUB = "hf-hub:"
+TAUGHT_BY = {"clip": "captions of images", "dino": "images alone", "efficientnet_lite0": "ImageNet's labels"}
 NAMES = "clip, dino, timm:NAME, timm:NAME@LAYER, efficientnet_lite0"
 
 

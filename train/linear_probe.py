@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from beitv2_fast.build import load_run_model
-from beitv2_fast.classifier import Classifier
 from beitv2_fast.config import TokenizerConfig, parse
 from beitv2_fast.data import ImageList
 from beitv2_fast.distributed import World, run_main, start
@@ -29,7 +28,7 @@ from beitv2_fast.errors import UserError
 from beitv2_fast.neighbours import knn_predict
 from beitv2_fast.presets import PROBE
 from beitv2_fast.probe import ProbeResult, balanced_accuracy, few_shot, linear_probe
-from beitv2_fast.probe_backbones import Backbone, Run, choose_backbone, teacher, untrained
+from beitv2_fast.probe_backbones import Backbone, Run, choose_backbone, labels_seen, teacher, untrained
 from beitv2_fast.probe_features import KINDS, Extractor, Features
 from beitv2_fast.run import RunFolder, read_config, write_atomically
 from beitv2_fast.sweep import SweepResult, sweep
@@ -173,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     if not config.exact:  # the published probe's number stands for the row
         metric, top1 = "top-1 accuracy", {f"{backbone.title}, {r.features}": r.top1 for r in sweeps}
         table = [{**row, "mean": top1[row["features"]], "std": 0.0, "runs": [top1[row["features"]]]} for row in table]
-    write_results(run, config, backbone, isinstance(model, Classifier), splits, metric, table, sweeps)
+    write_results(run, config, backbone, labels_seen(config, (model, stored)), splits, metric, table, sweeps)
     run.print(f"probe: done; {run.path / 'results.json'}")
     return 0
 
@@ -182,15 +181,13 @@ def write_results(
     run: RunFolder,
     config: ProbeConfig,
     backbone: Backbone,
-    fine_tuned: bool,
+    note: str,
     splits: Split,
     metric: str,
     table: list[dict[str, Any]],
     sweeps: list[SweepResult],
 ) -> None:
     classes = splits["train"].classes
-    labelled = "The backbone was fine-tuned with labels."
-    unlabelled = "The teacher was trained with ImageNet's labels; nothing else here saw a label."
     content = {
         "backbone": backbone.title,
         "task": f"which of {len(classes)} classes: {', '.join(classes[:10])}",
@@ -201,7 +198,7 @@ def write_results(
         "images": {split: len(images) for split, images in splits.items()},
         "rows": table,
         "sweep": [dataclasses.asdict(result) for result in sweeps],
-        "notes": [labelled if fine_tuned and config.backbone == "trained" else unlabelled],
+        "notes": [note],
     }
     write_atomically(run.path / "results.json", json.dumps(content, indent=2) + "\n")
 
