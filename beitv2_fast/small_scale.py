@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .config import option
 from .experiments import Step
 
@@ -36,10 +38,25 @@ class SmallScale:
     probe_epochs: int = option(30, "passes of the linear probe over the cached features", at_least=1)
     batch_size: int = option(32, "images a step", at_least=1)
     quality_images: int = option(2000, "held-out images on which a tokenizer is judged", at_least=1)
+    in_memory: bool = option(True, "decode the images once and keep them: a tenth of a megabyte each, or less")
+    workers: int = option(0, "processes that load images, for each step", at_least=0)
+    device: str = option(
+        "auto", "what trains; auto: a CUDA or ROCm GPU if there is one, else the CPU", choices=("auto", "cpu", "cuda")
+    )
+    jobs: int = option(
+        0, "steps that run at once, each with its share of the cores; 0: one a core on the CPU, one on a GPU",
+        at_least=0,
+    )  # fmt: skip
 
     @property
     def num_masked(self) -> int:
         return max(round(self.masked * (self.image_size // self.patch_size) ** 2), 1)
+
+    @property
+    def steps_at_once(self) -> int:
+        """See ``run_steps``."""
+        on_gpu = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+        return self.jobs or int(on_gpu)
 
 
 def flags(**values: Any) -> list[str]:
@@ -66,17 +83,17 @@ class Stages:
     images: Path
     scale: SmallScale
     teacher_cache: Path | None = None  # none: in root
-    common: tuple[str, ...] = ("--device", "cpu", "--workers", "0")
 
     def _step(self, script: str, name: str, needs: tuple[str, ...], preset: str, values: dict[str, Any]) -> Step:
-        command = [sys.executable, str(TRAIN / f"{script}.py"), "--preset", preset, *self.common]
-        return Step(name, tuple([*command, *flags(**values, out=self.root / name)]), needs)
+        command = [sys.executable, str(TRAIN / f"{script}.py"), "--preset", preset]
+        where = {"device": self.scale.device, "workers": self.scale.workers, "out": self.root / name}
+        return Step(name, tuple([*command, *flags(**values, **where)]), needs)
 
     def _network(self, **values: Any) -> dict[str, Any]:
         s = self.scale
         shape = {name: getattr(s, name) for name in ("image_size", "patch_size", "dim", "depth", "heads")}
         saving = {"log_every": 50, "save_every": 250, "keep_checkpoints": 1}
-        return {"data": self.images, **shape, "batch_size": s.batch_size, "in_memory": True, **saving, **values}
+        return {"data": self.images, **shape, "batch_size": s.batch_size, "in_memory": s.in_memory, **saving, **values}
 
     def tokenizer(self, name: str, seed: int, **options: Any) -> Step:
         s = self.scale

@@ -97,7 +97,7 @@ def test_an_ablation_trains_the_base_once_and_collects_with_the_others(data, mon
     assert ablate.main(["decoder_depth", *OPTIONS, *where, "--no-students"]) == 0
     stages = ("quality", "encoder", "tokenizer-decoder_depth_3", "quality-decoder_depth_3", "encoder-decoder_depth_3")
     assert ran[15:] == [f"seed0/{stage}" for stage in stages]
-    judged = json.loads((data / "ablations" / "results.json").read_text())["decoder_depth"]["rows"]["3 blocks"]
+    judged = json.loads((data / "ablations" / "results.json").read_text())["decoder_depth"]["rows"]["depth 3"]
     assert {"used_codes", "perplexity", "similarity", "encoder_knn_mean"} < judged.keys()
     assert "probe_cls" not in judged
     assert (data / "ablations" / "masks.png").is_file() and (data / "ablations" / "masks.md").is_file()
@@ -125,3 +125,11 @@ def test_every_command_of_an_ablation_is_understood(name, tmp_path):
 def test_an_unknown_ablation_is_refused_with_a_list_of_those_that_there_are():
     with pytest.raises(ablate.UserError, match=r"no ablation colours(.|\n)*codebook_size"):
         ablate.main(["colours"])
+
+
+@pytest.mark.parametrize(("device", "gpu", "jobs", "at_once"), [
+    ("auto", False, 0, 0), ("auto", True, 0, 1), ("cpu", True, 0, 0), ("cuda", True, 0, 1), ("auto", True, 3, 3),
+])  # fmt: skip
+def test_on_a_gpu_one_step_runs_at_a_time_unless_told(monkeypatch, device, gpu, jobs, at_once):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    assert SmallScale(device=device, jobs=jobs).steps_at_once == at_once

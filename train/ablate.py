@@ -69,7 +69,7 @@ def _of(title: str, stage: str, name: str, values: Sequence[Any], says: str = "{
 ABLATIONS = {
     "codebook_size": _of("Size of the codebook", "tokenizer", "num_codes", (64, 256, 1024), "{} codes"),
     "code_dim": _of("Width of the codes", "tokenizer", "code_dim", (8, 32, 128), "width {}"),
-    "decoder_depth": _of("Depth of the tokenizer's decoder", "tokenizer", "decoder_depth", (1, 3), "{} blocks"),
+    "decoder_depth": _of("Depth of the tokenizer's decoder", "tokenizer", "decoder_depth", (1, 3), "depth {}"),
     "teacher": _of(
         "Teacher (clip and dino: with the weights that their packages fetch)", "tokenizer", "teacher",
         ("efficientnet_lite0", "clip", "dino"),
@@ -85,7 +85,7 @@ ABLATIONS = {
         ),
     ),
     "early_layer": _of("Early layer l of the aggregation", "pretrain", "early_layer", (1, 2, 3), "l = {}"),
-    "aggregation_depth": _of("Depth of the aggregation", "pretrain", "aggregation_depth", (1, 2, 3), "{} blocks"),
+    "aggregation_depth": _of("Depth of the aggregation", "pretrain", "aggregation_depth", (1, 2, 3), "depth {}"),
     "head": _of("Head of the two branches", "pretrain", "shared_head", (True, False), "shared: {}"),
     "aggregation": Ablation(
         "Patch aggregation", (Variant("with"), Variant("without", pretrain={"aggregation_depth": 0}))
@@ -125,7 +125,6 @@ class AblateConfig(SmallScale):
         "these are judged by themselves: codes, similarity, probe and k-NN of their encoder's patches",
     )  # fmt: skip
     seeds: int = option(1, "repetitions of the whole, from the tokenizer on", at_least=1)
-    jobs: int = option(0, "steps that run at once, each with its share of the cores; 0: one a core", at_least=0)
     show: bool = option(False, "run nothing: write the tables of what is there")
 
 
@@ -260,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = plan(names, config, unpacked(config.images, config.out / "images"))
     code = 0
     if not config.show:
-        outcome = run_steps(list(made.steps.values()), config.out, jobs=config.jobs)
+        outcome = run_steps(list(made.steps.values()), config.out, jobs=config.steps_at_once)
         code = outcome.code
         for name in outcome.failed:
             print(f"failed: {name}; see {config.out / 'logs' / name}.txt. The same command tries again.")

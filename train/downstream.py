@@ -61,7 +61,6 @@ class DownstreamConfig(SmallScale):
         "segmentation",
     )
     seeds: int = option(3, "repetitions of the whole, from the tokenizer on", at_least=1)
-    jobs: int = option(0, "steps that run at once, each with its share of the cores; 0: one a core", at_least=0)
     show: bool = option(False, "run nothing: write the table of what is there")
 
 
@@ -161,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     steps = steps_of(config, images, scenes)
     code = 0
     if not config.show:
-        outcome = run_steps(steps, config.out, jobs=config.jobs)
+        outcome = run_steps(steps, config.out, jobs=config.steps_at_once)
         code = outcome.code
         for name in outcome.failed:
             print(f"failed: {name}; see {config.out / 'logs' / name}.txt. The same command tries again.")
