@@ -38,7 +38,7 @@ class SmallScale:
     probe_epochs: int = option(30, "passes of the linear probe over the cached features", at_least=1)
     batch_size: int = option(32, "images a step", at_least=1)
     quality_images: int = option(2000, "held-out images on which a tokenizer is judged", at_least=1)
-    in_memory: bool = option(True, "decode the images once and keep them: a tenth of a megabyte each, or less")
+    in_memory: bool = option(True, "decode the images once and keep them in memory")
     workers: int = option(0, "processes that load images, for each step", at_least=0)
     device: str = option(
         "auto", "what trains; auto: a CUDA or ROCm GPU if there is one, else the CPU", choices=("auto", "cpu", "cuda")
