@@ -56,9 +56,20 @@ def markdown(first: str, table: Table, columns: Sequence[Column]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(table: Table, columns: Sequence[Column], file: Path, *, title: str = "", scale: float = 1.5) -> None:
+def plot(
+    table: Table,
+    columns: Sequence[Column],
+    file: Path,
+    *,
+    title: str = "",
+    aside: Sequence[str] = (),
+    scale: float = 1.5,
+) -> None:
     """A panel a column: a row's seeds as dots, their mean as a bar mark, its deviation as a line. Empty ones are left
-    out."""
+    out.
+
+    aside: rows whose number is written instead, so that the others are not squeezed by them.
+    """
     require("matplotlib", "demo", "The plot")
     import matplotlib
     from matplotlib.figure import Figure
@@ -72,20 +83,21 @@ def plot(table: Table, columns: Sequence[Column], file: Path, *, title: str = ""
             figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold", color=LIGHT.ink)
         panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
         for axes, column in zip(panels, columns, strict=True):
-            _panel(axes, table, names, column)
+            _panel(axes, table, names, column, aside)
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=100 * scale)
 
 
-def _panel(axes, table: Table, names: Sequence[str], column: Column) -> None:
+def _panel(axes, table: Table, names: Sequence[str], column: Column, aside: Sequence[str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     factor = 100 if column.percent else 1
     for y, name in enumerate(names):
         values = [factor * v for v in table[name].get(column.key, [])]
-        if not values:
-            axes.text(0.5, y, column.empty, transform=axes.get_yaxis_transform(), ha="center", va="center",
-                      color=LIGHT.muted)  # fmt: skip
+        if not values or name in aside:
+            said = cell(table[name].get(column.key, []), column)
+            axes.text(0.5, y, said, transform=axes.get_yaxis_transform(), ha="center", va="center",
+                      color=LIGHT.ink if values else LIGHT.muted)  # fmt: skip
             continue
         middle, spread = mean(values), deviation(values)
         axes.plot([middle - spread, middle + spread], [y, y], color=LIGHT.accent, linewidth=1.6, alpha=0.6)

@@ -69,6 +69,7 @@ def test_one_command_gives_the_table_of_all_backbones(data, monkeypatch, capsys)
     assert downstream.main([*OPTIONS, *where, "--show"]) == 0
     again = json.loads((data / "table" / "results.json").read_text())
     assert again["backbones"] == rows and again["wall_seconds"] >= found["wall_seconds"]
+    assert again["machine_after"] == found["machine_after"]  # of when it ran
 
 
 def test_an_ablation_trains_the_base_once_and_collects_with_the_others(data, monkeypatch):

@@ -44,5 +44,7 @@ def test_the_plot_shows_every_row_and_leaves_empty_columns_out(tmp_path):
     plot(TABLE, [SHARE, COUNT, Column("none", "nothing")], tmp_path / "plot.png", title="three networks", scale=1)
     with_two = Image.open(tmp_path / "plot.png").convert("RGB")
     assert with_two.width == 1080 and len(with_two.getcolors(1 << 20)) > 10
+    plot(TABLE, [SHARE, COUNT], tmp_path / "aside.png", title="three networks", aside=["one"], scale=1)
+    assert Image.open(tmp_path / "aside.png").convert("RGB").tobytes() != with_two.tobytes()
     plot({name: row for name, row in TABLE.items() if name != "two"}, [SHARE], tmp_path / "less.png", scale=1)
     assert Image.open(tmp_path / "less.png").height < with_two.height

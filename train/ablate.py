@@ -212,6 +212,9 @@ def write(names: Sequence[str], made: Plan, config: AblateConfig, started: float
         seconds, cpu = times(config.out, [made.steps[step] for step in used])
         columns = [c for c in COLUMNS if any(row.get(c.key) for row in table.values())]
         text = markdown(ABLATIONS[name].title, table, columns) if columns else f"{name}: nothing is done yet\n"
+        state = {"last_call_seconds": round(time.monotonic() - started, 1), "machine": [before, machine()]}
+        if config.show and name in content:  # nothing ran now
+            state = {key: content[name][key] for key in state}
         content[name] = {
             "title": ABLATIONS[name].title,
             "rows": table,
@@ -220,8 +223,7 @@ def write(names: Sequence[str], made: Plan, config: AblateConfig, started: float
             "steps": len(used),
             "step_seconds": round(seconds, 1),  # with those that other ablations share
             "cpu_seconds": round(cpu, 1),
-            "last_call_seconds": round(time.monotonic() - started, 1),
-            "machine": [before, machine()],
+            **state,
             "config": {f.name: str(getattr(config, f.name)) for f in dataclasses.fields(config)},
         }
         write_atomically(config.out / f"{name}.md", text)

@@ -126,16 +126,19 @@ def write(config: DownstreamConfig, steps: list[Step], before: dict[str, object]
     tokenizers, backbones = collect(root, config.seeds)
     step_seconds, cpu_seconds = times(root, steps)
     known = root / "results.json"
-    spent = json.loads(known.read_text())["wall_seconds"] if known.is_file() else 0.0
+    earlier = json.loads(known.read_text()) if known.is_file() else {}
+    spent = earlier.get("wall_seconds", 0.0) + time.monotonic() - started
+    state = {"machine_before": before, "machine_after": machine()}
+    if config.show and earlier:  # nothing ran now
+        state = {key: earlier[key] for key in state}
     content = {
         "tokenizers": tokenizers,
         "backbones": backbones,
         "orderings": orderings(backbones),
-        "wall_seconds": round(spent + time.monotonic() - started, 1),  # of all calls of this command together
+        "wall_seconds": round(spent, 1),  # of all calls of this command together
         "step_seconds": round(step_seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
-        "machine_before": before,
-        "machine_after": machine(),
+        **state,
         "config": {f.name: str(getattr(config, f.name)) for f in dataclasses.fields(config)},
     }
     text = "\n".join(
@@ -148,7 +151,7 @@ def write(config: DownstreamConfig, steps: list[Step], before: dict[str, object]
     )
     write_atomically(known, json.dumps(content, indent=1) + "\n")
     write_atomically(root / "table.md", text)
-    plot(backbones, COLUMNS, root / "table.png")
+    plot(backbones, COLUMNS, root / "table.png", aside=[TEACHER])
     return text
 
 
