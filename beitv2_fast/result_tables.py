@@ -10,6 +10,8 @@ from pathlib import Path
 from .errors import require
 from .report.theme import LIGHT, WIDTH
 
+PANELS = 6  # side by side
+
 Table = dict[str, dict[str, list[float]]]  # row -> column -> a number a seed
 
 
@@ -76,14 +78,18 @@ def plot(
 
     columns = [c for c in columns if any(row.get(c.key) for row in table.values())]
     names = list(table)
-    height = 0.75 + 0.34 * len(names) + (0.25 if title else 0)
+    lines = -(-len(columns) // PANELS)
+    wide = -(-len(columns) // lines)
+    height = lines * (0.75 + 0.34 * len(names)) + (0.25 if title else 0)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH / 100, height), dpi=100 * scale, layout="constrained")
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold", color=LIGHT.ink)
-        panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-        for axes, column in zip(panels, columns, strict=True):
+        panels = figure.subplots(lines, wide, sharey=True, squeeze=False).flatten()
+        for axes, column in zip(panels, columns, strict=False):
             _panel(axes, table, names, column, aside)
+        for axes in panels[len(columns) :]:
+            axes.set_visible(False)
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=100 * scale)
 

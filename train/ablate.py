@@ -33,9 +33,9 @@ COLUMNS = (
     Column("encoder_probe_mean", "encoder: probe"),
     Column("encoder_knn_mean", "encoder: 10-NN"),
     Column("probe_cls", "student: probe, CLS"),
-    Column("probe_mean", "probe, mean"),
-    Column("knn_cls", "10-NN, CLS"),
-    Column("knn_mean", "10-NN, mean"),
+    Column("probe_mean", "student: probe, mean"),
+    Column("knn_cls", "student: 10-NN, CLS"),
+    Column("knn_mean", "student: 10-NN, mean"),
 )
 OF_TOKENIZERS = ("used_codes", "perplexity", "similarity")
 
