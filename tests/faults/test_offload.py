@@ -8,9 +8,11 @@ from ..test_distributed import (
     LOSS,
     OPTIONS,
     STEPS,
+    STILL,
     Folder,
     assert_close_weights,
     assert_moved,
+    assert_same_codes,
     assert_same_state,
     hashes,
     losses,
@@ -25,7 +27,7 @@ MOVES = [("torch", "zero2_offload"), ("zero1_offload", "zero3_offload"), ("zero3
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Folder:
-    return make_runs(tmp_path_factory.mktemp("offload"), CONFIGS, MOVES, {}, {})
+    return make_runs(tmp_path_factory.mktemp("offload"), CONFIGS, MOVES, {"still": STILL}, {})
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -36,8 +38,13 @@ def test_offload_trains_as_torch_does(runs, stage, name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_with_offload_the_codebook_has_one_process_s_bits_on_every_rank(runs, name):
-    assert_same_state(runs("tokenizer", name), runs("tokenizer", "micro"))
+def test_with_offload_the_codebook_has_one_process_s_bits_where_no_weight_moves(runs, name):
+    assert_same_state(runs("tokenizer", f"{name}_still"), runs("tokenizer", "one_still"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_with_offload_all_vectors_choose_the_codes_of_one_process_and_all_ranks_hold_one_codebook(runs, name):
+    assert_same_codes(runs("tokenizer", name), runs("tokenizer", "micro"))
     first, second = hashes(runs("tokenizer", name))
     assert first == second and len(first) == STEPS
 
