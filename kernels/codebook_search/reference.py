@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_SCORES = 1 << 22  # at most 32 MB of scores exist at a time, however many vectors there are
+SLACK = 1e-12  # a score's error, relative to the vectors' lengths, is below this for any width
 
 
 def codebook_search_reference(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
@@ -17,15 +18,30 @@ def codebook_search_reference(x: Tensor, codebook: Tensor, metric: str) -> tuple
     unusable = ~v.isfinite().all(-1)  # [K]
     half_squares = v.square().sum(-1) / 2
     rows = max(1, CHUNK_SCORES // len(v))
+    longest = v.where(~unusable[:, None], 0).square().sum(-1).max().sqrt() if len(v) else 0.0
     for start in range(0, len(x), rows):
         chunk = x[start : start + rows].double()
         # Normalisation scales a row by a positive number and cannot change its argmax: score the given values exactly.
         scores = chunk @ v.T  # [rows, K]
+        slack = SLACK * chunk.norm(dim=-1) * longest
         if metric == "euclidean":
             scores -= half_squares
+            slack = slack + SLACK * longest.square()
         scores.masked_fill_(unusable, -torch.inf)
+        _settle(scores, slack, chunk, v, half_squares if metric == "euclidean" else None)
         # argmax returns the first of equal maxima.
         best = scores.argmax(-1).where(chunk.isfinite().all(-1), 0)
         indices[start : start + rows] = best
         compared[start : start + rows] = F.normalize(chunk, dim=-1) if metric == "cosine" else chunk
     return indices, compared
+
+
+def _settle(scores: Tensor, slack: Tensor, x: Tensor, v: Tensor, minus: Tensor | None) -> None:
+    """Score again, in place, what is within ``slack`` of a row's best: a matrix product rounds a column at the edge of
+    its tiles otherwise than the same column elsewhere, so equal codes have unequal scores."""
+    close = (scores >= (scores.amax(-1) - slack)[:, None]) & scores.isfinite()
+    tied = close.sum(-1) > 1
+    pairs = (close & tied[:, None]).nonzero()
+    for row, code in (part.unbind(1) for part in pairs.split(max(1, CHUNK_SCORES // max(v.shape[1], 1)))):
+        again = (x[row] * v[code]).sum(-1)  # every pair's products are added in the same order
+        scores[row, code] = again if minus is None else again - minus[code]

@@ -72,6 +72,14 @@ def test_low_and_double_precision_are_searched_as_given(version, dtype, metric):
         assert torch.equal(found.codes, v[found.indices])
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_of_equal_codes_the_first_is_found_wherever_they_lie_in_a_matrix_product(version, metric):
+    for rows, codes, width in ((8, 5, 16), (50, 100, 19), (69, 149, 40), (3, 17, 7), (33, 64, 33)):
+        x = torch.randn(rows, width, generator=seeded())
+        codebook = torch.randn(1, width, generator=seeded(1)).expand(codes, width)
+        assert codebook_search(x, codebook, metric=metric).indices.tolist() == [0] * rows, (rows, codes, width)
+
+
 @st.composite
 def strided(draw, rows: int, width: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     """[rows, width] with the strides of a transposed, sliced, flipped-in-memory or expanded tensor; some exact ties."""
