@@ -18,7 +18,7 @@ def codebook_search_reference(x: Tensor, codebook: Tensor, metric: str) -> tuple
     unusable = ~v.isfinite().all(-1)  # [K]
     half_squares = v.square().sum(-1) / 2
     rows = max(1, CHUNK_SCORES // len(v))
-    longest = v.where(~unusable[:, None], 0).square().sum(-1).max().sqrt() if len(v) else 0.0
+    longest = v.where(~unusable[:, None], 0).norm(dim=-1).max()
     for start in range(0, len(x), rows):
         chunk = x[start : start + rows].double()
         # Normalisation scales a row by a positive number and cannot change its argmax: score the given values exactly.
