@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -52,11 +53,26 @@ class TorchLoader(DataLoader):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         with deaths_explained():
             try:
-                with _sigterm_blocked():  # the workers inherit it from their first moment on
+                # The workers inherit both from their first moment on.
+                with _sigterm_blocked(), _kept_from_the_collector() if self.num_workers else nullcontext():
                     batches = super().__iter__()
                 yield from _one_ahead(batches) if self.num_workers and not self.pin_memory else batches
             except DataError as error:
                 raise DataError(str(error).rpartition("DataError: ")[2]) from None
+
+
+@contextmanager
+def _kept_from_the_collector() -> Iterator[None]:
+    """No garbage of this process is collected in one that is forked meanwhile: a DALI pipeline waits in its destructor
+    for threads that a fork does not take along, for ever."""
+    gc.collect()
+    frozen = gc.get_freeze_count()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:  # whoever froze objects before wants them to stay so
+            gc.unfreeze()
 
 
 def _one_ahead(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
