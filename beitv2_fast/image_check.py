@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from .errors import require
+from .forks import kept_from_the_collector
 from .images import DataError, ImageList
 
 LISTED_REJECTIONS = 10
@@ -116,8 +117,12 @@ def _decode_all(images: ImageList, todo: list[int], workers: int) -> Iterator[tu
     tasks = [todo[i : i + FILES_PER_TASK] for i in range(0, len(todo), FILES_PER_TASK)]
     pool = ProcessPoolExecutor(workers, initializer=_start_process, initargs=(images,)) if workers > 0 else None
     try:
-        here = functools.partial(_decode_some, images)
-        for result in map(here, tasks) if pool is None else pool.map(_decode_some_there, tasks):
+        if pool is None:
+            results = map(functools.partial(_decode_some, images), tasks)
+        else:
+            with kept_from_the_collector():  # the processes start here
+                results = pool.map(_decode_some_there, tasks)
+        for result in results:
             bar.update(len(result))
             yield from result
     except BrokenProcessPool as error:

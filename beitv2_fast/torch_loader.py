@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import atexit
 import os
 import signal
 import threading
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .forks import kept_from_the_collector
 from .images import DataError
 
 PATIENCE = 30.0  # seconds for a batch that nobody wants any more, before the workers are ended; storage may hang
@@ -54,25 +55,11 @@ class TorchLoader(DataLoader):
         with deaths_explained():
             try:
                 # The workers inherit both from their first moment on.
-                with _sigterm_blocked(), _kept_from_the_collector() if self.num_workers else nullcontext():
+                with _sigterm_blocked(), kept_from_the_collector() if self.num_workers else nullcontext():
                     batches = super().__iter__()
                 yield from _one_ahead(batches) if self.num_workers and not self.pin_memory else batches
             except DataError as error:
                 raise DataError(str(error).rpartition("DataError: ")[2]) from None
-
-
-@contextmanager
-def _kept_from_the_collector() -> Iterator[None]:
-    """No garbage of this process is collected in one that is forked meanwhile: a DALI pipeline waits in its destructor
-    for threads that a fork does not take along, for ever."""
-    gc.collect()
-    frozen = gc.get_freeze_count()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        if not frozen:  # whoever froze objects before wants them to stay so
-            gc.unfreeze()
 
 
 def _one_ahead(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -88,6 +75,12 @@ def _one_ahead(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tenso
 
     thread = threading.Thread(target=fetch, daemon=True, name="fetching batches")
     thread.start()
+
+    def end() -> None:
+        wanted.put(False)
+        thread.join(PATIENCE)
+
+    atexit.register(end)  # a thread that still fetches when the interpreter ends may abort the process
     try:
         wanted.put(True)
         while True:
@@ -99,8 +92,8 @@ def _one_ahead(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tenso
             wanted.put(True)
             yield found.pop()  # nothing here keeps the batch's memory
     finally:
-        wanted.put(False)
-        thread.join(PATIENCE)
+        atexit.unregister(end)
+        end()
 
 
 @contextmanager
