@@ -17,6 +17,7 @@ from .errors import UserError
 from .positions import resize_positions
 from .run import read_config, stored_config
 from .student import Student, StudentConfig
+from .teachers import Teacher, create_teacher
 from .tokenizer import Tokenizer, TokenizerModelConfig
 from .vit import ViTConfig
 
@@ -96,3 +97,18 @@ def _kind_of_run(run: Path) -> type[TokenizerConfig] | type[PretrainConfig] | ty
     if "num_codes" in values:
         return TokenizerConfig
     return FinetuneConfig if "layer_decay" in values else PretrainConfig
+
+
+def load_teacher(config: TokenizerConfig, tokenizer: Tokenizer) -> Teacher:
+    """The teacher that a run's tokenizer was trained on.
+
+    Raises:
+        UserError: its weights cannot be had, or its features have another width: it was another one.
+    """
+    teacher = create_teacher(config.teacher, tokenizer.grid, config.teacher_weights)
+    if teacher.dim != tokenizer.config.teacher_dim:
+        raise UserError(
+            f"the teacher {config.teacher} has features of width {teacher.dim}, the tokenizer was trained on "
+            f"{tokenizer.config.teacher_dim}: it was another one"
+        )
+    return teacher

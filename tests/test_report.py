@@ -18,7 +18,7 @@ from beitv2_fast.config import PretrainConfig, ReportConfig, TokenizerConfig
 from beitv2_fast.errors import UserError
 from beitv2_fast.images import find_images
 from beitv2_fast.pictures import HIDDEN, code_colours, masked_picture, token_map
-from beitv2_fast.report import build_report, findings
+from beitv2_fast.report import build_report
 from beitv2_fast.report.data import CodeUsage, choose_codes, choose_patches, read_metrics, sample_images
 from beitv2_fast.report.findings import gather
 from beitv2_fast.report.sheets import code_sheet, patch_picture
@@ -81,7 +81,7 @@ def teachers():
     """The teachers that were asked for; all are the small one of the runs."""
     asked = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(findings, "create_teacher", lambda *given: asked.append(given) or TinyTeacher().eval())
+        patch.setattr("beitv2_fast.build.create_teacher", lambda *given: asked.append(given) or TinyTeacher().eval())
         yield asked
 
 
@@ -149,7 +149,7 @@ def test_a_teacher_that_cannot_be_had_is_said_in_its_place(runs, tmp_path, monke
     def fail(*given):
         raise UserError("no weights here.")
 
-    monkeypatch.setattr(findings, "create_teacher", fail)
+    monkeypatch.setattr("beitv2_fast.build.create_teacher", fail)
     page, said = report(runs, tmp_path / "report")
     assert said == ["report: The tokenizer's teacher cannot be loaded: no weights here."]
     assert "no weights here" in page and not (tmp_path / "report" / "similarity.png").exists()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..build import load_run_model
+from ..build import load_run_model, load_teacher
 from ..config import PretrainConfig, TokenizerConfig
 from ..data import check_images
 from ..distributed import start
@@ -21,7 +21,7 @@ from ..models import create_model
 from ..report.data import held_out_images, sample_images
 from ..run import CONFIG
 from ..student import Student
-from ..teachers import Teacher, create_teacher
+from ..teachers import Teacher
 from ..tokenizer import Tokenizer
 from ..transforms import EvalView
 from . import ExploreConfig
@@ -159,13 +159,10 @@ def _check_belong(tokenizer: Tokenizer, student: Student) -> None:
 def _teacher(stored: TokenizerConfig | None, folder: Path, tokenizer: Tokenizer) -> Teacher:
     if stored is None:
         raise UserError(f"--teacher: {folder} is no run folder, so it does not say which teacher it had. Leave it out.")
-    teacher = create_teacher(stored.teacher, tokenizer.grid, stored.teacher_weights)
-    if teacher.dim != tokenizer.config.teacher_dim:
-        raise UserError(
-            f"--teacher: {stored.teacher} has features of width {teacher.dim}, the tokenizer was trained on "
-            f"{tokenizer.config.teacher_dim}. Leave --teacher out."
-        )
-    return teacher
+    try:
+        return load_teacher(stored, tokenizer)
+    except UserError as error:
+        raise UserError(f"--teacher: {str(error).rstrip('.')}. Leave --teacher out.") from error
 
 
 def _images(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -55,7 +56,8 @@ def drawings_of(found: Findings, config: ReportConfig, rows: list[int]) -> dict[
         return drawings
     grid = found.tokenizer.model.grid
     if config.examples:
-        drawings["token_maps"] = "Photographs and their token maps", True, _maps(found, config, grid)
+        examples = _examples(found, config, grid)
+        drawings["token_maps"] = "Photographs and their token maps", True, _maps(found, examples, config.scale)
         if found.guesses is not None:
             drawings["masks"] = "Photographs, masks, and codes of hidden patches", True, _masks(found, config, grid)
             attention, nearest = _chosen_patch(found, config, grid)
@@ -65,7 +67,7 @@ def drawings_of(found: Findings, config: ReportConfig, rows: list[int]) -> dict[
             drawings["similarity"] = (
                 "Photographs, and the similarity of every patch",
                 True,
-                _similarity(found, config, grid),
+                _similarity(found, examples, config.scale),
             )
     if rows:
         drawings["codes"] = "Patches grouped by code", True, lambda theme: code_sheet(
@@ -75,14 +77,27 @@ def drawings_of(found: Findings, config: ReportConfig, rows: list[int]) -> dict[
     return drawings
 
 
-def _maps(found: Findings, config: ReportConfig, grid: tuple[int, int]) -> Callable[[Theme], Image.Image]:
+@dataclass(frozen=True)
+class _Examples:
+    """Photographs that several sheets show: their numbers, names, themselves, and what the tokenizer sees of them."""
+
+    chosen: list[int]
+    names: list[str]
+    photos: list[Tensor]
+    views: Tensor
+
+
+def _examples(found: Findings, config: ReportConfig, grid: tuple[int, int]) -> _Examples:
     chosen = sample_images(found.shown, config.examples, config.seed)
     photos = list(_photos(found.shown, chosen, display_size(grid, len(chosen), config.scale)))
-    model, device = found.tokenizer.model, found.tokenizer.model.quantize.codebook.device
-    views = torch.stack(list(_photos(found.shown, chosen, model.config.encoder.image_size)))
-    codes = model.encode(views.to(device)).cpu().unflatten(1, grid)
-    names = [_name(found.shown, i) for i in chosen]
-    return lambda theme: token_map_sheet(photos, codes, found.colours, names, theme, config.scale)
+    views = _views(found, chosen, found.tokenizer.model.config.encoder.image_size)
+    return _Examples(chosen, [_name(found.shown, i) for i in chosen], photos, views)
+
+
+def _maps(found: Findings, shown: _Examples, scale: float) -> Callable[[Theme], Image.Image]:
+    model = found.tokenizer.model
+    codes = model.encode(shown.views).cpu().unflatten(1, model.grid)
+    return lambda theme: token_map_sheet(shown.photos, codes, found.colours, shown.names, theme, scale)
 
 
 def _masks(found: Findings, config: ReportConfig, grid: tuple[int, int]) -> Callable[[Theme], Image.Image]:
@@ -104,7 +119,7 @@ def _chosen_patch(
     model, device = found.pretrain.model, found.tokenizer.model.quantize.codebook.device
     # Another photograph than the other pictures', where there are enough.
     chosen = sample_images(found.shown, 1, config.seed + 2)
-    view = torch.stack(list(_photos(found.shown, chosen, model.vit_config.image_size))).to(device)
+    view = _views(found, chosen, model.vit_config.image_size)
     patch = grid[0] // 2 * grid[1] + grid[1] // 2
     heads = query_attention(attention_probabilities(model, view), patch, grid)[0].cpu()
     square = next(_photos(found.shown, chosen, display_size(grid, attention_columns(len(heads)), config.scale)))
@@ -124,18 +139,16 @@ def _chosen_patch(
     )
 
 
-def _similarity(found: Findings, config: ReportConfig, grid: tuple[int, int]) -> Callable[[Theme], Image.Image]:
-    chosen = sample_images(found.shown, config.examples, config.seed)
-    photos = list(_photos(found.shown, chosen, display_size(grid, len(chosen), config.scale)))
+def _similarity(found: Findings, shown: _Examples, scale: float) -> Callable[[Theme], Image.Image]:
     model, trained = found.tokenizer.model, found.tokenizer.config
-    device = model.quantize.codebook.device
-    views, larger = (
-        torch.stack(list(_photos(found.shown, chosen, size))).to(device)
-        for size in (trained.image_size, trained.teacher_image_size or trained.image_size)
-    )
-    values = model.similarity(views, found.teacher(larger, grid)).cpu().unflatten(1, grid)
-    names = [_name(found.shown, i) for i in chosen]
-    return lambda theme: similarity_sheet(photos, values, names, theme, config.scale)
+    target = found.teacher(_views(found, shown.chosen, trained.teacher_image_size or trained.image_size), model.grid)
+    values = model.similarity(shown.views, target).cpu().unflatten(1, model.grid)
+    return lambda theme: similarity_sheet(shown.photos, values, shown.names, theme, scale)
+
+
+def _views(found: Findings, chosen: list[int], size: int) -> Tensor:
+    """Centre squares [photographs, 3, size, size] in [0, 1] on the models' device."""
+    return torch.stack(list(_photos(found.shown, chosen, size))).to(found.tokenizer.model.quantize.codebook.device)
 
 
 def _photos(images: ImageList, indices: list[int], size: int) -> Iterator[Tensor]:

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..build import load_teacher
 from ..config import ReportConfig
 from ..data import ImageFolder, check_images
 from ..errors import UserError
 from ..images import ImageList, find_images
 from ..pictures import code_colours
 from ..student import Student
-from ..teachers import Teacher, create_teacher
+from ..teachers import Teacher
 from ..tokenizer import Tokenizer
 from .data import (
     CodeUsage,
@@ -122,19 +123,10 @@ def _add_guesses(found: Findings, config: ReportConfig, device: torch.device) ->
 
 def _add_teacher(found: Findings, device: torch.device) -> None:
     """A report does without a teacher whose weights are not there."""
-    model, trained = found.tokenizer.model, found.tokenizer.config
     try:
-        teacher = create_teacher(trained.teacher, model.grid, trained.teacher_weights)
+        found.teacher = load_teacher(found.tokenizer.config, found.tokenizer.model).to(device)
     except UserError as error:
         found.no_teacher = f"The tokenizer's teacher cannot be loaded: {error}"
-        return
-    if teacher.dim == model.config.teacher_dim:
-        found.teacher = teacher.to(device)
-    else:
-        found.no_teacher = (
-            f"The teacher {trained.teacher} has features of width {teacher.dim}, the tokenizer was trained on "
-            f"{model.config.teacher_dim}: it was another one."
-        )
 
 
 def _readable(images: ImageList, config: ReportConfig, min_size: int) -> ImageList:

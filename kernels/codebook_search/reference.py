@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_SCORES = 1 << 22  # at most 32 MB of scores exist at a time, however many vectors there are
-SLACK = 1e-12  # a score's error, relative to the vectors' lengths, is below this for any width
+SLACK = 1e-12  # above the error of a score relative to the vectors' lengths, width * 1.1e-16, up to a width of 9,000
 
 
 def codebook_search_reference(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
