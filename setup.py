@@ -28,7 +28,7 @@ def native_ops() -> dict:
                 print(f"beitv2_fast: the C++ ops are left out, the slower PyTorch references will run ({error})")
 
     # -fopenmp when compiling, for at::parallel_for, and not when linking: the ops then share torch's thread pool.
-    flags = ["-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
+    flags = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
     extension = CppExtension("beitv2_fast.kernels._cpu", SOURCES, extra_compile_args=flags, optional=True)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
 

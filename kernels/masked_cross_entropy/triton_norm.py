@@ -14,7 +14,7 @@ import triton.language as tl
 def _load_row(tokens, positions, row, images, patches, stride_b, stride_n, stride_c, columns, mask):
     """One token in fp32; position -1, which a mask short of tokens leaves, is the last token."""
     position = tl.load(positions + row)
-    position = tl.where(position < 0, position + images.to(tl.int64) * patches, position)
+    position = tl.where(position < 0, position + tl.cast(images, tl.int64) * patches, position)
     start = (position // patches) * stride_b + (position % patches) * stride_n
     return tl.load(tokens + start + columns.to(tl.int64) * stride_c, mask=mask, other=0.0).to(tl.float32)
 

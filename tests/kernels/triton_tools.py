@@ -78,7 +78,7 @@ def correct_bfloat16() -> None:
         (cast, "si_to_fp ui_to_fp fp_to_si fp_to_ui fp_ext fp_trunc fp_to_fp"),
         (dot, "dot"),
     ):
-        for name in names.split():
+        for name in [n for n in names.split() if hasattr(builder, f"create_{n}")]:
             setattr(builder, f"create_{name}", wrap(getattr(builder, f"create_{name}")))
     builder.get_bf16 = lambda self, value: narrow(self.get_fp32(value))
 
