@@ -1,5 +1,7 @@
 """BEiT v2 on fused vector-quantisation kernels. The package itself needs torch alone; extras bring the rest."""
 
+from torch.utils._pytree import _register_namedtuple  # as torch.export's error asks; there is no public name
+
 from .adapters import EmbeddingAdapter, NormEMAAdapter, Unsupported, VectorQuantizeAdapter
 from .classifier import Classifier, ClassifierConfig
 from .features import Features, classify, features, read_images
@@ -41,3 +43,6 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+for _output in (Quantized, StudentOutput, TokenizerOutput):  # so that an exported module that returns one can be saved
+    _register_namedtuple(_output, serialized_type_name=f"{_output.__module__}.{_output.__qualname__}")

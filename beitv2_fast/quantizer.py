@@ -58,11 +58,18 @@ class FusedVectorQuantizer(nn.Module):
             self.register_buffer("codebook", codebook)
         sums = o.learns_by == "sum_ema"
         self.register_buffer("cluster_size", torch.ones(shape) if sums else torch.zeros(shape))
-        self.register_buffer("embed_avg", codebook.clone() if sums else None)
         self.register_buffer("initialized", torch.tensor(not o.kmeans_init))
         self.register_buffer("idle", torch.zeros(shape, dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("recent", torch.zeros(shape, dtype=torch.int64) if o.restart_below else None)
+        # Absent ones are no buffers of None: torch.export of a root module mistakes what follows those.
+        if sums:
+            self.register_buffer("embed_avg", codebook.clone())
+        else:
+            self.embed_avg = None
+        if o.restart_below:
+            self.register_buffer("recent", torch.zeros(shape, dtype=torch.int64))
+        else:
+            self.recent = None
         # For the logs, no part of a checkpoint: how often each code was chosen, and how many restarted, in the window.
         self.register_buffer("window_counts", torch.zeros(shape, dtype=torch.int64), persistent=False)
         self.register_buffer("window_replaced", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -109,7 +116,6 @@ class FusedVectorQuantizer(nn.Module):
         """k-means on these vectors [..., dim], if it is due: where several forwards make the first step."""
         self._start(self.layout.rows(z).detach())
 
-    @torch.no_grad()
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """Vectors -> indices as in ``forward``, and nothing else changes."""
         with torch.autocast(z.device.type, enabled=False):
@@ -213,9 +219,11 @@ class FusedVectorQuantizer(nn.Module):
         seen, indices = (torch.cat(parts, dim=1) for parts in list(zip(*everything, strict=True))[:2])
         return self._learn(seen, indices, keep)
 
-    @torch.no_grad()
     def _learn(self, seen: Tensor, indices: Tensor, keep: Tensor | None) -> Tensor:
-        """Move the codebook and keep the statistics; returns how often each code was chosen, over all ranks."""
+        """Move the codebook and keep the statistics; returns how often each code was chosen, over all ranks.
+
+        Nothing here has a gradient. Hence no no_grad(), which torch.export would make a region that it cannot save.
+        """
         o = self.options
         state, tracked = self._state(), self.training or o.track_eval_usage
         if self.training and o.learns_by in ("code_ema", "sum_ema"):
@@ -257,7 +265,7 @@ class FusedVectorQuantizer(nn.Module):
             )
         counts = counts.view(self.window_counts.shape)
         if tracked:
-            self.window_counts += counts
+            self.window_counts.add_(counts)  # += also assigns, which torch.export of a root module records
         return counts
 
     @torch.no_grad()

@@ -163,6 +163,17 @@ def test_a_students_training_step_compiles_without_a_graph_break(checkpointing):
         torch.testing.assert_close(result[name], gradient)
 
 
+def test_a_student_compiles_where_the_number_of_masked_patches_differs_between_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model, (images, mask, labels, _) = student(depth=2, aggregation_depth=1), masked_batch()
+    mask = mask.clone()
+    mask[0, :4] = False
+    compiled = torch.compile(model, fullgraph=True)
+    result = gradients(model, compiled(images, mask, labels[4:]).loss)
+    for name, gradient in gradients(model, model(images, mask, labels[4:]).loss).items():
+        torch.testing.assert_close(result[name], gradient)
+
+
 def test_a_tokenizers_training_step_compiles_without_a_graph_break():
     generator = torch.Generator().manual_seed(3)
     images, target = torch.rand(8, 3, 32, 32, generator=generator), torch.randn(8, 16, 4, generator=generator)

@@ -30,7 +30,7 @@ def attention_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of qkv, contiguous, and of the bias (empty without ``of_bias``)."""
     if _native(qkv):
-        tensors = (_unit_stride(grad), _unit_stride(qkv), _for_kernel(bias), sums)
+        tensors = (_unit_stride(grad), _unit_stride(qkv), _for_kernel(bias), sums.contiguous())
         grad_qkv, grad_bias = torch.ops.beitv2_fast_cpu.attention_backward(*tensors, scale, of_bias)
         return grad_qkv, grad_bias if bias is None else grad_bias.to(bias.dtype)
     grad_qkv, grad_bias = backward_reference(grad, qkv, bias, scale)

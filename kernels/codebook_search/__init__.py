@@ -22,7 +22,6 @@ class CodebookSearch(NamedTuple):
     distances: Tensor | None
 
 
-@torch.no_grad()
 def codebook_search(
     x: Tensor,
     codebook: Tensor,
@@ -57,8 +56,9 @@ def codebook_search(
     """
     check_metric(metric)
     check_vectors("codebook_search", x, codebook)
+    # Detached, and not under no_grad(), which torch.export makes a region of its own that it cannot save.
     indices, normalized, codes, distances = _search(
-        x, codebook, metric, return_normalized, return_codes, return_distances
+        x.detach(), codebook.detach(), metric, return_normalized, return_codes, return_distances
     )
     return CodebookSearch(
         indices,

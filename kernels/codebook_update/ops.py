@@ -70,7 +70,7 @@ def _(statistics, *state_and_options):
     *state, decay, metric, eps = state_and_options
     if not native_ops() or not _all_contiguous(state):
         return apply_statistics_reference(statistics, *state_and_options)
-    return torch.ops.beitv2_fast_cpu.move_codebook(statistics, *state, decay, metric == "cosine", eps)
+    return torch.ops.beitv2_fast_cpu.move_codebook(statistics.contiguous(), *state, decay, metric == "cosine", eps)
 
 
 @apply_statistics.register_kernel("cuda")
@@ -79,7 +79,7 @@ def _(statistics, *state_and_options):
         return apply_statistics_reference(statistics, *state_and_options)
     from .triton_apply import apply_statistics_triton
 
-    return apply_statistics_triton(statistics, *state_and_options)
+    return apply_statistics_triton(statistics.contiguous(), *state_and_options)
 
 
 def _all_contiguous(state: Sequence[Tensor | None]) -> bool:

@@ -78,11 +78,11 @@ def masked_cross_entropy(
         losses, correct, grad_rows, grad_norm, grad_weight, grad_bias = masked_cross_entropy_op(
             list(branches), positions, labels, *norm, weight, bias, eps, _product_dtype(branches, weight), *wanted
         )
-    scale = 1.0 / max(positions.shape[0], 1)
+    rows = positions.shape[0]  # an int to the op: 1 / rows of a ragged mask is no number yet when it is compiled
     if wanted[0]:
         losses = torch.cat(
             [
-                with_gradient(losses[b : b + 1], tokens, grad_rows[b][None], scale, positions)
+                with_gradient(losses[b : b + 1], tokens, grad_rows[b][None], rows, positions)
                 if tokens.requires_grad
                 else losses[b : b + 1]
                 for b, tokens in enumerate(branches)
@@ -92,7 +92,7 @@ def masked_cross_entropy(
     parameters += [(weight, grad_weight), (bias, grad_bias)] if wanted[2] else []
     for parameter, gradient in parameters:
         if parameter is not None and parameter.requires_grad:
-            losses = with_gradient(losses, parameter, gradient, scale, None)
+            losses = with_gradient(losses, parameter, gradient, rows, None)
     return losses, correct
 
 

@@ -108,7 +108,8 @@ def head_losses(
     wide = accumulation_dtype(dtype)
     multiply = wide if device.widen else dtype
     gamma, beta, weight = head.norm_weight.to(wide), head.norm_bias.to(wide), head.weight.to(dtype).to(multiply)
-    bias = None if head.bias is None else head.bias.to(wide)
+    bias = None if head.bias is None else head.bias.to(wide).contiguous()
+    positions, labels = positions.contiguous(), labels.contiguous()  # kernels read them, and the bias, one by one
     rows, classes = len(positions), len(weight)
     fused = device.loss is not None and not any(wanted)
     size = max(rows if fused else min(max(device.chunk_logits // classes, 128), rows), 1)

@@ -101,41 +101,41 @@ def softmax_native_(logits, bias, labels, losses, correct, gradient, grad_bias) 
 
 
 @torch.library.custom_op("beitv2_fast::with_gradient", mutates_args=())
-def with_gradient(losses: Tensor, x: Tensor, gradient: Tensor, scale: float, positions: Tensor | None) -> Tensor:
-    """losses [L], whose gradient by x is known: scale * gradient [L, *x.shape], or by positions, at which
+def with_gradient(losses: Tensor, x: Tensor, gradient: Tensor, rows: int, positions: Tensor | None) -> Tensor:
+    """losses [L], whose gradient by x is known: gradient [L, *x.shape] / max(rows, 1), or by positions, at which
     the rows gradient [L, M, C] are the gradient by x [B, N, C] and elsewhere it is 0."""
     return losses.clone()
 
 
 @with_gradient.register_fake
-def _(losses, x, gradient, scale, positions):
+def _(losses, x, gradient, rows, positions):
     return torch.empty_like(losses)
 
 
 @torch.library.custom_op("beitv2_fast::with_gradient_backward", mutates_args=())
-def with_gradient_backward(upstream: Tensor, gradient: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """sum_l upstream_l * scale * gradient_l in fp32 (fp64 stays), then rounded to dtype; an op of its own, without a
-    derivative, so that differentiating twice is an error and not a wrong number."""
-    factors = upstream.to(gradient.dtype) * scale
+def with_gradient_backward(upstream: Tensor, gradient: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """sum_l upstream_l / max(rows, 1) * gradient_l in fp32 (fp64 stays), then rounded to dtype; an op of its own,
+    without a derivative, so that differentiating twice is an error and not a wrong number."""
+    factors = upstream.to(gradient.dtype) * (1.0 / max(rows, 1))
     if len(factors) == 1:
         return (gradient[0] * factors).to(dtype)
     return torch.mv(gradient.flatten(1).t(), factors).view(gradient.shape[1:]).to(dtype)
 
 
 @with_gradient_backward.register_fake
-def _(upstream, gradient, scale, dtype):
+def _(upstream, gradient, rows, dtype):
     return gradient.new_empty(gradient.shape[1:], dtype=dtype)
 
 
 def _save_gradient(ctx, inputs, output) -> None:
-    _, x, gradient, ctx.scale, positions = inputs
+    _, x, gradient, ctx.rows, positions = inputs
     ctx.save_for_backward(gradient, positions)
     ctx.shape, ctx.dtype = x.shape, x.dtype
 
 
 def _known_gradient(ctx, upstream: Tensor):
     gradient, positions = ctx.saved_tensors
-    grad_x = with_gradient_backward(upstream, gradient, ctx.scale, ctx.dtype)
+    grad_x = with_gradient_backward(upstream, gradient, ctx.rows, ctx.dtype)
     if positions is not None:
         grad_x = scatter_rows(grad_x, positions, *ctx.shape[:2])
     return upstream, grad_x, None, None, None

@@ -18,6 +18,7 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # The search returns codes and distances in its own pass, on any device: a sum is all that is left to do.
     if x.dtype == torch.float64:
+        x = x.contiguous()  # the results take its layout
         *results, compared = vector_quantize_reference(x, codebook, metric, commitment_weight, codebook_weight)
         return *results, compared.clone() if return_compared else x.new_empty(0)
     found = codebook_search(
@@ -31,7 +32,8 @@ def quantize(
     loss = found.distances.sum() * ((commitment_weight + codebook_weight) / max(1, x.numel()))
     compared = loss.new_empty(0)
     if return_compared:
-        compared = found.normalized if metric == "cosine" else x.to(torch.float32, copy=True)
+        copy = {"copy": True, "memory_format": torch.contiguous_format}
+        compared = found.normalized if metric == "cosine" else x.to(torch.float32, **copy)
     return found.codes.float(), found.indices, loss, compared
 
 

@@ -49,4 +49,4 @@ def backward_reference(
     if metric == "cosine":
         along = (g * y).sum(-1, keepdim=True)
         g = torch.where(norm < EPS, g, g - y * along) / norm.clamp(min=EPS)
-    return g.to(dtype)
+    return g.to(dtype).contiguous()

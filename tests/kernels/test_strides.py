@@ -1,0 +1,122 @@
+"""Every op with inputs of every layout in memory: the values of contiguous inputs, and what its fake version says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import beitv2_fast  # noqa: F401 (registers the ops)
+
+OPS = torch.ops.beitv2_fast
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def every_second(t: Tensor) -> Tensor:
+    wide = t.new_zeros(*t.shape[:-1], 2 * t.shape[-1])
+    wide[..., ::2] = t
+    return wide[..., ::2]
+
+
+def reversed_dimensions(t: Tensor) -> Tensor:
+    order = tuple(reversed(range(t.dim())))
+    return t.permute(order).contiguous().permute(order)
+
+
+def behind_another(t: Tensor) -> Tensor:
+    """A storage offset of one element, so that no address is aligned to more."""
+    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+
+def expanded(t: Tensor) -> Tensor:
+    return t[:1].expand(t.shape)
+
+
+LAYOUTS = {f.__name__: f for f in (every_second, reversed_dimensions, behind_another, expanded)}
+
+
+def arguments() -> dict[str, tuple[Any, ...]]:
+    """Of every op: arguments that give each an output of several rows and columns."""
+    x, codes, indices = noise(7, 6), noise(5, 6), torch.tensor([0, 2, 4, 1, 2, 0, 3])
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    positions, labels = torch.tensor([0, 2, 4, 5]), torch.tensor([1, 0, 4, 2])
+    tokens, head = [noise(2, 3, 4), 2 * noise(2, 3, 4)], (noise(4), noise(4), noise(5, 4), noise(5))
+    qkv, bias, grad, sums = noise(2, 3, 3, 2, 4), noise(2, 3, 3), noise(2, 3, 2, 4), noise(2, 2, 2, 3).abs()
+    state = {"codebook": noise(2, 5, 3), "cluster_size": noise(2, 5).abs(), "embed_avg": noise(2, 5, 3)}
+    book = tuple(state.values())
+    idle, recent, groups = torch.arange(10).view(2, 5), torch.ones(2, 5, dtype=torch.int64), noise(2, 7, 3)
+    started, steps = torch.tensor(False), torch.tensor(7)
+    clock = torch.tensor([0, 0])
+    bins = torch.tensor([[3, 1, 0, 2, 1], [0, 0, 7, 0, 0]])
+    return {
+        "attention": (qkv, bias, 0.5),
+        "attention_backward": (grad, qkv, bias, sums, 0.5, True),
+        "block_masks": (torch.tensor([5, 6, 7]), 6, 5, 12, 4, 0.3, 12),
+        "codebook_search cosine": (x, codes, "cosine", True, True, True),
+        "codebook_search euclidean": (x, codes, "euclidean", True, True, True),
+        "codebook_statistics cosine": (x, indices, 5, "cosine"),
+        "codebook_statistics euclidean": (x, indices, 5, "euclidean"),
+        "apply_codebook_statistics": (torch.arange(35).view(5, 7) << 20, *(t[0] for t in book), 0.9, "euclidean", 1e-5),
+        "masked_positions": (mask, None),
+        "masked_gather": (tokens[0], positions),
+        "masked_scatter": (noise(4, 3), positions, 2, 3),
+        "masked_cross_entropy": (tokens, positions, labels, *head, 1e-6, torch.float32, True, True, True),
+        "with_gradient": (noise(2), noise(2, 3, 4), noise(2, 4, 4), 3, positions),
+        "with_gradient_backward": (noise(2), noise(2, 4, 4), 3, torch.bfloat16),
+        "vector_quantize cosine": (x, codes, "cosine", 0.25, 0.5, True),
+        "vector_quantize euclidean": (x, codes, "euclidean", 0.25, 0.5, True),
+        "vector_quantize_backward": (x, codes[indices], noise(7, 6), torch.tensor(0.5), 0.25, "cosine"),
+        "start_codebook": (*book, started, steps, idle, recent, clock, groups, "euclidean", 2, 0, 0.0, 100),
+        "replace_dead_codes": (*book, idle, recent, steps - 7, steps, clock, groups, bins, "euclidean", 0, 1.0, 0.0),
+    }  # fmt: skip
+
+
+def test_every_op_is_in_the_table():
+    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("beitv2_fast::")}
+    assert names == {case.split()[0] for case in arguments()}
+
+
+def mutated(op: Any) -> set[int]:
+    places = enumerate(op._schema.arguments)
+    return {i for i, a in places if a.alias_info is not None and a.alias_info.is_write}
+
+
+def laid_out(value: Any, layout: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, list):
+        return [laid_out(t, layout) for t in value]
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    return layout(value)
+
+
+def tensors(*values: Any) -> list[Tensor]:
+    """Those in values, and in lists and tuples of them."""
+    return [
+        t
+        for v in values
+        for t in ([v] if isinstance(v, Tensor) else tensors(*v) if isinstance(v, list | tuple) else [])
+    ]
+
+
+def given(case: str, layout: str) -> list[Any]:
+    """The arguments of a case in this layout. What is written to has no overlapping memory, nor have positions."""
+    op, values = case.split()[0], list(arguments()[case])
+    apart = {i for i, a in enumerate(getattr(OPS, op).default._schema.arguments) if a.is_write or a.name == "positions"}
+    return [v if layout == "expanded" and i in apart else laid_out(v, LAYOUTS[layout]) for i, v in enumerate(values)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", arguments())
+def test_an_op_takes_inputs_of_any_layout(case, layout):
+    op = getattr(OPS, case.split()[0]).default
+    values = given(case, layout)
+    plain = [laid_out(v, lambda t: t.clone(memory_format=torch.contiguous_format)) for v in given(case, layout)]
+    actual, expected = op(*values), op(*plain)
+    torch.testing.assert_close(tensors(actual, values), tensors(expected, plain), rtol=1e-6, atol=1e-6)
+    torch.library.opcheck(op, tuple(given(case, layout)))
