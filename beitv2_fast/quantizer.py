@@ -17,6 +17,7 @@ from .layout import Layout
 from .options import QuantizerOptions
 from .published import rename_published
 from .quantized import Quantized, perplexity
+from .rotation import EPS as ROTATION_EPS
 from .rotation import rotate_to
 
 
@@ -130,8 +131,11 @@ class FusedVectorQuantizer(nn.Module):
         """Indices as ``forward`` returns them -> the vectors that it returned, fp32; index -1 gives zeros.
 
         Raises:
-            ValueError: with several heads, a last dimension that is not ``heads``.
+            ValueError: with several heads, a last dimension that is not ``heads``. TypeError: no integers.
         """
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+            raise TypeError(f"decode: indices must be integers; got {indices.dtype}")
+        indices = indices.long()  # uint16 of a file of codes knows no arithmetic
         heads = self.options.heads
         if heads > 1 and (indices.dim() == 0 or indices.shape[-1] != heads):
             raise ValueError(f"decode: indices must be [..., {heads}], one for each head; got {list(indices.shape)}")
@@ -193,6 +197,7 @@ class FusedVectorQuantizer(nn.Module):
                 codebook_weight=codebook_weight,
             )
             return fused.quantized, fused.indices, fused.loss
+        shortest = max(ROTATION_EPS, torch.finfo(x.dtype).smallest_normal)  # of fp16, 6e-5: below, few bits are left
         x = x if x.dtype == torch.float64 else x.float()
         y = F.normalize(x, dim=-1) if o.metric == "cosine" else x
         indices = codebook_search(x.detach(), codebook.detach(), metric=o.metric).indices
@@ -201,7 +206,7 @@ class FusedVectorQuantizer(nn.Module):
         if codebook_weight:
             loss = loss + codebook_weight * _mean_square(codes - y.detach(), keep)
         codes = codes.detach()
-        quantized = rotate_to(y, codes) if o.gradient == "rotation" else y + (codes - y).detach()
+        quantized = rotate_to(y, codes, shortest) if o.gradient == "rotation" else y + (codes - y).detach()
         return quantized if keep is None else torch.where(keep[:, None], quantized, 0.0), indices, loss
 
     def _learn_when_due(self, seen: Tensor, indices: Tensor, keep: Tensor | None) -> Tensor:

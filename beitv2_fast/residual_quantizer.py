@@ -62,7 +62,8 @@ class ResidualVectorQuantizer(nn.Module):
     def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
         """As ``FusedVectorQuantizer.forward``; indices and counts have the stages last and first: [..., Q], [Q, K]."""
         depth = self._depth(z)
-        residual, total = z.float(), torch.zeros_like(z, dtype=torch.float32)
+        residual = _wide(z)
+        total = torch.zeros_like(residual)
         stages = []
         for i in range(self.num_quantizers):
             out = self.stage(i)(residual, self._taking_part(z, mask, depth, i))
@@ -84,7 +85,7 @@ class ResidualVectorQuantizer(nn.Module):
     @torch.no_grad()
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """Vectors -> indices [..., Q], all stages, and nothing else changes."""
-        residual, indices = z.float(), []
+        residual, indices = _wide(z), []
         for i in range(self.num_quantizers):
             indices.append(self.stage(i).encode(residual, mask))
             residual = residual - self.stage(i).decode(indices[-1])
@@ -115,3 +116,7 @@ class ResidualVectorQuantizer(nn.Module):
         shape = self.stages[0].layout.index_shape(z)
         deep = (depth > i).view(-1, *[1] * (len(shape) - 1)).expand(shape)
         return deep if mask is None else deep & mask
+
+
+def _wide(z: Tensor) -> Tensor:
+    return z if z.dtype == torch.float64 else z.float()

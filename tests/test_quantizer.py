@@ -117,6 +117,30 @@ def test_rotation_turns_the_gradient_as_it_turns_the_vector(metric):
     torch.testing.assert_close(along, expected)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_vector_without_a_direction_passes_the_rotation_straight_through(dtype, masked):
+    quantizer = plain(metric="euclidean", gradient="rotation", commitment_weight=0.0).eval()
+    length = 4e-5 if dtype == torch.float16 else 5e-7
+    z = torch.zeros(2, 8, dtype=dtype)
+    z[1, 0] = length
+    z.requires_grad_()
+    out = quantizer(z, torch.ones(2, dtype=torch.bool) if masked else None)
+    torch.testing.assert_close(out.quantized, quantizer.decode(out.indices).to(dtype))
+    upstream = noise(2, 8).to(dtype)
+    assert torch.equal(torch.autograd.grad(out.quantized, z, upstream)[0], upstream)
+
+
+@pytest.mark.parametrize("options", [{}, {"heads": 2}, {"heads": 2, "share_codebook": True}])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32])
+def test_indices_of_any_integer_type_are_decoded(options, dtype):
+    quantizer = plain(**options).eval()
+    indices = quantizer.encode(noise(5, 8))
+    assert torch.equal(quantizer.decode(indices.to(dtype)), quantizer.decode(indices))
+    with pytest.raises(TypeError, match="integers"):
+        quantizer.decode(indices.float())
+
+
 @pytest.mark.parametrize(("channel_last", "shape"), [(True, (2, 5, 8)), (False, (2, 8, 3, 4)), (False, (6, 8))])
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("share", [False, True])

@@ -104,3 +104,24 @@ def test_wrong_options_and_indices_are_refused():
         residual(dropout=2.0)
     with pytest.raises(ValueError, match="1 to 4"):
         residual().decode(torch.zeros(3, 5, dtype=torch.int64))
+
+
+def test_fp64_is_computed_in_fp64():
+    quantizer = ResidualVectorQuantizer(2, 1, 2, kmeans_init=False).eval()
+    for stage, codes in zip(quantizer.stages, ([0.0, 1.0], [-0.25, 0.25]), strict=True):
+        stage.codebook.copy_(torch.tensor(codes)[:, None])
+    # 1e-12 above the midpoint of the first codes, and a rest 1e-12 above that of the second ones.
+    z = torch.tensor([[0.5 + 1e-12], [1e-12]], dtype=torch.float64, requires_grad=True)
+    out = quantizer(z)
+    assert out.indices.tolist() == quantizer.encode(z).tolist() == [[1, 0], [0, 1]]
+    assert out.quantized.dtype == out.loss.dtype == torch.float64
+    rest = z.detach().flatten() - torch.tensor([1.0, 0.0])
+    expected = rest.square().mean() + (rest - torch.tensor([-0.25, 0.25])).square().mean()
+    torch.testing.assert_close(out.loss, expected, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32])
+def test_indices_of_any_integer_type_are_decoded(dtype):
+    quantizer = residual(kmeans_init=False).eval()
+    indices = quantizer.encode(noise(5, 8))
+    assert torch.equal(quantizer.decode(indices.to(dtype)), quantizer.decode(indices))

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bench.harness import peak_memory
-from tests.kernels.search_oracle import PROBLEMS, exact_indices
+from tests.kernels.search_oracle import PROBLEMS, exact_indices, exact_score
 from tests.memory import peak_allocation
 
 METRICS = ("cosine", "euclidean")
@@ -296,3 +296,31 @@ def test_the_environment_names_the_instruction_set():
     assert chosen.stdout.strip() == "portable", chosen.stderr
     wrong = run("avx1024", "search()")
     assert wrong.returncode and "avx1024" in wrong.stderr and "this machine has: portable" in wrong.stderr
+
+
+def rational_indices(x: torch.Tensor, codebook: torch.Tensor, metric: str) -> list[int]:
+    """As exact_indices, of values whose squares float64 does not hold."""
+    rows, codes = x.tolist(), codebook.tolist()
+    return [max(range(len(codes)), key=lambda j: (exact_score(row, codes[j], metric), -j)) for row in rows]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("of_x", "of_codes"), [(664, 664), (-664, -664), (1020, 1020), (1000, 0), (0, -900), (-900, 0)]
+)
+def test_fp64_whose_squares_overflow_or_vanish_is_searched_like_all_others(metric, of_x, of_codes):
+    x, codebook = torch.randn(12, 5, generator=seeded()).double(), torch.randn(30, 5, generator=seeded(1)).double()
+    x, codebook = (torch.ldexp(t, torch.tensor(e)) for t, e in ((x, of_x), (codebook, of_codes)))
+    assert x.isfinite().all() and codebook.isfinite().all()
+    assert codebook_search(x, codebook, metric=metric).indices.tolist() == rational_indices(x, codebook, metric)
+
+
+def test_a_vector_is_told_from_zero_to_the_depth_that_the_documentation_states(version):
+    """Euclidean: what decides is a part 2 |x| / |v| of the scores, and these have 2^-53 or, in C++, 2^-100 of |v|^2."""
+    codebook = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.5]])
+    depth = 40 if version == "reference" else 90
+    shallow, deep = torch.tensor([[-(2.0**-depth), 0.0]]), torch.tensor([[-(2.0**-116), 0.0]])
+    assert codebook_search(shallow, codebook, metric="euclidean").indices.tolist() == [1]
+    found = codebook_search(deep, codebook, metric="euclidean").indices.tolist()
+    assert found in ([0], [1])  # their distances are the same to 2^-114; exact arithmetic says 1
+    assert codebook_search(deep, codebook, metric="cosine").indices.tolist() == [1]  # no length of a code competes

@@ -82,11 +82,6 @@ def test_every_op_is_in_the_table():
     assert names == {case.split()[0] for case in arguments()}
 
 
-def mutated(op: Any) -> set[int]:
-    places = enumerate(op._schema.arguments)
-    return {i for i, a in places if a.alias_info is not None and a.alias_info.is_write}
-
-
 def laid_out(value: Any, layout: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, list):
         return [laid_out(t, layout) for t in value]

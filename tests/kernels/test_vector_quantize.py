@@ -216,6 +216,15 @@ def test_a_vector_that_is_not_finite_makes_the_loss_nan():
     assert ours(x, codebook, "cosine", 1.0).loss.isnan()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_gradient_of_a_zero_vector_is_that_of_normalize_which_fp16_does_not_hold(dtype):
+    x, upstream = torch.zeros(1, 2, dtype=dtype, requires_grad=True), torch.tensor([[0.5, -0.25]])
+    result = ours(x, torch.eye(2), "cosine", 1.0)
+    (gradient,) = torch.autograd.grad(result.quantized, x, upstream.to(result.quantized.dtype))
+    torch.testing.assert_close(gradient, (upstream.double() * 1e12).to(dtype))
+    assert gradient.isfinite().all() == (dtype != torch.float16)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_it_computes_in_fp32(dtype):
     x, codebook, _ = make(64, 30, 20)
