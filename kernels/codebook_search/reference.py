@@ -19,7 +19,7 @@ def codebook_search_reference(x: Tensor, codebook: Tensor, metric: str) -> tuple
     unusable = ~v.isfinite().all(-1)  # [K]
     # Powers of two divide the codebook, and each row, where their squares would overflow or vanish: exact, and no score
     # changes its place.
-    exponent = _exponent(v.where(~unusable[:, None], 0).view(-1))
+    exponent = _exponent(v.where(~unusable[:, None], 0).reshape(-1))
     scale = exponent - exponent.clamp(*EXPONENTS)
     v = torch.ldexp(v, -scale)
     half_squares = v.square().sum(-1) / 2

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import beitv2_fast  # noqa: F401 (registers the ops)
 
@@ -83,20 +84,11 @@ def test_every_op_is_in_the_table():
 
 
 def laid_out(value: Any, layout: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, list):
-        return [laid_out(t, layout) for t in value]
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return value
-    return layout(value)
+    return tree_map_only(Tensor, lambda t: layout(t) if t.dim() else t, value)
 
 
 def tensors(*values: Any) -> list[Tensor]:
-    """Those in values, and in lists and tuples of them."""
-    return [
-        t
-        for v in values
-        for t in ([v] if isinstance(v, Tensor) else tensors(*v) if isinstance(v, list | tuple) else [])
-    ]
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
 
 
 def given(case: str, layout: str) -> list[Any]:
@@ -106,12 +98,26 @@ def given(case: str, layout: str) -> list[Any]:
     return [v if layout == "expanded" and i in apart else laid_out(v, LAYOUTS[layout]) for i, v in enumerate(values)]
 
 
+def check(op: Any, values: Callable[[], list[Any]]) -> None:
+    given, plain = values(), [laid_out(v, lambda t: t.clone(memory_format=torch.contiguous_format)) for v in values()]
+    actual, expected = op(*given), op(*plain)
+    torch.testing.assert_close(tensors(actual, given), tensors(expected, plain), rtol=1e-6, atol=1e-6)
+    torch.library.opcheck(op, tuple(values()))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", arguments())
 def test_an_op_takes_inputs_of_any_layout(case, layout):
-    op = getattr(OPS, case.split()[0]).default
-    values = given(case, layout)
-    plain = [laid_out(v, lambda t: t.clone(memory_format=torch.contiguous_format)) for v in given(case, layout)]
-    actual, expected = op(*values), op(*plain)
-    torch.testing.assert_close(tensors(actual, values), tensors(expected, plain), rtol=1e-6, atol=1e-6)
-    torch.library.opcheck(op, tuple(given(case, layout)))
+    check(getattr(OPS, case.split()[0]).default, lambda: given(case, layout))
+
+
+OF_FP32 = ("apply_codebook_statistics", "start_codebook", "replace_dead_codes")  # whose state has no other type
+
+
+@pytest.mark.parametrize("case", [case for case in arguments() if case not in OF_FP32])
+def test_an_op_takes_fp64_of_any_layout(case):
+    def values() -> list[Any]:
+        double = [laid_out(v, lambda t: t.double() if t.is_floating_point() else t) for v in arguments()[case]]
+        return [torch.float64 if v is torch.float32 else laid_out(v, reversed_dimensions) for v in double]
+
+    check(getattr(OPS, case.split()[0]).default, values)
