@@ -15,7 +15,7 @@ from .kernels import codebook_search, codebook_update, vector_quantize
 from .kernels.sampling import world
 from .layout import Layout
 from .options import QuantizerOptions
-from .published import rename_published
+from .published import fit_options, rename_published
 from .quantized import Quantized, perplexity
 from .rotation import EPS as ROTATION_EPS
 from .rotation import rotate_to
@@ -41,6 +41,8 @@ class FusedVectorQuantizer(nn.Module):
     bool; ``idle`` [K] int64, vectors seen since a code was last chosen; ``steps`` int64. All of it holds the same bits
     on every rank: statistics are summed over the default process group, in eval mode too (see ``track_eval_usage``).
     """
+
+    frozen = False  # by freeze(); an attribute like ``training`` and ``requires_grad``, so no part of a state dict
 
     def __init__(self, num_codes: int, dim: int, **options: Any):
         super().__init__()
@@ -81,7 +83,28 @@ class FusedVectorQuantizer(nn.Module):
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def extra_repr(self) -> str:
-        return f"num_codes={self.num_codes}, dim={self.dim}, {self.options.changed()}"
+        frozen = ", frozen" if self.frozen else ""
+        return f"num_codes={self.num_codes}, dim={self.dim}, {self.options.changed()}{frozen}"
+
+    def freeze(self) -> None:
+        """Keep the codebook as it is in training mode, too, until ``thaw``.
+
+        As with ``learning="frozen"`` the gradient and the commitment loss still reach the vectors, and a codebook that
+        was not started yet still starts by k-means. Beside ``usage()`` nothing else changes in training mode. A
+        codebook that learns by gradient gets none, and the loss has no term for it; its ``requires_grad`` is off.
+        A state dict does not say whether it is frozen; copies and pickles do.
+        """
+        self._set_frozen(True)
+
+    def thaw(self) -> None:
+        """Let the codebook learn again by its rule, from the state in which ``freeze`` found it."""
+        self._set_frozen(False)
+
+    def _set_frozen(self, frozen: bool) -> None:
+        self.frozen = frozen
+        if isinstance(self.codebook, nn.Parameter):
+            self.codebook.requires_grad_(not frozen)
+            self.codebook.grad = None  # an optimiser would move it by an old gradient
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
         """Quantize vectors; in training mode also move the codebook.
@@ -121,7 +144,7 @@ class FusedVectorQuantizer(nn.Module):
         """Vectors -> indices as in ``forward``, and nothing else changes."""
         with torch.autocast(z.device.type, enabled=False):
             x = self.layout.rows(z)
-            indices = [codebook_search(x[g], self._codes(g), metric=self.options.metric).indices for g in self._each()]
+            indices = [self._nearest(x[g], self._codes(g)) for g in self._each()]
         indices = _stack(indices)
         if mask is not None:
             indices = torch.where(self.layout.row_mask(mask, z), indices, -1)
@@ -183,11 +206,24 @@ class FusedVectorQuantizer(nn.Module):
         codes = codes.clone().float()  # a copy, since backward may need it after a dead code was replaced in place
         return F.normalize(codes, dim=-1) if self.options.metric == "cosine" else codes
 
+    @property
+    def has_unit_codes(self) -> bool:
+        """Whether the codebook itself holds unit vectors: with cosine, but a learnt parameter is normalised at use."""
+        return self.options.metric == "cosine" and self.options.learns_by != "gradient"
+
+    @property
+    def _rule(self) -> str:
+        return "frozen" if self.frozen else self.options.learns_by
+
+    def _nearest(self, x: Tensor, codes: Tensor) -> Tensor:
+        """Indices [N] of the codes [K, D] for x [N, D]."""
+        return codebook_search(x, codes, metric=self.options.metric).indices
+
     def _quantize(self, x: Tensor, g: int, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """One codebook: x [N, D] -> (quantized [N, D], indices [N], loss)."""
         o = self.options
         codebook = self._codes(g)
-        codebook_weight = o.codebook_weight if o.learns_by == "gradient" else 0.0
+        codebook_weight = o.codebook_weight if self._rule == "gradient" else 0.0
         if keep is None and o.gradient == "straight_through":
             fused = vector_quantize(
                 x,
@@ -200,7 +236,7 @@ class FusedVectorQuantizer(nn.Module):
         shortest = max(ROTATION_EPS, torch.finfo(x.dtype).smallest_normal)  # of fp16, 6e-5: below, few bits are left
         x = x if x.dtype == torch.float64 else x.float()
         y = F.normalize(x, dim=-1) if o.metric == "cosine" else x
-        indices = codebook_search(x.detach(), codebook.detach(), metric=o.metric).indices
+        indices = self._nearest(x, codebook)
         codes = F.embedding(indices, codebook).to(y.dtype)
         loss = o.commitment_weight * _mean_square(codes.detach() - y, keep)
         if codebook_weight:
@@ -231,7 +267,7 @@ class FusedVectorQuantizer(nn.Module):
         """
         o = self.options
         state, tracked = self._state(), self.training or o.track_eval_usage
-        if self.training and o.learns_by in ("code_ema", "sum_ema"):
+        if self.training and self._rule in ("code_ema", "sum_ema"):
             counts = []
             for g in self._each():
                 average = state["embed_avg"][g] if self.embed_avg is not None else None
@@ -253,9 +289,9 @@ class FusedVectorQuantizer(nn.Module):
             counts = torch.zeros_like(self.idle).view(self.groups, -1).scatter_add_(1, indices, ones)
             if tracked and world()[1] > 1:
                 dist.all_reduce(counts)
-            if tracked and o.learns_by != "sum_ema":
+            if tracked and o.learns_by != "sum_ema" and not (self.training and self.frozen):
                 state["cluster_size"].lerp_(counts.to(torch.float32), 1 - o.decay)
-        if self.training and o.learns_by != "frozen":
+        if self.training and self._rule != "frozen":
             replace_dead_codes(
                 **state,
                 replaced=self.window_replaced,
@@ -289,7 +325,7 @@ class FusedVectorQuantizer(nn.Module):
             metric=o.metric,
             iterations=o.kmeans_iterations,
             seed=o.seed,
-            restart_below=float(o.restart_below),
+            restart_below=0.0 if self._rule == "frozen" else float(o.restart_below),
             restart_after=o.restart_after,
         )
 
@@ -318,10 +354,9 @@ class FusedVectorQuantizer(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Also accepts the reference implementation's names, and checkpoints from before idleness was counted."""
+        """Also accepts the reference implementation's names, and states of quantizers with other options."""
         rename_published(state, prefix)
-        for name in ("idle", "steps"):
-            state.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
+        fit_options(self, state, prefix, errors=args[-1])
         super()._load_from_state_dict(state, prefix, *args)
         self._clock.zero_()
 

@@ -97,6 +97,16 @@ class ResidualVectorQuantizer(nn.Module):
             raise ValueError(f"decode: indices must be [..., 1 to {self.num_quantizers}]; got {list(indices.shape)}")
         return torch.stack([self.stage(i).decode(part) for i, part in enumerate(indices.unbind(-1))]).sum(0)
 
+    def freeze(self) -> None:
+        """Keep all codebooks as they are until ``thaw``: see ``FusedVectorQuantizer.freeze``."""
+        for stage in self.stages:
+            stage.freeze()
+
+    def thaw(self) -> None:
+        """Let all codebooks learn again."""
+        for stage in self.stages:
+            stage.thaw()
+
     def usage(self, reset: bool = False) -> dict[str, float]:
         """Means over the stages of their ``usage``."""
         stages = [stage.usage(reset) for stage in self.stages]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import functools
 import importlib.util
 import re
@@ -14,6 +16,7 @@ from beitv2_fast import Classifier, Student, Tokenizer, models
 from beitv2_fast.convert import convert
 from beitv2_fast.convert.files import write
 from beitv2_fast.encode import EncodeConfig, encode_folder
+from beitv2_fast.options import QuantizerOptions
 
 from .training import write_images
 
@@ -35,6 +38,15 @@ def test_the_examples_of_the_page_run(code):
         pytest.importorskip(package)
     torch.manual_seed(0)
     exec(compile(code, str(PAGE), "exec"), {"__name__": "example"})
+
+
+def test_the_table_of_options_has_every_option_with_its_default():
+    table = PAGE.read_text(encoding="utf-8").split("## Options")[1].split("A mask leaves")[0]
+    stated = {}
+    for names, defaults in re.findall(r"^\| (`\w.*?) \| (.*?) \|", table, re.MULTILINE):
+        values = defaults.replace("by metric", "None").replace("`", "").split(", ")
+        stated |= dict(zip(re.findall(r"\w+", names), map(ast.literal_eval, values), strict=True))
+    assert stated == {field.name: field.default for field in dataclasses.fields(QuantizerOptions)}
 
 
 def test_the_page_has_examples():
