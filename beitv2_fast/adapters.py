@@ -7,10 +7,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import vector_quantize
+from .kernels import codebook_search, vector_quantize
+from .kernels.sampling import world
 from .quantizer import FusedVectorQuantizer
+
+SAME_LENGTH = 1e-5  # a code's length differs from 1 by less when it was normalised in fp32
 
 
 class Unsupported(ValueError):
@@ -23,13 +28,31 @@ def _refuse(options: dict[str, Any]) -> None:
         raise Unsupported(f"the option {', '.join(used)} has no fused counterpart")
 
 
+def _refuse_unknown(module: nn.Module, known: str, of: str = "") -> None:
+    """Refuse what a copy of a class has beside the ``known`` attributes, parameters, buffers and submodules."""
+    tables = (vars(module), module._parameters, module._buffers, module._modules)
+    unknown = {name: value for table in tables for name, value in table.items() if name[0] != "_"}
+    for name in ("training", *known.split()):
+        unknown.pop(name, None)
+    _refuse({of + name: not isinstance(value, bool | int | float | None) or value for name, value in unknown.items()})
+
+
 class NormEMAAdapter(FusedVectorQuantizer):
     """For NormEMAVectorQuantizer of BEiT v2 and the projects that copied it: [B, C, H, W] -> (z_q, loss, indices).
 
-    Exact parity, so dead codes stay dead unless ``dead_after`` is given. Checkpoints with the reference's names load.
+    Exact parity, so dead codes stay dead unless ``dead_after`` is given, ``embedding.update = False`` is ``freeze()``,
+    and codes of other than unit length are searched by their distance from l2(z). Checkpoints with the reference's
+    names load. Not read, as by the original: ``eps``, ``embedding.decay`` and the statistics of ``embedding``.
+    Different: statistics are always summed over ranks.
     """
 
+    has_unit_codes = False  # loading leaves the codes' lengths as they are
+
     def __init__(self, module: nn.Module, **options: Any):
+        known = "num_tokens codebook_dim beta decay embedding cluster_size statistic_code_usage all_reduce_fn"
+        _refuse_unknown(module, known)
+        known = "num_tokens codebook_dim decay eps weight cluster_size embed_avg initted update"
+        _refuse_unknown(module.embedding, known, "embedding.")
         kept = {
             "decay": module.decay,
             "commitment_weight": module.beta,
@@ -47,7 +70,31 @@ class NormEMAAdapter(FusedVectorQuantizer):
         self.to(module.embedding.weight.device)
         with torch.no_grad():
             self.codebook.copy_(module.embedding.weight)
-            self.cluster_size.copy_(module.cluster_size)
+            if getattr(module, "cluster_size", None) is not None:
+                self.cluster_size.copy_(module.cluster_size)
+        self._look_at_lengths()
+        if not getattr(module.embedding, "update", True):
+            self.freeze()
+
+    def _look_at_lengths(self) -> None:
+        self.by_distance = not self.codebook.is_meta and bool(
+            self.initialized and ((self.codebook.norm(dim=-1) - 1).abs() > SAME_LENGTH).any()
+        )
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._look_at_lengths()
+
+    def _nearest(self, x: Tensor, codes: Tensor) -> Tensor:
+        if not self.by_distance:
+            return super()._nearest(x, codes)
+        y = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+        return codebook_search(y, codes, metric="euclidean").indices
+
+    def _quantize(self, x: Tensor, g: int, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if self.by_distance and keep is None:  # with a mask, _nearest is asked
+            keep = torch.ones_like(x[:, 0], dtype=torch.bool)
+        return super()._quantize(x, g, keep)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out = super().forward(z)
@@ -61,10 +108,14 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
     """For VectorQuantize of vector-quantize-pytorch, cosine and Euclidean, learnt by EMA or frozen.
 
     Kept: heads with one or with separate codebooks, projections, layouts, mask and lens, commitment weight, decay, eps,
-    straight-through and rotation trick, dead-code threshold, k-means start, loss breakdown. Different: a masked cosine
-    quantizer's commitment loss compares unit vectors, as its unmasked one does; statistics are always summed over
-    ranks; k-means waits for the first batch in training mode.
+    straight-through and rotation trick, dead-code threshold, k-means start, loss breakdown, ``freeze_codebook`` of the
+    module (``freeze()``) and of a call. Different: a masked cosine quantizer's commitment loss compares unit vectors,
+    as its unmasked one does; statistics are always summed over ranks, so among several a module that does not is
+    refused; k-means waits for the first batch in training mode; a vector shorter than 1e-6 passes the rotation straight
+    through.
     """
+
+    has_unit_codes = False  # as the original's: searched as they are
 
     def __init__(self, module: nn.Module, **options: Any):
         book = module._codebook
@@ -84,12 +135,16 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
                 "vq_bridge": book.vq_bridge,
                 "manual_ema_update": book.manual_ema_update,
                 "route_gradients_to_input=False": not module.route_gradients_to_input,
+                "ema_update=False with threshold_ema_dead_code": not book.ema_update and book.has_dead_code_replacement,
+                "sync_codebook=False (the default of a module built before init_process_group)": (
+                    world()[1] > 1 and not book.use_ddp
+                ),
+                "sync_kmeans=False": book.use_ddp and book.kmeans_all_reduce_fn is not dist.all_reduce,
             }
         )
-        frozen = module.freeze_codebook or not book.ema_update
         kept = {
             "metric": "cosine" if module.use_cosine_sim else "euclidean",
-            "learning": "frozen" if frozen else "sum_ema",
+            "learning": "sum_ema" if book.ema_update else "frozen",
             "decay": book.decay,
             "eps": book.eps,
             "commitment_weight": max(float(module.commitment_weight), 0.0),
@@ -99,7 +154,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             "kmeans_init": not bool(book.initted),
             "kmeans_iterations": book.kmeans_iters,
             "dead_after": 0.0,
-            "dead_below": 0.0 if frozen else float(book.threshold_ema_dead_code),
+            "dead_below": float(book.threshold_ema_dead_code),
             "track_eval_usage": False,
         }
         super().__init__(module.codebook_size, book.embed.shape[-1] * module.heads, **{**kept, **options})
@@ -114,6 +169,8 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             for name, value in self._state().items():
                 if value.numel() and name in ("codebook", "cluster_size", "embed_avg"):
                     value.copy_({"codebook": book.embed}.get(name, getattr(book, name, None)))
+        if module.freeze_codebook:
+            self.freeze()
 
     def forward(
         self,
@@ -122,16 +179,23 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         mask: Tensor | None = None,
         lens: Tensor | None = None,
         *,
+        sample_codebook_temp: float | None = None,  # of no effect where codes are not drawn, as in the original
         freeze_codebook: bool | None = None,
         return_loss_breakdown: bool = False,
+        accum_ema_update: bool = False,
         **unsupported: Any,
     ) -> tuple[Tensor, ...]:
         _refuse({name: value is not None for name, value in {"indices": indices, **unsupported}.items()})
-        _refuse({"freeze_codebook=True": freeze_codebook})
+        _refuse({"accum_ema_update": accum_ema_update})
         if lens is not None:
             mask = torch.arange(x.shape[1], device=x.device) < lens[:, None]
         last = x.movedim(1, -1) if self.channels_first and x.dim() > 2 else x
-        out = super().forward(self.project_in(last), mask)
+        frozen = self.frozen
+        self.frozen = frozen if freeze_codebook is None else freeze_codebook
+        try:
+            out = super().forward(self.project_in(last), mask)
+        finally:
+            self.frozen = frozen
         # In eval mode there is no loss, and no gradient past the quantizer.
         quantized = self.project_out(out.quantized if self.training else out.quantized.detach())
         loss = out.loss if self.training else torch.zeros_like(out.loss)
@@ -143,6 +207,15 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             return quantized, out.indices, loss
         weight, zero = self.options.commitment_weight, torch.zeros_like(loss)
         return quantized, out.indices, loss, self.breakdown(loss / weight if weight else zero, zero, zero, zero)
+
+    @property
+    def freeze_codebook(self) -> bool:
+        """As the original's attribute, which may be set."""
+        return self.frozen
+
+    @freeze_codebook.setter
+    def freeze_codebook(self, frozen: bool) -> None:
+        self._set_frozen(frozen)
 
     @property
     def _codebook(self) -> SimpleNamespace:
@@ -171,6 +244,11 @@ class EmbeddingAdapter(nn.Module):
 
     def __init__(self, module: nn.Module, **options: Any):
         super().__init__()
+        known = "embedding n_e e_dim vq_embed_dim beta legacy remap used re_embed unknown_index sane_index_shape"
+        _refuse_unknown(module, known)
+        table = module.embedding  # whose options change gradients or weights
+        _refuse({f"embedding.{name}": getattr(table, name) for name in ("max_norm", "scale_grad_by_freq", "sparse")})
+        _refuse({"embedding.padding_idx": table.padding_idx is not None})
         self.embedding = module.embedding
         self.beta, self.legacy, self.sane_index_shape = module.beta, module.legacy, module.sane_index_shape
         self.n_e, self.re_embed = module.n_e, module.re_embed

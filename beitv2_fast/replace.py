@@ -65,6 +65,7 @@ def replace_quantizers(
     replacements: dict[nn.Module, nn.Module] = {}
     for path, module in found.items():
         try:
+            _refuse_beam_search(model, path)
             replacements[module] = _adapter(module, known)(module, **options).train(module.training)
         except Unsupported as error:
             message = f"{path or 'the model'} ({type(module).__name__}): {error}"
@@ -78,6 +79,18 @@ def replace_quantizers(
             if child in replacements:
                 setattr(parent, name, replacements[child])
     return model
+
+
+def _refuse_beam_search(model: nn.Module, path: str) -> None:
+    """Unsupported if a module around the quantizer asks it for several codes of a vector, as ResidualVQ's beams do."""
+    names = path.split(".")
+    for depth in range(len(names)):
+        around = model.get_submodule(".".join(names[:depth]))
+        for name in ("beam_size", "eval_beam_size"):
+            if (getattr(around, name, None) or 1) > 1:
+                raise Unsupported(
+                    f"the option {name} of the {type(around).__name__} around it has no fused counterpart"
+                )
 
 
 def _adapter(module: nn.Module, known: Mapping[type | str, Adapter]) -> Adapter | None:

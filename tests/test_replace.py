@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -119,17 +120,111 @@ def test_a_residual_stack_of_vector_quantize_pytorch_agrees():
     torch.testing.assert_close(codes[1], codes[0], **TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"learnable_codebook": True, "ema_update": False}, "learnable_codebook"),
-        ({"affine_param": True}, "affine_param"),
-        ({"stochastic_sample_codes": True}, "stochastic_sample_codes"),
-        ({"orthogonal_reg_weight": 1.0, "ema_update": False, "learnable_codebook": True}, "orthogonal_reg_weight"),
-        ({"codebook_diversity_loss_weight": 1.0}, "codebook_diversity_loss_weight"),
-    ],
-)
-def test_options_without_a_counterpart_are_named_with_the_module_and_nothing_changes(options, named):
+# Every option of VectorQuantize: kept (and compared above or below), of no effect without one that is refused, refused.
+KEPT = """dim codebook_size codebook_dim heads separate_codebook_per_head decay eps freeze_codebook kmeans_init
+    kmeans_iters use_cosine_sim layernorm_after_project_in threshold_ema_dead_code channel_last accept_image_fmap
+    accept_3d_fmap commitment_weight rotation_trick return_zeros_for_masked_padding"""
+WITHOUT_EFFECT = {
+    "orthogonal_reg_active_codes_only": "orthogonal_reg_weight",
+    "orthogonal_reg_max_codes": "orthogonal_reg_weight",
+    "codebook_diversity_temperature": "codebook_diversity_loss_weight",
+    "sample_codebook_temp": "stochastic_sample_codes",
+    "directional_reparam_variance": "directional_reparam",
+    "manual_in_place_optimizer_update": "in_place_codebook_optimizer",
+    "sync_affine_param": "affine_param",
+    "affine_param_batch_decay": "affine_param",
+    "affine_param_codebook_decay": "affine_param",
+}
+LEARNABLE = {"learnable_codebook": True, "ema_update": False}
+REFUSED = {
+    "learnable_codebook": LEARNABLE,
+    "affine_param": {"affine_param": True},
+    "stochastic_sample_codes": {"stochastic_sample_codes": True},
+    "straight_through": {"straight_through": True, "rotation_trick": False},
+    "orthogonal_reg_weight": {"orthogonal_reg_weight": 1.0, **LEARNABLE},
+    "codebook_diversity_loss_weight": {"codebook_diversity_loss_weight": 1.0},
+    "commitment_use_cross_entropy_loss": {"commitment_use_cross_entropy_loss": True},
+    "directional_reparam": {"directional_reparam": True, "threshold_ema_dead_code": 2},
+    "in_place_codebook_optimizer": {"in_place_codebook_optimizer": torch.optim.Adam, **LEARNABLE},
+    "sync_update_v": {"sync_update_v": 0.5, **LEARNABLE},
+    "vq_bridge": {"vq_bridge": nn.Linear(16, 16)},
+    "manual_ema_update": {"manual_ema_update": True},
+    "route_gradients_to_input": {"route_gradients_to_input": False},
+    "ema_update": {"ema_update": False, "threshold_ema_dead_code": 2},
+    "sync_kmeans": {"sync_kmeans": False, "sync_codebook": True},
+}
+
+
+def test_every_option_of_vector_quantize_pytorch_has_been_thought_of():
+    package = pytest.importorskip("vector_quantize_pytorch")
+    names = set(inspect.signature(package.VectorQuantize.__init__).parameters) - {"self"}
+    assert names == {*KEPT.split(), *WITHOUT_EFFECT, *REFUSED, "sync_codebook"}
+    assert set(WITHOUT_EFFECT.values()) <= REFUSED.keys()
+
+
+@pytest.mark.parametrize("option", WITHOUT_EFFECT)
+def test_options_of_what_is_not_used_have_no_effect(option):
+    value = True if option in ("orthogonal_reg_active_codes_only", "sync_affine_param") else 3
+    theirs = vector_quantize(**{option: value})
+    assert_same_step(theirs, replace_quantizers(copy.deepcopy(theirs)), noise(3, 20, 16))
+
+
+def test_among_ranks_a_module_that_keeps_its_own_statistics_is_refused(monkeypatch):
+    monkeypatch.setattr("beitv2_fast.adapters.world", lambda: (0, 2))
+    with pytest.raises(Unsupported, match="sync_codebook=False"):
+        replace_quantizers(vector_quantize(sync_codebook=False))
+    assert type(replace_quantizers(vector_quantize(sync_codebook=True))) is VectorQuantizeAdapter
+
+
+@pytest.mark.parametrize("option", ["beam_size", "eval_beam_size"])
+def test_a_beam_search_around_the_quantizers_is_refused_at_the_replacement(option):
+    package = pytest.importorskip("vector_quantize_pytorch")
+    beams = {"beam_size": 2} if option == "beam_size" else {"beam_size": 1, "eval_beam_size": 2}
+    model = nn.Sequential(package.ResidualVQ(dim=16, codebook_size=32, num_quantizers=3, **beams))
+    with pytest.raises(Unsupported, match=rf"0\.layers\.0 .*{option} of the ResidualVQ"):
+        replace_quantizers(model)
+    replace_quantizers(package.ResidualVQ(dim=16, codebook_size=32, num_quantizers=3, beam_size=1))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_freeze_codebook_of_a_call_wins_over_that_of_the_module(frozen):
+    theirs = vector_quantize(freeze_codebook=frozen)
+    ours = replace_quantizers(copy.deepcopy(theirs))
+    for step, call in enumerate((not frozen, None, frozen, not frozen)):
+        before = ours.codebook.clone()
+        assert_same_step(theirs, ours, noise(3, 20, 16, seed=step), freeze_codebook=call)
+        assert torch.equal(ours.codebook, before) == (frozen if call is None else call)
+        torch.testing.assert_close(ours._codebook.embed, theirs._codebook.embed, **TOLERANCE)
+    assert ours.frozen == frozen
+
+
+def test_a_frozen_module_of_vector_quantize_pytorch_learns_when_it_is_thawed():
+    theirs = vector_quantize(freeze_codebook=True, kmeans_init=False)
+    ours = replace_quantizers(copy.deepcopy(theirs))
+    theirs.freeze_codebook = False
+    ours.thaw()
+    assert_same_step(theirs, ours, noise(3, 20, 16))
+    torch.testing.assert_close(ours._codebook.embed, theirs._codebook.embed, **TOLERANCE)
+    for module in (theirs, ours):
+        module.freeze_codebook = True
+    before = ours.codebook.clone()
+    assert_same_step(theirs, ours, noise(3, 20, 16, seed=1))
+    assert ours.frozen and torch.equal(ours.codebook, before)
+
+
+def test_cosine_codes_of_other_lengths_stay_the_originals_also_through_a_state_dict():
+    theirs = vector_quantize(use_cosine_sim=True, freeze_codebook=True)
+    theirs._codebook.embed.mul_(torch.rand(32, 1) + 0.1)
+    ours, loaded = (replace_quantizers(copy.deepcopy(theirs)) for _ in range(2))
+    loaded.codebook.zero_()
+    loaded.load_state_dict(ours.state_dict())
+    for module in (ours, loaded):
+        assert_same_step(theirs, module, noise(3, 20, 16))
+        assert_same_step(copy.deepcopy(theirs).eval(), copy.deepcopy(module).eval(), noise(3, 20, 16))
+
+
+@pytest.mark.parametrize(("named", "options"), REFUSED.items(), ids=REFUSED)
+def test_options_without_a_counterpart_are_named_with_the_module_and_nothing_changes(named, options):
     model = nn.Sequential(vector_quantize(), nn.ModuleDict({"vq": vector_quantize(**options)}))
     before = list(model.modules())
     with pytest.raises(Unsupported, match=rf"1\.vq \(VectorQuantize\).*{named}"):
@@ -144,8 +239,9 @@ def test_arguments_of_forward_without_a_counterpart_are_refused():
     ours = replace_quantizers(vector_quantize())
     with pytest.raises(Unsupported, match="topk"):
         ours(noise(2, 3, 16), topk=2)
-    with pytest.raises(Unsupported, match="freeze_codebook"):
-        ours(noise(2, 3, 16), freeze_codebook=True)
+    with pytest.raises(Unsupported, match="accum_ema_update"):
+        ours(noise(2, 3, 16), accum_ema_update=True)
+    ours(noise(2, 3, 16), sample_codebook_temp=0.1, accum_ema_update=False)
 
 
 # diffusers ---------------------------------------------------------------------------------------------------------
@@ -215,17 +311,19 @@ class NormEMAVectorQuantizer(nn.Module):
         self.embedding.register_buffer("cluster_size", torch.zeros(num_tokens))
         self.embedding.register_buffer("embed_avg", start.clone())
         self.embedding.register_buffer("initted", torch.ones(1))
+        self.embedding.update = True
         self.register_buffer("cluster_size", torch.zeros(num_tokens))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y = F.normalize(z.movedim(1, -1), dim=-1)
         weight = self.embedding.weight
-        indices = (y.flatten(0, -2) @ weight.T).argmax(1)
+        indices = (weight.square().sum(1) - 2 * y.flatten(0, -2) @ weight.T).argmin(1)
         one_hot = F.one_hot(indices, self.num_tokens).float()
         codes = (one_hot @ weight).view(y.shape)
         bins = one_hot.sum(0)
-        self.cluster_size.lerp_(bins, 1 - self.decay)
-        if self.training:
+        if self.embedding.update or not self.training:
+            self.cluster_size.lerp_(bins, 1 - self.decay)
+        if self.embedding.update and self.training:
             sums = one_hot.T @ y.detach().flatten(0, -2)
             mean = torch.where(bins[:, None] > 0, F.normalize(sums, dim=-1), weight)
             weight.data = F.normalize(self.decay * weight + (1 - self.decay) * mean, dim=-1)
@@ -275,6 +373,66 @@ def assert_same_step_without_parameters(theirs: nn.Module, ours: nn.Module, z: T
     for quantized, loss, _ in outputs:
         (loss + quantized.pow(3).sum()).backward()
     torch.testing.assert_close(inputs[1].grad, inputs[0].grad, **TOLERANCE)
+
+
+def test_a_frozen_codebook_of_the_references_quantizer_stays_and_can_be_thawed():
+    theirs = NormEMAVectorQuantizer(32, 8)
+    theirs.embedding.update = False
+    ours = replace_quantizers(copy.deepcopy(theirs), {NormEMAVectorQuantizer: NormEMAAdapter})
+    before = ours.codebook.clone()
+    for step in range(3):
+        assert_same_step_without_parameters(theirs, ours, noise(2, 8, 4, 5, seed=step))
+    assert torch.equal(ours.codebook, before) and torch.equal(theirs.embedding.weight, before)
+    torch.testing.assert_close(ours.cluster_size, theirs.cluster_size)
+    theirs.embedding.update = True
+    ours.thaw()
+    assert_same_step_without_parameters(theirs, ours, noise(2, 8, 4, 5, seed=3))
+    torch.testing.assert_close(ours.codebook, theirs.embedding.weight.data, **TOLERANCE)
+    assert not torch.equal(ours.codebook, before)
+
+
+@pytest.mark.parametrize("update", [False, True])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_codes_of_other_lengths_are_found_by_distance_as_the_references_quantizer_does(update, loaded):
+    theirs = NormEMAVectorQuantizer(32, 8, beta=0.5)
+    swap = {NormEMAVectorQuantizer: NormEMAAdapter}
+    ours = replace_quantizers(copy.deepcopy(theirs), swap) if loaded else None
+    theirs.embedding.weight.mul_(0.5 + noise(32, 1, seed=3).sigmoid())
+    theirs.embedding.update = update
+    if loaded:
+        ours.load_state_dict(theirs.state_dict())
+        ours._set_frozen(not update)
+    else:
+        ours = replace_quantizers(copy.deepcopy(theirs), swap)
+    z = noise(2, 8, 4, 5)
+    by_product = (F.normalize(z.movedim(1, -1), dim=-1).flatten(0, -2) @ theirs.embedding.weight.T).argmax(1)
+    assert (ours.encode(z).flatten() != by_product).any()
+    assert torch.equal(ours.encode(z).flatten(), copy.deepcopy(theirs).eval()(z)[2])
+    for step in range(3):
+        assert_same_step_without_parameters(theirs, ours, noise(2, 8, 4, 5, seed=step))
+        torch.testing.assert_close(ours.codebook, theirs.embedding.weight.data, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda q: setattr(q, "l2_normalize", True), "l2_normalize"),
+        (lambda q: setattr(q, "norm", nn.LayerNorm(4)), "norm"),
+        (lambda q: q.register_parameter("temperature", nn.Parameter(torch.ones(1))), "temperature"),
+        (lambda q: setattr(q.embedding, "max_norm", 1.0), "embedding.max_norm"),
+        (lambda q: setattr(q.embedding, "padding_idx", 3), "embedding.padding_idx"),
+    ],
+)
+@pytest.mark.parametrize("cls", [NormEMAVectorQuantizer, VectorQuantizer2])
+def test_what_a_copied_class_has_beside_the_known_options_is_refused_by_name(cls, change, named):
+    adapters = {NormEMAVectorQuantizer: NormEMAAdapter, VectorQuantizer2: EmbeddingAdapter}
+    quantizer = cls(32, 4, 0.25)
+    change(quantizer)
+    with pytest.raises(Unsupported, match=named):
+        replace_quantizers(quantizer, adapters)
+    quantizer = cls(32, 4, 0.25)
+    quantizer.l2_normalize = False
+    replace_quantizers(quantizer, adapters)
 
 
 def test_options_of_the_caller_win_over_those_of_the_replaced_module():
