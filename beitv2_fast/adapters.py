@@ -91,10 +91,10 @@ class NormEMAAdapter(FusedVectorQuantizer):
         y = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
         return codebook_search(y, codes, metric="euclidean").indices
 
-    def _quantize(self, x: Tensor, g: int, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _quantize(self, x: Tensor, codebook: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if self.by_distance and keep is None:  # with a mask, _nearest is asked
             keep = torch.ones_like(x[:, 0], dtype=torch.bool)
-        return super()._quantize(x, g, keep)
+        return super()._quantize(x, codebook, keep)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out = super().forward(z)

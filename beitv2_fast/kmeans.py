@@ -31,7 +31,7 @@ def kmeans(
     """
     codebook, found = sample_rows(x, num_codes, salt(seed, 0), directed(x) if metric == "cosine" else None)
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(num_codes, x.shape[1], generator=generator).to(x.device)
+    noise = torch.randn(num_codes, x.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(x.device)
     # A mean over rows that every rank has in the same order: the same bits everywhere.
     scale = (codebook.square().sum() / (found.sum() * x.shape[1]).clamp(min=1)).sqrt()
     if metric == "cosine":
@@ -50,7 +50,7 @@ def kmeans(
 def _iterate(x: Tensor, codebook: Tensor, metric: str, scale: Tensor, salt: int) -> tuple[Tensor, Tensor]:
     """One assignment, the means, and a new start for the codes that nobody chose."""
     search = codebook_search(x, codebook, metric=metric, return_distances=True)
-    moved, sizes = codebook.clone(), torch.zeros(len(codebook), device=x.device)
+    moved, sizes = codebook.clone(), torch.zeros(len(codebook), dtype=torch.float32, device=x.device)
     # With decay 0 the EMA step is the k-means step: codes become the means of their vectors.
     sums = torch.zeros_like(codebook) if metric == "euclidean" else None
     bins = codebook_update(moved, sizes, x, search.indices, decay=0.0, metric=metric, embed_avg=sums, eps=1e-12)

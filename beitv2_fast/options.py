@@ -64,6 +64,11 @@ class QuantizerOptions:
     def learns_by(self) -> str:
         return self.learning or ("code_ema" if self.metric == "cosine" else "sum_ema")
 
+    @property
+    def writes_to_parameter(self) -> bool:
+        """Whether forwards change the codebook although it is a parameter."""
+        return self.learns_by == "gradient" and bool(self.kmeans_init or self.dead_after or self.restart_below)
+
     def check(self, num_codes: int, dim: int) -> None:
         """Raise ValueError for options that make no sense, saying which."""
         check_metric(self.metric)

@@ -10,9 +10,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dead_codes import replace_dead_codes, start_codebook
+from .dead_codes import CLOCK, look, refuse_gathered_copy, replace_dead_codes, start_codebook
 from .kernels import codebook_search, codebook_update, vector_quantize
 from .kernels.sampling import world
+from .kernels.snapshot import Snapshot, Snapshots, copy_codebook, recomputing, to_be_recomputed
 from .layout import Layout
 from .options import QuantizerOptions
 from .published import fit_options, rename_published
@@ -53,34 +54,65 @@ class FusedVectorQuantizer(nn.Module):
         self.groups = 1 if o.share_codebook else o.heads  # codebooks
         self.layout = Layout(dim, o.heads, self.groups, o.channel_last)
         shape = (num_codes,) if self.groups == 1 else (self.groups, num_codes)
-        start = torch.randn(*shape, self.code_dim, generator=torch.Generator().manual_seed(o.seed))
-        codebook = F.normalize(start, dim=-1) if o.metric == "cosine" else start
         if o.learns_by == "gradient":
-            self.codebook = nn.Parameter(codebook)
+            self.codebook = nn.Parameter(torch.empty(*shape, self.code_dim))
         else:
-            self.register_buffer("codebook", codebook)
+            self.register_buffer("codebook", _floats(*shape, self.code_dim))
         sums = o.learns_by == "sum_ema"
-        self.register_buffer("cluster_size", torch.ones(shape) if sums else torch.zeros(shape))
-        self.register_buffer("initialized", torch.tensor(not o.kmeans_init))
-        self.register_buffer("idle", torch.zeros(shape, dtype=torch.int64))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("cluster_size", _floats(*shape))
+        self.register_buffer("initialized", torch.empty((), dtype=torch.bool))
+        self.register_buffer("idle", torch.empty(shape, dtype=torch.int64))
+        self.register_buffer("steps", torch.empty((), dtype=torch.int64))
         # Absent ones are no buffers of None: torch.export of a root module mistakes what follows those.
         if sums:
-            self.register_buffer("embed_avg", codebook.clone())
+            self.register_buffer("embed_avg", _floats(*shape, self.code_dim))
         else:
             self.embed_avg = None
         if o.restart_below:
-            self.register_buffer("recent", torch.zeros(shape, dtype=torch.int64))
+            self.register_buffer("recent", torch.empty(shape, dtype=torch.int64))
         else:
             self.recent = None
         # For the logs, no part of a checkpoint: how often each code was chosen, and how many restarted, in the window.
-        self.register_buffer("window_counts", torch.zeros(shape, dtype=torch.int64), persistent=False)
-        self.register_buffer("window_replaced", torch.zeros((), dtype=torch.int64), persistent=False)
-        # (initialized, steps) on the CPU, which spares the host a look at the device in every step; 0: look first.
-        self._clock = torch.zeros(2, dtype=torch.int64, device="cpu")
+        self.register_buffer("window_counts", torch.empty(shape, dtype=torch.int64), persistent=False)
+        self.register_buffer("window_replaced", torch.empty((), dtype=torch.int64), persistent=False)
+        # What the host knows of the buffers that decide, which spares it a look at the device in every step.
+        self._clock = torch.zeros(CLOCK, dtype=torch.int64, device="cpu")
         # Gradient accumulation: so many training forwards make one step, and the codebook moves in the last of them.
         self.forwards_per_step = 1
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The state of a new quantizer, where its tensors are: after ``to_empty``, as with torch's own modules."""
+        o = self.options
+        shape, generator = self.codebook.shape, torch.Generator().manual_seed(o.seed)
+        start = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        self.codebook.copy_(F.normalize(start, dim=-1) if o.metric == "cosine" else start)
+        if self.embed_avg is not None:
+            self.embed_avg.copy_(self.codebook)
+        self.cluster_size.fill_(self.embed_avg is not None)
+        self.initialized.fill_(not o.kmeans_init)
+        for counter in (self.idle, self.steps, self.recent):
+            if counter is not None:
+                counter.zero_()
+        self._reset_unsaved()
+
+    def _reset_unsaved(self) -> None:
+        """A new start for what no checkpoint holds, on the device of what it does hold."""
+        for name in ("window_counts", "window_replaced"):
+            if getattr(self, name).device == self.idle.device:
+                getattr(self, name).zero_()
+            else:
+                setattr(self, name, torch.zeros_like(getattr(self, name), device=self.idle.device))
+        self._clock.zero_()
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._snapshots = Snapshots()
+        self._made_on_meta = self.idle.is_meta
+
+    def _leave_meta(self) -> None:
+        """No counts yet in the memory that took the place of meta's, which transformers' loader leaves as it is."""
+        if self._made_on_meta and not self.idle.is_meta:
+            self._reset_unsaved()
 
     def extra_repr(self) -> str:
         frozen = ", frozen" if self.frozen else ""
@@ -117,6 +149,7 @@ class FusedVectorQuantizer(nn.Module):
         Raises:
             ValueError: z or mask of another shape. TypeError: z or mask of another dtype.
         """
+        self._leave_meta()
         with torch.autocast(z.device.type, enabled=False):
             x = self.layout.rows(z)  # [G, N, D]
             keep = None if mask is None else self.layout.row_mask(mask, z)
@@ -124,11 +157,24 @@ class FusedVectorQuantizer(nn.Module):
                 x = torch.where(keep[:, None], x, 1.0)  # padding may hold NaN, and zeros have no direction
             # The update leaves out vectors of NaN: that is how it is told which ones do not count.
             seen = x.detach() if keep is None else x.detach().masked_fill(~keep[:, None], torch.nan)
-            if self.training:
+            again, snapshot = not torch.compiler.is_compiling() and recomputing(), None
+            if again and self._learns:
+                snapshot = self._snapshots.find(x)
+            elif self.training and not again:
+                if self.options.writes_to_parameter and not self.frozen:
+                    refuse_gathered_copy(self, "codebook")
                 self._start(seen)
-            parts = [self._quantize(x[g], g, keep) for g in self._each()]
+                if self._learns and not torch.compiler.is_compiling() and to_be_recomputed():
+                    snapshot = self._snapshots.keep(x, self.codebook)
+            codebooks = self._codebooks(snapshot)
+            parts = [self._quantize(x[g], codebooks[g], keep) for g in range(self.groups)]
             quantized, indices, losses = (_stack(part) for part in zip(*parts, strict=True))  # [G, N, D], [G, N], [G]
-            counts = self._learn_when_due(seen, indices, keep)
+            if again:
+                counts = snapshot.counts if snapshot else self._count(indices, keep).view(self.idle.shape)
+            else:
+                counts = self._learn_when_due(seen, indices, keep)
+                if snapshot is not None:
+                    snapshot.counts = counts
             loss = losses.mean()
             quantized = self.layout.unrows(quantized, z)
         if mask is not None:
@@ -144,8 +190,8 @@ class FusedVectorQuantizer(nn.Module):
         """Vectors -> indices as in ``forward``, and nothing else changes."""
         with torch.autocast(z.device.type, enabled=False):
             x = self.layout.rows(z)
-            indices = [self._nearest(x[g], self._codes(g)) for g in self._each()]
-        indices = _stack(indices)
+            books = self._codebooks()
+            indices = _stack([self._nearest(x[g], books[g]) for g in range(self.groups)])
         if mask is not None:
             indices = torch.where(self.layout.row_mask(mask, z), indices, -1)
         return self.layout.unrow_indices(indices, z)
@@ -162,11 +208,11 @@ class FusedVectorQuantizer(nn.Module):
         heads = self.options.heads
         if heads > 1 and (indices.dim() == 0 or indices.shape[-1] != heads):
             raise ValueError(f"decode: indices must be [..., {heads}], one for each head; got {list(indices.shape)}")
-        chosen = indices.clamp(min=0)
+        chosen, codebooks = indices.clamp(min=0), self._codebooks()
         if self.groups == 1:
-            codes = F.embedding(chosen, self._codes(0))
+            codes = F.embedding(chosen, codebooks[0])
         else:
-            codes = torch.stack([F.embedding(chosen[..., g], self._codes(g)) for g in self._each()], dim=-2)
+            codes = torch.stack([F.embedding(chosen[..., g], codes) for g, codes in enumerate(codebooks)], dim=-2)
         codes = torch.where((indices >= 0)[..., None], codes, 0.0)
         if heads > 1:
             codes = codes.flatten(-2)
@@ -178,6 +224,7 @@ class FusedVectorQuantizer(nn.Module):
 
         Share and perplexity are means over the codebooks.
         """
+        self._leave_meta()
         result = {
             "used_codes": (self.window_counts > 0).double().mean().item(),
             "perplexity": perplexity(self.window_counts).mean().item(),
@@ -195,16 +242,10 @@ class FusedVectorQuantizer(nn.Module):
             raise RuntimeError("with learning='sum_ema' the codes are embed_avg / cluster_size: it cannot be forgotten")
         self.cluster_size.zero_()
 
-    def _each(self) -> range:
-        return range(self.groups)
-
-    def _codes(self, g: int) -> Tensor:
-        """Codebook g as it is searched, [K, D]; differentiable when it learns by gradient."""
-        codes = self.codebook if self.groups == 1 else self.codebook[g]
-        if self.options.learns_by != "gradient":
-            return codes
-        codes = codes.clone().float()  # a copy, since backward may need it after a dead code was replaced in place
-        return F.normalize(codes, dim=-1) if self.options.metric == "cosine" else codes
+    @property
+    def _learns(self) -> bool:
+        """Whether a forward changes the codebook."""
+        return self.training and self._rule != "frozen"
 
     @property
     def has_unit_codes(self) -> bool:
@@ -215,14 +256,27 @@ class FusedVectorQuantizer(nn.Module):
     def _rule(self) -> str:
         return "frozen" if self.frozen else self.options.learns_by
 
+    def _codebooks(self, snapshot: Snapshot | None = None) -> Tensor:
+        """The codebooks as they are searched, [G, K, D]; differentiable where they learn by gradient.
+
+        What autograd keeps is a copy: the codebook itself changes in the same step.
+        """
+        codes, gradient = snapshot.codebook if snapshot else self.codebook, self.options.learns_by == "gradient"
+        if torch.compiler.is_compiling() and (gradient or self._learns):
+            codes = copy_codebook(self.codebook, None)
+        elif gradient:
+            codes = copy_codebook(self.codebook, codes.detach())
+        if gradient and self.options.metric == "cosine":
+            codes = F.normalize(codes, dim=-1)
+        return codes.unsqueeze(0) if self.groups == 1 else codes
+
     def _nearest(self, x: Tensor, codes: Tensor) -> Tensor:
         """Indices [N] of the codes [K, D] for x [N, D]."""
         return codebook_search(x, codes, metric=self.options.metric).indices
 
-    def _quantize(self, x: Tensor, g: int, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _quantize(self, x: Tensor, codebook: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """One codebook: x [N, D] -> (quantized [N, D], indices [N], loss)."""
         o = self.options
-        codebook = self._codes(g)
         codebook_weight = o.codebook_weight if self._rule == "gradient" else 0.0
         if keep is None and o.gradient == "straight_through":
             fused = vector_quantize(
@@ -269,7 +323,7 @@ class FusedVectorQuantizer(nn.Module):
         state, tracked = self._state(), self.training or o.track_eval_usage
         if self.training and self._rule in ("code_ema", "sum_ema"):
             counts = []
-            for g in self._each():
+            for g in range(self.groups):
                 average = state["embed_avg"][g] if self.embed_avg is not None else None
                 counts.append(
                     codebook_update(
@@ -285,8 +339,7 @@ class FusedVectorQuantizer(nn.Module):
                 )
             counts = _stack(counts)
         else:
-            ones = torch.ones_like(indices) if keep is None else keep.long().expand_as(indices)
-            counts = torch.zeros_like(self.idle).view(self.groups, -1).scatter_add_(1, indices, ones)
+            counts = self._count(indices, keep)
             if tracked and world()[1] > 1:
                 dist.all_reduce(counts)
             if tracked and o.learns_by != "sum_ema" and not (self.training and self.frozen):
@@ -309,12 +362,18 @@ class FusedVectorQuantizer(nn.Module):
             self.window_counts.add_(counts)  # += also assigns, which torch.export of a root module records
         return counts
 
+    def _count(self, indices: Tensor, keep: Tensor | None) -> Tensor:
+        """How often each code was chosen on this rank, [G, K]."""
+        ones = torch.ones_like(indices) if keep is None else keep.long().expand_as(indices)
+        return torch.zeros_like(self.idle).view(self.groups, -1).scatter_add_(1, indices, ones)
+
     @torch.no_grad()
     def _start(self, seen: Tensor) -> None:
         """k-means, in the first step or after a collapse."""
         o = self.options
-        # Compiled code cannot look at the clock; the op does it.
-        if not torch.compiler.is_compiling() and not o.restart_below and self._clock[0]:
+        # Compiled code cannot look; the op does it.
+        compiling = torch.compiler.is_compiling()
+        if not compiling and not o.restart_below and look(self._clock, self.initialized, self.steps):
             return
         start_codebook(
             **self._state(),
@@ -331,7 +390,7 @@ class FusedVectorQuantizer(nn.Module):
 
     def _state(self) -> dict[str, Tensor]:
         """Views of what changes with a code, with a leading dimension for the codebook; absent ones are empty."""
-        empty = torch.empty(0, device=self.idle.device)
+        empty = torch.empty(0, dtype=torch.float32, device=self.idle.device)
         state = {
             "codebook": self.codebook.detach(),
             "cluster_size": self.cluster_size,
@@ -357,8 +416,16 @@ class FusedVectorQuantizer(nn.Module):
         """Also accepts the reference implementation's names, and states of quantizers with other options."""
         rename_published(state, prefix)
         fit_options(self, state, prefix, errors=args[-1])
+        for name, buffer in self.named_buffers(recurse=False):
+            if isinstance(state.get(prefix + name), Tensor):  # assign=True would take any dtype
+                state[prefix + name] = state[prefix + name].to(buffer.dtype)
         super()._load_from_state_dict(state, prefix, *args)
-        self._clock.zero_()
+        self._reset_unsaved()
+
+
+def _floats(*shape: int) -> Tensor:
+    """fp32, whatever the default dtype is, and where DeepSpeed's zero.Init makes every constructor's result bf16."""
+    return torch.empty(shape, dtype=torch.float32).float()
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -16,12 +16,17 @@ def world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
     return 0, 1
 
 
-def salt(*numbers: int) -> int:
-    """One int64 from several, such that neighbours do not collide."""
-    value = 0
+def salt(*numbers: int | Tensor) -> int | Tensor:
+    """One int64 from several, such that neighbours do not collide; a tensor if one of them is, with the same bits."""
+    value: int | Tensor = 0
     for number in numbers:
-        value = (value * 6364136223846793005 + number + 1442695040888963407) % 2**64
-    return value - 2**63
+        value = _wrapped(_wrapped(value * 6364136223846793005) + number + 1442695040888963407)
+    return value ^ -(2**63)
+
+
+def _wrapped(value: int | Tensor) -> int | Tensor:
+    """What int64 arithmetic makes of it."""
+    return value if isinstance(value, Tensor) else (value + 2**63) % 2**64 - 2**63
 
 
 def directed(x: Tensor) -> Tensor:
@@ -30,7 +35,7 @@ def directed(x: Tensor) -> Tensor:
 
 
 def sample_rows(
-    x: Tensor, wanted: int, salt: int, weights: Tensor | None = None, group: dist.ProcessGroup | None = None
+    x: Tensor, wanted: int, salt: int | Tensor, weights: Tensor | None = None, group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
     """Draw rows without replacement from the batch of all ranks.
 
@@ -75,5 +80,5 @@ def sample_rows(
 def _take(x: Tensor, row: Tensor, take: Tensor) -> Tensor:
     """x[row] in fp32 where ``take``, else zeros."""
     if not len(x):
-        return torch.zeros(len(row), x.shape[1], device=x.device)
+        return torch.zeros(len(row), x.shape[1], dtype=torch.float32, device=x.device)
     return torch.where(take[:, None], x[row].float(), 0.0)

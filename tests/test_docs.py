@@ -1,4 +1,4 @@
-"""The Python examples of docs/quantizer.md and docs/weights.md run as they stand."""
+"""The Python examples of docs/quantizer.md and docs/weights.md run as they stand; defaults on pages are true."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from beitv2_fast import Classifier, Student, Tokenizer, models
+from beitv2_fast.config import TrainConfig
 from beitv2_fast.convert import convert
 from beitv2_fast.convert.files import write
 from beitv2_fast.encode import EncodeConfig, encode_folder
@@ -51,6 +52,24 @@ def test_the_table_of_options_has_every_option_with_its_default():
 
 def test_the_page_has_examples():
     assert len(EXAMPLES) >= 7
+
+
+def test_the_table_of_options_has_each_with_its_default():
+    table = {}
+    for line in PAGE.read_text(encoding="utf-8").split("| option | default | |")[1].split("\n\n")[0].splitlines()[2:]:
+        names, defaults = (cell.replace("`", "").strip().split(", ") for cell in line.split("|")[1:3])
+        table |= dict(zip(names, defaults, strict=True))
+    defaults = {field.name: field.default for field in dataclasses.fields(QuantizerOptions)}
+    assert {k: None if v == "by metric" else ast.literal_eval(v) for k, v in table.items()} == defaults
+
+
+def test_the_defaults_told_on_the_page_on_reliability_are_those_of_the_code():
+    page = (DOCS / "reliability.md").read_text(encoding="utf-8")
+    told = {
+        name: int(value) for name, value in re.findall(r"^\| [^|]*`--([a-z-]+)`[^|]*\((\d+)\) \|", page, re.MULTILINE)
+    }
+    defaults = {field.name.replace("_", "-"): field.default for field in dataclasses.fields(TrainConfig)}
+    assert told == {name: defaults[name] for name in ("stop-after-bad", "hang-after")}
 
 
 @pytest.fixture(scope="module")

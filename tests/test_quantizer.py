@@ -1,4 +1,4 @@
-"""FusedVectorQuantizer beyond the golden steps: options, shapes, masks, dtypes, state, compilation."""
+"""FusedVectorQuantizer beyond the golden steps: options, shapes, masks, dtypes, state."""
 
 from __future__ import annotations
 
@@ -276,34 +276,6 @@ def test_the_names_of_the_published_tokenizer_load():
     torch.nn.Sequential(quantizer).load_state_dict({f"0.{name}": value for name, value in published.items()})
     assert torch.equal(quantizer.codebook, codebook) and bool(quantizer.initialized)
     assert torch.equal(quantizer.eval().encode(golden["eval.z"].movedim(1, -1)).flatten(), golden["eval.indices"])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"dead_after": 1.0},
-        {"metric": "euclidean", "heads": 2, "dead_below": 0.5},
-        {"learning": "gradient", "dead_after": 1.0},
-        {"gradient": "rotation", "restart_below": 0.5, "restart_after": 4},
-    ],
-)
-def test_a_compiled_training_step_has_no_graph_break_and_the_same_results(options):
-    eager, model = (FusedVectorQuantizer(16, 8, **options).train() for _ in range(2))
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for step in range(10):
-        x = noise(3, 20, 8, seed=step) * torch.eye(8)[step % 2]
-        mask = torch.arange(20) < 15 if step % 2 else torch.ones(20, dtype=torch.bool)
-        gradients = []
-        for quantizer in (eager, compiled):
-            z = x.clone().requires_grad_()
-            out = quantizer(z, mask.expand(3, 20))
-            (out.loss + out.quantized.square().sum()).backward()
-            gradients.append(z.grad)
-        torch.testing.assert_close(*gradients)
-    for (name, a), b in zip(eager.state_dict().items(), model.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, msg=name)
-    assert eager.usage() == pytest.approx(model.usage())
 
 
 @pytest.mark.parametrize(

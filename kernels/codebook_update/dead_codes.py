@@ -30,7 +30,7 @@ def restart_dead_codes(
     idle: Tensor | None,
     *,
     metric: str,
-    salt: int,
+    salt: int | Tensor,
     least_size: float = 0.0,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:

@@ -53,12 +53,13 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     book = tuple(state.values())
     idle, recent, groups = torch.arange(10).view(2, 5), torch.ones(2, 5, dtype=torch.int64), noise(2, 7, 3)
     started, steps = torch.tensor(False), torch.tensor(7)
-    clock = torch.tensor([0, 0])
+    clock = torch.zeros(5, dtype=torch.int64)
     bins = torch.tensor([[3, 1, 0, 2, 1], [0, 0, 7, 0, 0]])
     return {
         "attention": (qkv, bias, 0.5),
         "attention_backward": (grad, qkv, bias, sums, 0.5, True),
         "block_masks": (torch.tensor([5, 6, 7]), 6, 5, 12, 4, 0.3, 12),
+        "copy_codebook": (codes, noise(5, 6)),
         "codebook_search cosine": (x, codes, "cosine", True, True, True),
         "codebook_search euclidean": (x, codes, "euclidean", True, True, True),
         "codebook_statistics cosine": (x, indices, 5, "cosine"),
