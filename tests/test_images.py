@@ -35,7 +35,9 @@ def test_the_split_folder_is_used_if_there_is_one(tmp_path):
     save(tmp_path / "train" / "cat" / "a.png")
     save(tmp_path / "test" / "cat" / "b.png")
     assert find_images(tmp_path, "train").paths == ["cat/a.png"]
-    assert find_images(tmp_path, "val").paths == ["test/cat/b.png", "train/cat/a.png"]
+    with pytest.raises(DataError, match="has test, train, but nothing for val"):
+        find_images(tmp_path, "val")
+    assert find_images(tmp_path).paths == ["test/cat/b.png", "train/cat/a.png"]
 
 
 def test_first_level_folders_are_the_classes_and_paths_are_sorted(tmp_path):
