@@ -80,6 +80,11 @@ def _without(images: ImageList, bad: dict[str, str], *, listed: bool) -> ImageLi
     lines = [f"  {path}: {reason}" for path, reason in rejected[:LISTED_REJECTIONS]]
     if len(rejected) > LISTED_REJECTIONS:
         lines.append(f"  ... and {len(rejected) - LISTED_REJECTIONS} more")
+    labels = images.labels or []
+    lost = [images.classes[i] for i in sorted({*labels} - {labels[i] for i in keep if labels})]
+    if lost and keep:
+        names = ", ".join(lost[:LISTED_REJECTIONS]) + (", ..." if len(lost) > LISTED_REJECTIONS else "")
+        lines.append(f"  so that no image is left of the classes {names}")
     if not keep:
         raise DataError(
             f"None of the {total} files in {images.root} can be used:\n" + "\n".join(lines) + "\n"

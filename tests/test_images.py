@@ -154,6 +154,19 @@ def test_bad_files_are_listed_on_the_log_once_ten_and_the_count(tmp_path, caplog
     assert not caplog.records
 
 
+def test_a_class_that_loses_all_of_its_images_is_named(tmp_path, caplog):
+    for name in ("a/good.png", "b/good.png", "c/good.png"):
+        save(tmp_path / name)
+    for i in range(12):
+        (tmp_path / "b" / f"{i}.png").write_bytes(b"")
+    check(find_images(tmp_path))
+    assert "no image is left" not in caplog.text
+    (tmp_path / "b" / "good.png").write_bytes(b"")
+    images = check(find_images(tmp_path))
+    assert (images.classes, images.labels) == (["a", "b", "c"], [0, 2])
+    assert "so that no image is left of the classes b" in caplog.text
+
+
 def test_nothing_left_is_an_error_with_the_reasons(tmp_path):
     save(tmp_path / "tiny.png", (4, 4))
     with pytest.raises(DataError, match=r"None of the 1 files(?s:.)*tiny.png: too small(?s:.)*pass another folder"):
