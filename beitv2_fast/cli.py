@@ -36,9 +36,11 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--model", help="name of the model, for what weights do not tell, such as heads [none]")
     convert.add_argument("--force", action="store_true", help="replace OUT")
     encode = commands.add_parser(
-        "encode", help="a folder of images to a file of codes", description=EncodeConfig.__doc__
+        "encode", help="a folder or tar shards of images to a file of codes", description=EncodeConfig.__doc__
     )
-    encode.add_argument("images", metavar="IMAGES", type=Path, help="folder of images, with or without folders in it")
+    encode.add_argument(
+        "images", metavar="IMAGES", type=Path, help="folder of images, with or without folders in it, or tar shards"
+    )
     add_options(encode, EncodeConfig())
     explore = commands.add_parser(
         "explore", help="a local page to look at a run with", description=ExploreConfig.__doc__

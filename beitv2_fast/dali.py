@@ -7,8 +7,10 @@ its crops, flips and masks are those of the other loader. On the CPU both loader
 from __future__ import annotations
 
 import io
+import logging
+import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +34,14 @@ from nvidia.dali.plugin.pytorch import feed_ndarray  # noqa: E402
 if TYPE_CHECKING:
     from .data import ImageFolder
 
-# What DALI decodes to PIL's pixels. All else, and what EXIF turns, PIL decodes and hands on as pixels.
+# What DALI decodes to PIL's pixels. All else, and what metadata turns, PIL decodes and hands on as pixels.
 PLAIN = {(kind, mode) for kind in ("JPEG", "PNG") for mode in ("RGB", "L")}
+TURNING = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # texts of a PNG that may hold an orientation
 FILTERS = {"bicubic": types.INTERP_CUBIC, "lanczos": types.INTERP_LANCZOS3}
 MAGNITUDES = 31  # of RandAugment, 0 .. 30
 READ_AHEAD = 2  # batches whose files are read while another is decoded and one is trained on
+
+log = logging.getLogger(__name__)
 
 Batch = tuple[list[Key], dict[str, Any], Draws]  # keys, what is fed to the pipeline, draws
 
@@ -56,16 +61,19 @@ class DaliBatches(Dataset):
 
     def __getitems__(self, keys: list[Key]) -> dict[str, Tensor]:
         if self._pipeline is None:
-            self._pipeline = build(self.dataset.view, torch.device("cpu"), self.batch_size, 1, whole_graph=False)
+            self._pipeline = self._build()
         batch = prepare(self.dataset, keys, whole_graph=False)
         start(self._pipeline, batch)
-        (output,) = result(self._pipeline, self.dataset, batch)
+        self._pipeline, (output,) = result(self._pipeline, self.dataset, batch, False, self._build)
         cuts = [Image.fromarray(np.asarray(output[i])) for i in range(len(output))]
         _, _, draws = batch
         view = self.dataset.view
         made = {**view.finish(pictures_of_cuts(cuts, view, draws), draws), **self.dataset.names(keys)}
         self._pipeline.release_outputs()
         return made
+
+    def _build(self) -> Any:
+        return build(self.dataset.view, torch.device("cpu"), self.batch_size, 1, whole_graph=False)
 
 
 class DaliLoader:
@@ -85,20 +93,24 @@ class DaliLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        view = self.dataset.view
-        pipeline = build(view, self.dataset.device, self.batch_size, self.threads, whole_graph=True)
+        view, pipeline = self.dataset.view, self._build()
         with ThreadPoolExecutor(self.threads, thread_name_prefix="reading") as readers:
             reading = self._read(readers)
             running = next(reading, None)
             if running is not None:
                 start(pipeline, running)
             while running is not None:
-                pictures = self._pictures(pipeline, running)
+                pipeline, outputs = result(pipeline, self.dataset, running, True, self._build)
+                pictures = self._pictures(outputs)
+                pipeline.release_outputs()
                 keys, _, draws = running
                 running = next(reading, None)
                 if running is not None:
                     start(pipeline, running)  # before `finish` and the step, so that it runs meanwhile
                 yield {**view.finish(pictures, draws), **self.dataset.names(keys)}
+
+    def _build(self) -> Any:
+        return build(self.dataset.view, self.dataset.device, self.batch_size, self.threads, whole_graph=True)
 
     def _read(self, readers: ThreadPoolExecutor) -> Iterator[Batch]:
         """The batches, READ_AHEAD of them under way."""
@@ -110,24 +122,22 @@ class DaliLoader:
         while ahead:
             yield ahead.popleft().result()
 
-    def _pictures(self, pipeline: Any, batch: Batch) -> Pictures:
+    def _pictures(self, outputs: tuple) -> Pictures:
         device, pictures = self.dataset.device, {}
-        outputs = result(pipeline, self.dataset, batch)
         for (name, picture), output in zip(self.dataset.view.pictures.items(), outputs, strict=True):
             shape = (len(output), picture.size, picture.size, 3)
             pictures[name] = torch.empty(shape, dtype=torch.uint8, device=device)
             stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
             feed_ndarray(output.as_tensor(), pictures[name], cuda_stream=stream)
-        pipeline.release_outputs()
         return pictures
 
 
-def prepare(dataset: ImageFolder, keys: list[Key], whole_graph: bool) -> Batch:
-    """Reads a batch and draws for it. DataError: an image cannot be read."""
+def prepare(dataset: ImageFolder, keys: list[Key], whole_graph: bool, by_pil: bool = False) -> Batch:
+    """Reads a batch and draws for it; ``by_pil``: decodes it, too. DataError: an image cannot be read."""
     encoded, sizes = [], []
     for _, index in keys:
         try:
-            data, size = decodable(dataset.images.read(index))
+            data, size = decodable(dataset.images.read(index), by_pil)
         except Exception as error:  # PIL may raise anything at all on a damaged file
             raise dataset.lost(index, error) from error
         encoded.append(data)
@@ -143,34 +153,71 @@ def start(pipeline: Any, batch: Batch) -> None:
     pipeline.schedule_run()
 
 
-def result(pipeline: Any, dataset: ImageFolder, batch: Batch) -> tuple:
-    """Waits for what `start` started. DataError: the image that DALI stumbled over, if PIL does so too."""
+def result(
+    pipeline: Any, dataset: ImageFolder, batch: Batch, whole_graph: bool, rebuild: Callable[[], Any]
+) -> tuple[Any, tuple]:
+    """Waits for what `start` started -> the pipeline to go on with, and its outputs.
+
+    An error ends a pipeline. If PIL opens all images that DALI could not decode, it decodes them for a new one.
+
+    Raises:
+        DataError: the image that DALI stumbled over, if PIL does so too; or DALI fails with PIL's pixels, too.
+    """
+    keys, _, _ = batch
+    names = ", ".join(dataset.images.paths[index] for _, index in keys[:3])
     try:
-        return pipeline.share_outputs()
+        return pipeline, pipeline.share_outputs()
     except RuntimeError as error:
-        keys, _, _ = batch
         for _, index in keys:
             try:
                 dataset.images.open(index)
             except Exception as found:
                 raise dataset.lost(index, found) from error
-        names = ", ".join(dataset.images.paths[index] for _, index in keys[:3])
+        log.warning(
+            "DALI could not decode a batch (%s, ...), so PIL does: %s", names, " ".join(str(error).split())[:300]
+        )
+    try:
+        pipeline = rebuild()
+        start(pipeline, prepare(dataset, keys, whole_graph, by_pil=True))
+        return pipeline, pipeline.share_outputs()
+    except RuntimeError as error:
         raise DataError(
             f"DALI could not load a batch ({names}, ...), although PIL opens all of its images now: {error}. Start "
             "again; if it happens again, use --loader torchvision."
         ) from error
 
 
-def decodable(data: bytes) -> tuple[np.ndarray, tuple[int, int]]:
-    """What DALI shall decode, the file itself wherever it can be, and (width, height)."""
+def decodable(data: bytes, by_pil: bool = False) -> tuple[np.ndarray, tuple[int, int]]:
+    """What DALI shall decode, the file itself wherever it can be and unless ``by_pil``, and (width, height)."""
     with Image.open(io.BytesIO(data)) as header:  # reads no more than the header
-        plain, size = (header.format, header.mode) in PLAIN, header.size
-        if plain and "exif" in header.info:
-            plain = header.format == "JPEG" and header.getexif().get(EXIF_ORIENTATION, 1) == 1
+        plain, size = not by_pil and (header.format, header.mode) in PLAIN, header.size
+        if plain and header.format == "JPEG":
+            plain = header.getexif().get(EXIF_ORIENTATION, 1) == 1
+        elif plain:
+            plain = is_plain_png(data)
     if plain:
         return np.frombuffer(data, np.uint8), size
     image = open_image(io.BytesIO(data)).convert("RGB")
     return np.frombuffer(b"P6\n%d %d\n255\n" % image.size + image.tobytes(), np.uint8), image.size
+
+
+def is_plain_png(data: bytes) -> bool:
+    """Whether no metadata, before or after its pixels, may turn a PNG, and all of it is as it should be.
+
+    PIL minds neither a wrong checksum of the pixels nor a missing end, at which DALI fails.
+    """
+    at = 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        kind, checksum = data[at + 4 : at + 8], data[end - 4 : end]
+        if zlib.crc32(memoryview(data)[at + 4 : end - 4]).to_bytes(4, "big") != checksum:
+            return False
+        if kind == b"IEND":
+            return True
+        if kind == b"eXIf" or data.startswith(TURNING, at + 8):
+            return False
+        at = end
+    return False
 
 
 def inputs(view: View, sizes: np.ndarray, draws: Draws, whole_graph: bool) -> dict[str, np.ndarray]:
@@ -207,7 +254,8 @@ def build(view: View, device: torch.device, batch_size: int, threads: int, whole
         enable_conditionals=True,
     )
     def graph() -> Any:
-        decoder = {"device": "mixed" if on_gpu else "cpu", "output_type": types.RGB}
+        # What is to be turned comes from PIL, turned already.
+        decoder = {"device": "mixed" if on_gpu else "cpu", "output_type": types.RGB, "adjust_orientation": False}
         encoded = source(name="encoded", dtype=types.UINT8, ndim=1)
         if view.resizes_first:
             image = fn.decoders.image(encoded, **decoder)

@@ -1,4 +1,4 @@
-"""A folder of images -> a file of their codes: `beitv2-fast encode IMAGES --tokenizer RUN_OR_FILE --out codes.npz`.
+"""Images -> a file of their codes: `beitv2-fast encode IMAGES --tokenizer RUN_OR_FILE --out codes.npz`.
 
 Finished pieces lie in a hidden folder beside the output until all are there. A process that is killed at any point
 loses the piece it was at; the same command goes on after the last one and ends with the same bytes.
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from .models import create_model
 from .run import lock, write_atomically
 from .tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from .images import ImageList
+
 log = logging.getLogger(__name__)
 
 PIECE_BATCHES = 16  # batches between two states on disk
@@ -38,7 +41,10 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """Turn a folder of images into a file of codes. Run again after an interruption, it goes on where it was."""
+    """Turn a folder or tar shards of images into a file of codes.
+
+    Run again after an interruption, it goes on where it was.
+    """
 
     tokenizer: Path = option(Path("runs/tokenizer"), "run folder, or weights file of any format, of a tokenizer")
     out: Path = option(Path("codes.npz"), "file to write: .npz or .safetensors")
@@ -61,11 +67,12 @@ class EncodeConfig:
 
 
 def encode_folder(images: Path, config: EncodeConfig) -> tuple[int, list[tuple[str, str]]]:
-    """Encode every image below a folder and write ``config.out``.
+    """Encode every image below a folder, or in tar shards, and write ``config.out``.
 
     The file holds ``codes`` [images, h, w] (uint16 up to 65,536 codes, else int32), ``paths`` (relative to the folder,
-    with forward slashes, sorted) and ``left_out`` (the paths of files that could not be read). In a .npz the last two
-    are arrays of strings; in a .safetensors they are uint8, UTF-8 with a zero byte between names.
+    with forward slashes, sorted; of shards SHARD.tar/MEMBER, in their order) and ``left_out`` (the paths of files that
+    could not be read). In a .npz the last two are arrays of strings; in a .safetensors they are uint8, UTF-8 with a
+    zero byte between names.
 
     Returns:
         how many images were encoded; (path, reason) of each that was left out.
@@ -77,17 +84,18 @@ def encode_folder(images: Path, config: EncodeConfig) -> tuple[int, list[tuple[s
 
     _check_out(config)
     found = find_images(images)
+    log.info(found.summary)
     model = create_model(checkpoint=config.tokenizer)
     if not isinstance(model, Tokenizer):
         raise UserError(
             f"--tokenizer {config.tokenizer} holds a {type(model).__name__.lower()}; a tokenizer is needed."
         )
     pieces = config.out.with_name(f".{config.out.name}.pieces")
-    state = _state(found.root, found.paths, model, config)
+    state = _state(found, model, config)
     pieces.mkdir(parents=True, exist_ok=True)
     held = lock(pieces)
     _open_pieces(pieces, state, config.force)
-    for _ in _encode_pieces(found.root, found.paths, model, config, pieces):
+    for _ in _encode_pieces(found, model, config, pieces):
         pass
     parts = [_read_piece(pieces / f"{first:09d}.npz") for first in range(0, len(found.paths), _piece(config))]
     left_out = found.rejected + [(path, reason) for part in parts for path, reason in part[1].items()]
@@ -107,13 +115,13 @@ Batch = tuple[list[int], Tensor | None, dict[int, str]]
 class _Images(Dataset):
     """indices -> those whose images can be read, the tokenizer's views of these [B, 3, H, W], the others' reasons."""
 
-    def __init__(self, root: Path, paths: list[str], size: int, crop_pct: float):
+    def __init__(self, images: ImageList, size: int, crop_pct: float):
         from .transforms import EvalView
 
-        self.root, self.paths, self.view = root, paths, EvalView(size, crop_pct)
+        self.images, self.view = images, EvalView(size, crop_pct)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.images)
 
     def __getitems__(self, indices: list[int]) -> Batch:
         good: list[int] = []
@@ -124,27 +132,25 @@ class _Images(Dataset):
                 views.append(self._view(index))
                 good.append(index)
             except Exception as error:  # a decoder may raise anything at all on a damaged file
-                reason = " ".join(str(error).replace(f"{self.root}{os.sep}", "").split())[:200]
+                reason = " ".join(str(error).replace(f"{self.images.root}{os.sep}", "").split())[:200]
                 bad[index] = reason or type(error).__name__
         return good, torch.stack(views) if views else None, bad
 
     def _view(self, index: int) -> Tensor:
-        from .images import Image, open_image
+        from .images import Image
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return self.view(open_image(self.root / self.paths[index]))["image"]
+            return self.view(self.images.open(index))["image"]
 
 
-def _encode_pieces(
-    root: Path, paths: list[str], model: Tokenizer, config: EncodeConfig, pieces: Path
-) -> Iterator[Path]:
+def _encode_pieces(images: ImageList, model: Tokenizer, config: EncodeConfig, pieces: Path) -> Iterator[Path]:
     """Encode what has no piece on disk yet; yields each piece's file when it is complete."""
     from .torch_loader import TorchLoader  # brings PIL
 
     tqdm = require("tqdm", "train", "A progress bar").tqdm
-    step = _piece(config)
+    paths, step = images.paths, _piece(config)
     todo = [first for first in range(0, len(paths), step) if not (pieces / f"{first:09d}.npz").exists()]
     batches = [
         list(range(at, min(at + config.batch_size, first + step, len(paths))))
@@ -154,18 +160,18 @@ def _encode_pieces(
     devices = _devices(config.device)
     models = [model.to(devices[0]), *(_copy(model, device) for device in devices[1:])]
     workers = _workers(config.workers, devices[0])
-    dataset = _Images(root, paths, model.config.encoder.image_size, config.crop_pct)
+    dataset = _Images(images, model.config.encoder.image_size, config.crop_pct)
     loader = TorchLoader(dataset, batches, workers)
     dtype = autocast_dtype(config.precision, devices[0])
     with tqdm(total=len(paths), initial=len(paths) - sum(map(len, batches)), unit="image", desc="encoding") as bar:
         indices: list[int] = []
         codes: list[Tensor] = []
         left_out: dict[str, str] = {}
-        for number, (good, images, bad) in enumerate(loader):
+        for number, (good, views, bad) in enumerate(loader):
             left_out |= {paths[index]: reason for index, reason in bad.items()}
-            if images is not None:  # several GPUs take turns, none waits for another
+            if views is not None:  # several GPUs take turns, none waits for another
                 device = number % len(devices)
-                codes.append(_codes(models[device], images.to(devices[device], non_blocking=True), dtype))
+                codes.append(_codes(models[device], views.to(devices[device], non_blocking=True), dtype))
                 indices += good
             bar.update(len(good) + len(bad))
             last = batches[number][-1] + 1
@@ -210,15 +216,13 @@ def _piece(config: EncodeConfig) -> int:
     return config.batch_size * PIECE_BATCHES
 
 
-def _state(root: Path, paths: list[str], model: Tokenizer, config: EncodeConfig) -> dict[str, Any]:
+def _state(images: ImageList, model: Tokenizer, config: EncodeConfig) -> dict[str, Any]:
     """What the codes depend on, as JSON: pieces of another state are not gone on with."""
+    from .image_check import file_states  # brings PIL
+
     files = hashlib.sha256()
-    for path in paths:
-        try:
-            stat = (root / path).stat()
-            files.update(repr((path, stat.st_size, stat.st_mtime_ns)).encode())
-        except OSError:
-            files.update(repr((path, None)).encode())
+    for path, state in zip(images.paths, file_states(images), strict=True):
+        files.update(repr((path, *(state or [None]))).encode())
     weights = hashlib.sha256()
     for name, value in model.state_dict().items():
         weights.update(name.encode())

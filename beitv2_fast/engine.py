@@ -69,15 +69,25 @@ class Task(Protocol):
 
 
 def checked_images(
-    data: Path, split: str | None, config: RunConfig, run: RunFolder, world: World, *, min_size: int, name: str = ""
+    data: Path,
+    split: str | None,
+    config: RunConfig,
+    run: RunFolder,
+    world: World,
+    *,
+    min_size: int,
+    name: str = "",
+    labelled: bool = False,
 ) -> ImageList:
     """The images of a folder, checked once: rank 0 decodes them all, the others read what it wrote beside the run.
 
-    ``name``: of what is written, where a run has several lists.
+    The log says what was found. ``split``, ``labelled``: see ``find_images``. ``name``: of what is written, where a run
+    has several lists.
     """
 
     def checked() -> ImageList:
-        found = find_images(data, split, index=run.path / f"shards{name}.json")
+        found = find_images(data, split, labelled=labelled, index=run.path / f"shards{name}.json")
+        run.print(found.summary)
         return check_images(found, cache=run.path / f"images{name}.json", min_size=min_size, workers=config.workers)
 
     if world.rank == 0:
@@ -86,10 +96,12 @@ def checked_images(
     return images if world.rank == 0 else checked()
 
 
-def training_images(config: TrainConfig, view: View, run: RunFolder, world: World) -> ImageFolder:
-    """The images of --data and how they are loaded, which the log says."""
+def training_images(
+    config: TrainConfig, view: View, run: RunFolder, world: World, *, labelled: bool = False
+) -> ImageFolder:
+    """The images of --data and how they are loaded, which the log says. ``labelled``: see ``find_images``."""
     loader, why = choose_loader(config.loader, in_memory=config.in_memory)
-    images = checked_images(config.data, "train", config, run, world, min_size=config.patch_size)
+    images = checked_images(config.data, "train", config, run, world, min_size=config.patch_size, labelled=labelled)
     dataset = ImageFolder(images, view, config.seed, in_memory=config.in_memory, loader=loader, device=world.device)
     run.print(f"images: {len(images):,} from {images.root}, loaded by {loader} on the {dataset.device.type} ({why})")
     return dataset

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .data import ImageFolder, keyed_loader
 from .distributed import World
 from .errors import UserError
-from .images import ImageList
+from .images import ImageList, splits_in
 from .sampler import rank_share
 from .transforms import normalise
 
@@ -23,11 +23,12 @@ def columns_of(images: ImageList, classes: Sequence[str], source: Path | str) ->
     Of a folder those of its classes, found by their names. Shards have the training's numbers for names: all logits.
     """
     if images.spans is None:
+        splits = [name for names in splits_in(images.root).values() for name in names]
+        if splits and not images.classes:
+            raise UserError(f"{source} is divided into {', '.join(splits)}. Give the one to evaluate on, {source}/....")
         return class_columns(images.classes, classes, source)
     if not images.classes:
-        raise UserError(
-            f"{source}: not every image of the shards has a label. Evaluation needs KEY.cls beside KEY.jpg."
-        )
+        raise UserError(f"{source}: no image of the shards has a label. Evaluation needs KEY.cls beside KEY.jpg.")
     if len(images.classes) > len(classes):
         raise UserError(
             f"{source} has an image of class {len(images.classes) - 1}, but the classifier knows 0 to "

@@ -24,6 +24,7 @@ from .downstream_config import FinetuneConfig
 from .engine import Batch, Task, checked_images
 from .errors import UserError
 from .evaluation import columns_of, evaluate
+from .images import find_split
 from .run import RunFolder, write_atomically
 from .transforms import normalise
 
@@ -117,10 +118,18 @@ class FinetuneTask(Task):
 
 
 def labelled_images(
-    folder: Path, name: str, config: RunConfig, run: RunFolder, world: World, *, view: EvalView, min_size: int
+    folder: Path,
+    split: str | None,
+    name: str,
+    config: RunConfig,
+    run: RunFolder,
+    world: World,
+    *,
+    view: EvalView,
+    min_size: int,
 ) -> ImageFolder:
     """A folder's images for evaluation. ``name``: of the list that is kept beside the run."""
-    images = checked_images(folder, None, config, run, world, min_size=min_size, name=f"_{name}")
+    images = checked_images(folder, split, config, run, world, min_size=min_size, name=f"_{name}", labelled=True)
     return ImageFolder(images, view, loader=choose_loader(config.loader)[0], device=world.device)
 
 
@@ -131,11 +140,12 @@ def crop_share(crop_pct: float | None, image_size: int) -> float:
     return 224 / 256 if image_size < 384 else 1.0
 
 
-def validation_folder(config: FinetuneConfig) -> Path | None:
-    """--val, or val or test of --data."""
+def validation_images(config: FinetuneConfig) -> tuple[Path, str | None] | None:
+    """--val, or --data with its split, val or else test; None without either."""
     if config.val is not None:
-        return config.val
-    return next((config.data / name for name in ("val", "test") if (config.data / name).is_dir()), None)
+        return config.val, None
+    split = find_split(config.data, "val", "test")
+    return None if split is None else (config.data, split)
 
 
 class Validation:
@@ -143,10 +153,10 @@ class Validation:
 
     def __init__(self, config: FinetuneConfig, classes: list[str], run: RunFolder, world: World):
         self.config, self.run, self.world = config, run, world
-        folder = validation_folder(config)
+        folder, split = validation_images(config)
         view = EvalView(config.image_size, crop_share(config.crop_pct, config.image_size))
-        self.dataset = labelled_images(folder, "val", config, run, world, view=view, min_size=config.patch_size)
-        self.columns = columns_of(self.dataset.images, classes, folder)
+        self.dataset = labelled_images(folder, split, "val", config, run, world, view=view, min_size=config.patch_size)
+        self.columns = columns_of(self.dataset.images, classes, self.dataset.images.root)
 
     def __call__(self, step: int, models: dict[str, nn.Module], progress: Callable[[], None]) -> dict[str, dict]:
         """The results by model, logged."""

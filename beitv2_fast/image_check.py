@@ -48,7 +48,7 @@ def check_images(images: ImageList, *, cache: Path | None, min_size: int, worker
         DataError: nothing is left.
     """
     known = _read_cache(cache, images.root)
-    states = _file_states(images)
+    states = file_states(images)
     todo = [i for i, path in enumerate(images.paths) if states[i] is None or known.get(path, [None])[0] != states[i]]
     found = {
         path: known[path]
@@ -80,6 +80,11 @@ def _without(images: ImageList, bad: dict[str, str], *, listed: bool) -> ImageLi
     lines = [f"  {path}: {reason}" for path, reason in rejected[:LISTED_REJECTIONS]]
     if len(rejected) > LISTED_REJECTIONS:
         lines.append(f"  ... and {len(rejected) - LISTED_REJECTIONS} more")
+    labels = images.labels or []
+    lost = [images.classes[i] for i in sorted({*labels} - {labels[i] for i in keep if labels})]
+    if lost and keep:
+        names = ", ".join(lost[:LISTED_REJECTIONS]) + (", ..." if len(lost) > LISTED_REJECTIONS else "")
+        lines.append(f"  so that no image is left of the classes {names}")
     if not keep:
         raise DataError(
             f"None of the {total} files in {images.root} can be used:\n" + "\n".join(lines) + "\n"
@@ -92,7 +97,7 @@ def _without(images: ImageList, bad: dict[str, str], *, listed: bool) -> ImageLi
     return images.subset(keep, rejected)
 
 
-def _file_states(images: ImageList) -> list[list[int] | None]:
+def file_states(images: ImageList) -> list[list[int] | None]:
     """Size and modification time of the file of each image, and its place in a shard; None if the file is gone."""
     stat = functools.cache(_file_state) if images.spans is not None else _file_state
     states = [stat(images.file(i)) for i in range(len(images))]

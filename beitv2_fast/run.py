@@ -146,7 +146,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 def _check_same(config: RunConfig, file: Path) -> None:
     stored, wanted = stored_config(file.parent), fingerprint(config)
-    different = [name for name in wanted if stored.get(name, "(absent)") != wanted[name]]
+    # An option that the version which made the run did not have yet was at its default.
+    defaults = fingerprint(type(config)()) if stored.keys() <= vars(config).keys() else {}
+    different = [name for name in wanted if stored.get(name, defaults.get(name, "(absent)")) != wanted[name]]
     if different and any((file.parent / name).exists() for name in RESULTS):
         listed = "; ".join(f"{name}: {stored.get(name)} there, {wanted[name]} now" for name in different)
         raise UserError(

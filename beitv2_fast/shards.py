@@ -1,7 +1,8 @@
 """Tar shards in webdataset's layout: KEY.jpg beside KEY.cls or KEY.json, whose members are read in place.
 
-An index says once where each image lies, so that shards are sampled, shuffled, divided among ranks and resumed as
-folders are. Nothing is ever unpacked.
+A KEY is a member's whole name without its last suffix: 2024.05.01.png and 2024.05.02.png are two samples. An index
+says once where each image lies, so that shards are sampled, shuffled, divided among ranks and resumed as folders are.
+Nothing is ever unpacked.
 """
 
 from __future__ import annotations
@@ -11,32 +12,32 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from .errors import require
-from .images import SUFFIXES, DataError, ImageList
+from .images import SUFFIXES, DataError, ImageList, PassedOver, counted, has_images, is_left_over, split_of, told
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 SCANNERS = 8  # shards that are scanned at once: on network storage most of the time is waiting
 MAX_LABEL_BYTES = 1 << 20
+LABELS = (".cls", ".json")
 MAX_CLASSES = 1 << 20  # a hostile label would else make a list of as many names
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # of a pattern such as train-{0000..0146}.tar
 
-Member = tuple[str, int, int, int | None]  # name, first byte, bytes, label
+Member = tuple[str, int, int, int | None, str | None]  # name, first byte, bytes, label, or why it has none
+Scanned = tuple[list[Member], list[tuple[str, str]], PassedOver]
 
 
-def shards_of(root: Path, split: str | None) -> list[Path]:
-    """The shards that --data names: a .tar file, a pattern, or a folder of .tar files; none if it names something else.
+def shards_of(root: Path) -> list[Path]:
+    """The shards that a path names that is no folder: a .tar file or a pattern; none if it is something else.
 
     Raises:
         DataError: a pattern that no file matches.
     """
     text = str(root)
-    if root.is_dir():
-        folder = root / split if split and (root / split).is_dir() else root
-        return sorted(path for path in folder.glob("*.tar") if path.is_file())
     if root.is_file():
         return [root] if root.suffix == ".tar" else []
     if RANGE.search(text) or glob.has_magic(text):
@@ -45,6 +46,32 @@ def shards_of(root: Path, split: str | None) -> list[Path]:
             raise DataError(f"No file matches the pattern {text}. Quote it on the command line, and check the folder.")
         return found
     return []
+
+
+def shards_in(folder: Path) -> tuple[list[Path], PassedOver]:
+    """The shards of a folder and the images that lie beside them; none if these are more, and so are meant.
+
+    Raises:
+        DataError: as many shards as image files and folders with images.
+    """
+    shards = sorted(path for path in folder.glob("*.tar") if path.is_file() and not is_left_over(path.name))
+    images = sorted(entry.name for entry in os.scandir(folder) if has_images(entry)) if shards else []
+    if shards and len(images) == len(shards):
+        raise DataError(
+            f"{folder} holds as many .tar files ({shards[0].name}, ...) as folders and files of images ({images[0]}, "
+            f"...): it is not clear which are meant. Move the ones away, or for the shards pass '{folder}/*.tar'."
+        )
+    if len(images) > len(shards):
+        return [], {}
+    return shards, counted((name, "folders and images beside the shards") for name in images)
+
+
+def split_of_shard(name: str) -> str | None:
+    """The split that a word of a shard's name means (imagenet-train-0001.tar); None if none does, or several do."""
+    if not name.endswith(".tar") or is_left_over(name):
+        return None
+    found = {split_of(word) for word in re.findall("[a-z]+", name.lower())} - {None}
+    return found.pop() if len(found) == 1 else None
 
 
 def _ranges(pattern: str) -> Iterator[str]:
@@ -58,15 +85,19 @@ def _ranges(pattern: str) -> Iterator[str]:
         yield from _ranges(f"{pattern[: match.start()]}{number:0{len(first)}}{pattern[match.end() :]}")
 
 
-def find_shard_images(shards: list[Path], index: Path | None = None) -> ImageList:
-    """The images of the shards, in the order of their names; labels, if every image has one.
+def find_shard_images(
+    shards: list[Path], index: Path | None = None, *, labelled: bool = False, beside: PassedOver | None = None
+) -> ImageList:
+    """The images of the shards, in the order of their names; labels, if every image has one, or they are asked for.
 
     Members that a careless reader would write elsewhere or stumble over are left out and listed in `rejected`: absolute
     paths, paths with "..", backslashes or control characters, links, devices, sparse files, names that come twice, and
-    what is cut off. Other members than images and labels are passed over.
+    what is cut off. Hidden members, and others than images and labels, are passed over.
 
     Args:
         index: a JSON file that keeps what was found, so that a restart scans only shards that have changed.
+        labelled: images without a label are rejected, with the reason. Else one of them means that none has a label.
+        beside: what was passed over beside the shards.
 
     Raises:
         DataError: no shard holds an image.
@@ -77,36 +108,54 @@ def find_shard_images(shards: list[Path], index: Path | None = None) -> ImageLis
     states = {name: [(root / name).stat().st_size, (root / name).stat().st_mtime_ns] for name in names}
     todo = [name for name in names if known.get(str(root / name), {}).get("state") != states[name]]
     if todo:
-        for name, (members, rejected) in zip(todo, _scan_all(root, todo), strict=True):
-            known[str(root / name)] = {"state": states[name], "members": members, "rejected": rejected}
+        for name, (members, rejected, others) in zip(todo, _scan_all(root, todo), strict=True):
+            known[str(root / name)] = {
+                "state": states[name], "members": members, "rejected": rejected, "passed_over": others,
+            }  # fmt: skip
         _write_index(index, {str(root / name): known[str(root / name)] for name in names})
-    return _image_list(root, {name: known[str(root / name)] for name in names})
+    return _image_list(root, {name: known[str(root / name)] for name in names}, labelled, beside or {})
 
 
-def _image_list(root: Path, scanned: dict[str, dict]) -> ImageList:
+def _image_list(root: Path, scanned: dict[str, dict], labelled: bool, beside: PassedOver) -> ImageList:
     members = [(f"{shard}/{member[0]}", *member[1:]) for shard, found in scanned.items() for member in found["members"]]
     rejected = [
         (f"{shard}/{name}" if name else shard, why) for shard, f in scanned.items() for name, why in f["rejected"]
     ]
+    passed_over = dict(beside)
+    for shard, found in scanned.items():
+        for kind, (count, name) in found["passed_over"].items():
+            before, first = passed_over.get(kind, (0, f"{shard}/{name}"))
+            passed_over[kind] = before + count, first
     if not members:
         reasons = "".join(f"\n  {name}: {why}" for name, why in rejected[:10])
         raise DataError(
-            f"The {len(scanned)} shards in {root} hold no images. Expected members such as KEY.jpg and "
-            f"KEY.cls.{reasons}"
+            f"The {len(scanned)} shards in {root} hold no images{told(passed_over)}. Expected members such as KEY.jpg "
+            f"and KEY.cls.{reasons}"
         )
-    labels = [label for *_, label in members]
-    labelled = all(label is not None for label in labels)
+    without = [
+        (name, why or f"no label: there is no {_key(name)}.cls") for name, _, _, label, why in members if label is None
+    ]
+    any_label = len(without) < len(members)
+    if labelled and any_label:
+        rejected += without
+        members = [member for member in members if member[3] is not None]
+    elif without and any_label:
+        count, (name, why) = len(members) - len(without), without[0]
+        passed_over["labels, since not every image has one"] = count, f"{name}: {why}"
+    labels = [label for _, _, _, label, _ in members]
+    has_labels = None not in labels
     return ImageList(
         root,
         [name for name, *_ in members],
-        labels if labelled else None,
-        [str(i) for i in range(max(labels) + 1)] if labelled else [],
+        labels if has_labels else None,
+        [str(i) for i in range(max(labels) + 1)] if has_labels else [],
         rejected,
-        spans=[(first, length) for _, first, length, _ in members],
+        [(first, length) for _, first, length, *_ in members],
+        passed_over,
     )
 
 
-def _scan_all(root: Path, names: list[str]) -> Iterator[tuple[list[Member], list[tuple[str, str]]]]:
+def _scan_all(root: Path, names: list[str]) -> Iterator[Scanned]:
     tqdm = require("tqdm", "train", "A progress bar").tqdm
     with ThreadPoolExecutor(SCANNERS) as pool, tqdm(total=len(names), desc="indexing", unit="shard") as bar:
         for result in pool.map(scan_shard, (root / name for name in names)):
@@ -114,11 +163,13 @@ def _scan_all(root: Path, names: list[str]) -> Iterator[tuple[list[Member], list
             yield result
 
 
-def scan_shard(path: Path) -> tuple[list[Member], list[tuple[str, str]]]:
-    """The images of one shard in its order, and (member, reason) of what was refused; "" for the shard itself."""
+def scan_shard(path: Path) -> Scanned:
+    """The images of one shard in its order, (member, reason) of what was refused, "" for the shard itself, and what was
+    passed over."""
     images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
+    labels: dict[str, dict[str, int | None]] = {}  # by key what each of its files says
     rejected: list[tuple[str, str]] = []
+    others: list[tuple[str, str]] = []
     seen: set[str] = set()
     size = path.stat().st_size
     try:
@@ -126,17 +177,60 @@ def scan_shard(path: Path) -> tuple[list[Member], list[tuple[str, str]]]:
             for member in _members(tar):
                 why = _refusal(member, size) or ("a name that comes twice" if member.name in seen else None)
                 seen.add(member.name)
-                if why is not None:
+                suffix = PurePosixPath(member.name).suffix.lower()
+                if any(map(is_left_over, PurePosixPath(member.name).parts)) and why is None:
+                    others.append((member.name, "hidden members and what systems leave"))
+                elif why is not None:
                     rejected.append((member.name, why))
-                elif PurePosixPath(member.name).suffix.lower() in SUFFIXES:
+                elif suffix in SUFFIXES:
                     images[member.name] = (member.offset_data, member.size)
-                elif member.isreg() and member.name.endswith((".cls", ".json")):
-                    label = _label(os.pread(file.fileno(), min(member.size, MAX_LABEL_BYTES), member.offset_data))
-                    if label is not None:
-                        labels[_key(member.name)] = label
+                elif member.isreg() and suffix in LABELS:
+                    content = os.pread(file.fileno(), min(member.size, MAX_LABEL_BYTES), member.offset_data)
+                    labels.setdefault(_key(member.name), {})[member.name] = _label(content)
+                elif member.isreg():
+                    others.append(
+                        (member.name, f"members ending in {suffix}" if suffix else "members without a suffix")
+                    )
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         rejected.append(("", f"not an uncompressed tar file as a whole ({error})"))
-    return [(name, *span, labels.get(_key(name))) for name, span in images.items()], rejected
+    found, notes = _with_labels(images, labels)
+    return found, rejected, counted([*others, *notes])
+
+
+def _with_labels(
+    images: dict[str, tuple[int, int]], labels: dict[str, dict[str, int | None]]
+) -> tuple[list[Member], list[tuple[str, str]]]:
+    """The images with their labels, and (name, kind) of what is not as one would expect.
+
+    Where a label has no image of its key, that may be webdataset's, all up to the first dot: x.cls is the label of
+    x.input.png if no other image begins so.
+    """
+    keys, short = {_key(name) for name in images}, Counter(map(_short_key, images))
+    found, used = [], set()
+    for name, span in images.items():
+        key, other = _key(name), _short_key(name)
+        if key not in labels and other not in keys and short[other] == 1:
+            key = other
+        used.add(key)
+        said = {label for label in labels.get(key, {}).values() if label is not None}
+        if len(said) > 1:
+            why = f"no single label: {' and '.join(f'{v} in {n}' for n, v in labels[key].items() if v is not None)}"
+        else:
+            why = f"no label: {next(iter(labels[key]))} holds no class number" if key in labels and not said else None
+        found.append((name, *span, said.pop() if len(said) == 1 else None, why))
+    lost = [
+        name for key, files in labels.items() if key not in used for name, label in files.items() if label is not None
+    ]
+    return found, [(name, "labels without an image") for name in lost]
+
+
+def shared_keys(paths: list[str]) -> str:
+    """For the log: that images have one key, or one that adds to another's, as an image's masks may; else nothing."""
+    keys = Counter(map(_key, paths))
+    same = [path for path in paths if keys[_key(path)] > 1]
+    more = [path for path in paths if _short_key(path) != _key(path) and _short_key(path) in keys]
+    texts = [(same, "share their key with another one"), (more, "have another one's key with something added")]
+    return "".join(f"; {len(found):,} of them {what} ({found[0]}): all are read" for found, what in texts if found)
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -168,9 +262,14 @@ def _refusal(member: tarfile.TarInfo, shard_size: int) -> str | None:
 
 
 def _key(name: str) -> str:
-    """What files of one sample share: all up to the first dot of the file's name."""
-    folder, _, file = name.rpartition("/")
-    return f"{folder}/{file.split('.', 1)[0]}"
+    """What files of one sample share: the whole path without its last suffix."""
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _short_key(name: str) -> str:
+    """webdataset's key: all up to the first dot of the file's name."""
+    path = PurePosixPath(name)
+    return str(path.with_name(path.name.split(".", 1)[0]))
 
 
 def _label(content: bytes) -> int | None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .checkpoint import load_model, read_weights
-from .errors import CheckpointError, UserError, require
+from .errors import CheckpointError, UserError, require, require_floating
 from .torchscript import is_torchscript, read_torchscript
 
 CLIP_NAME = "ViT-B-16-quickgelu"  # plain "ViT-B-16" has another GELU than OpenAI's weights were trained with
@@ -53,6 +53,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        require_floating(images)
         size = (grid[0] * self.patch_size, grid[1] * self.patch_size)
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)

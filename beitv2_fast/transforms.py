@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .draws import AUGMENT, MASK_STREAM, Draws, jitter_steps, mixed, random_crops, random_flips, uniform
+from .errors import require_floating
 from .images import Image
 from .jitter import color_jitter
 from .masking import patch_masks
@@ -268,7 +269,8 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 def normalise(image: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> Tensor:
-    """(image - mean) / std by channel: [..., 3 or 1, H, W] in [0, 1] -> [..., 3, H, W]."""
+    """(image - mean) / std by channel: [..., 3 or 1, H, W] in [0, 1] -> [..., 3, H, W]. TypeError: integers."""
+    require_floating(image)
     mean_, std_ = (image.new_tensor(values).view(3, 1, 1) for values in (mean, std))
     return (image - mean_) / std_
 

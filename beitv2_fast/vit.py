@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attention, prepare_bias
+from .errors import require_floating
 from .linear import Linear, linear
 
 POSITIONS = ("absolute", "shared_relative", "relative", "none")
@@ -201,7 +202,12 @@ class ViT(nn.Module):
         return self.vit_config.grid
 
     def embed(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
-        """Images [B, c, H, W] (and mask [B, N] bool: those patches become the mask token) -> tokens [B, 1 + N, C]."""
+        """Images [B, c, H, W] (and mask [B, N] bool: those patches become the mask token) -> tokens [B, 1 + N, C].
+
+        Raises:
+            TypeError: the images are integers.
+        """
+        require_floating(images)
         x = self.patch_embed(images)
         if mask is not None:
             x = torch.where(mask[:, :, None], mask_token.to(x.dtype), x)

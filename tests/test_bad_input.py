@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import json
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from beitv2_fast.config import PretrainConfig, TokenizerConfig
 from beitv2_fast.downstream_config import EvaluateConfig, FinetuneConfig, ProbeConfig
 from beitv2_fast.errors import UserError
 from beitv2_fast.run import RunFolder
+from beitv2_fast.segmentation.config import SegmentConfig
 from beitv2_fast.teachers import Teacher
 
 from .training import PRETRAIN, TINY, TOKENIZER, call, write_images
@@ -162,6 +165,18 @@ def test_a_run_folder_in_use_is_refused_and_free_again_when_its_process_ends(tmp
         with pytest.raises(UserError, match="another process is writing"):
             RunFolder(config)
         other.kill()
+    RunFolder(config)
+
+
+def test_a_run_of_before_an_option_goes_on_with_its_default_only(tmp_path):
+    config = SegmentConfig(out=tmp_path / "run")
+    RunFolder(config).metrics(1, {"loss": 1.0})
+    file = config.out / "config.json"
+    stored = json.loads(file.read_text())
+    del stored["label_values"]
+    file.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="label_values: None there"):
+        RunFolder(dataclasses.replace(config, label_values=(0, 255)))
     RunFolder(config)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +17,10 @@ from beitv2_fast.data import (
     ImageFolder,
     PretrainView,
     TokenizerView,
+    check_images,
     choose_loader,
     find_images,
+    keyed_loader,
     train_loader,
 )
 from beitv2_fast.errors import UserError
@@ -23,6 +29,8 @@ from .test_against_torchvision import photographs
 
 dali = pytest.importorskip("beitv2_fast.dali", reason="DALI is not installed (extra: dali)", exc_type=UserError)
 
+KEYS = [(0, 0), (0, 1), (0, 2), (0, 1), (0, 2)]
+BATCHES = [KEYS[:3], KEYS[3:]]
 VIEWS = {
     "tokenizer": TokenizerView(96),
     "pretrain": PretrainView(96, 96, (6, 6), 14),
@@ -132,6 +140,69 @@ def test_the_graph_decodes_what_pil_decodes(images, kind):
         assert size == images.open(i).size
         handed_on = bytes(data[:2]) != b"P6"
         assert handed_on == (not images.paths[i].startswith(("cmyk", "palette", "alpha", "deep", "turned")))
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def odd_files() -> dict[str, bytes]:
+    """Files that PIL reads, turned by what PIL alone reads or not as whole as DALI wants them; the plain ones first."""
+    image, encoded = next(photographs()).resize((96, 80)), {}
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("PNG", "JPEG"):
+        image.save(file := io.BytesIO(), kind)
+        encoded[kind] = file.getvalue()
+    png, jpeg, exif = encoded["PNG"], encoded["JPEG"], exif.tobytes()
+    start, end = png.index(b"IDAT") - 4, png.index(b"IEND") - 4
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    app1 = b"http://ns.adobe.com/xap/1.0/\0" + xmp
+    profile = f"\nexif\n{len(exif):8}\n{exif.hex()}".encode()
+    turning = {
+        "xmp": chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+        "packed_xmp": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(xmp)),
+        "exif": chunk(b"eXIf", exif.removeprefix(b"Exif\0\0")),
+        "profile": chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile)),
+    }
+    return {
+        "plain.png": png,
+        "plain.jpg": jpeg,
+        "xmp.jpg": jpeg[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(app1)) + app1 + jpeg[2:],
+        **{f"{name}_before.png": png[:start] + part + png[start:] for name, part in turning.items()},
+        **{f"{name}_after.png": png[:end] + part + png[end:] for name, part in turning.items()},
+        "no_end.png": png[:end],
+        "half_an_end.png": png[:-6],
+        "checksum.png": png[: end - 4] + bytes(4) + png[end:],
+    }
+
+
+@pytest.mark.parametrize("name", odd_files())
+def test_a_file_that_the_check_lets_through_has_the_same_pixels_in_both_loaders(tmp_path, name):
+    (tmp_path / name).write_bytes(odd_files()[name])
+    images = check_images(find_images(tmp_path), cache=None, min_size=8, workers=0)
+    turned = not name.startswith(("plain", "no_end", "half", "checksum"))
+    assert images.open(0).size == ((80, 96) if turned else (96, 80))
+    for view in (TokenizerView(32), EvalView(32)):
+        theirs, ours = (batch_of(images, view, loader)["image"] for loader in ("torchvision", "dali"))
+        assert torch.equal(theirs, ours)
+    whole = torch.cat([batch["image"] for batch in pictures_on_gpu_graph(images, EvalView(32))])
+    assert (whole - theirs).abs().max() * 255 < 2.1
+    assert dali.decodable(images.read(0))[0][:2].tobytes() == (b"P6" if "plain" not in name else images.read(0)[:2])
+
+
+@pytest.mark.parametrize("loader", (lambda f: dali.DaliLoader(f, BATCHES, 3, 1), lambda f: keyed_loader(f, KEYS, 3)))
+def test_what_dali_refuses_though_pil_reads_it_is_decoded_by_pil_and_the_run_goes_on(
+    tmp_path, monkeypatch, caplog, loader
+):
+    for name in ("plain.png", "no_end.png", "plain.jpg"):
+        (tmp_path / name).write_bytes(odd_files()[name])
+    monkeypatch.setattr(dali, "is_plain_png", lambda data: True)
+    folder = ImageFolder(find_images(tmp_path), EvalView(32), loader="dali")
+    expected = ImageFolder(folder.images, EvalView(32)).__getitems__(KEYS)["image"]
+    found = torch.cat([batch["image"] for batch in loader(folder)])
+    assert ((found - expected).abs() * 255 > 2.1).float().mean() < 0.01
+    assert "DALI could not decode a batch (no_end.png, plain.jpg, plain.png, ...), so PIL does" in caplog.text
 
 
 def test_auto_takes_dali_where_it_is_installed_and_there_is_something_to_decode(monkeypatch):

@@ -21,6 +21,7 @@ from beitv2_fast.errors import UserError
 from beitv2_fast.images import open_image
 from beitv2_fast.transforms import EvalView
 
+from .test_shards import write_tar
 from .training import ENVIRONMENT, TINY, TOKENIZER, call, write_images
 from .weights import student, tokenizer
 
@@ -81,6 +82,38 @@ def test_unreadable_images_are_listed_and_left_out(world, tmp_path, caplog):
     assert count == 4 and {path for path, _ in left_out} == set(data["left_out"].tolist()) == wrong
     assert data["paths"].tolist() == ["00.png", "01.png", "03.png", "05.png"] and len(data["codes"]) == 4
     assert all(name in caplog.text for name in wrong)
+
+
+def test_shards_give_the_codes_of_a_folder_with_the_same_images(world, tmp_path):
+    names = ["00.png", "01.png", "02.png", "2024.05.01.png"]
+    contents = [(world / "images" / f"0{i}.png").read_bytes() for i in range(4)]
+    (tmp_path / "folder").mkdir()
+    for name, content in zip(names, contents, strict=True):
+        (tmp_path / "folder" / name).write_bytes(content)
+    bad = [("bad.png", b"no image"), ("bad.cls", b"1")]
+    write_tar(tmp_path / "shards" / "a.tar", [*zip(names[:2], contents[:2], strict=True), *bad])
+    write_tar(tmp_path / "shards" / "b.tar", list(zip(names[2:], contents[2:], strict=True)))
+    encode_folder(tmp_path / "folder", config(world, tmp_path / "folder.npz"))
+    count, left_out = encode_folder(tmp_path / "shards", config(world, tmp_path / "shards.npz", workers=1))
+    folder, shards = np.load(tmp_path / "folder.npz"), np.load(tmp_path / "shards.npz")
+    assert count == 4 and [path for path, _ in left_out] == ["a.tar/bad.png"]
+    assert shards["paths"].tolist() == ["a.tar/00.png", "a.tar/01.png", "b.tar/02.png", "b.tar/2024.05.01.png"]
+    assert np.array_equal(shards["codes"], folder["codes"])
+
+
+def test_a_shard_that_changed_is_another_encoding(world, tmp_path, monkeypatch):
+    content = (world / "images" / "00.png").read_bytes()
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.png", content) for i in range(6)])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(encode, "_read_piece", interrupt)
+        encode_folder(path, config(world, tmp_path / "codes.npz"))
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(UserError, match="the beginning of an encoding with other images"):
+        encode_folder(path, config(world, tmp_path / "codes.npz"))
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_folder_without_a_readable_image_is_an_error(world, tmp_path):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from beitv2_fast import classify, features, read_images
+from beitv2_fast.probe_features import global_features
 from beitv2_fast.transforms import normalise
 
+from .small_runs import TinyTeacher
 from .training import write_images
 from .weights import classifier, images, student, tokenizer
 
@@ -42,3 +45,26 @@ def test_images_are_read_as_a_batch(tmp_path):
     folder = write_images(tmp_path / "images", 2, size=60)
     found = read_images(sorted(folder.iterdir()), 48)
     assert found.shape == (2, 3, 48, 48) and found.min() >= 0 and found.max() <= 1
+
+
+TAKES_IMAGES = {
+    "features of a student": lambda x: features(student(), x),
+    "features of a classifier": lambda x: features(classifier(), x),
+    "features of a tokenizer": lambda x: features(tokenizer(), x),
+    "classify": lambda x: classify(classifier(), x),
+    "a classifier": lambda x: classifier()(x),
+    "a student": lambda x: student().encode(x),
+    "codes": lambda x: tokenizer().encode(x),
+    "the features that probes read": lambda x: global_features(student(), [1])(x),
+    "normalise": normalise,
+    "a teacher": lambda x: TinyTeacher()(x, (6, 6)),
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.uint8, torch.int64, torch.bool))
+@pytest.mark.parametrize("name", TAKES_IMAGES)
+def test_integer_images_are_refused_with_what_is_expected(name, dtype):
+    pixels = (X * 255).to(dtype)
+    with pytest.raises(TypeError, match=r"floating-point numbers are needed.*images.float\(\) / 255"):
+        TAKES_IMAGES[name](pixels)
+    TAKES_IMAGES[name](X)

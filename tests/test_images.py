@@ -35,7 +35,9 @@ def test_the_split_folder_is_used_if_there_is_one(tmp_path):
     save(tmp_path / "train" / "cat" / "a.png")
     save(tmp_path / "test" / "cat" / "b.png")
     assert find_images(tmp_path, "train").paths == ["cat/a.png"]
-    assert find_images(tmp_path, "val").paths == ["test/cat/b.png", "train/cat/a.png"]
+    with pytest.raises(DataError, match="has test, train, but nothing for val"):
+        find_images(tmp_path, "val")
+    assert find_images(tmp_path).paths == ["test/cat/b.png", "train/cat/a.png"]
 
 
 def test_first_level_folders_are_the_classes_and_paths_are_sorted(tmp_path):
@@ -150,6 +152,19 @@ def test_bad_files_are_listed_on_the_log_once_ten_and_the_count(tmp_path, caplog
     caplog.clear()
     assert check(find_images(tmp_path), cache).paths == ["good.png"]
     assert not caplog.records
+
+
+def test_a_class_that_loses_all_of_its_images_is_named(tmp_path, caplog):
+    for name in ("a/good.png", "b/good.png", "c/good.png"):
+        save(tmp_path / name)
+    for i in range(12):
+        (tmp_path / "b" / f"{i}.png").write_bytes(b"")
+    check(find_images(tmp_path))
+    assert "no image is left" not in caplog.text
+    (tmp_path / "b" / "good.png").write_bytes(b"")
+    images = check(find_images(tmp_path))
+    assert (images.classes, images.labels) == (["a", "b", "c"], [0, 2])
+    assert "so that no image is left of the classes b" in caplog.text
 
 
 def test_nothing_left_is_an_error_with_the_reasons(tmp_path):

@@ -173,6 +173,21 @@ def test_a_finished_run_evaluated_at_several_scales_has_both_results_and_picture
         assert image.size == (3 * 48 + 12, 40)
 
 
+def test_masks_in_black_and_white_train_as_those_of_0_and_1(runs, tmp_path, capsys):
+    folders = {white: shutil.copytree(runs / "data", tmp_path / str(white)) for white in (1, 255)}
+    for white, folder in folders.items():
+        for file in folder.glob("*/masks/*.png"):
+            with Image.open(file) as mask:
+                labels = np.array(mask)
+            Image.fromarray(np.where(labels == 2, white, 0).astype(np.uint8)).save(file)
+    assert segment(runs, str(tmp_path / "plain"), data=folders[1]) == 0
+    assert segment(runs, str(tmp_path / "refused"), "--num-classes", 2, data=folders[255]) == 2
+    assert "--label-values 0 255" in capsys.readouterr().err
+    assert segment(runs, str(tmp_path / "named"), "--label-values", 0, 255, data=folders[255]) == 0
+    assert_same_bits(tmp_path / "plain", tmp_path / "named")
+    assert results(tmp_path / "plain")["weights"] == results(tmp_path / "named")["weights"]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -183,6 +198,8 @@ def test_a_finished_run_evaluated_at_several_scales_has_both_results_and_picture
         (["--layers", "0", "1"], "Change --layers"),
         (["--batch-size", "1"], "two images"),
         (["--scale-range", "2", "1"], "--scale-range"),
+        (["--label-values", "0", "1"], "labels beyond the 2 classes"),
+        (["--label-values", "0", "1", "0"], "names a label twice"),
         (["--loader", "dali"], "--loader dali"),
         (["--weights", "{runs}/nothing"], "nothing"),
         (["--evaluate"], "no run folder of a segmentation|no checkpoint yet"),

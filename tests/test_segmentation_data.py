@@ -119,6 +119,100 @@ def test_a_mask_that_does_not_fit_is_refused_by_name(tmp_path, kind, said):
     assert said in str(error.value)
 
 
+def write_masks(root: Path, labels: np.ndarray, name: str = "a", suffix: str = "png") -> Path:
+    """An image and its mask."""
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", labels.shape[::-1], (9, 9, 9)).save(root / "images" / f"{name}.png")
+    Image.fromarray(labels).save(root / "masks" / f"{name}.{suffix}")
+    return root
+
+
+def black_and_white(white: int = 255) -> np.ndarray:
+    labels = np.zeros((40, 48), np.uint8)
+    labels[10:30, 12:40] = white
+    return labels
+
+
+def test_masks_in_black_and_white_are_refused_with_the_option_that_reads_them(tmp_path):
+    masks = found(write_masks(tmp_path, black_and_white()))
+    for table in (label_table((), False), label_table((), True), label_table((0,), False)):
+        with pytest.raises(DataError, match=r"labels 0 255, of which 255 counts for nothing.*--label-values 0 255"):
+            masks.check_foreground(table)
+    table = label_table((), False, (0, 255))
+    masks.check_foreground(table)
+    assert np.array_equal(table[masks.open(0)], black_and_white(1))
+    write_masks(tmp_path, black_and_white(3), "b")
+    found(tmp_path).check_foreground(label_table((), False))  # two classes, and 255 for what is neither
+
+
+def test_values_name_the_classes_in_their_order_and_others_are_beyond_them(tmp_path):
+    table = label_table((7,), True, (30, 0, 200))
+    assert table[[30, 0, 200, 7, 255]].tolist() == [0, 1, 2, IGNORED, IGNORED]
+    labels = np.array([[0, 30], [200, 31]], np.uint8)
+    with pytest.raises(DataError, match=r"a.png: 31\n"):
+        found(write_masks(tmp_path, labels)).check_range(table, 3)
+
+
+def test_labels_that_are_no_numbers_of_classes_raise_a_doubt(tmp_path):
+    labels = black_and_white(128)
+    labels[0] = 255
+    masks, table = found(write_masks(tmp_path, labels)), label_table((), False)
+    assert "labels of 2 of 129 classes: 0 128 255." in masks.doubt(table, 129)
+    assert "--label-values 0 128 255" in masks.doubt(table, 129)
+    assert masks.doubt(label_table((), False, (0, 128)), 2) is None and masks.doubt(table, 4) is None
+
+
+def test_masks_that_were_compressed_or_smoothed_are_refused_by_name(tmp_path):
+    write_masks(tmp_path / "jpeg", black_and_white(), suffix="jpg")
+    with pytest.raises(DataError, match=r"the mask a.jpg: a JPEG picture, which does not keep labels"):
+        found(tmp_path / "jpeg")
+    turned = Image.fromarray(black_and_white()).rotate(30)
+    smooth = np.asarray(turned.resize((480, 400), Image.Resampling.BICUBIC))
+    assert len(np.unique(smooth)) > 64
+    write_masks(tmp_path / "smooth", smooth)
+    with pytest.raises(DataError, match=r"the mask a.png has \d+ labels: shades of a picture"):
+        found(tmp_path / "smooth")
+
+
+def test_a_jpeg_beside_a_mask_is_no_mask_and_two_masks_of_a_name_are_refused(tmp_path):
+    write_masks(tmp_path, black_and_white(1))
+    write_masks(tmp_path, black_and_white(), suffix="jpg")
+    assert found(tmp_path).paths == ["a.png"]
+    write_masks(tmp_path, black_and_white(1), suffix="bmp")
+    with pytest.raises(DataError, match=r"several masks of this name: a.bmp, a.png"):
+        found(tmp_path)
+
+
+def test_palette_and_bilevel_masks_hold_their_numbers(tmp_path):
+    image = Image.fromarray(black_and_white(1))
+    image.putpalette([0, 0, 0, 250, 250, 250])
+    image.save(tmp_path / "palette.png")
+    Image.fromarray(black_and_white()).convert("1").save(tmp_path / "bilevel.png")
+    for name in ("palette", "bilevel"):
+        assert np.array_equal(open_mask(tmp_path / f"{name}.png"), black_and_white(1))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("Training/images", "Training/masks", "Testing/images", "Testing/masks"),
+        ("images/Train", "masks/training", "images/VALID", "masks/val"),
+    ],
+)
+def test_splits_of_any_usual_spelling_are_found(tmp_path, layout):
+    for images, masks in (layout[:2], layout[2:]):
+        write_pairs(tmp_path / images, tmp_path / masks)
+    assert training_folders(tmp_path) == (tmp_path / layout[0], tmp_path / layout[1])
+    assert validation_folders(tmp_path, None) == (tmp_path / layout[2], tmp_path / layout[3])
+
+
+def test_a_validation_is_no_training(tmp_path):
+    write_pairs(tmp_path / "val" / "images", tmp_path / "val" / "masks")
+    with pytest.raises(DataError, match="no images with masks for training"):
+        training_folders(tmp_path)
+
+
 def test_a_restart_reads_only_masks_that_have_changed(tmp_path, monkeypatch):
     write_pairs(tmp_path / "images", tmp_path / "masks")
     first = found(tmp_path)

@@ -117,6 +117,119 @@ def test_labels_come_from_cls_or_json_and_need_every_image(tmp_path):
         assert find_images(path).labels is None, bad
 
 
+def labelled(path, members, labelled=True):
+    """{member: label} of the images that are read with their labels, {member: reason} of those left out."""
+    images = find_images(write_tar(path, members), labelled=labelled)
+    names = [name.partition("/")[2] for name in images.paths]
+    reasons = {name.partition("/")[2]: why for name, why in images.rejected}
+    return dict(zip(names, images.labels or [None] * len(names), strict=True)), reasons
+
+
+def test_dots_in_the_names_of_members_do_not_mix_their_labels(tmp_path):
+    members = []
+    for i in range(3):
+        members += [(f"2024.05.0{i}.png", png(i)), (f"2024.05.0{i}.cls", str(i).encode())]
+    found, _ = labelled(tmp_path / "a.tar", members)
+    assert found == {f"2024.05.0{i}.png": i for i in range(3)}
+    del members[5]  # the label of the last
+    found, reasons = labelled(tmp_path / "b.tar", members)
+    assert found == {"2024.05.00.png": 0, "2024.05.01.png": 1}
+    assert reasons == {"2024.05.02.png": "no label: there is no b.tar/2024.05.02.cls"}
+
+
+def test_a_label_of_webdatasets_key_is_that_of_the_only_image_that_begins_so(tmp_path):
+    members = [("a.input.png", png(0)), ("a.cls", b"4"), ("b.png", png(1)), ("b.cls", b"5")]
+    assert labelled(tmp_path / "a.tar", members)[0] == {"a.input.png": 4, "b.png": 5}
+    members += [("b.seg.png", png(2)), ("c.1.png", png(3)), ("c.2.png", png(4)), ("c.cls", b"6")]
+    found, reasons = labelled(tmp_path / "b.tar", members)
+    assert found == {"a.input.png": 4, "b.png": 5}
+    assert reasons.keys() == {"b.seg.png", "c.1.png", "c.2.png"}
+    summary = find_images(tmp_path / "b.tar").summary
+    assert "1 of them have another one's key with something added (b.tar/b.seg.png)" in summary
+    assert "1 labels without an image (b.tar/c.cls)" in summary
+
+
+def test_two_labels_of_one_key_are_none_unless_they_agree(tmp_path):
+    members = [("x.png", png(0)), ("x.cls", b"3"), ("x.json", b'{"label": 5}')]
+    members += [("y.png", png(1)), ("y.cls", b"2"), ("y.json", b'{"label": 2}')]
+    members += [("z.png", png(2)), ("z.cls", b"1"), ("z.json", b'{"author": "someone"}')]
+    found, reasons = labelled(tmp_path / "a.tar", members)
+    assert found == {"y.png": 2, "z.png": 1}
+    assert reasons == {"x.png": "no single label: 3 in x.cls and 5 in x.json"}
+
+
+def test_several_images_of_one_key_are_all_read_and_said(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("x.png", png(0)), ("x.jpg", png(1)), ("x.cls", b"3"), ("y.png", png(2))])
+    assert find_images(path, labelled=True).labels == [3, 3]
+    assert "; 2 of them share their key with another one (a.tar/x.png): all are read" in find_images(path).summary
+
+
+def test_one_image_without_a_label_is_named_and_does_not_take_the_others_labels(tmp_path):
+    members = [
+        ("a.png", png(0)),
+        ("a.cls", b"0"),
+        ("b.png", png(1)),
+        ("b.cls", b"1"),
+        ("c.png", png(2)),
+        ("c.cls", b"cat"),
+    ]
+    found, reasons = labelled(tmp_path / "a.tar", members)
+    assert found == {"a.png": 0, "b.png": 1} and reasons == {"c.png": "no label: c.cls holds no class number"}
+    images = find_images(tmp_path / "a.tar")  # a pre-training needs no labels: it keeps the image
+    assert len(images) == 3 and images.labels is None and images.rejected == []
+    assert "2 labels, since not every image has one (a.tar/c.png: no label: c.cls holds" in images.summary
+
+
+def test_what_a_mac_leaves_in_a_shard_and_other_members_are_counted_and_passed_over(tmp_path):
+    members = []
+    for i in range(2):
+        members += [(f"./._{i}.png", b"AppleDouble"), (f"./{i}.png", png(i)), (f"./._{i}.cls", b"x")]
+        members += [(f"{i}.cls", str(i).encode()), (f"{i}.txt", b"a caption"), (f"__MACOSX/{i}.png", png(7))]
+        members += [(f"PaxHeaders.3/{i}.png", png(8))]
+    found, reasons = labelled(tmp_path / "a.tar", members)
+    assert found == {"./0.png": 0, "./1.png": 1} and reasons == {}
+    summary = find_images(tmp_path / "a.tar").summary
+    assert "8 hidden members and what systems leave (a.tar/./._0.cls, ...)" in summary
+    assert "2 members ending in .txt (a.tar/0.txt, ...)" in summary
+
+
+def test_an_index_of_an_earlier_version_is_made_anew(tmp_path):
+    path, index = write_tar(tmp_path / "a.tar", [("a.b.png", png(0)), ("a.b.cls", b"1")]), tmp_path / "shards.json"
+    find_images(path, index=index)
+    content = json.loads(index.read_text())
+    (entry,) = content["shards"].values()
+    entry["members"][0][3] = 0
+    index.write_text(json.dumps({**content, "version": 1}))
+    assert find_images(path, index=index).labels == [1]
+
+
+def test_shards_of_several_splits_in_one_folder_are_told_apart_by_their_names(tmp_path):
+    for i, name in enumerate(("imagenet-train-0", "imagenet-train-1", "imagenet-validation-0", "extra")):
+        write_tar(tmp_path / f"{name}.tar", [(f"{i}.png", png(i))])
+    train = find_images(tmp_path, "train")
+    assert train.paths == ["imagenet-train-0.tar/0.png", "imagenet-train-1.tar/1.png"]
+    assert "2 other shards (extra.tar, ...)" in train.summary
+    assert find_images(tmp_path, "val").paths == ["imagenet-validation-0.tar/2.png"]
+    assert len(find_images(tmp_path)) == len(find_images(tmp_path / "*.tar", "train")) == 4
+    with pytest.raises(DataError, match="but nothing for test"):
+        find_images(tmp_path, "test")
+
+
+def test_a_shard_beside_class_folders_does_not_hide_them_and_equals_are_refused(folder):
+    write_tar(folder / "folder" / "backup.tar", [("old.png", png(90))])
+    images = find_images(folder / "folder", "train")
+    assert images.classes == ["0", "1"] and len(images) == 12
+    assert "1 files ending in .tar (backup.tar)" in images.summary
+    write_tar(folder / "folder" / "more.tar", [("older.png", png(91))])
+    with pytest.raises(DataError, match=r"as many .tar files \(backup.tar, ...\) as folders .* \(0, ...\).*\*.tar'"):
+        find_images(folder / "folder", "train")
+    assert len(find_images(folder / "folder" / "*.tar")) == 2
+    (folder / "shards" / "samples").mkdir()
+    (folder / "shards" / "samples" / "a.png").write_bytes(png(3))
+    images = find_images(folder / "shards")
+    assert len(images) == 12 and "1 folders and images beside the shards (samples)" in images.summary
+
+
 def special(name, kind, target=""):
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, target

@@ -23,6 +23,7 @@ from beitv2_fast.downstream_config import EvaluateConfig
 from beitv2_fast.errors import UserError
 from beitv2_fast.evaluation import columns_of, evaluate
 from beitv2_fast.finetuning import crop_share, describe, labelled_images, stored_classes
+from beitv2_fast.images import find_images
 from beitv2_fast.presets import EVALUATE
 from beitv2_fast.run import RunFolder, write_atomically
 
@@ -48,7 +49,7 @@ def class_names(config: EvaluateConfig, model: Classifier) -> list[str]:
     if source is None:
         names = stored_classes(config.model)
     elif source.is_dir():
-        names = sorted(entry.name for entry in source.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        names = find_images(source, "train", labelled=True).classes
     elif source.is_file():
         names = [line.strip() for line in source.read_text().splitlines() if line.strip()]
     if names is None:
@@ -98,7 +99,9 @@ def main(argv: list[str] | None = None) -> int:
     view = EvalView(size, crop_share(config.crop_pct, size))
     datasets = {}
     for i, (name, folder) in enumerate(zip(folder_names(config.data), config.data, strict=True)):
-        images = labelled_images(folder, str(i), config, run, world, view=view, min_size=first.vit_config.patch_size)
+        images = labelled_images(
+            folder, None, str(i), config, run, world, view=view, min_size=first.vit_config.patch_size
+        )
         datasets[name] = images, columns_of(images.images, classes, folder)
     rows = []
     for name, (dataset, columns) in datasets.items():

@@ -21,7 +21,7 @@ from beitv2_fast.finetuning import (
     start_model,
     store_classes,
     stored_classes,
-    validation_folder,
+    validation_images,
 )
 from beitv2_fast.presets import FINETUNE
 from beitv2_fast.run import RunFolder
@@ -30,7 +30,7 @@ from beitv2_fast.run import RunFolder
 def evaluate_only(config: FinetuneConfig, run: RunFolder, world: World) -> int:
     """--evaluate: the newest checkpoint's weights and their average."""
     classes = stored_classes(config.out)
-    if classes is None or validation_folder(config) is None:
+    if classes is None or validation_images(config) is None:
         what = "no finished step of a fine-tuning in it" if classes is None else "no images to evaluate on: give --val"
         raise UserError(f"--evaluate: {config.out} has {what}.")
     kinds = ("weights", "average") if config.ema_decay else ("weights",)
@@ -48,10 +48,13 @@ def main(argv: list[str] | None = None) -> int:
     if config.evaluate:
         return evaluate_only(config, run, world)
     view = FinetuneView(config.image_size, config.crop_scale, config.augment_ops, config.augment_magnitude)
-    dataset = training_images(config, view, run, world)
+    dataset = training_images(config, view, run, world, labelled=True)
     classes = dataset.images.classes
     if len(classes) < 2:
-        raise UserError(f"{dataset.images.root} needs at least two class folders, each with images, for fine-tuning.")
+        raise UserError(
+            f"{dataset.images.root} needs at least two class folders, each with images, for fine-tuning, or shards "
+            "with labels."
+        )
     store_classes(run, classes)
     torch.manual_seed(config.seed)
     model = start_model(config, classes, run.print)
@@ -59,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         len(classes), mixup=config.mixup, cutmix=config.cutmix, smoothing=config.smoothing, erasing=config.erasing
     )
     validation = None
-    if validation_folder(config) is not None:
+    if validation_images(config) is not None:
         validation = Validation(config, classes, run, world)
     else:
         run.print("no images to evaluate on: neither --val nor a folder val or test in --data")

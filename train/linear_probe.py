@@ -25,6 +25,7 @@ from beitv2_fast.distributed import World, run_main, start
 from beitv2_fast.downstream_config import ProbeConfig
 from beitv2_fast.engine import checked_images
 from beitv2_fast.errors import UserError
+from beitv2_fast.images import find_split
 from beitv2_fast.neighbours import knn_predict
 from beitv2_fast.presets import PROBE
 from beitv2_fast.probe import ProbeResult, balanced_accuracy, few_shot, linear_probe
@@ -39,12 +40,13 @@ Row = tuple[str, list[Features]]  # name, features [N, C] by split, for each see
 
 
 def find_labelled(config: ProbeConfig, run: RunFolder, world: World, min_size: int) -> Split:
-    test = "test" if (config.data / "test").is_dir() else "val"
-    splits = {}
+    splits, test = {}, find_split(config.data, "test", "val")
+    if test is None or find_split(config.data, "train") is None:
+        raise UserError(f"{config.data} needs the folders train/CLASS and test/CLASS (or val/CLASS) for a probe")
     for split, folder in (("train", "train"), ("test", test)):
-        if not (config.data / folder).is_dir():
-            raise UserError(f"{config.data} needs the folders train/CLASS and test/CLASS (or val/CLASS) for a probe")
-        splits[split] = checked_images(config.data, folder, config, run, world, min_size=min_size, name=f"_{split}")
+        splits[split] = checked_images(
+            config.data, folder, config, run, world, min_size=min_size, name=f"_{split}", labelled=True
+        )
     if splits["train"].labels is None or len(splits["train"].classes) < 2:
         raise UserError(f"{config.data}/train needs at least two class folders for a probe")
     for split, images in splits.items():

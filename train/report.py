@@ -6,6 +6,8 @@ said to be.
 
 from __future__ import annotations
 
+import logging
+
 from beitv2_fast.config import ReportConfig, parse
 from beitv2_fast.distributed import run_main, start
 from beitv2_fast.presets import REPORT
@@ -13,6 +15,7 @@ from beitv2_fast.report import build_report
 
 
 def main(argv: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     config, _ = parse(ReportConfig, REPORT, argv)
     page = build_report(config, start(config.device).device)
     print(f"report: {page.resolve()}")

@@ -13,6 +13,7 @@ from beitv2_fast.data import EvalView, ImageFolder, choose_loader, eval_loader
 from beitv2_fast.distributed import autocast_dtype, run_main, start
 from beitv2_fast.engine import checked_images
 from beitv2_fast.errors import UserError
+from beitv2_fast.images import find_split
 from beitv2_fast.run import RunFolder, read_config, write_atomically
 from beitv2_fast.teachers import create_teacher
 from beitv2_fast.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         stored.teacher, model.grid, stored.teacher_weights, dtype=autocast_dtype("auto", world.device)
     )
     run = RunFolder(config, world.rank)
-    split = next((name for name in ("test", "val") if (config.data / name).is_dir()), None)
+    split = find_split(config.data, "test", "val") or "test"
     images = checked_images(config.data, split, config, run, world, min_size=stored.patch_size)
     if len(images) > config.max_images:
         images = images.subset([i * len(images) // config.max_images for i in range(config.max_images)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from ..teachers import Teacher
 from ..tokenizer import Tokenizer
 from ..transforms import EvalView
 from . import ExploreConfig
+
+log = logging.getLogger(__name__)
 
 SAMPLES = 24
 NO_STUDENT = "There is no pre-training here, so there is no mask game: it needs a student that predicts hidden tokens."
@@ -174,6 +177,7 @@ def _images(
     if data is None:
         raise UserError(f"The run's images are not at {places[0]}. Name a folder of images with --data.")
     found = find_images(data, "train")
+    log.info(found.summary)
     held_out = held_out_images(data)
     images = _readable(found, config.max_images, config.seed, tokenizer)
     samples = _readable(held_out or images, SAMPLES, config.seed, tokenizer)

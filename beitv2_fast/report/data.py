@@ -18,7 +18,7 @@ from ..build import load_run_model
 from ..config import PretrainConfig
 from ..data import ImageFolder, eval_loader
 from ..errors import UserError, require
-from ..images import ImageList, find_images
+from ..images import ImageList, find_images, find_split
 from ..student import Student
 from ..tokenizer import Tokenizer
 from ..transforms import EvalView, PretrainView
@@ -115,8 +115,8 @@ def read_results(probe: Path | None) -> tuple[dict[str, Any] | None, str | None]
 
 
 def held_out_images(data: Path) -> ImageList | None:
-    """The images of FOLDER/test or FOLDER/val, None if there is neither."""
-    split = next((name for name in HELD_OUT if (data / name).is_dir()), None)
+    """The images of the split test, or else val; None if there is neither."""
+    split = find_split(data, *HELD_OUT)
     return None if split is None else find_images(data, split)
 
 

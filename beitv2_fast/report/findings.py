@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,8 @@ from .data import (
     sample_images,
 )
 from .downstream import Downstream, read_downstream
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -90,6 +93,7 @@ def gather(config: ReportConfig, device: torch.device) -> Findings:
             "Name run folders with --tokenizer, --pretrain and --probe."
         )
     images = find_images(config.data, "train")
+    log.info(images.summary)
     found = Findings(tokenizer, pretrain, results, no_results, images, len(images))
     found.downstream = [read_downstream(run) for run in config.downstream]
     found.compared = read_logs(config.compare)

@@ -17,7 +17,7 @@ class SegmentConfig(TrainConfig):
         Path("data"),
         "folder with FOLDER/train/images and FOLDER/train/masks (also annotations or labels), or as ADE20K has them, "
         "FOLDER/images/training and FOLDER/annotations/training, or FOLDER/images and FOLDER/masks; masks are PNG "
-        "files of the images' names and sizes, grey or with a palette, whose values are the classes",
+        "files of the images' names and sizes, grey or with a palette, whose values are the classes (see label_values)",
     )
     out: Path = option(Path("runs/segment"), OUT)
     weights: Path | None = option(
@@ -38,6 +38,11 @@ class SegmentConfig(TrainConfig):
     reduce_zero_label: bool = option(
         False, "label 0 of the masks counts for nothing, and the first class is their label 1, as in ADE20K"
     )
+    label_values: tuple[int, ...] = option(
+        (), "the labels in the masks that are class 0, class 1, ... in this order (0 255: masks in black and white), "
+        "instead of --num-classes and --reduce-zero-label; others are an error unless they count for nothing; none "
+        "given: the labels are the classes", at_least=0, at_most=255,
+    )  # fmt: skip
     steps: int = option(160_000, "training steps, whatever --epochs says; 0: --epochs says it", at_least=0)
     warmup_steps: int = option(
         1500, "steps in which the learning rate rises from 0, whatever --warmup-epochs says; with --steps 0 that says "

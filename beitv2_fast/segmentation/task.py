@@ -199,14 +199,19 @@ def checked_pairs(
 
 def training_folder(config: SegmentConfig, run: RunFolder, world: World) -> tuple[SegmentationFolder, int]:
     """The training's images and masks, and the number of classes."""
+    if len(set(config.label_values)) < len(config.label_values):
+        raise UserError(f"--label-values {config.label_values} names a label twice; each is one class.")
     if config.loader == "dali":
         raise UserError("--loader dali: images and masks are cut by torchvision. Leave it out.")
     images, masks = checked_pairs(training_folders(config.data), config, run, world)
-    table = label_table(config.ignore_labels, config.reduce_zero_label)
-    num_classes = config.num_classes or masks.largest_label(table) + 1
+    table = label_table(config.ignore_labels, config.reduce_zero_label, config.label_values)
+    masks.check_foreground(table)
+    num_classes = len(config.label_values) or config.num_classes or masks.largest_label(table) + 1
     if num_classes < 2:
         raise UserError(f"the masks in {masks.root} have labels of {num_classes} classes that count; 2 are needed.")
     masks.check_range(table, num_classes)
+    if doubt := masks.doubt(table, num_classes):
+        run.print(f"warning: {doubt}")
     if config.scale_range[0] > config.scale_range[1]:
         raise UserError(f"--scale-range is {config.scale_range}, but its first number must not be above its second.")
     view = TrainView(
@@ -226,8 +231,10 @@ class Validation:
     ):
         self.config, self.num_classes, self.run, self.world = config, num_classes, run, world
         images, masks = checked_pairs(folders, config, run, world, "_val")
-        table = label_table(config.ignore_labels, config.reduce_zero_label)
+        table = label_table(config.ignore_labels, config.reduce_zero_label, config.label_values)
         masks.check_range(table, num_classes)
+        if doubt := masks.doubt(table, num_classes):
+            run.print(f"warning: {doubt}")
         self.folder = SegmentationFolder(images, masks, table)
         stride = config.stride or max(config.image_size * 2 // 3, 1)
         self.slide = Slide(
