@@ -113,7 +113,9 @@ class TrainConfig(RunConfig):
     min_lr: float = option(1e-5, "learning rate at the end of the cosine", at_least=0)
     warmup_epochs: float = option(10, "epochs in which the learning rate rises linearly from 0", at_least=0)
     weight_decay: float = option(
-        0.05, "AdamW's weight decay; biases, norms, layer scales, tokens and position embeddings are spared", at_least=0
+        0.05,
+        "AdamW's weight decay; biases, norms, layer scales, CLS tokens and position embeddings are spared",
+        at_least=0,
     )
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay rates of its two averages", at_least=0, below=1)
     clip_grad: float = option(3.0, "gradients longer than this are scaled down to it; 0: never", at_least=0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from .data import ImageFolder, ImageList, check_images, choose_loader, find_imag
 from .distributed import World, autocast_dtype
 from .ema import ModelEMA
 from .errors import UserError
-from .optim import parameter_groups
+from .optim import no_weight_decay, parameter_groups
 from .plan import Plan
 from .run import RunFolder
 from .stop_signal import StopSignal
@@ -103,7 +103,6 @@ def train(
     world: World,
     *,
     deepspeed: bool = False,
-    no_decay: Sequence[str] = (),
     layer_decay: float = 1.0,
     ema_decay: float = 0.0,
     after_epoch: AfterEpoch | None = None,
@@ -113,7 +112,6 @@ def train(
     """Train to the end, or until a signal. Returns the exit code: 0, or 128 + the signal's number after saving.
 
     Args:
-        no_decay: names of parameters without weight decay, beside those of one dimension.
         layer_decay: see ``parameter_groups``.
         ema_decay: above 0: a ``ModelEMA`` follows the weights, and lies in the checkpoints as ema.safetensors.
         after_epoch: called with the models "weights" and, if there is one, "average", before the epoch is saved: after
@@ -126,7 +124,8 @@ def train(
     ema = ModelEMA(task.model, ema_decay) if ema_decay else None
     about, optimizer_state = _resume(checkpoints, task.model, ema, plan, dataset, run, world)
     step = about["step"]
-    groups = parameter_groups(task.model, config.weight_decay, layer_decay=layer_decay, skip=no_decay)
+    spared = no_weight_decay(task.model)
+    groups = parameter_groups(task.model, config.weight_decay, layer_decay=layer_decay, skip=spared)
     backend = (DeepSpeedBackend if deepspeed else TorchBackend)(task.model, groups, config, world)
     if step:
         backend.restore(optimizer_state)

@@ -202,6 +202,10 @@ class ViT(nn.Module):
     def grid(self) -> tuple[int, int]:
         return self.vit_config.grid
 
+    def no_weight_decay(self) -> set[str]:
+        """The parameters that weight decay spares beside those of one dimension, as the reference's."""
+        return {name for name in ("cls_token", "pos_embed") if getattr(self, name) is not None}
+
     def embed(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
         """Images [B, c, H, W] (and mask [B, N] bool: those patches become the mask token) -> tokens [B, 1 + N, C]."""
         x = self.patch_embed(images)

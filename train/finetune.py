@@ -71,7 +71,6 @@ def main(argv: list[str] | None = None) -> int:
         run,
         world,
         deepspeed=local_rank is not None or config.deepspeed_config is not None,
-        no_decay=("cls_token", "pos_embed"),
         layer_decay=config.layer_decay,
         ema_decay=config.ema_decay,
         after_epoch=validation,

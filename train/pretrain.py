@@ -104,7 +104,6 @@ def main(argv: list[str] | None = None) -> int:
         run,
         world,
         deepspeed=local_rank is not None or config.deepspeed_config is not None,
-        no_decay=("cls_token", "mask_token"),
     )
 
 

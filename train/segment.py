@@ -61,7 +61,6 @@ def main(argv: list[str] | None = None) -> int:
         run,
         world,
         deepspeed=local_rank is not None or config.deepspeed_config is not None,
-        no_decay=("cls_token", "pos_embed"),
         layer_decay=config.layer_decay,
         after_epoch=None if validation is None else lambda *args: validation(*args, last=args[0] == plan.total_steps),
         every_epochs=config.eval_every,

@@ -111,7 +111,6 @@ def main(argv: list[str] | None = None) -> int:
         run,
         world,
         deepspeed=local_rank is not None or config.deepspeed_config is not None,
-        no_decay=("encoder.cls_token", "encoder.pos_embed", "decoder.cls_token", "decoder.pos_embed"),
     )
 
 
