@@ -184,14 +184,25 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_no_folder(path: Path) -> None:
+    """UserError if a folder is where a file is to be written, which would take its place."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, but a file is to be written. Name another one; no folder is replaced.")
+
+
 def atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` make a file or folder beside ``path``, flush it to disk, then give it its name.
 
     A crash leaves the old one or the new one, and a failure nothing else. Several writers do not meet.
+
+    Raises:
+        UserError: the name is a folder's, and a file is written.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         write(temporary)
+        if not temporary.is_dir():
+            check_no_folder(path)
         for file in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
             flush(file)
         old = path.with_name(f"{temporary.name}.old")

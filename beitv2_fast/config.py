@@ -8,7 +8,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -309,10 +309,20 @@ def add_options(parser: argparse.ArgumentParser, shown: Any) -> None:
         elif typing.get_origin(kind) is tuple:
             item, count = typing.get_args(kind)[0], len(typing.get_args(kind))
             count = "+" if typing.get_args(kind)[-1] is Ellipsis else count
-            parser.add_argument(flag, type=item, nargs=count, metavar=item.__name__.upper(), **common)
+            parser.add_argument(flag, type=_typed(item), nargs=count, metavar=item.__name__.upper(), **common)
         else:
             item = _optional(kind)
-            parser.add_argument(flag, type=item, choices=f.metadata["choices"], metavar=_metavar(f, item), **common)
+            parser.add_argument(
+                flag, type=_typed(item), choices=f.metadata["choices"], metavar=_metavar(f, item), **common
+            )
+
+
+def path(text: str) -> Path:
+    """A path as it is typed: shells leave the ``~`` of ``--out=~/x``, and one within quotes, as it is."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error} Write ./{text} for a name that begins so.") from error
 
 
 def check_limits(config: Any) -> None:
@@ -339,6 +349,10 @@ def _preset(presets: Mapping[str, C], argv: Sequence[str] | None) -> str:
 
 def _metavar(f: dataclasses.Field, item: type) -> str:
     return "{" + ",".join(f.metadata["choices"]) + "}" if f.metadata["choices"] else item.__name__.upper()
+
+
+def _typed(item: type) -> Callable[[str], Any]:
+    return path if item is Path else item
 
 
 def _optional(kind: Any) -> type:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .checkpoint import atomically
+from .checkpoint import atomically, check_no_folder
 from .config import option
 from .distributed import autocast_dtype
 from .errors import UserError, require
@@ -302,6 +302,7 @@ def _save(path: Path, kind: str, arrays: dict[str, Any]) -> None:
 def _check_out(config: EncodeConfig) -> None:
     if config.out.suffix not in (".npz", ".safetensors"):
         raise UserError(f"--out {config.out} should end in .npz or .safetensors, so that it is clear what to write.")
+    check_no_folder(config.out)
     if config.out.exists() and not config.force:
         raise UserError(f"{config.out} exists. Give another --out, or --force to replace it.")
 

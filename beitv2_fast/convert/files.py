@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import atomically, read_weights, save_weights
+from ..checkpoint import atomically, check_no_folder, read_weights, save_weights
 from ..errors import CheckpointError, UserError, require
 from ..run import CONFIG, stored_config
 from . import Weights, convert, detect
@@ -82,8 +82,10 @@ def write(
     folder = target == "transformers" and path.suffix not in SUFFIXES
     if not folder and path.suffix not in SUFFIXES:
         raise UserError(f"{path} should end in .safetensors (or .pth), so that it is clear what to write.")
-    if folder and path.exists() and not (path / CONFIG).is_file():
-        raise UserError(f"{path} exists and is no folder of a model (it has no {CONFIG}). Name another one.")
+    if not folder:
+        check_no_folder(path)
+    elif path.exists() and not _is_of_transformers(path):
+        raise UserError(f"{path} exists and is no folder of a transformers model. Name another one.")
     if path.exists() and not force:
         raise UserError(f"{path} exists. Name another one, or give --force (force=True) to replace it.")
     if folder and config is None:
@@ -135,6 +137,11 @@ def convert_file(
                 raise
     write(out, state, target, config, force=force)
     return loaded.format, state
+
+
+def _is_of_transformers(path: Path) -> bool:
+    """Whether it is a model's folder; run folders have a config.json too."""
+    return (path / CONFIG).is_file() and stored_config(path).get("model_type") is not None
 
 
 def _read_folder(path: Path, source: str | None) -> Loaded:
