@@ -53,15 +53,15 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def print(self, text: str) -> None:
-        """A line on the console (beside a progress bar, if there is one) and in log.txt."""
+        """A line in log.txt, and then on the console, beside a progress bar if there is one."""
         if not self.writes:
             return
         from tqdm import tqdm
 
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
         with (self.path / "log.txt").open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
     def metrics(self, step: int, values: dict[str, float], file: str = "metrics.jsonl") -> None:
         """A line of metrics.jsonl and TensorBoard's scalars. A resumed run repeats steps: the last line counts."""

@@ -19,6 +19,7 @@ from types import FrameType
 from beitv2_fast.config import path
 from beitv2_fast.demo_images import write_demo_images
 from beitv2_fast.distributed import run_main
+from beitv2_fast.stop_signal import stopping_signals
 
 TRAIN = Path(__file__).parent
 
@@ -63,7 +64,7 @@ def run(command: list[str]) -> int:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(stage.pid, number)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, pass_on) for number in stopping_signals()}
     try:
         code = stage.wait()
         while _alive(stage.pid):
