@@ -25,13 +25,22 @@ LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le,
 
 
 def option(
-    default: Any, help: str, *, free: bool = False, choices: Sequence[str] | None = None, **limits: float
+    default: Any,
+    help: str,
+    *,
+    free: bool = False,
+    holds: str = "",
+    choices: Sequence[str] | None = None,
+    **limits: float,
 ) -> Any:
     """A config value with its help text.
 
-    ``free``: it does not change the result and may differ when a run resumes. ``limits``: some of ``LIMITS``.
+    ``free``: it does not change the result and may differ when a run resumes. ``holds``: it is a path, and not the path
+    but what is there has to stay: "images"; "weights" that every step needs; "start": weights that are read once.
+    ``limits``: some of ``LIMITS``.
     """
-    return field(default=default, metadata={"help": help, "free": free, "choices": choices, "limits": limits})
+    metadata = {"help": help, "free": free, "holds": holds, "choices": choices, "limits": limits}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class TrainConfig(RunConfig):
         Path("data"),
         "folder of images (FOLDER/train is used if it exists, class folders are optional) or of tar shards, or a "
         "pattern such as 'shards/train-{0000..0146}.tar'",
+        holds="images",
     )
     loader: str = option(
         "auto",
@@ -152,7 +162,7 @@ class TokenizerConfig(TrainConfig):
     )  # fmt: skip
     teacher_weights: str | None = option(
         None, "the teacher's weights: a file, or a hub name (hf-hub:ORGANISATION/NAME, or a tag of open_clip); none: "
-        "the source of the package that brings the teacher"
+        "the source of the package that brings the teacher", holds="weights",
     )  # fmt: skip
     teacher_image_size: int | None = option(
         None, "side of the crop that the teacher reads, in pixels; none: image_size", at_least=1
@@ -190,7 +200,7 @@ class PretrainConfig(TrainConfig):
     """Masked image modelling with patch aggregation (arXiv 2208.06366 sections 2.3 and 2.4)."""
 
     out: Path = option(Path("runs/pretrain"), OUT)
-    tokenizer: Path = option(Path("runs/tokenizer"), "run folder of the trained tokenizer")
+    tokenizer: Path = option(Path("runs/tokenizer"), "run folder of the trained tokenizer", holds="weights")
     tokenizer_image_size: int | None = option(
         None, "side of the images that the tokenizer reads, its positions interpolated; none: that of its training",
         at_least=1,
@@ -335,7 +345,7 @@ def check_limits(config: Any) -> None:
         if not (inside and all(map(math.isfinite, numbers))):
             wanted = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
             raise UserError(f"{flag} is {_show(value)}, but must be {wanted or 'a finite number'}.")
-        if f.name == "crop_scale" and value[0] > value[1]:
+        if f.name in ("crop_scale", "scale_range") and value[0] > value[1]:
             raise UserError(f"{flag} is {_show(value)}, but its first number must not be above its second.")
 
 

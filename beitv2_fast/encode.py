@@ -243,7 +243,7 @@ def _open_pieces(pieces: Path, state: dict[str, Any], force: bool) -> None:
         stored = None  # killed before it was written: there are no pieces either
     if stored == state:
         return
-    if stored is not None and not force:
+    if stored is not None and not force and any(pieces.glob("*.npz")):
         different = [name for name in state if not isinstance(stored, dict) or stored.get(name) != state[name]]
         raise UserError(
             f"{pieces} holds the beginning of an encoding with other {', '.join(different)}. Nothing was changed. Give "

@@ -5,6 +5,7 @@ All randomness is a function of (seed, step) or (seed, epoch, sample), so a resu
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 from collections.abc import Callable
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from .attention import choose_attention
-from .backend import DeepSpeedBackend, TorchBackend, check_optimizer_state
+from .backend import DeepSpeedBackend, TorchBackend, check_optimizer_state, deepspeed_settings
 from .bad_steps import BadSteps, Undo, poisoned
 from .checkpoint import Checkpoints, load_model, read_weights, save_weights
 from .config import RunConfig, TrainConfig
 from .data import ImageFolder, ImageList, check_images, choose_loader, find_images, train_loader
 from .distributed import World, autocast_dtype
 from .ema import ModelEMA
-from .errors import UserError
+from .errors import UserError, require
 from .optim import no_weight_decay, parameter_groups
 from .plan import Plan
 from .run import RunFolder
@@ -93,6 +94,15 @@ def training_images(config: TrainConfig, view: View, run: RunFolder, world: Worl
     dataset = ImageFolder(images, view, config.seed, in_memory=config.in_memory, loader=loader, device=world.device)
     run.print(f"images: {len(images):,} from {images.root}, loaded by {loader} on the {dataset.device.type} ({why})")
     return dataset
+
+
+def open_run(config: TrainConfig, world: World, *, deepspeed: bool) -> RunFolder:
+    """The run folder of a training, once the options that need no images are seen to work here."""
+    choose_attention(config.attention, world.device.type)
+    if deepspeed:
+        require("deepspeed", "deepspeed", "Training with DeepSpeed")
+        deepspeed_settings(config, world.device)
+    return RunFolder(config, world.rank)
 
 
 def train(
@@ -183,7 +193,8 @@ def train(
             due = stopping or step - saved >= config.save_every - saved % config.save_every or ends
             if due and not bad.in_a_row:  # among bad steps the weights are suspect
                 about = {"images_per_step": plan.images_per_step, "skipped_steps": bad.skipped}
-                _save(checkpoints, backend, ema, step, world, images=dataset.images.fingerprint, **about)
+                of_images = {"images": dataset.images.fingerprint, "image_count": len(dataset)}
+                _save(checkpoints, backend, ema, step, world, **of_images, **about)
                 saved = step
             watchdog.progress()
             if stopping and step < plan.total_steps:
@@ -258,12 +269,37 @@ def _resume(
             f"{plan.images_per_step}. Choose --batch-size and --accumulate so that their product with the number of "
             "ranks stays, or choose another --out."
         )
-    if step and found["about"]["images"] != dataset.images.fingerprint:
-        run.print(
-            f"warning: the images are others than at step {step} (files came, went or were renamed): the run goes on, "
-            "but not as it would have with the old ones"
-        )
+    _accept_images(found["about"], dataset.images, run)
     return found["about"], found["optimizer"]
+
+
+def _accept_images(about: dict, images: ImageList, run: RunFolder) -> None:
+    """Images that changed where they were are the user's own doing, and worth a warning; at another place they are a
+    mistake, unless they are the same ones.
+    """
+    step, known = about["step"], run.inputs.get("data")
+    changed = bool(step) and about["images"] != images.fingerprint
+    moved = bool(step) and "data" in run.moved
+    found = _content(images) if moved or (run.writes and (changed or known is None)) else known
+    if moved and (changed or known not in (None, found)):
+        raise UserError(
+            f"{run.path} was trained on other images than the {len(images):,} in {images.root}: names, classes or "
+            "bytes differ. Nothing was changed. Name the folder with the same ones, or choose another --out."
+        )
+    if changed:
+        before = f", {about['image_count']:,} then" if "image_count" in about else ""
+        run.print(
+            f"warning: the images are others than at step {step} (files came, went or were renamed; {len(images):,} "
+            f"now{before}): the run goes on, but not as it would have with the old ones"
+        )
+    run.accept(data=found)
+
+
+def _content(images: ImageList) -> str:
+    """A hash of names, labels and sizes in bytes."""
+    files = range(len(images))
+    sizes = [length for _, length in images.spans] if images.spans else [images.file(i).stat().st_size for i in files]
+    return hashlib.sha256(json.dumps([images.paths, images.labels, sizes]).encode()).hexdigest()
 
 
 def _read_checkpoint(folder: Path, model: nn.Module, ema: ModelEMA | None) -> tuple[dict, dict[str, Tensor]]:

@@ -73,9 +73,9 @@ class PatchEmbed(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.proj.in_channels or x.shape[2:] != (self.image_size, self.image_size):
             expected = [self.proj.in_channels, self.image_size, self.image_size]
             raise ValueError(f"this model reads images [B, {str(expected)[1:]}; got {list(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"this model reads images of a floating-point dtype; got {x.dtype}. Scale bytes: x / 255.")
-        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        if x.is_floating_point():
+            x = x.to(self.proj.weight.dtype)
+        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 def relative_position_index(grid: tuple[int, int]) -> Tensor:

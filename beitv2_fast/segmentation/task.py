@@ -207,8 +207,6 @@ def training_folder(config: SegmentConfig, run: RunFolder, world: World) -> tupl
     if num_classes < 2:
         raise UserError(f"the masks in {masks.root} have labels of {num_classes} classes that count; 2 are needed.")
     masks.check_range(table, num_classes)
-    if config.scale_range[0] > config.scale_range[1]:
-        raise UserError(f"--scale-range is {config.scale_range}, but its first number must not be above its second.")
     view = TrainView(
         config.image_size, config.base_size or config.image_size, config.scale_range, config.max_class_share,
         config.distortion,
