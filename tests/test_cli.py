@@ -138,7 +138,7 @@ def test_converting_never_replaces_a_run_folder(tmp_path, published, capsys):
     run = small_runs(tmp_path) / "pretrain"
     before = sorted(run.rglob("*"))
     assert command("convert", published, run, "--to", "transformers", "--force") == 2
-    assert "is no folder of a transformers model" in capsys.readouterr().err
+    assert "is no folder of a model for transformers" in capsys.readouterr().err
     assert sorted(run.rglob("*")) == before
 
 
