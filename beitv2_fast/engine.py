@@ -269,18 +269,18 @@ def _resume(
             f"{plan.images_per_step}. Choose --batch-size and --accumulate so that their product with the number of "
             "ranks stays, or choose another --out."
         )
-    _accept_images(found["about"], dataset.images, run)
+    _accept_images(found["about"], dataset, run)
     return found["about"], found["optimizer"]
 
 
-def _accept_images(about: dict, images: ImageList, run: RunFolder) -> None:
+def _accept_images(about: dict, dataset: ImageFolder, run: RunFolder) -> None:
     """Images that changed where they were are the user's own doing, and worth a warning; at another place they are a
     mistake, unless they are the same ones.
     """
-    step, known = about["step"], run.inputs.get("data")
+    step, known, images = about["step"], run.inputs.get("data"), dataset.images
     changed = bool(step) and about["images"] != images.fingerprint
     moved = bool(step) and "data" in run.moved
-    found = _content(images) if moved or (run.writes and (changed or known is None)) else known
+    found = _content(dataset) if moved or (run.writes and (changed or known is None)) else known
     if moved and (changed or known not in (None, found)):
         raise UserError(
             f"{run.path} was trained on other images than the {len(images):,} in {images.root}: names, classes or "
@@ -295,11 +295,13 @@ def _accept_images(about: dict, images: ImageList, run: RunFolder) -> None:
     run.accept(data=found)
 
 
-def _content(images: ImageList) -> str:
-    """A hash of names, labels and sizes in bytes."""
-    files = range(len(images))
-    sizes = [length for _, length in images.spans] if images.spans else [images.file(i).stat().st_size for i in files]
-    return hashlib.sha256(json.dumps([images.paths, images.labels, sizes]).encode()).hexdigest()
+def _content(dataset: ImageFolder) -> str:
+    """A hash of names, labels and sizes in bytes, and of the names and sizes of masks, if there are any."""
+    images, masks = dataset.images, getattr(dataset, "masks", None)
+    files = [] if images.spans else [images.file(i) for i in range(len(images))]
+    files += [] if masks is None else [masks.root / path for path in masks.paths]
+    names = [images.paths, images.labels, images.spans, None if masks is None else masks.paths]
+    return hashlib.sha256(json.dumps([names, [file.stat().st_size for file in files]]).encode()).hexdigest()
 
 
 def _read_checkpoint(folder: Path, model: nn.Module, ema: ModelEMA | None) -> tuple[dict, dict[str, Tensor]]:

@@ -62,8 +62,8 @@ class RunFolder:
         places = {f.name: getattr(self.config, f.name) for f in held(self.config, "weights", "start")}
         found = {name: content(Path(place)) for name, place in places.items() if place and name not in self.inputs}
         self.inputs |= {name: value for name, value in found.items() if value is not None} | inputs
-        write_atomically(self.path / INPUTS, json.dumps(self.inputs, indent=2) + "\n")
         write_atomically(self.path / CONFIG, json.dumps(to_json(self.config), indent=2) + "\n")
+        write_atomically(self.path / INPUTS, json.dumps(self.inputs, indent=2) + "\n")
 
     def _refuse_another(self) -> bool:
         """Whether the folder holds what is left of a run with another config, and nothing to lose."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -102,6 +103,16 @@ def test_other_images_at_another_place_are_refused_and_nothing_changes(world, ca
         assert go("pretrain", *command) == 2
         assert "was trained on other images than the 8 in" in capsys.readouterr().err
     assert state(world / "student") == before
+
+
+def test_masks_belong_to_what_is_compared(tmp_path):
+    images = SimpleNamespace(paths=["a"], labels=None, spans=[(0, 9)])
+    masks = SimpleNamespace(root=tmp_path, paths=["a.png"])
+    (tmp_path / "a.png").write_bytes(b"mask")
+    before = engine._content(SimpleNamespace(images=images, masks=masks))
+    assert before == engine._content(SimpleNamespace(images=images, masks=masks))
+    (tmp_path / "a.png").write_bytes(b"another")
+    assert before != engine._content(SimpleNamespace(images=images, masks=masks))
 
 
 def test_images_that_changed_where_they_are_are_said_with_their_numbers(world, capsys):
