@@ -82,9 +82,11 @@ class RunFolder:
         """UserError if there are results of another config; whether it was another."""
         inputs, wanted = _read_inputs(self.path), fingerprint(self.config)
         fields = {f.name: f for f in dataclasses.fields(self.config)}
+        # An option that the version which made the run did not have yet was at its default.
+        defaults = fingerprint(type(self.config)()) if stored.keys() <= fields.keys() else {}
         different = []
         for name, value in wanted.items():
-            there, holds = stored.get(name, "(absent)"), fields[name].metadata["holds"]
+            there, holds = stored.get(name, defaults.get(name, "(absent)")), fields[name].metadata["holds"]
             stays = (
                 same_place(there, value) if isinstance(getattr(self.config, name), Path) or holds else there == value
             )
