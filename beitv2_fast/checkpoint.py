@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError, UserError, require
 
+# where trainings keep the weights, from the outside in; an average of them is taken if there is nothing else
+WRAPPINGS = ("model", "module", "state_dict", "model_ema", "state_dict_ema", "ema", "ema_state_dict")
+
 
 def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Parameters and persistent buffers as safetensors."""
@@ -37,8 +40,12 @@ def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, st
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A .safetensors file, or a .pth/.pt file of plain tensors (weights_only: no code in it is run).
 
-    Of a dict with "model", "module" or "state_dict" in it, as trainings store it, that part is taken. Beside tensors a
-    file may hold plain Python values and an argparse.Namespace, which is what the reference keeps its options in.
+    Of a dict with "model", "module", "state_dict" or else an average of the weights in it, as trainings store it, that
+    part is taken. Beside tensors a file may hold plain Python values and an argparse.Namespace, which is what the
+    reference keeps its options in.
+
+    Raises:
+        CheckpointError: it cannot be read; of a file with other types in it they are named.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint file {path}")
@@ -50,18 +57,35 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except UserError:
         raise
     except Exception as error:  # every library has its own exceptions for a damaged file
-        harmful = isinstance(error, pickle.UnpicklingError)  # torch's own text tells to run whatever is in the file
-        reason = "no PyTorch file of plain tensors" if harmful else str(error).strip().split("\n")[0][:200]
+        if isinstance(error, pickle.UnpicklingError):  # torch's own text tells to run whatever is in the file
+            raise CheckpointError(_types_in(path, str(error))) from error
+        reason = str(error).strip().split("\n")[0][:200]
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint ({reason}): it is damaged or of another kind. "
             "Use an intact .safetensors, .pth or .pt file."
         ) from error
-    for wrapping in ("model", "module", "state_dict"):
+    for wrapping in WRAPPINGS:
         if isinstance(state, dict) and isinstance(state.get(wrapping), dict):
             state = state[wrapping]
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, but a dict of tensors is needed.")
     return state
+
+
+def _types_in(path: Path, said: str) -> str:
+    """What is wrong with a pickle that is not run, of which torch said this, and what its owner can do."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # an older kind of file, of which torch names the first
+        names = re.findall(r"Unsupported (?:global|class)[^.]*? ([\w.]+) was not", said)
+    if not names:
+        return f"{path} is no PyTorch file of plain tensors. Use an intact .safetensors, .pth or .pt file."
+    return (
+        f"{path} is no PyTorch file of plain tensors: it holds {', '.join(names[:8])}, and nothing in a checkpoint is "
+        "run here. If you trust its source, write the weights alone in Python: state = torch.load(FILE, "
+        'weights_only=False); torch.save(state["model"], "weights.pth"), with the name that they have in it.'
+    )
 
 
 def load_model(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -184,14 +208,25 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_no_folder(path: Path) -> None:
+    """UserError if a folder is where a file is to be written, which would take its place."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, but a file is to be written. Name another one; no folder is replaced.")
+
+
 def atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` make a file or folder beside ``path``, flush it to disk, then give it its name.
 
     A crash leaves the old one or the new one, and a failure nothing else. Several writers do not meet.
+
+    Raises:
+        UserError: the name is a folder's, and a file is written.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         write(temporary)
+        if not temporary.is_dir():
+            check_no_folder(path)
         for file in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
             flush(file)
         old = path.with_name(f"{temporary.name}.old")

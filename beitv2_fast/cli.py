@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import compact
-from .config import add_options, check_limits
+from .config import add_options, check_limits, path
 from .convert import FORMATS
 from .convert.files import convert_file
 from .distributed import run_main
@@ -26,9 +26,9 @@ def parser() -> argparse.ArgumentParser:
     commands = result.add_subparsers(dest="command", required=True)
     help = "weights between the published checkpoints, this package, timm and transformers"
     convert = commands.add_parser("convert", help=help, description=f"Convert {help}.")
-    convert.add_argument("input", metavar="IN", type=Path, help="weights file, run folder, or folder of transformers")
+    convert.add_argument("input", metavar="IN", type=path, help="weights file, run folder, or folder of transformers")
     convert.add_argument(
-        "output", metavar="OUT", type=Path,
+        "output", metavar="OUT", type=path,
         help="NAME.safetensors, NAME.pth, or for transformers a folder that from_pretrained reads",
     )  # fmt: skip
     convert.add_argument("--to", choices=list(FORMATS), required=True, help="the format to make")
@@ -39,13 +39,13 @@ def parser() -> argparse.ArgumentParser:
         "encode", help="a folder or tar shards of images to a file of codes", description=EncodeConfig.__doc__
     )
     encode.add_argument(
-        "images", metavar="IMAGES", type=Path, help="folder of images, with or without folders in it, or tar shards"
+        "images", metavar="IMAGES", type=path, help="folder of images, with or without folders in it, or tar shards"
     )
     add_options(encode, EncodeConfig())
     explore = commands.add_parser(
         "explore", help="a local page to look at a run with", description=ExploreConfig.__doc__
     )
-    explore.add_argument("run", metavar="RUN", type=Path, help="folder of the runs, or a run folder")
+    explore.add_argument("run", metavar="RUN", type=path, help="folder of the runs, or a run folder")
     add_options(explore, ExploreConfig())
     pictures = commands.add_parser(
         "picture", help="pictures of a run as PNG files", description="Pictures of a run as PNG files."
@@ -53,8 +53,8 @@ def parser() -> argparse.ArgumentParser:
     for kind, config in KINDS.items():
         text = " ".join((type(config).__doc__ or "").split())
         picture = pictures.add_parser(kind, help=text.split(":")[0].split(".")[0], description=text)
-        picture.add_argument("run", metavar="RUN", type=Path, nargs="+", help="folder of the runs, or a run folder")
-        picture.add_argument("-o", "--out", type=Path, required=True, help="the .png file to write")
+        picture.add_argument("run", metavar="RUN", type=path, nargs="+", help="folder of the runs, or a run folder")
+        picture.add_argument("-o", "--out", type=path, required=True, help="the .png file to write")
         add_options(picture, config)
     commands.add_parser("models", help="the names that create_model knows", description="List the models' names.")
     return result

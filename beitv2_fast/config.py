@@ -8,7 +8,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,13 +25,22 @@ LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le,
 
 
 def option(
-    default: Any, help: str, *, free: bool = False, choices: Sequence[str] | None = None, **limits: float
+    default: Any,
+    help: str,
+    *,
+    free: bool = False,
+    holds: str = "",
+    choices: Sequence[str] | None = None,
+    **limits: float,
 ) -> Any:
     """A config value with its help text.
 
-    ``free``: it does not change the result and may differ when a run resumes. ``limits``: some of ``LIMITS``.
+    ``free``: it does not change the result and may differ when a run resumes. ``holds``: it is a path, and not the path
+    but what is there has to stay: "images"; "weights" that every step needs; "start": weights that are read once.
+    ``limits``: some of ``LIMITS``.
     """
-    return field(default=default, metadata={"help": help, "free": free, "choices": choices, "limits": limits})
+    metadata = {"help": help, "free": free, "holds": holds, "choices": choices, "limits": limits}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class TrainConfig(RunConfig):
         Path("data"),
         "folder of images (FOLDER/train is used if it exists, class folders are optional) or of tar shards, or a "
         "pattern such as 'shards/train-{0000..0146}.tar'",
+        holds="images",
     )
     loader: str = option(
         "auto",
@@ -113,7 +123,9 @@ class TrainConfig(RunConfig):
     min_lr: float = option(1e-5, "learning rate at the end of the cosine", at_least=0)
     warmup_epochs: float = option(10, "epochs in which the learning rate rises linearly from 0", at_least=0)
     weight_decay: float = option(
-        0.05, "AdamW's weight decay; biases, norms, layer scales, tokens and position embeddings are spared", at_least=0
+        0.05,
+        "AdamW's weight decay; biases, norms, layer scales, CLS tokens and position embeddings are spared",
+        at_least=0,
     )
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay rates of its two averages", at_least=0, below=1)
     clip_grad: float = option(3.0, "gradients longer than this are scaled down to it; 0: never", at_least=0)
@@ -150,7 +162,7 @@ class TokenizerConfig(TrainConfig):
     )  # fmt: skip
     teacher_weights: str | None = option(
         None, "the teacher's weights: a file, or a hub name (hf-hub:ORGANISATION/NAME, or a tag of open_clip); none: "
-        "the source of the package that brings the teacher"
+        "the source of the package that brings the teacher", holds="weights",
     )  # fmt: skip
     teacher_image_size: int | None = option(
         None, "side of the crop that the teacher reads, in pixels; none: image_size", at_least=1
@@ -188,7 +200,7 @@ class PretrainConfig(TrainConfig):
     """Masked image modelling with patch aggregation (arXiv 2208.06366 sections 2.3 and 2.4)."""
 
     out: Path = option(Path("runs/pretrain"), OUT)
-    tokenizer: Path = option(Path("runs/tokenizer"), "run folder of the trained tokenizer")
+    tokenizer: Path = option(Path("runs/tokenizer"), "run folder of the trained tokenizer", holds="weights")
     tokenizer_image_size: int | None = option(
         None, "side of the images that the tokenizer reads, its positions interpolated; none: that of its training",
         at_least=1,
@@ -307,10 +319,20 @@ def add_options(parser: argparse.ArgumentParser, shown: Any) -> None:
         elif typing.get_origin(kind) is tuple:
             item, count = typing.get_args(kind)[0], len(typing.get_args(kind))
             count = "+" if typing.get_args(kind)[-1] is Ellipsis else count
-            parser.add_argument(flag, type=item, nargs=count, metavar=item.__name__.upper(), **common)
+            parser.add_argument(flag, type=_typed(item), nargs=count, metavar=item.__name__.upper(), **common)
         else:
             item = _optional(kind)
-            parser.add_argument(flag, type=item, choices=f.metadata["choices"], metavar=_metavar(f, item), **common)
+            parser.add_argument(
+                flag, type=_typed(item), choices=f.metadata["choices"], metavar=_metavar(f, item), **common
+            )
+
+
+def path(text: str) -> Path:
+    """A path as it is typed: shells leave the ``~`` of ``--out=~/x``, and one within quotes, as it is."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error} Write ./{text} for a name that begins so.") from error
 
 
 def check_limits(config: Any) -> None:
@@ -323,7 +345,7 @@ def check_limits(config: Any) -> None:
         if not (inside and all(map(math.isfinite, numbers))):
             wanted = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
             raise UserError(f"{flag} is {_show(value)}, but must be {wanted or 'a finite number'}.")
-        if f.name == "crop_scale" and value[0] > value[1]:
+        if f.name in ("crop_scale", "scale_range") and value[0] > value[1]:
             raise UserError(f"{flag} is {_show(value)}, but its first number must not be above its second.")
 
 
@@ -337,6 +359,10 @@ def _preset(presets: Mapping[str, C], argv: Sequence[str] | None) -> str:
 
 def _metavar(f: dataclasses.Field, item: type) -> str:
     return "{" + ",".join(f.metadata["choices"]) + "}" if f.metadata["choices"] else item.__name__.upper()
+
+
+def _typed(item: type) -> Callable[[str], Any]:
+    return path if item is Path else item
 
 
 def _optional(kind: Any) -> type:

@@ -10,8 +10,9 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -135,7 +136,51 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+class Console:
+    """stdout or stderr that may go away without an error: what can no longer be written is dropped.
+
+    A reader may end first (``| tee`` gets the Ctrl-C, too), a terminal be closed, a disk behind ``>`` be full: none of
+    it is a reason to lose a training.
+    """
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 (python >&- has none)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._gone():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._gone():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _gone(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            # From here on into nothing, and so is what the stream still holds, which Python writes when it ends.
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), self._stream.fileno())
+
+
 def run_main(main: Callable[[], int | None]) -> None:
+    """``_run_main`` on a ``Console``."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = consoles = Console(sys.stdout), Console(sys.stderr)
+    try:
+        _run_main(main)
+    finally:
+        for console in consoles:  # what Python cannot write when it ends would change the exit code
+            console.flush()
+        sys.stdout, sys.stderr = streams
+
+
+def _run_main(main: Callable[[], int | None]) -> None:
     """Run a command: a UserError becomes one paragraph and exit code 2, and ranks leave together.
 
     Ranks end by os._exit: when the interpreter is torn down, gloo's threads may still hold the last reference to a
@@ -147,20 +192,19 @@ def run_main(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         code = 2
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        print(f"\nerror: a file could not be written or read: {error}. {DISK_ADVICE}", file=sys.stderr)
-        code = 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         code = 128 + signal.SIGINT
-    except Exception:
-        if not in_a_group():
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            print(f"\nerror: a file could not be written or read: {error}. {DISK_ADVICE}", file=sys.stderr)
+            code = 2
+        elif not in_a_group():
             raise
-        traceback.print_exc()
-        print(f"\nerror: rank {dist.get_rank()} ends here. {PEER_ADVICE}", file=sys.stderr)
-        code = 1
+        else:
+            traceback.print_exc()
+            print(f"\nerror: rank {dist.get_rank()} ends here. {PEER_ADVICE}", file=sys.stderr)
+            code = 1
     if in_a_group() or _left:
         if code == 0 and not _left:
             dist.barrier()

@@ -16,7 +16,7 @@ class ProbeConfig(RunConfig):
     data: Path = option(Path("data"), "folder of FOLDER/train/CLASS and FOLDER/test/CLASS (or val) with images")
     run: Path = option(
         Path("runs/pretrain"), "run folder whose backbone is probed: of a pre-training, a tokenizer (its encoder) or a "
-        "fine-tuning"
+        "fine-tuning", holds="start",
     )  # fmt: skip
     backbone: str = option(
         "trained", "trained: the network of --run; untrained: one of its shape with random weights; teacher: the "
@@ -64,6 +64,7 @@ class FinetuneConfig(TrainConfig):
         "where the training starts: the run folder of a pre-training, of a tokenizer (its encoder is fine-tuned) or of "
         "another fine-tuning (a new head if its classes are others), or a file of weights in any format of "
         "`beitv2-fast convert`; none: random weights",
+        holds="start",
     )
     val: Path | None = option(
         None, "labelled images to evaluate on: a folder of class folders, or shards; none: FOLDER/val or FOLDER/test "
@@ -117,7 +118,9 @@ class EvaluateConfig(RunConfig):
 
     out: Path = option(Path("runs/evaluate"), "run folder for results.json and the log")
     model: Path = option(
-        Path("runs/finetune"), "run folder of a fine-tuning, or a file of a classifier's weights in any format"
+        Path("runs/finetune"),
+        "run folder of a fine-tuning, or a file of a classifier's weights in any format",
+        holds="start",
     )
     data: tuple[Path, ...] = option(
         (Path("data/val"),), "folders of class folders, named as the training's; also tar shards"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .checkpoint import atomically
+from .checkpoint import atomically, check_no_folder
 from .config import option
 from .distributed import autocast_dtype
 from .errors import UserError, require
@@ -247,7 +247,7 @@ def _open_pieces(pieces: Path, state: dict[str, Any], force: bool) -> None:
         stored = None  # killed before it was written: there are no pieces either
     if stored == state:
         return
-    if stored is not None and not force:
+    if stored is not None and not force and any(pieces.glob("*.npz")):
         different = [name for name in state if not isinstance(stored, dict) or stored.get(name) != state[name]]
         raise UserError(
             f"{pieces} holds the beginning of an encoding with other {', '.join(different)}. Nothing was changed. Give "
@@ -306,6 +306,7 @@ def _save(path: Path, kind: str, arrays: dict[str, Any]) -> None:
 def _check_out(config: EncodeConfig) -> None:
     if config.out.suffix not in (".npz", ".safetensors"):
         raise UserError(f"--out {config.out} should end in .npz or .safetensors, so that it is clear what to write.")
+    check_no_folder(config.out)
     if config.out.exists() and not config.force:
         raise UserError(f"{config.out} exists. Give another --out, or --force to replace it.")
 

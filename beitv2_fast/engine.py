@@ -5,9 +5,10 @@ All randomness is a function of (seed, step) or (seed, epoch, sample), so a resu
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -15,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from .attention import choose_attention
-from .backend import DeepSpeedBackend, TorchBackend, check_optimizer_state
+from .backend import DeepSpeedBackend, TorchBackend, check_optimizer_state, deepspeed_settings
 from .bad_steps import BadSteps, Undo, poisoned
 from .checkpoint import Checkpoints, load_model, read_weights, save_weights
 from .config import RunConfig, TrainConfig
 from .data import ImageFolder, ImageList, check_images, choose_loader, find_images, train_loader
 from .distributed import World, autocast_dtype
 from .ema import ModelEMA
-from .errors import UserError
-from .optim import parameter_groups
+from .errors import UserError, require
+from .optim import no_weight_decay, parameter_groups
 from .plan import Plan
 from .run import RunFolder
 from .stop_signal import StopSignal
@@ -107,6 +108,15 @@ def training_images(
     return dataset
 
 
+def open_run(config: TrainConfig, world: World, *, deepspeed: bool) -> RunFolder:
+    """The run folder of a training, once the options that need no images are seen to work here."""
+    choose_attention(config.attention, world.device.type)
+    if deepspeed:
+        require("deepspeed", "deepspeed", "Training with DeepSpeed")
+        deepspeed_settings(config, world.device)
+    return RunFolder(config, world.rank)
+
+
 def train(
     task: Task,
     config: TrainConfig,
@@ -115,7 +125,6 @@ def train(
     world: World,
     *,
     deepspeed: bool = False,
-    no_decay: Sequence[str] = (),
     layer_decay: float = 1.0,
     ema_decay: float = 0.0,
     after_epoch: AfterEpoch | None = None,
@@ -125,7 +134,6 @@ def train(
     """Train to the end, or until a signal. Returns the exit code: 0, or 128 + the signal's number after saving.
 
     Args:
-        no_decay: names of parameters without weight decay, beside those of one dimension.
         layer_decay: see ``parameter_groups``.
         ema_decay: above 0: a ``ModelEMA`` follows the weights, and lies in the checkpoints as ema.safetensors.
         after_epoch: called with the models "weights" and, if there is one, "average", before the epoch is saved: after
@@ -138,7 +146,8 @@ def train(
     ema = ModelEMA(task.model, ema_decay) if ema_decay else None
     about, optimizer_state = _resume(checkpoints, task.model, ema, plan, dataset, run, world)
     step = about["step"]
-    groups = parameter_groups(task.model, config.weight_decay, layer_decay=layer_decay, skip=no_decay)
+    spared = no_weight_decay(task.model)
+    groups = parameter_groups(task.model, config.weight_decay, layer_decay=layer_decay, skip=spared)
     backend = (DeepSpeedBackend if deepspeed else TorchBackend)(task.model, groups, config, world)
     if step:
         backend.restore(optimizer_state)
@@ -196,7 +205,8 @@ def train(
             due = stopping or step - saved >= config.save_every - saved % config.save_every or ends
             if due and not bad.in_a_row:  # among bad steps the weights are suspect
                 about = {"images_per_step": plan.images_per_step, "skipped_steps": bad.skipped}
-                _save(checkpoints, backend, ema, step, world, images=dataset.images.fingerprint, **about)
+                of_images = {"images": dataset.images.fingerprint, "image_count": len(dataset)}
+                _save(checkpoints, backend, ema, step, world, **of_images, **about)
                 saved = step
             watchdog.progress()
             if stopping and step < plan.total_steps:
@@ -271,12 +281,39 @@ def _resume(
             f"{plan.images_per_step}. Choose --batch-size and --accumulate so that their product with the number of "
             "ranks stays, or choose another --out."
         )
-    if step and found["about"]["images"] != dataset.images.fingerprint:
-        run.print(
-            f"warning: the images are others than at step {step} (files came, went or were renamed): the run goes on, "
-            "but not as it would have with the old ones"
-        )
+    _accept_images(found["about"], dataset, run)
     return found["about"], found["optimizer"]
+
+
+def _accept_images(about: dict, dataset: ImageFolder, run: RunFolder) -> None:
+    """Images that changed where they were are the user's own doing, and worth a warning; at another place they are a
+    mistake, unless they are the same ones.
+    """
+    step, known, images = about["step"], run.inputs.get("data"), dataset.images
+    changed = bool(step) and about["images"] != images.fingerprint
+    moved = bool(step) and "data" in run.moved
+    found = _content(dataset) if moved or (run.writes and (changed or known is None)) else known
+    if moved and (changed or known not in (None, found)):
+        raise UserError(
+            f"{run.path} was trained on other images than the {len(images):,} in {images.root}: names, classes or "
+            "bytes differ. Nothing was changed. Name the folder with the same ones, or choose another --out."
+        )
+    if changed:
+        before = f", {about['image_count']:,} then" if "image_count" in about else ""
+        run.print(
+            f"warning: the images are others than at step {step} (files came, went or were renamed; {len(images):,} "
+            f"now{before}): the run goes on, but not as it would have with the old ones"
+        )
+    run.accept(data=found)
+
+
+def _content(dataset: ImageFolder) -> str:
+    """A hash of names, labels and sizes in bytes, and of the names and sizes of masks, if there are any."""
+    images, masks = dataset.images, getattr(dataset, "masks", None)
+    files = [] if images.spans else [images.file(i) for i in range(len(images))]
+    files += [] if masks is None else [masks.root / path for path in masks.paths]
+    names = [images.paths, images.labels, images.spans, None if masks is None else masks.paths]
+    return hashlib.sha256(json.dumps([names, [file.stat().st_size for file in files]]).encode()).hexdigest()
 
 
 def _read_checkpoint(folder: Path, model: nn.Module, ema: ModelEMA | None) -> tuple[dict, dict[str, Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +17,29 @@ from .errors import UserError
 from .images import ImageList, splits_in
 from .sampler import rank_share
 from .transforms import normalise
+
+
+def listed_classes(file: Path) -> list[str]:
+    """The classes of a text file with a name a line: UTF-8, or UTF-16 with its mark at the start.
+
+    Raises:
+        UserError: it is no such text, names no class, or one twice.
+    """
+    content = file.read_bytes()
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{file} is no UTF-8 text (line {line}: {error.reason}). Save it as UTF-8.") from error
+    if "\0" in text:
+        raise UserError(f"{file} is no UTF-8 text (it has zero bytes). Save it as UTF-8.")
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice or not names:
+        found = f"the classes {', '.join(twice[:8])} more than once" if twice else "no class"
+        raise UserError(f"{file} names {found}. It needs every class once, a name a line, in the classifier's order.")
+    return names
 
 
 def columns_of(images: ImageList, classes: Sequence[str], source: Path | str) -> Tensor:

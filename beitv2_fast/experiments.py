@@ -118,7 +118,7 @@ def run_steps(steps: Sequence[Step], root: Path, *, jobs: int = 0, say: Callable
                 told = True
                 say("stopping: the running steps save first")
                 for one in running:
-                    _signal(one, stop.received)
+                    _stop(one)
             if not running:
                 break  # what waits needs something that failed
             time.sleep(POLL)
@@ -176,9 +176,9 @@ def _finished(one: _Running, root: Path) -> int | None:
     return code
 
 
-def _signal(one: _Running, number: int) -> None:
+def _stop(one: _Running) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(one.process.pid, signal.SIGTERM if number == signal.SIGINT else number)
+        os.killpg(one.process.pid, signal.SIGTERM)
 
 
 def _tail(root: Path, name: str, lines: int = 12) -> str:

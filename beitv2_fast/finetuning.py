@@ -17,7 +17,6 @@ from .classifier import Classifier, ClassifierConfig
 from .config import RunConfig
 from .convert.files import read
 from .convert.finetune import describe_new, start_classifier
-from .convert.shapes import VIT_FIELD
 from .data import EvalView, ImageFolder, choose_loader
 from .distributed import World, autocast_dtype
 from .downstream_config import FinetuneConfig
@@ -49,8 +48,7 @@ def start_model(config: FinetuneConfig, classes: list[str], say: Callable[[str],
         model = Classifier(ClassifierConfig(vit_config(config, position="relative"), len(classes)))
         return _small_head(model)
     loaded = read(config.weights)
-    found = loaded.config(heads=config.heads)
-    backbone = getattr(found, VIT_FIELD[type(found)])
+    backbone = loaded.backbone(heads=config.heads)
     wrong = [
         f"--{n.replace('_', '-')} {getattr(backbone, n)}" for n in SHAPE if getattr(backbone, n) != getattr(config, n)
     ]

@@ -31,6 +31,15 @@ class Linear(nn.Linear):
         return super().extra_repr() + (", gelu=True" if self.gelu else "")
 
 
+class FullPrecisionLinear(nn.Linear):
+    """``nn.Linear`` in fp32, or fp64 for fp64 inputs, whatever autocast and the dtype of its weights are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if x.dtype == torch.float64 else x.float()
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
     """``x W^T + b``, or with ``gelu`` ``gelu(x) W^T + b``: [..., in] -> [..., out]; under autocast in its dtype.
 

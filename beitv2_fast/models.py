@@ -12,7 +12,7 @@ from .classifier import Classifier, ClassifierConfig
 from .convert import kind_of
 from .convert.files import Loaded, read
 from .convert.finetune import check_backbone, describe_new, start_classifier
-from .convert.shapes import EARLY_LAYERS, VIT_FIELD, ModelConfig, flatten, unflatten
+from .convert.shapes import EARLY_LAYERS, ModelConfig, flatten, unflatten
 from .errors import CheckpointError, UserError
 from .positions import resize_positions
 from .student import Student, StudentConfig
@@ -97,8 +97,9 @@ def create_model(
     With a checkpoint the model's shape is that of the checkpoint. The name has to agree with it in kind, width, depth,
     heads and patch size. ``overrides`` that differ from the checkpoint are an error, but for ``image_size`` (positions
     and bias tables are resized), values that no weight depends on (``drop_path``, ``eps``, ``early_layer``, ...) and a
-    classifier's ``num_classes`` (a new head). A classifier may start from a student's or a tokenizer's checkpoint:
-    its bias table goes to every layer, head and norm are new. What is new is logged as a warning.
+    classifier's ``num_classes`` (a new head). A classifier may start from a student's or a tokenizer's checkpoint, or
+    from a backbone's without a head: its bias table goes to every layer, head and norm are new. What is new is logged
+    as a warning.
 
     Args:
         name: see ``list_models``; None: whatever model the checkpoint holds.
@@ -128,7 +129,8 @@ def _load(name: str | None, named: ModelConfig | None, loaded: Loaded, source: s
     kind = kind_of(weights)
     if named is not None:
         check_backbone(kind, KINDS[type(named)])
-    if named is not None and kind != KINDS[type(named)]:
+    headless = kind == "classifier" and "head.weight" not in weights
+    if named is not None and (kind != KINDS[type(named)] or headless):
         return _start(name, named, loaded, source, overrides)
     hints = flatten(named) if named is not None else overrides
     found = loaded.config(**hints)
@@ -145,9 +147,8 @@ def _load(name: str | None, named: ModelConfig | None, loaded: Loaded, source: s
 
 
 def _start(name: str, named: ClassifierConfig, loaded: Loaded, source: str, overrides: dict[str, Any]) -> Classifier:
-    """A classifier from a student's or a tokenizer's weights."""
-    found = loaded.config(heads=named.vit.heads, eps=named.vit.eps)
-    backbone = getattr(found, VIT_FIELD[type(found)])
+    """A classifier from a student's or a tokenizer's weights, or from those of a backbone."""
+    backbone = loaded.backbone(heads=named.vit.heads, eps=named.vit.eps)
     position = "relative" if backbone.position == "shared_relative" else backbone.position
     config = ClassifierConfig(
         dataclasses.replace(backbone, position=position, drop_path=named.vit.drop_path), named.num_classes

@@ -9,6 +9,16 @@ from typing import Any
 from torch import nn
 
 
+def no_weight_decay(model: nn.Module) -> set[str]:
+    """The names that the model's parts give themselves in a method ``no_weight_decay``."""
+    return {
+        f"{prefix}.{name}".removeprefix(".")
+        for prefix, module in model.named_modules()
+        if hasattr(module, "no_weight_decay")
+        for name in module.no_weight_decay()
+    }
+
+
 def parameter_groups(
     model: nn.Module, weight_decay: float, *, layer_decay: float = 1.0, skip: Collection[str] = ()
 ) -> list[dict[str, Any]]:

@@ -7,10 +7,17 @@ from types import FrameType
 from typing import Any
 
 
-class StopSignal:
-    """SIGTERM and SIGINT ask for a stop after the current step; a second Ctrl-C is obeyed at once.
+def stopping_signals() -> list[signal.Signals]:
+    """What asks this process to stop: a hangup too, unless it was told to outlive that."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, signal.SIGINT, *hangup]
 
-    A second SIGTERM is not: launchers pass on what their process group has already got, and would end the save.
+
+class StopSignal:
+    """SIGTERM, SIGINT and SIGHUP ask for a stop after the current step; a second Ctrl-C is obeyed at once.
+
+    A second SIGTERM is not: launchers pass on what their process group has already got, and would end the save. SIGHUP
+    comes from a terminal that is closed; under ``nohup`` it stays without effect.
     """
 
     def __init__(self) -> None:
@@ -18,7 +25,7 @@ class StopSignal:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stopping_signals():
             self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -248,7 +248,7 @@ def _timm_state(net: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
 
 def _read_file(weights: str | Path, teacher: str, source: str) -> dict[str, Any]:
     """The state dict in a weights file; no code in it is run. A missing file: where to get it."""
-    path = Path(weights)
+    path = Path(weights).expanduser()
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint file {path} (weights of the teacher {teacher}): {source}.")
     return read_torchscript(path) if is_torchscript(path) else read_weights(path)

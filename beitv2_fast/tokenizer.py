@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import Linear
+from .linear import FullPrecisionLinear, Linear
 from .options import DEAD_AFTER
 from .quantizer import FusedVectorQuantizer
 from .vit import ViT, ViTConfig, init_weights, rescale_outputs
@@ -73,7 +73,9 @@ class Tokenizer(nn.Module):
         self.config = config
         dim = config.encoder.dim
         self.encoder = PatchViT(config.encoder)
-        self.encode_task_layer = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, config.code_dim))
+        self.encode_task_layer = nn.Sequential(
+            FullPrecisionLinear(dim, dim), nn.Tanh(), FullPrecisionLinear(dim, config.code_dim)
+        )
         self.quantize = FusedVectorQuantizer(
             config.num_codes,
             config.code_dim,
@@ -102,10 +104,11 @@ class Tokenizer(nn.Module):
         return self.config.num_codes
 
     def features(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] -> the vectors h_i before quantization, [B, N, code_dim] fp32."""
-        x = self.encoder(2 * images - 1)
-        with torch.autocast(x.device.type, enabled=False):  # this head runs in fp32, whatever autocast says
-            return self.encode_task_layer(x.float())
+        """Images [B, 3, H, W] in [0, 1] -> the vectors h_i before quantization, [B, N, code_dim].
+
+        They are fp32, whatever autocast or ``tokenizer.half()`` says (of ``tokenizer.double()`` fp64).
+        """
+        return self.encode_task_layer(self.encoder(2 * images - 1))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

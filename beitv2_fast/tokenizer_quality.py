@@ -21,7 +21,7 @@ class TokenizerQualityConfig(RunConfig):
     """Codebook usage and reconstruction similarity of a trained tokenizer (arXiv 2208.06366 section 3.4, table 6)."""
 
     out: Path = option(Path("runs/tokenizer_quality"), "run folder for results.json and the log")
-    run: Path = option(Path("runs/tokenizer"), "run folder of the tokenizer")
+    run: Path = option(Path("runs/tokenizer"), "run folder of the tokenizer", holds="start")
     data: Path = option(Path("data"), "folder of images; FOLDER/test or FOLDER/val is used if there is one")
     max_images: int = option(5000, "at most so many images, evenly spread over the list", at_least=1)
     batch_size: int = option(64, "images a forward", free=True, at_least=1)

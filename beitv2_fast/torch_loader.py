@@ -52,7 +52,7 @@ class TorchLoader(DataLoader):
         )
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        with deaths_explained():
+        with deaths_explained(fetching=True):
             try:
                 # The workers inherit both from their first moment on.
                 with _sigterm_blocked(), kept_from_the_collector() if self.num_workers else nullcontext():
@@ -97,11 +97,11 @@ def _one_ahead(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tenso
 
 
 @contextmanager
-def deaths_explained() -> Iterator[None]:
+def deaths_explained(*, fetching: bool = False) -> Iterator[None]:
     """Inside, what torch and Python raise because a data-loading process was killed becomes a DataError.
 
     torch tells of it by an exception at whatever line the main thread is just then; Python by a broken connection, if a
-    batch of that process's was still to be fetched from it.
+    batch of that process's was still to be fetched from it: ``fetching``, since other connections break too.
     """
     try:
         yield
@@ -110,6 +110,8 @@ def deaths_explained() -> Iterator[None]:
             raise
         raise _death(error) from error
     except (ConnectionError, EOFError) as error:
+        if not fetching:
+            raise
         with suppress(RuntimeError):
             time.sleep(1)  # until torch notices the death, too, which would raise at any line from here on
         raise _death(error) from error
@@ -138,9 +140,11 @@ def _sigterm_blocked() -> Iterator[None]:
 
 
 def _start_worker(worker_id: int) -> None:
-    # Ctrl-C, and SIGTERM from a launcher or scheduler, reach every process of the group, while the trainer still needs
-    # its batches to end the step and save. Only the trainer ends its workers; if it dies, they notice and leave.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C, the SIGHUP of a terminal that is closed, and SIGTERM from a launcher or scheduler reach every process of
+    # the group, while the trainer still needs its batches to end the step and save. Only the trainer ends its workers;
+    # if it dies, they notice and leave.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)  # the parent's threads and the other workers need the cores
 

@@ -63,7 +63,7 @@ class ViTConfig:
 
 
 class PatchEmbed(nn.Module):
-    """Cut the image into patches and project each: [B, c, H, W] -> [B, h*w, C]."""
+    """Cut the image into patches and project each: [B, c, H, W] of any float dtype -> [B, h*w, C] of the weights'."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -74,6 +74,8 @@ class PatchEmbed(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.proj.in_channels or x.shape[2:] != (self.image_size, self.image_size):
             expected = [self.proj.in_channels, self.image_size, self.image_size]
             raise ValueError(f"this model reads images [B, {str(expected)[1:]}; got {list(x.shape)}")
+        if x.is_floating_point():
+            x = x.to(self.proj.weight.dtype)
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
@@ -200,6 +202,10 @@ class ViT(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         return self.vit_config.grid
+
+    def no_weight_decay(self) -> set[str]:
+        """The parameters that weight decay spares beside those of one dimension, as the reference's."""
+        return {name for name in ("cls_token", "pos_embed") if getattr(self, name) is not None}
 
     def embed(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
         """Images [B, c, H, W] (and mask [B, N] bool: those patches become the mask token) -> tokens [B, 1 + N, C].

@@ -5,6 +5,7 @@ A hang of one rank is a hang of all: the others wait for it in their next collec
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -65,7 +66,8 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
             said += f"({self.file} could not be written: {error})\n"
-        print(said, file=sys.__stderr__, flush=True)
-        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        with contextlib.suppress(OSError):  # a console that is gone
+            print(said, file=sys.__stderr__, flush=True)
+            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         time.sleep(self.grace)
         os._exit(EXIT_HUNG)

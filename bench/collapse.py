@@ -21,7 +21,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from beitv2_fast.config import TokenizerConfig
+from beitv2_fast.config import TokenizerConfig, path
 from beitv2_fast.demo_images import write_demo_images
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,9 +110,9 @@ def plot(results: dict[str, dict[str, list[dict[str, float]]]], path: Path) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/collapse"), help="folder of the runs")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the plot and its numbers")
-    parser.add_argument("--tiny-imagenet", type=Path, default=PACK, help="tiny_imagenet_100.npz")
+    parser.add_argument("--out", type=path, default=Path("runs/collapse"), help="folder of the runs")
+    parser.add_argument("--docs", type=path, default=ROOT / "docs", help="folder of the plot and its numbers")
+    parser.add_argument("--tiny-imagenet", type=path, default=PACK, help="tiny_imagenet_100.npz")
     parser.add_argument("--threads", type=int, default=1, help="of every run")
     parser.add_argument("rest", nargs="*", help="after --: further options of train/tokenizer.py, e.g. -- --seed 1")
     args = parser.parse_args()

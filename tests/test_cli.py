@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from beitv2_fast import cli, create_model, distributed
+from beitv2_fast.config import PretrainConfig, ReportConfig, TokenizerConfig, parse
 from beitv2_fast.convert.files import read
+from beitv2_fast.downstream_config import EvaluateConfig, FinetuneConfig, ProbeConfig
+from beitv2_fast.presets import EVALUATE, FINETUNE, PRETRAIN, PROBE, REPORT, TOKENIZER
+from beitv2_fast.segmentation.config import SEGMENT, SegmentConfig
 
+from .small_runs import small_runs
 from .training import ENVIRONMENT
 from .weights import assert_same_state, classifier, images, student, tokenizer
 
@@ -115,3 +122,65 @@ def test_models_lists_the_names(capsys):
 def test_the_package_is_a_command():
     result = subprocess.run([sys.executable, "-m", "beitv2_fast", "--help"], env=ENVIRONMENT, capture_output=True)
     assert result.returncode == 0 and b"convert" in result.stdout and b"encode" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "x.pt"])
+def test_converting_never_replaces_a_folder_by_a_file(tmp_path, published, capsys, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("years of work")
+    assert command("convert", published, tmp_path / name, "--to", "beitv2_fast", "--force") == 2
+    assert f"{name} is a folder" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir() if p.name != published.name] == [name]
+    assert (tmp_path / name / "thesis.txt").read_text() == "years of work"
+
+
+def test_converting_never_replaces_a_run_folder(tmp_path, published, capsys):
+    run = small_runs(tmp_path) / "pretrain"
+    before = sorted(run.rglob("*"))
+    assert command("convert", published, run, "--to", "transformers", "--force") == 2
+    assert "is no folder of a model for transformers" in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before
+
+
+# every command with paths -> what it is given beside them
+COMMANDS = {
+    "train/tokenizer.py": (TokenizerConfig, TOKENIZER),
+    "train/pretrain.py": (PretrainConfig, PRETRAIN),
+    "train/finetune.py": (FinetuneConfig, FINETUNE),
+    "train/evaluate.py": (EvaluateConfig, EVALUATE),
+    "train/segment.py": (SegmentConfig, SEGMENT),
+    "train/linear_probe.py": (ProbeConfig, PROBE),
+    "train/report.py": (ReportConfig, REPORT),
+}
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_tilde_is_the_home_folder_in_every_option_that_is_a_path(script, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    config, presets = COMMANDS[script]
+    paths = [f.name for f in dataclasses.fields(config) if "Path" in f.type]
+    assert "out" in paths and len(paths) > 1
+    made, _ = parse(config, presets, [f"--{name.replace('_', '-')}=~/{name}" for name in paths])
+    for name in paths:
+        several = "tuple" in next(f.type for f in dataclasses.fields(config) if f.name == name)
+        wanted = Path("/home/someone") / name
+        assert getattr(made, name) == ((wanted,) if several else wanted)
+
+
+def test_a_tilde_is_the_home_folder_in_the_paths_of_beitv2_fast(tmp_path, monkeypatch, published):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert command("convert", "~/published.pth", "~/new.safetensors", "--to", "beitv2_fast") == 0
+    assert (tmp_path / "new.safetensors").is_file() and not (tmp_path / "~").exists()
+    parser = cli.parser()
+    given = vars(
+        parser.parse_args(["picture", "tokens", "~/run", "-o", "~/x.png", "--data=~/d", "--images", "~/a", "b"])
+    )
+    assert [given[n] for n in ("run", "out", "data")] == [[tmp_path / "run"], tmp_path / "x.png", tmp_path / "d"]
+    assert given["images"] == [tmp_path / "a", Path("b")]
+    assert vars(parser.parse_args(["encode", "~/i", "--out=~/c.npz"]))["out"] == tmp_path / "c.npz"
+
+
+def test_a_tilde_of_a_user_that_is_not_there_is_a_mistake(capsys):
+    assert command("encode", "images", "--out=~nobody_at_all/c.npz") == 2
+    assert "Write ./~nobody_at_all/c.npz for a name that begins so" in capsys.readouterr().err

@@ -230,3 +230,26 @@ def test_a_trainings_run_folder_is_a_tokenizer(tmp_path):
     count, _ = encode_folder(images, EncodeConfig(tokenizer=tmp_path / "run", out=tmp_path / "codes.npz", **OPTIONS))
     codes = np.load(tmp_path / "codes.npz")["codes"]
     assert count == 12 and codes.shape == (12, 4, 4) and codes.max() < 16
+
+
+@pytest.mark.parametrize("name", ["codes.npz", "codes.safetensors"])
+def test_a_folder_of_the_output_s_name_is_never_replaced(world, tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is a folder, but a file is to be written"):
+        encode_folder(world / "images", config(world, tmp_path / name, force=True))
+    assert (tmp_path / name / "thesis.txt").read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_an_encoding_that_was_stopped_before_its_first_piece_does_not_refuse_other_options(
+    world, tmp_path, monkeypatch
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "_encode_pieces", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            encode_folder(world / "images", config(world, tmp_path / "codes.npz", crop_pct=0.5))
+    assert encode_folder(world / "images", config(world, tmp_path / "codes.npz"))[0] == 11

@@ -10,7 +10,7 @@ from torch import nn
 from beitv2_fast.data import EvalView, ImageFolder, find_images
 from beitv2_fast.distributed import World
 from beitv2_fast.errors import UserError
-from beitv2_fast.evaluation import class_columns, evaluate
+from beitv2_fast.evaluation import class_columns, evaluate, listed_classes
 
 from .training import write_images
 
@@ -115,3 +115,35 @@ def test_the_model_is_in_eval_mode_meanwhile_and_as_before_afterwards(tmp_path):
 def test_classes_that_the_classifier_does_not_know_are_named(there, said):
     with pytest.raises(UserError, match=said):
         class_columns(there, CLASSES, "FOLDER")
+
+
+LIST = "Hühner\nn1 \n\nébène\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [LIST.encode(), LIST.encode("utf-8-sig"), LIST.encode("utf-16"), b"\xfe\xff" + LIST.encode("utf-16-be")],
+    ids=["UTF-8", "UTF-8 with a mark", "UTF-16", "UTF-16, big end first"],
+)
+def test_a_list_of_classes_is_read_in_the_encodings_that_tell_themselves(tmp_path, content):
+    (tmp_path / "names.txt").write_bytes(content.replace(b"\n", b"\r\n") if content[1:2] == b"\xc3" else content)
+    assert listed_classes(tmp_path / "names.txt") == ["Hühner", "n1", "ébène"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (LIST.encode("latin-1"), r"no UTF-8 text \(line 1: invalid start byte\). Save it as UTF-8"),
+        ("a\nb\ncafé\n".encode("latin-1"), r"no UTF-8 text \(line 3"),
+        ("a\nb\n".encode("utf-16-le"), "zero bytes"),
+        (LIST.encode("utf-32"), "zero bytes"),
+        (b"\xff\xfea", r"no UTF-8 text \(line 1: truncated data"),
+        (b"", "names no class"),
+        (b" \n\n", "names no class"),
+        (b"a\nb\na \nc\nb\n", "names the classes a, b more than once"),
+    ],
+)
+def test_a_list_of_classes_that_cannot_be_read_is_refused_with_what_to_do(tmp_path, content, said):
+    (tmp_path / "names.txt").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        listed_classes(tmp_path / "names.txt")

@@ -74,3 +74,11 @@ def test_the_same_folder_under_other_names_is_refused_with_them(files, tmp_path,
     command = ["--model", folder / "model.safetensors", "--data", tmp_path / "set", "--classes", folder / "names.txt"]
     assert call("evaluate", *command, "--out", tmp_path / "run", "--workers", 0, "--device", "cpu") == 2
     assert "has the classes goldfish, but the classifier knows 1000" in capsys.readouterr().err
+
+
+def test_a_list_of_classes_that_is_no_text_is_one_paragraph(files, tmp_path, capsys):
+    folder, _ = files
+    (tmp_path / "names.txt").write_bytes("\n".join(WNIDS).encode("utf-16-le"))
+    command = ["--model", folder / "model.safetensors", "--data", folder / "a", "--classes", tmp_path / "names.txt"]
+    assert call("evaluate", *command, "--out", tmp_path / "run", "--device", "cpu") == 2
+    assert "Save it as UTF-8" in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -342,3 +342,9 @@ def test_the_command_trains_from_a_timm_teacher_in_a_file(tmp_path):
     data = ["--data", write_images(tmp_path / "images", 4), "--out", tmp_path / "run"]
     assert call("tokenizer", *TINY, *options, *teacher, *data) == 0
     assert list((tmp_path / "run" / "teacher_features").glob(f"timm_{RESNET}-*/view0_*.npy"))
+
+
+def test_a_weights_file_may_be_named_from_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save({"a": torch.ones(2)}, tmp_path / "w.pth")
+    assert torch.equal(teachers._read_file("~/w.pth", "clip", "")["a"], torch.ones(2))

@@ -16,8 +16,10 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from beitv2_fast.config import path
 from beitv2_fast.demo_images import write_demo_images
 from beitv2_fast.distributed import run_main
+from beitv2_fast.stop_signal import stopping_signals
 
 TRAIN = Path(__file__).parent
 
@@ -62,7 +64,7 @@ def run(command: list[str]) -> int:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(stage.pid, number)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, pass_on) for number in stopping_signals()}
     try:
         code = stage.wait()
         while _alive(stage.pid):
@@ -92,8 +94,8 @@ def print_table(results: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the runs")
-    parser.add_argument("--data", type=Path, help="your image folder (train/CLASS, test/CLASS) instead of solar cells")
+    parser.add_argument("--out", type=path, default=Path("runs/demo"), help="folder of the runs")
+    parser.add_argument("--data", type=path, help="your image folder (train/CLASS, test/CLASS) instead of solar cells")
     args = parser.parse_args()
     data = args.data or write_demo_images(args.out / "data")
     for title, command in commands(args.out, data):

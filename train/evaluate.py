@@ -21,7 +21,7 @@ from beitv2_fast.data import EvalView
 from beitv2_fast.distributed import autocast_dtype, run_main, start
 from beitv2_fast.downstream_config import EvaluateConfig
 from beitv2_fast.errors import UserError
-from beitv2_fast.evaluation import columns_of, evaluate
+from beitv2_fast.evaluation import columns_of, evaluate, listed_classes
 from beitv2_fast.finetuning import crop_share, describe, labelled_images, stored_classes
 from beitv2_fast.images import find_images
 from beitv2_fast.presets import EVALUATE
@@ -51,7 +51,7 @@ def class_names(config: EvaluateConfig, model: Classifier) -> list[str]:
     elif source.is_dir():
         names = find_images(source, "train", labelled=True).classes
     elif source.is_file():
-        names = [line.strip() for line in source.read_text().splitlines() if line.strip()]
+        names = listed_classes(source)
     if names is None:
         raise UserError(
             f"nothing says which classes {config.model} knows. Give --classes: the training's folder of class folders, "

@@ -13,7 +13,7 @@ from beitv2_fast.config import parse
 from beitv2_fast.data import FinetuneView
 from beitv2_fast.distributed import World, run_main, start
 from beitv2_fast.downstream_config import FinetuneConfig
-from beitv2_fast.engine import train, training_images
+from beitv2_fast.engine import open_run, train, training_images
 from beitv2_fast.errors import UserError
 from beitv2_fast.finetuning import (
     FinetuneTask,
@@ -27,7 +27,7 @@ from beitv2_fast.presets import FINETUNE
 from beitv2_fast.run import RunFolder
 
 
-def evaluate_only(config: FinetuneConfig, run: RunFolder, world: World) -> int:
+def evaluate_only(config: FinetuneConfig, world: World) -> int:
     """--evaluate: the newest checkpoint's weights and their average."""
     classes = stored_classes(config.out)
     if classes is None or validation_images(config) is None:
@@ -35,6 +35,7 @@ def evaluate_only(config: FinetuneConfig, run: RunFolder, world: World) -> int:
         raise UserError(f"--evaluate: {config.out} has {what}.")
     kinds = ("weights", "average") if config.ema_decay else ("weights",)
     models = {kind: load_run_model(config.out, average=kind == "average")[0].to(world.device) for kind in kinds}
+    run = RunFolder(config, world.rank)
     step = int(sorted(run.checkpoints.glob("step_*"))[-1].name.removeprefix("step_"))
     Validation(config, classes, run, world)(step, models, lambda: None)
     run.close()
@@ -44,9 +45,11 @@ def evaluate_only(config: FinetuneConfig, run: RunFolder, world: World) -> int:
 def main(argv: list[str] | None = None) -> int:
     config, local_rank = parse(FinetuneConfig, FINETUNE, argv)
     world = start(config.device)
-    run = RunFolder(config, world.rank)
+    deepspeed = local_rank is not None or config.deepspeed_config is not None
     if config.evaluate:
-        return evaluate_only(config, run, world)
+        return evaluate_only(config, world)
+    start_model(config, ["", ""], lambda _: None)  # what does not fit is told before all images have been decoded
+    run = open_run(config, world, deepspeed=deepspeed)
     view = FinetuneView(config.image_size, config.crop_scale, config.augment_ops, config.augment_magnitude)
     dataset = training_images(config, view, run, world, labelled=True)
     classes = dataset.images.classes
@@ -73,8 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         dataset,
         run,
         world,
-        deepspeed=local_rank is not None or config.deepspeed_config is not None,
-        no_decay=("cls_token", "pos_embed"),
+        deepspeed=deepspeed,
         layer_decay=config.layer_decay,
         ema_decay=config.ema_decay,
         after_epoch=validation,

@@ -13,12 +13,11 @@ from beitv2_fast.build import build_student, load_run_model
 from beitv2_fast.config import PretrainConfig, TokenizerConfig, parse
 from beitv2_fast.data import PretrainView
 from beitv2_fast.distributed import run_main, start
-from beitv2_fast.engine import Batch, Task, train, training_images
+from beitv2_fast.engine import Batch, Task, open_run, train, training_images
 from beitv2_fast.errors import UserError
 from beitv2_fast.masking import patch_masks
 from beitv2_fast.pictures import masked_picture, token_map
 from beitv2_fast.presets import PRETRAIN
-from beitv2_fast.run import RunFolder
 from beitv2_fast.student import Student
 from beitv2_fast.tokenizer import Tokenizer
 
@@ -79,6 +78,7 @@ def load_tokenizer(config: PretrainConfig) -> tuple[Tokenizer, TokenizerConfig]:
 def main(argv: list[str] | None = None) -> int:
     config, local_rank = parse(PretrainConfig, PRETRAIN, argv)
     world = start(config.device)
+    deepspeed = local_rank is not None or config.deepspeed_config is not None
     tokenizer, stored = load_tokenizer(config)
     torch.manual_seed(config.seed)
     model = build_student(config, tokenizer.num_codes)
@@ -96,15 +96,15 @@ def main(argv: list[str] | None = None) -> int:
         )
     except ValueError as error:
         raise UserError(f"{error}. Change one of these options.") from error
-    run = RunFolder(config, world.rank)
+    task = PretrainTask(model, tokenizer.to(world.device), config)
+    run = open_run(config, world, deepspeed=deepspeed)
     return train(
-        PretrainTask(model, tokenizer.to(world.device), config),
+        task,
         config,
         training_images(config, view, run, world),
         run,
         world,
-        deepspeed=local_rank is not None or config.deepspeed_config is not None,
-        no_decay=("cls_token", "mask_token"),
+        deepspeed=deepspeed,
     )
 
 

@@ -16,11 +16,10 @@ from beitv2_fast.collapse import CollapseWatch
 from beitv2_fast.config import TokenizerConfig, parse
 from beitv2_fast.data import TokenizerView
 from beitv2_fast.distributed import autocast_dtype, run_main, start
-from beitv2_fast.engine import Batch, Task, train, training_images
+from beitv2_fast.engine import Batch, Task, open_run, train, training_images
 from beitv2_fast.errors import UserError
 from beitv2_fast.pictures import token_map
 from beitv2_fast.presets import TOKENIZER
-from beitv2_fast.run import RunFolder
 from beitv2_fast.teacher_features import TeacherFeatures
 from beitv2_fast.teachers import Teacher, create_teacher
 from beitv2_fast.tokenizer import Tokenizer
@@ -77,6 +76,7 @@ class TokenizerTask(Task):
 def main(argv: list[str] | None = None) -> int:
     config, local_rank = parse(TokenizerConfig, TOKENIZER, argv)
     world = start(config.device)
+    deepspeed = local_rank is not None or config.deepspeed_config is not None
     torch.manual_seed(config.seed)
     side = config.image_size // config.patch_size
     if config.teacher_cache and not config.views:
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     precision = autocast_dtype(config.precision, world.device) and autocast_dtype("auto", world.device)
     teacher = create_teacher(config.teacher, (side, side), config.teacher_weights, dtype=precision)
     model = build_tokenizer(config, teacher.dim)
-    run = RunFolder(config, world.rank)
+    run = open_run(config, world, deepspeed=deepspeed)
     teacher.to(world.device)
     view = TokenizerView(config.teacher_image_size or config.image_size, config.crop_scale)
     images = training_images(config, view, run, world)
@@ -110,8 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         images,
         run,
         world,
-        deepspeed=local_rank is not None or config.deepspeed_config is not None,
-        no_decay=("encoder.cls_token", "encoder.pos_embed", "decoder.cls_token", "decoder.pos_embed"),
+        deepspeed=deepspeed,
     )
 
 

@@ -8,6 +8,8 @@ and folders, ``finetune`` makes the start of a classifier from pre-trained weigh
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +23,15 @@ from .translate import from_ours, to_ours
 
 __all__ = ["FORMATS", "Weights", "convert", "detect", "from_published", "kind_of"]
 
+log = logging.getLogger(__name__)
+
+# what torch.compile, FSDP and activation checkpointing put into the names, at any depth
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# the entry of each kind of model whose name tells what stands before all of its names ("model.", "module.", "net.")
+MODEL = re.compile(
+    r"(?P<prefix>(.*?\.)??)"
+    r"((beit\.)?embeddings\.patch_embeddings\.projection|encoder\.patch_embed\.proj|(?<!coder\.)patch_embed\.proj)\.weight"
+)
 TOKENIZER_PREFIXES = ("encoder.", "decoder.", "quantize.", "encode_task_layer.", "decode_task_layer.")
 
 
@@ -50,7 +61,8 @@ def convert(state: Mapping[str, Any], target: str, source: str | None = None) ->
     do not hold them.
 
     Args:
-        state: the state dict, also one with all names under ``module.``.
+        state: the state dict, also with the names that DDP, torch.compile, FSDP, Lightning or an average make of them
+            (``module.``, ``_orig_mod.``, ``model.``, ...). Entries beside the model are left out, and logged.
         target: the format to make.
         source: the format of ``state``; None: recognised by its names.
 
@@ -62,7 +74,7 @@ def convert(state: Mapping[str, Any], target: str, source: str | None = None) ->
         if name not in FORMATS:
             raise UserError(f"there is no format {name!r}. Choose one of: {', '.join(FORMATS)}.")
     extras = dict(getattr(state, "extras", {}))
-    entries = _without_wrapping(state)
+    entries = without_wrapping(state)
     source = source or detect(entries)
     ours, unknown = to_ours(_without_tables(_plain_names(entries, source)), source)
     unused = {name: unknown.pop(name) for name in list(unknown) if name.startswith(PUBLISHED_UNUSED)}
@@ -103,6 +115,7 @@ def detect(state: Mapping[str, Tensor]) -> str:
     Raises:
         CheckpointError: they are those of no format.
     """
+    state = without_wrapping(state)
     names = [name.removeprefix("beit.") for name in state]
     if any(name.startswith("embeddings.") for name in names):
         return "transformers_modules" if any(name.startswith("layers.") for name in names) else "transformers"
@@ -131,12 +144,23 @@ def kind_of(ours: Mapping[str, Tensor]) -> str:
     return "student"
 
 
-def _without_wrapping(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    prefix = "module." if state and all(name.startswith("module.") for name in state) else ""
+def without_wrapping(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The entries of the model within what was trained, under its own names; what lies beside it is logged."""
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise CheckpointError(f"a state dict of tensors is needed, but these entries are none: {', '.join(others)}")
-    return {name.removeprefix(prefix): value for name, value in state.items()}
+    plain = {WRAPPERS.sub("", name): value for name, value in state.items()}
+    found = [m["prefix"] for name in plain if (m := MODEL.fullmatch(name))]
+    prefixes = [p for p in found if "ema" not in p.lower()] or found  # an average beside the weights is not taken
+    if "" in found:  # published tokenizers have their teacher beside them
+        prefixes = [""]
+    if len(prefixes) > 1:
+        raise CheckpointError(f"these are the weights of several models: {', '.join(prefixes)}. Keep those of one.")
+    prefix = prefixes[0] if prefixes else ""
+    beside = [name for name in plain if not name.startswith(prefix)]
+    if beside:
+        log.warning("entries beside %s* are left out: %s", prefix, ", ".join(beside[:8]))
+    return {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
 
 
 def _plain_names(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:

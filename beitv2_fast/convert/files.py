@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,21 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import atomically, read_weights, save_weights
+from ..checkpoint import atomically, check_no_folder, read_weights, save_weights
 from ..errors import CheckpointError, UserError, require
 from ..run import CONFIG, stored_config
-from . import Weights, convert, detect
-from .shapes import ModelConfig, describe, flatten
+from ..vit import ViTConfig
+from . import Weights, convert, detect, without_wrapping
+from .shapes import ModelConfig, describe, describe_backbone, flatten
 from .transformers_config import from_transformers, preprocessor, to_transformers
 
 METADATA = "beitv2_fast"  # key of the config in our files' metadata
 SUFFIXES = (".safetensors", ".pth", ".pt")
-FOLDER_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+# in a folder of transformers, the first that is there; the second of each pair: of a variant, such as fp16
+FOLDER_WEIGHTS = (
+    ("model.safetensors", r"model\.\w+\.safetensors"),
+    ("model.safetensors.index.json", r"model\.safetensors\.index\.\w+\.json"),
+    ("pytorch_model.bin", r"pytorch_model\.\w+\.bin"),
+    ("pytorch_model.bin.index.json", r"pytorch_model\.bin\.index\.\w+\.json"),
+)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """weights: as stored. format: one of ``FORMATS``. known: values of the config that shapes do not tell."""
+    """weights: as stored, under the model's own names. format: one of ``FORMATS``. known: values of the config that
+    shapes do not tell."""
 
     weights: Weights
     format: str
@@ -38,13 +47,17 @@ class Loaded:
     def config(self, **known: Any) -> ModelConfig:
         return describe(self.ours, {**known, **self.known})
 
+    def backbone(self, **known: Any) -> ViTConfig:
+        """Of a model that something else starts from, which may lack its head."""
+        return describe_backbone(self.ours, {**known, **self.known})
+
 
 def read(path: str | Path, source: str | None = None) -> Loaded:
     """Read weights of any format.
 
     Args:
-        path: a .safetensors, .pth or .pt file; a run folder of this package (its newest checkpoint); a folder of
-            transformers (config.json and model.safetensors or pytorch_model.bin).
+        path: a .safetensors, .pth, .pt or .bin file, or the .index.json of one in pieces; a run folder of this package
+            (its newest checkpoint); a folder of transformers (config.json and weights, of whichever variant).
         source: the format; None: recognised.
 
     Raises:
@@ -53,7 +66,8 @@ def read(path: str | Path, source: str | None = None) -> Loaded:
     path = Path(path)
     if path.is_dir():
         return _read_folder(path, source)
-    weights = Weights(read_weights(path), _read_extras(_extras_file(path)))
+    state = _read_pieces(path) if path.suffix == ".json" else read_weights(path)
+    weights = Weights(without_wrapping(state), _read_extras(_extras_file(path)))
     return Loaded(weights, source or detect(weights), _metadata(path))
 
 
@@ -82,8 +96,10 @@ def write(
     folder = target == "transformers" and path.suffix not in SUFFIXES
     if not folder and path.suffix not in SUFFIXES:
         raise UserError(f"{path} should end in .safetensors (or .pth), so that it is clear what to write.")
-    if folder and path.exists() and not (path / CONFIG).is_file():
-        raise UserError(f"{path} exists and is no folder of a model (it has no {CONFIG}). Name another one.")
+    if not folder:
+        check_no_folder(path)
+    elif path.exists() and not _is_of_transformers(path):
+        raise UserError(f"{path} exists and is no folder of a model for transformers. Name another one.")
     if path.exists() and not force:
         raise UserError(f"{path} exists. Name another one, or give --force (force=True) to replace it.")
     if folder and config is None:
@@ -137,6 +153,11 @@ def convert_file(
     return loaded.format, state
 
 
+def _is_of_transformers(path: Path) -> bool:
+    """Whether it is a model's folder; run folders have a config.json too."""
+    return (path / CONFIG).is_file() and stored_config(path).get("model_type") is not None
+
+
 def _read_folder(path: Path, source: str | None) -> Loaded:
     values = stored_config(path)
     if values.get("model_type") is None:  # a run folder
@@ -145,21 +166,42 @@ def _read_folder(path: Path, source: str | None) -> Loaded:
         model = load_run_model(path)[0]
         return Loaded(Weights(model.state_dict()), "beitv2_fast", flatten(model.config))
     known = from_transformers(path / CONFIG)
-    found = next((path / name for name in FOLDER_WEIGHTS if (path / name).is_file()), None)
-    if found is None:
-        raise CheckpointError(f"{path} has none of {', '.join(FOLDER_WEIGHTS)}. Name a folder with weights in it.")
+    found = _folder_weights(path)
     state = _read_pieces(found) if found.suffix == ".json" else read_weights(found)
-    weights = Weights(state, _read_extras(path / "extras.safetensors"))
+    weights = Weights(without_wrapping(state), _read_extras(path / "extras.safetensors"))
     return Loaded(weights, source or detect(weights), known)
+
+
+def _folder_weights(path: Path) -> Path:
+    names = sorted(file.name for file in path.iterdir() if file.is_file())
+    plain = [name for name, _ in FOLDER_WEIGHTS if name in names]
+    variants = [name for _, pattern in FOLDER_WEIGHTS for name in names if re.fullmatch(pattern, name)]
+    if not plain and len(variants) > 1:
+        raise CheckpointError(f"{path} has several variants of the weights: {', '.join(variants)}. Name one of them.")
+    if not plain + variants:
+        wanted = ", ".join(name for name, _ in FOLDER_WEIGHTS)
+        raise CheckpointError(f"{path} has none of {wanted}. Name a folder with weights in it.")
+    return path / (plain + variants)[0]
 
 
 def _read_pieces(index: Path) -> dict[str, Tensor]:
     """The files that an index of transformers lists; names that lead out of the folder are refused."""
+    if not index.is_file():
+        raise CheckpointError(f"there is no checkpoint file {index}")
+    try:
+        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} is no index of weights in pieces: it has no weight_map.") from error
     state: dict[str, Tensor] = {}
-    for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+    for name in sorted(set(places.values())):
         if Path(name).name != name:
             raise CheckpointError(f"{index} lists {name!r}, which is not the name of a file beside it.")
         state.update(read_weights(index.parent / name))
+    missing = sorted(places.keys() - state.keys())
+    if missing:
+        raise CheckpointError(
+            f"{index} lists {', '.join(missing[:8])}, which its files do not have: they are not whole."
+        )
     return state
 
 

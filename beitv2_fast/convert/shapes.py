@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -48,8 +49,7 @@ def describe(ours: Mapping[str, Tensor], known: Mapping[str, Any] | None = None)
         CheckpointError: tensors that such a model has are missing, or their shapes do not belong together.
     """
     known = dict(known or {})
-    kind = kind_of(ours)
-    try:
+    with _explained(kind := kind_of(ours)):
         if kind == "tokenizer":
             found = {**_vit(ours, "encoder.", known), **_tokenizer(ours)}
             return unflatten(TokenizerModelConfig, {**known, **found})
@@ -58,8 +58,25 @@ def describe(ours: Mapping[str, Tensor], known: Mapping[str, Any] | None = None)
             classes = {"num_classes": ours["head.weight"].shape[0]}
             return unflatten(ClassifierConfig, {**known, **found, **classes})
         return unflatten(StudentConfig, {**known, **found, **_student(ours, found["depth"], known)})
+
+
+def describe_backbone(ours: Mapping[str, Tensor], known: Mapping[str, Any] | None = None) -> ViTConfig:
+    """As ``describe``, of the ViT alone (a tokenizer's encoder): of weights without a head, too."""
+    known = dict(known or {})
+    with _explained(kind := kind_of(ours)):
+        values = {**known, **_vit(ours, "encoder." if kind == "tokenizer" else "", known)}
+        return ViTConfig(**{f.name: values[f.name] for f in dataclasses.fields(ViTConfig) if f.name in values})
+
+
+@contextmanager
+def _explained(kind: str) -> Iterator[None]:
+    try:
+        yield
     except KeyError as error:
-        raise CheckpointError(f"these are no complete weights of a {kind}: {error} is missing.") from error
+        raise CheckpointError(
+            f"these are no complete weights of a {kind}: {error} is missing. A classifier can start from a backbone: "
+            'create_model("beitv2_base_classifier", ...), train/finetune.py --weights.'
+        ) from error
     except ValueError as error:
         if isinstance(error, CheckpointError):
             raise

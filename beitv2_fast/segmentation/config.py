@@ -18,12 +18,14 @@ class SegmentConfig(TrainConfig):
         "folder with FOLDER/train/images and FOLDER/train/masks (also annotations or labels), or as ADE20K has them, "
         "FOLDER/images/training and FOLDER/annotations/training, or FOLDER/images and FOLDER/masks; masks are PNG "
         "files of the images' names and sizes, grey or with a palette, whose values are the classes (see label_values)",
+        holds="images",
     )
     out: Path = option(Path("runs/segment"), OUT)
     weights: Path | None = option(
         Path("runs/pretrain"),
         "where the training starts: the run folder of a pre-training, of a tokenizer (its encoder), of a fine-tuning "
         "or of another segmentation, or a file of weights in any format of `beitv2-fast convert`; none: random weights",
+        holds="start",
     )
     val: Path | None = option(
         None, "folder of images and masks to evaluate on, laid out like one of --data's; none: val, validation or test "

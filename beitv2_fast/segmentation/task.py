@@ -15,7 +15,6 @@ from ..build import vit_config
 from ..checkpoint import latest_weights, load_model, read_weights
 from ..convert.files import read
 from ..convert.finetune import describe_new, to_classifier
-from ..convert.shapes import VIT_FIELD
 from ..distributed import World, autocast_dtype
 from ..engine import Batch, Task, checked_images
 from ..errors import UserError
@@ -90,8 +89,7 @@ def start_segmenter(config: SegmentConfig, num_classes: int, say: Callable[[str]
         shape = {"position": position, "layer_scale": scale}
     else:
         loaded = read(config.weights)
-        found = loaded.config(heads=config.heads)
-        backbone = getattr(found, VIT_FIELD[type(found)])
+        backbone = loaded.backbone(heads=config.heads)
         _check_shape(config, {n: getattr(backbone, n) for n in SHAPE if getattr(backbone, n) != getattr(config, n)})
         own = ("image_size", "drop_path", "attention", "checkpointing", "init_std")
         shape = {name: value for name, value in dataclasses.asdict(backbone).items() if name not in own}
@@ -212,8 +210,6 @@ def training_folder(config: SegmentConfig, run: RunFolder, world: World) -> tupl
     masks.check_range(table, num_classes)
     if doubt := masks.doubt(table, num_classes):
         run.print(f"warning: {doubt}")
-    if config.scale_range[0] > config.scale_range[1]:
-        raise UserError(f"--scale-range is {config.scale_range}, but its first number must not be above its second.")
     view = TrainView(
         config.image_size, config.base_size or config.image_size, config.scale_range, config.max_class_share,
         config.distortion,
