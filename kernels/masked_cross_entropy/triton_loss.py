@@ -19,7 +19,7 @@ def linear_loss(
     HAS_BIAS: tl.constexpr, EVEN_C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Program block of tokens * parts + part (one size: a grid's second ends at 65535): maximum, lowest index of it, sum
+    """Program block of tokens * parts + part (a grid is short in its second size): maximum, lowest index of it, sum
     of e^(x - maximum) and the label's logit over blocks_of_part blocks of the vocabulary, into row ``part`` of tops,
     indices, sums and targets [parts, M]."""
     part = tl.program_id(0) % parts
