@@ -215,14 +215,12 @@ def _compile(
         target=GPUTarget(target.backend, target.arch, target.warp),
         options=dict(options),
     )
-    read = _read_amdgcn if target.backend == "hip" else _read_cubin
-    registers, stack, spills, assembly = read(compiled.asm)
+    spills, assembly = (_read_amdgcn if target.backend == "hip" else _read_cubin)(compiled.asm)
     metadata = compiled.metadata
     return Binary(
         target,
         metadata.num_warps,
-        registers,
-        stack,
+        *read_resources(compiled.asm),
         spills,
         metadata.shared,
         getattr(metadata, "tmem_size", 0),
@@ -230,34 +228,40 @@ def _compile(
     )
 
 
+def read_resources(asm: Mapping[str, Any]) -> tuple[int, int]:
+    """Registers and bytes of stack of one lane, from the ``asm`` of a kernel that Triton compiled."""
+    if "amdgcn" in asm:
+        keys = ("vgpr_count", "agpr_count", "private_segment_fixed_size")
+        vgpr, agpr, stack = (int(re.search(rf"\.{key}:\s+(\d+)", asm["amdgcn"])[1]) for key in keys)
+        return max(vgpr, agpr), stack  # on CDNA3 one file of 512 registers serves both kinds; vgpr_count counts both
+    usage = _run_on_cubin("cuobjdump", "-res-usage", asm["cubin"])
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _read_cubin(asm: Mapping[str, Any]) -> tuple[int, int, int, str]:
+def _run_on_cubin(tool: str, flag: str, cubin: bytes) -> str:
     import triton
 
-    tools = triton.knobs.nvidia
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(asm["cubin"])
-        usage, sass = (
-            subprocess.run([tool, *flags, str(path)], capture_output=True, text=True, check=True).stdout
-            for tool, flags in ((tools.cuobjdump.path, ["-res-usage"]), (tools.nvdisasm.path, ["-c"]))
-        )
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-    spills = sum(isinstance(i, Instruction) and bool(_SPILL.match(i.opcode)) for i in _parse(sass))
-    return registers, stack + local, spills, sass
+        path.write_bytes(cubin)
+        command = [getattr(triton.knobs.nvidia, tool).path, flag, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _read_amdgcn(asm: Mapping[str, Any]) -> tuple[int, int, int, str]:
+def _read_cubin(asm: Mapping[str, Any]) -> tuple[int, str]:
+    sass = _run_on_cubin("nvdisasm", "-c", asm["cubin"])
+    return sum(isinstance(i, Instruction) and bool(_SPILL.match(i.opcode)) for i in _parse(sass)), sass
+
+
+def _read_amdgcn(asm: Mapping[str, Any]) -> tuple[int, str]:
     text = asm["amdgcn"]
-    vgpr, agpr, stack, vgpr_spills, sgpr_spills = (
-        int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
-        for key in ("vgpr_count", "agpr_count", "private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count")
-    )
-    # On CDNA3 one file of 512 registers a lane serves both kinds, and vgpr_count already counts both.
-    return max(vgpr, agpr), stack, vgpr_spills + sgpr_spills, text
+    keys = ("vgpr_spill_count", "sgpr_spill_count")
+    return sum(int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in keys), text
 
 
 def _parse(assembly: str) -> list[str | Instruction]:

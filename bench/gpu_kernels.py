@@ -110,6 +110,7 @@ def search_cases(
         units=plan.resolve_rows * host.BLOCK_K / plan.lanes,
         flops=2 * candidates * d, read=size * n * d + key_bytes + 4 * k * d,
         written=n * (8 + outputs * (8 * d + 4)), l2=candidates * d * 4 + size * n * d + key_bytes,
+        options=plan.resolve_options,
     )  # fmt: skip
 
 
@@ -132,7 +133,7 @@ def head_cases(target: str, *, m: int = 9600, v: int = 8192, c: int = 768, proce
         {
             "hidden": "*bf16", "weight": "*bf16", "bias": "*fp32", "labels": "*i64", "tops": "*fp32",
             "indices": "*i32", "sums": "*fp32", "targets": "*fp32", "M": "i32", "V": "i32", "C": "i32",
-            "blocks_of_part": "i32",
+            "parts": "i32", "blocks_of_part": "i32",
         },
         {"HAS_BIAS": True, "EVEN_C": c % config.block_c == 0, "BLOCK_M": config.block_m, "BLOCK_V": config.block_v,
          "BLOCK_C": config.block_c},

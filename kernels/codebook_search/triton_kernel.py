@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -37,17 +37,19 @@ class Plan:
     positive: bool  # integer maxima, see ``screen``
     configs: tuple[Config, ...]
     wide: tuple[Config, ...] = ()  # in place of ``configs`` where D > 64, if given
-    resolve_rows: int = 16  # BLOCK_R of ``resolve``
+    resolve_rows: int = 8  # BLOCK_R of ``resolve``
+    # Without a limit of its own, ptxas spills registers of ``resolve`` to reach the next occupancy.
+    resolve_options: dict[str, int] = field(default_factory=lambda: {"maxnreg": 255})
 
     def configs_for(self, d: int) -> tuple[Config, ...]:
         return self.wide if self.wide and d > 64 else self.configs
 
 
 PLANS = {
-    "sm_80": Plan(16, False, (Config(128, 4, 3), Config(64, 4, 3)), wide=(Config(128, 8, 3), Config(64, 4, 3))),
+    "sm_80": Plan(16, False, (Config(128, 4, 3), Config(64, 4, 3)), wide=(Config(128, 8, 3), Config(64, 8, 3))),
     "sm_90": Plan(8, False, (Config(128, 8, 3), Config(64, 4, 3))),
     "sm_100": Plan(8, False, (Config(128, 4, 3),)),
-    "gfx942": Plan(8, True, (Config(128, 4, 2), Config(64, 4, 2)), resolve_rows=8),
+    "gfx942": Plan(8, True, (Config(128, 4, 2), Config(64, 4, 2)), resolve_options={}),
     "interpreter": Plan(8, False, (Config(256, 4, 1),), resolve_rows=64),
 }
 
@@ -71,6 +73,14 @@ def row_chunks(d: int) -> tuple[int, int]:
     """(BLOCK_D, NUM_D) of the other kernels."""
     block = min(32, max(16, triton.next_power_of_2(d)))
     return block, triton.cdiv(d, block)
+
+
+def resolve_warps(codebook: Tensor) -> int:
+    """Codes that cannot be read 16 bytes at a time need an address an element: more than the registers of 4 warps."""
+    aligned = codebook.stride(1) == 1 and not any(
+        size % 16 for size in (codebook.shape[1], codebook.stride(0), codebook.data_ptr())
+    )
+    return 4 if aligned else 8
 
 
 def choose_split(row_blocks: int, num_blocks: int, multiprocessors: int) -> int:
@@ -136,7 +146,8 @@ def codebook_search_triton(
             *x.stride(), *codebook.stride(),
             EUCLIDEAN=euclidean, POSITIVE=PLANS[plan].positive, INDEX_BITS=bits, SPLIT=split, LANES=lanes,
             WRITE_NORMALIZED=return_normalized, WRITE_CODES=return_codes, WRITE_DISTANCES=return_distances,
-            BLOCK_R=block_r, BLOCK_K=BLOCK_K, BLOCK_D=block_d, NUM_D=num_d, BLOCK_SCAN=block_scan, num_warps=4,
+            BLOCK_R=block_r, BLOCK_K=BLOCK_K, BLOCK_D=block_d, NUM_D=num_d, BLOCK_SCAN=block_scan,
+            num_warps=resolve_warps(codebook), **PLANS[plan].resolve_options,
         )  # fmt: skip
     return indices, normalized, codes, distances
 

@@ -136,6 +136,6 @@ def apply_statistics_triton(
             AVERAGE=embed_avg is not None,
             BLOCK_K=block_k,
             BLOCK_D=block_d,
-            num_warps=NUM_WARPS,
+            num_warps=NUM_WARPS * min(max(block_d // TILE, 1), 4),
         )
     return bins

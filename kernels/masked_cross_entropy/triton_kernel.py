@@ -141,9 +141,9 @@ def loss_triton(
     tops, sums, targets = (hidden.new_empty(parts, rows, dtype=torch.float32) for _ in range(3))
     indices = hidden.new_empty(parts, rows, dtype=torch.int32)
     with _on(hidden):
-        linear_loss[(parts, row_blocks)](
+        linear_loss[(row_blocks * parts,)](
             hidden, weight.contiguous(), labels if bias is None else bias.contiguous(), labels,
-            tops, indices, sums, targets, rows, classes, dim, blocks_of_part,
+            tops, indices, sums, targets, rows, classes, dim, parts, blocks_of_part,
             HAS_BIAS=bias is not None, EVEN_C=dim % config.block_c == 0,
             BLOCK_M=config.block_m, BLOCK_V=config.block_v, BLOCK_C=config.block_c,
             num_warps=config.num_warps, num_stages=config.num_stages,

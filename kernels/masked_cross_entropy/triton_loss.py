@@ -15,14 +15,15 @@ from .triton_softmax import NO_INDEX, finite_or_zero
 
 @triton.jit
 def linear_loss(
-    hidden, weight, bias, labels, tops, indices, sums, targets, M, V, C, blocks_of_part,
+    hidden, weight, bias, labels, tops, indices, sums, targets, M, V, C, parts, blocks_of_part,
     HAS_BIAS: tl.constexpr, EVEN_C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Program (part, block of tokens): maximum, lowest index of it, sum of e^(x - maximum) and the label's logit over
-    blocks_of_part blocks of the vocabulary, into row ``part`` of tops, indices, sums and targets [parts, M]."""
-    part = tl.program_id(0)
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Program block of tokens * parts + part (a grid is short in its second size): maximum, lowest index of it, sum
+    of e^(x - maximum) and the label's logit over blocks_of_part blocks of the vocabulary, into row ``part`` of tops,
+    indices, sums and targets [parts, M]."""
+    part = tl.program_id(0) % parts
+    rows = tl.program_id(0) // parts * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < M
     label = tl.load(labels + rows, mask=row_mask, other=-1)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)

@@ -42,7 +42,8 @@ def backward_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
     at = offs_n[:, None] * D + offs_d[None, :]
-    y = tl.load(x + offs_n[:, None] * stride_xn + offs_d[None, :] * stride_xd, mask=mask, other=0.0).to(tl.float32)
+    far_d = offs_d.to(tl.int64)[None, :]  # a column of a transposed tensor may lie beyond 32 bits
+    y = tl.load(x + offs_n[:, None] * stride_xn + far_d * stride_xd, mask=mask, other=0.0).to(tl.float32)
     if COSINE:
         wide = y.to(tl.float64)  # whose squares neither overflow nor vanish
         norm = tl.sqrt(tl.sum(wide * wide, axis=1))
@@ -52,7 +53,7 @@ def backward_kernel(
         y = (wide * inverse[:, None]).to(tl.float32)
     g = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if HAS_GRAD:
-        pointers = grad + offs_n[:, None] * stride_gn + offs_d[None, :] * stride_gd
+        pointers = grad + offs_n[:, None] * stride_gn + far_d * stride_gd
         g = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     if HAS_LOSS:
         code = tl.load(quantized + at, mask=mask, other=0.0).to(tl.float32)

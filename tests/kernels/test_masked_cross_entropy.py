@@ -133,6 +133,14 @@ def test_branches_of_different_weight_get_their_own_gradients():
         assert_close(a, b, 5e-6)
 
 
+def test_labels_of_any_stride():
+    p = problem(3, 11, 5, dim=24, classes=83)
+    expected = p.ours()
+    p.labels = torch.stack([p.labels, torch.zeros_like(p.labels)], 1)[:, 0]
+    assert p.labels.stride() == (2,)
+    torch.testing.assert_close(p.ours(), expected, rtol=0, atol=0)
+
+
 def test_upstream_gradients_of_stride_0_and_of_low_precision():
     gradient = torch.randn(2, 5, 3)
     for upstream in (torch.ones(1).expand(2), torch.ones(2, dtype=torch.bfloat16), torch.ones(4)[::2]):

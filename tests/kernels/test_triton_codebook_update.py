@@ -8,7 +8,7 @@ from beitv2_fast.kernels.codebook_update.reference import apply_statistics_refer
 from beitv2_fast.kernels.vector_quantize.reference import backward_reference
 
 from .codebook_states import METRICS, State, make_batch, make_state
-from .triton_tools import guarded
+from .triton_tools import guarded, untouched
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreted
@@ -52,6 +52,19 @@ def test_strided_vectors_have_the_bits_of_the_reference(metric):
     x, indices = make_batch(60, 9, 24)
     for rows, codes in ((x[::2], indices[::2]), (x.T.contiguous().T, indices), (x[:1].expand(60, -1), indices)):
         assert torch.equal(statistics(rows, codes, 9, metric), codebook_statistics_reference(rows, codes, 9, metric))
+
+
+def test_a_column_may_lie_beyond_32_bits():
+    from beitv2_fast.kernels.vector_quantize.triton_kernel import vector_quantize_backward_triton
+
+    x, indices = make_batch(9, 4, 3)
+    rows = untouched(2**31 + 9, torch.float16).as_strided((9, 3), (1, 2**30)).copy_(x)
+    near = rows.contiguous()
+    expected = codebook_statistics_reference(near, indices, 4, "cosine")
+    assert torch.equal(statistics(rows, indices, 4, "cosine"), expected)
+    expected = vector_quantize_backward_triton(near, x, near, None, 1.0, "cosine")
+    assert torch.equal(vector_quantize_backward_triton(rows, x, near, None, 1.0, "cosine"), expected)
+    assert torch.equal(vector_quantize_backward_triton(near, x, rows, None, 1.0, "cosine"), expected)
 
 
 def test_one_popular_code_has_the_bits_of_the_reference():

@@ -124,3 +124,8 @@ def guarded(tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor)
     view = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=(pages - 1) * page - size)
     return view.view(tensor.shape).copy_(tensor)
+
+
+def untouched(size: int, dtype: torch.dtype) -> Tensor:
+    """``size`` zeros that cost memory only where they are written, a page at a time."""
+    return torch.frombuffer(mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE), dtype=dtype)

@@ -1,0 +1,118 @@
+"""Every Triton kernel launched by its host code as the JIT would specialise it, for GPUs that are not here.
+
+Compiled ahead of time (test_*_aot.py), a kernel has the signature that the test wrote down; here it has the one that
+its arguments give it: sizes of 1, strides, absent tensors, addresses that are no multiples of 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+import torch
+from beitv2_fast.kernels.masked_cross_entropy.chunked import Head, Wanted, head_losses
+from torch import Tensor
+
+from .launches import Launch, launching
+
+pytest.importorskip("triton")
+from beitv2_fast.kernels.codebook_search import triton_kernel as search
+from beitv2_fast.kernels.codebook_update import triton_apply
+from beitv2_fast.kernels.codebook_update import triton_kernel as update
+from beitv2_fast.kernels.masked_cross_entropy import triton_kernel as head
+from beitv2_fast.kernels.vector_quantize import triton_kernel as quantize
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+METRICS = ("cosine", "euclidean")
+
+
+@pytest.fixture(params=["sm_90", "gfx942"])
+def target(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def launches(target: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
+    monkeypatch.setattr(search, "_autotuned", cache(search._autotuned.__wrapped__))  # what it times here is nothing
+    monkeypatch.setattr(triton_apply, "NUM_WARPS", 2 if target == "gfx942" else 4)
+    with launching(target) as launches:
+        yield launches
+    assert launches and not [launch for launch in launches if not launch.fits]
+
+
+def find(x: Tensor, codebook: Tensor, metric: str, split: int | None = None, outputs: bool = True) -> None:
+    search.codebook_search_triton(x, codebook, metric, outputs, outputs, outputs, split=split)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("n", "k", "d", "dtype", "split"),
+    [
+        (1, 1, 1, FP32, 1),
+        (1, 300, 33, BF16, 2),
+        (12_544, 8192, 32, FP32, 4),
+        (12_544, 8192, 768, FP16, 1),
+        (300, 20_000, 1000, BF16, 8),
+    ],
+)
+def test_the_search_fits(n: int, k: int, d: int, dtype: torch.dtype, split: int, metric: str, launches, target) -> None:
+    find(torch.empty(n, d, dtype=dtype), torch.empty(k, d), metric, split)
+    tried = {(launch.kernel, launch.num_warps) for launch in launches}
+    assert {("screen", config.num_warps) for config in search.PLANS[target].configs_for(d)} < tried
+
+
+def test_the_search_fits_whatever_is_one_or_strided(launches) -> None:
+    find(torch.empty(70, 33), torch.empty(1, 33), "euclidean")
+    find(torch.empty(70, 1, dtype=FP16), torch.empty(300, 1, dtype=FP16), "cosine", outputs=False)
+    find(torch.empty(64, 80).T[:, ::2], torch.empty(40, 200).T[:, :32], "cosine")
+    find(torch.empty(1, 2048).expand(5, -1), torch.empty(30, 2049, dtype=BF16)[:, 1:], "euclidean")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("n", "k", "d", "dtype"),
+    [(1, 1, 1, FP32), (1000, 1, 33, BF16), (1, 300, 32, FP16), (1000, 50, 256, FP32), (77, 5, 2048, FP32)],
+)
+def test_the_update_and_the_gradient_fit(n: int, k: int, d: int, dtype: torch.dtype, metric: str, launches) -> None:
+    x, indices = torch.empty(n, d, dtype=dtype), torch.empty(n, dtype=torch.int64)
+    statistics = update.codebook_statistics_triton(x, indices, k, metric)
+    for average in (None, torch.empty(k, d)) if metric == "cosine" else (torch.empty(k, d),):
+        triton_apply.apply_statistics_triton(statistics, torch.empty(k, d), torch.empty(k), average, 0.99, metric, 1e-5)
+    quantized, loss = torch.empty(n, d), torch.ones(())
+    for grad, grad_loss in ((quantized, loss), (None, loss), (loss.expand(n, d), None)):
+        quantize.vector_quantize_backward_triton(x, quantized, grad, grad_loss, 1.0, metric)
+
+
+def test_the_update_and_the_gradient_fit_with_strides(launches) -> None:
+    x, pairs = torch.empty(40, 60, dtype=BF16).T, torch.empty(60, 2, dtype=torch.int64)
+    update.codebook_statistics_triton(x[:, 1:], pairs[:, 1], 9, "cosine")
+    quantize.vector_quantize_backward_triton(
+        x[:, ::2], torch.empty(60, 40)[:, ::2], torch.empty(20, 60).T, None, 1.0, "cosine"
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted"),
+    [(FP32, "tokens norm head"), (FP32, ""), (BF16, "tokens norm head"), (BF16, ""), (FP16, "norm"), (FP16, "")],
+)
+@pytest.mark.parametrize(
+    ("images", "patches", "masked", "width", "classes", "bias"),
+    [(1, 1, 1, 32, 64, True), (2, 9, 1, 1, 1, False), (1, 49, 20, 768, 8192, True), (4, 49, 35, 96, 1000, False)],
+)
+def test_the_head_fits(images, patches, masked, width, classes, bias, dtype, wanted, launches, monkeypatch) -> None:
+    monkeypatch.setattr(head, "CHUNK_LOGITS", 128 * classes)  # the last problem has two chunks
+    count = images * masked
+    branches = [torch.zeros(images, 1 + patches, width, dtype=dtype)[:, 1:] for _ in range(2)]
+    weight = torch.zeros(classes, width, dtype=dtype)
+    wanted = Wanted(*(name in wanted for name in Wanted._fields))
+    layers = Head(torch.zeros(width), torch.zeros(width), 1e-6, weight, torch.zeros(classes) if bias else None)
+    positions, labels = torch.zeros(2, count, dtype=torch.int64)
+    head_losses(branches, positions, labels, layers, dtype, wanted, head.device_for(dtype))
+
+
+def test_the_loss_without_logits_takes_more_tokens_than_65535_blocks(launches) -> None:
+    rows = 65536 * 128
+    labels, losses = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    hidden, weight = torch.empty(rows, 1, dtype=BF16), torch.empty(1, 1, dtype=BF16)
+    head.loss_triton(hidden, weight, None, labels, losses, torch.empty(rows, dtype=torch.bool))
