@@ -6,7 +6,8 @@ A benchmark is one test an implementation::
     def test_search(benchmark, name):
         measure(benchmark, "search N=12544", name, run)     # the name OURS is what the others are divided by
 
-At the end of the run ``bench/conftest.py`` prints the tables and writes ``bench/results/<group>.json`` and ``.png``.
+At the end of the run ``bench/conftest.py`` prints the tables and writes ``<group>.json`` and ``.png`` to
+``bench/results`` (of a GPU to ``bench/results/<device>``: the CPU's stay).
 """
 
 from __future__ import annotations
@@ -211,6 +212,14 @@ def machine() -> dict[str, Any]:
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
+def results_folder() -> Path:
+    """Where results of this device lie; it is there afterwards."""
+    device = re.sub(r"[^a-z0-9]+", "_", machine()["device"].lower()).strip("_")
+    folder = RESULTS / device if DEVICE.type == "cuda" else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def report(write: Callable[[str], None]) -> None:
     """Print one table a group and write its JSON and plot; called once, at the end of the run."""
     for group, results in _groups.items():
@@ -227,10 +236,10 @@ def report(write: Callable[[str], None]) -> None:
             times = "".join(f"{1e3 * t:>{w}.2f}" for t, w in ((r.median, 11), (r.best, 10), (r.processor, 10)))
             write(f"  {r.name:<44}{times}{others:>8}{ratio:>8}{memory:>10}{beyond:>16}")
         name = re.sub(r"[^a-z0-9]+", "_", group.lower()).strip("_")
-        RESULTS.mkdir(exist_ok=True)
         content = {"group": group, **machine(), "results": [asdict(r) for r in results]}
-        (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        _plot(group, results, RESULTS / f"{name}.png")
+        folder = results_folder()
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        _plot(group, results, folder / f"{name}.png")
 
 
 def _plot(group: str, results: list[Measurement], path: Path) -> None:

@@ -2,7 +2,7 @@
 
 One axis grows at a time from the default problem. The time is processor time divided by the threads, the shortest of
 several calls: what else runs on the machine lengthens it little. Writes
-bench/results/scaling_codebook_search.json and .png.
+scaling_codebook_search.json and .png to bench/results (of a GPU: to its own folder there).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from .harness import DEVICE, OURS, RESULTS, Unavailable, machine
+from .harness import DEVICE, OURS, Unavailable, machine, results_folder
 from .peak import peak_rates
 from .test_codebook_search import IMPLEMENTATIONS, problem
 
@@ -89,7 +89,7 @@ def plot(results: dict[str, dict[str, list[tuple[int, float]]]], rates: dict[str
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     figure.suptitle("codebook_search, " + ", ".join(f"{k} = {v:,}" for k, v in DEFAULT.items()) + " unless on the axis")
-    figure.savefig(RESULTS / "scaling_codebook_search.png", dpi=110)
+    figure.savefig(results_folder() / "scaling_codebook_search.png", dpi=110)
 
 
 def main() -> None:
@@ -99,9 +99,10 @@ def main() -> None:
     options = parser.parse_args()
     rates = peak_rates() if DEVICE.type == "cpu" else {}
     results = {axis: sweep(axis, options.seconds) for axis in options.axes}
-    RESULTS.mkdir(exist_ok=True)
     content = {**machine(), "default": DEFAULT, "multiply_adds_a_second_and_core": rates, "seconds": results}
-    (RESULTS / "scaling_codebook_search.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (results_folder() / "scaling_codebook_search.json").write_text(
+        json.dumps(content, indent=1) + "\n", encoding="utf-8"
+    )
     if len(results) == len(AXES):
         plot(results, rates)
 

@@ -24,7 +24,7 @@ from torchvision.transforms import functional as F
 
 from beitv2_fast.data import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, PretrainView, find_images, train_loader
 
-from .harness import OURS, RESULTS, machine
+from .harness import OURS, machine, results_folder
 from .test_masks import reference_structure
 
 WORKERS, BATCH, FILES, BATCHES, ROUNDS = 2, 64, 256, 16, 2
@@ -236,6 +236,5 @@ def _report(request):
                 f"      a step of {row['step_ms']:.0f} ms waits {row['wait_ms']:.2f} ms for its batch (median; longest "
                 f"{row['longest_wait_ms']:.2f}); giving its memory back takes {row['free_ms']:.1f} ms"
             )
-    RESULTS.mkdir(exist_ok=True)
     content = {"group": "loading", "workers": WORKERS, **machine(), "results": _rows}
-    (RESULTS / "loading.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (results_folder() / "loading.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
