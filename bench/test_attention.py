@@ -25,7 +25,7 @@ def ours(qkv: Tensor, bias: Tensor) -> Tensor:
 
 
 def softmax(qkv: Tensor, bias: Tensor) -> Tensor:
-    return attention_reference(qkv, bias, D**-0.5)[0].flatten(2)
+    return attention_reference(qkv, bias, qkv.shape[-1] ** -0.5)[0].flatten(2)
 
 
 def sdpa(qkv: Tensor, bias: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class Head:
     norm_bias: Tensor
     weight: Tensor
     bias: Tensor
+    masked: int  # patches of an image
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -42,7 +43,7 @@ class Head:
         return [tokens[:, 1:] for tokens in self.tokens]
 
 
-def problem() -> Head:
+def problem(B: int = B, N: int = N, masked: int = MASKED, C: int = C, V: int = V) -> Head:
     g = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int, scale: float = 1.0) -> Tensor:
@@ -50,23 +51,24 @@ def problem() -> Head:
 
     return Head(
         tokens=[leaf(B, 1 + N, C) for _ in range(2)],
-        mask=(torch.rand(B, N, generator=g).argsort(1) < MASKED).to(DEVICE),
-        labels=torch.randint(V, (B * MASKED,), generator=g).to(DEVICE),
+        mask=(torch.rand(B, N, generator=g).argsort(1) < masked).to(DEVICE),
+        labels=torch.randint(V, (B * masked,), generator=g).to(DEVICE),
         norm_weight=leaf(C),
         norm_bias=leaf(C),
         weight=leaf(V, C, scale=0.02),
         bias=leaf(V, scale=0.02),
+        masked=masked,
     )
 
 
 def ours(p: Head) -> Tensor:
     head = {"norm_weight": p.norm_weight, "norm_bias": p.norm_bias, "weight": p.weight, "bias": p.bias}
-    return masked_cross_entropy(p.branches, p.mask, p.labels, **head, eps=EPS, num_masked=MASKED)[0].sum()
+    return masked_cross_entropy(p.branches, p.mask, p.labels, **head, eps=EPS, num_masked=p.masked)[0].sum()
 
 
 def eager(p: Head) -> Tensor:
     norm, head = (p.norm_weight, p.norm_bias), (p.weight, p.bias)
-    return masked_cross_entropy_reference(p.branches, p.mask, p.labels, *norm, *head, EPS, MASKED)[0].sum()
+    return masked_cross_entropy_reference(p.branches, p.mask, p.labels, *norm, *head, EPS, p.masked)[0].sum()
 
 
 def linear_cross_entropy(p: Head) -> Tensor:
@@ -78,17 +80,16 @@ def linear_cross_entropy(p: Head) -> Tensor:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
     loss = torch.zeros((), device=DEVICE)
     for tokens in p.branches:
-        masked = masked_gather(tokens, p.mask, num_masked=MASKED)
-        hidden = F.layer_norm(masked, (C,), p.norm_weight, p.norm_bias, EPS).to(dtype)
+        masked = masked_gather(tokens, p.mask, num_masked=p.masked)
+        hidden = F.layer_norm(masked, p.norm_weight.shape, p.norm_weight, p.norm_bias, EPS).to(dtype)
         weight, bias = p.weight.to(dtype), p.bias.to(dtype)
         loss = loss + F.linear_cross_entropy(hidden, weight, p.labels, linear_bias=bias, options=options())
     return loss
 
 
 def compiled(p: Head) -> Tensor:
-    return _compiled_eager(p.branches, p.mask, p.labels, p.norm_weight, p.norm_bias, p.weight, p.bias, EPS, MASKED)[
-        0
-    ].sum()
+    norm, head = (p.norm_weight, p.norm_bias), (p.weight, p.bias)
+    return _compiled_eager(p.branches, p.mask, p.labels, *norm, *head, EPS, p.masked)[0].sum()
 
 
 _compiled_eager = torch.compile(masked_cross_entropy_reference)

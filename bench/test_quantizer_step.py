@@ -21,7 +21,7 @@ Forward = Callable[[Tensor], tuple[Tensor, Tensor]]  # x [N, D] -> quantized, lo
 
 
 def ours(codebook: Tensor) -> Forward:
-    quantizer = FusedVectorQuantizer(K, D, kmeans_init=False, dead_after=0).to(DEVICE).train()
+    quantizer = FusedVectorQuantizer(*codebook.shape, kmeans_init=False, dead_after=0).to(DEVICE).train()
     quantizer.codebook.copy_(codebook)
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def ours(codebook: Tensor) -> Forward:
 
 def ops_alone(codebook: Tensor) -> Forward:
     """vector_quantize and codebook_update, without the module's usage statistics."""
-    codebook, cluster_size = codebook.clone(), torch.zeros(K, device=DEVICE)
+    codebook, cluster_size = codebook.clone(), torch.zeros(len(codebook), device=DEVICE)
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         out = vector_quantize(x, codebook)
@@ -45,7 +45,7 @@ def ops_alone(codebook: Tensor) -> Forward:
 
 def reference_structure(codebook: Tensor) -> Forward:
     """What the reference implementation does: N x K squared distances, argmin, N x K one-hot, two matrix products."""
-    codebook, cluster_size = codebook.clone(), torch.zeros(K, device=DEVICE)
+    codebook, cluster_size = codebook.clone(), torch.zeros(len(codebook), device=DEVICE)
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         y = F.normalize(x, dim=-1)
@@ -63,6 +63,7 @@ def vector_quantize_pytorch(codebook: Tensor) -> Forward:
     vq = pytest.importorskip(
         "vector_quantize_pytorch", reason="vector-quantize-pytorch is not installed (extra: bench)"
     )
+    K, D = codebook.shape
     module = vq.VectorQuantize(dim=D, codebook_size=K, use_cosine_sim=True, decay=DECAY, threshold_ema_dead_code=0)
     module = module.to(DEVICE).train()
     module._codebook.embed.data.copy_(codebook[None])
