@@ -12,6 +12,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from beitv2_fast.distributed import autocast_dtype
@@ -78,6 +79,8 @@ def seconds_by_part(step: Step, stage: str) -> Counter[str]:
         processor = time.process_time() - started
     found: Counter[str] = Counter()
     for event in profiler.events():
+        if event.device_type != DeviceType.CPU:
+            continue  # a kernel: its time is that of the op which launched it
         own = event.self_device_time_total if DEVICE.type == "cuda" else event.self_cpu_time_total
         found[part_of(event, stage)] += own / 1e6
     if DEVICE.type == "cpu":

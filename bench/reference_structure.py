@@ -120,11 +120,14 @@ class OneHotQuantizer(nn.Module):
         self.register_buffer("codebook", torch.zeros(num_codes, dim))
         self.register_buffer("cluster_size", torch.zeros(num_codes))
 
+    def nearest(self, rows: Tensor) -> Tensor:
+        distances = rows.square().sum(1, keepdim=True) + self.codebook.square().sum(1) - 2 * rows @ self.codebook.T
+        return distances.argmin(1)
+
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         y = F.normalize(z, dim=-1)
         rows = y.flatten(0, -2)
-        distances = rows.square().sum(1, keepdim=True) + self.codebook.square().sum(1) - 2 * rows @ self.codebook.T
-        indices = distances.argmin(1)
+        indices = self.nearest(rows)
         codes = F.embedding(indices, self.codebook).view_as(y)
         with torch.no_grad():
             one_hot_update(self.codebook, self.cluster_size, rows, indices)
@@ -143,10 +146,21 @@ class Tokenizer(nn.Module):
         self.quantize = OneHotQuantizer(config.num_codes, config.code_dim)
         self.grid = config.encoder.grid
 
-    def forward(self, images: Tensor, target: Tensor) -> Tensor:
+    def vectors(self, images: Tensor) -> Tensor:
         x = self.encoder(2 * images - 1)
         with torch.autocast(x.device.type, enabled=False):
-            quantized, commitment = self.quantize(self.encode_task_layer(x.float()))
+            return self.encode_task_layer(x.float())
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes [B, N]."""
+        z = F.normalize(self.vectors(images), dim=-1)
+        return self.quantize.nearest(z.flatten(0, -2)).view(z.shape[:-1])
+
+    def forward(self, images: Tensor, target: Tensor) -> Tensor:
+        z = self.vectors(images)
+        with torch.autocast(z.device.type, enabled=False):
+            quantized, commitment = self.quantize(z)
         out = self.decode_task_layer(self.decoder(quantized.transpose(1, 2).unflatten(2, self.grid)))
         out, target = F.normalize(out.float(), dim=-1), F.normalize(target, dim=-1)
         return (1 - (out * target).sum(-1)).mean() + commitment

@@ -1,7 +1,8 @@
 """A training step (forward, backward, clipping, AdamW) of both trainings, ours and in the reference's structure.
 
 The step is the training loop's without its data: the teacher's features and the codes are given, as the same numbers
-to both. Both start from the same weights.
+to both; the codes may also be made in the step, by a frozen tokenizer in the same two forms. Both start from the same
+weights.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from beitv2_fast.kernels import masked_gather
 from torch import Tensor, nn
 
 from beitv2_fast.backend import adamw
 from beitv2_fast.build import build_student, build_tokenizer
-from beitv2_fast.config import TrainConfig
+from beitv2_fast.config import TokenizerConfig, TrainConfig
 from beitv2_fast.optim import parameter_groups
 from beitv2_fast.presets import PRETRAIN, TOKENIZER
 
@@ -50,8 +52,17 @@ class Step:
         return loss.detach()
 
 
-def steps(stage: str, batch: int, dtype: torch.dtype | None, config: TrainConfig | None = None) -> dict[str, Step]:
-    """The step of a stage by both implementations, on the same weights and batch; by default B/16 at 224."""
+def steps(
+    stage: str,
+    batch: int,
+    dtype: torch.dtype | None,
+    config: TrainConfig | None = None,
+    tokenizer: TokenizerConfig | None = None,
+) -> dict[str, Step]:
+    """The step of a stage by both implementations, on the same weights and batch; by default B/16 at 224.
+
+    tokenizer: the shape of a frozen one, with random weights, that makes the labels of a pre-training step in it.
+    """
     torch.manual_seed(0)
     config = config or {"VQ-KD": TOKENIZER, "pre-training": PRETRAIN}[stage]["base"]
     images = torch.rand(batch, 3, config.image_size, config.image_size, device=DEVICE)
@@ -72,6 +83,15 @@ def steps(stage: str, batch: int, dtype: torch.dtype | None, config: TrainConfig
             lambda: ours(images, mask, labels, config.num_masked).loss,
             lambda: other(images, mask, labels),
         ]
+        if tokenizer is not None:
+            encoders = _frozen_tokenizers(tokenizer, images)
+
+            def labelled() -> Tensor:
+                codes = encoders[0].encode(images)
+                made = masked_gather(codes[..., None], mask, num_masked=config.num_masked)[:, 0]
+                return ours(images, mask, made, config.num_masked).loss
+
+            losses = [labelled, lambda: other(images, mask, encoders[1].encode(images)[mask])]
     reference_structure.same_weights(other, ours).to(DEVICE).train()
     groups = [parameter_groups(model, config.weight_decay) for model in (ours, other)]
     plain = [{k: v for k, v in group.items() if k != "names"} for group in groups[1]]
@@ -82,6 +102,14 @@ def steps(stage: str, batch: int, dtype: torch.dtype | None, config: TrainConfig
         name: Step(model, loss, optimizer, config.clip_grad, dtype)
         for name, model, loss, optimizer in zip((OURS, REFERENCE), (ours, other), losses, optimizers, strict=True)
     }
+
+
+def _frozen_tokenizers(config: TokenizerConfig, images: Tensor) -> tuple[nn.Module, nn.Module]:
+    """Ours and the reference's structure, with the same weights and a codebook that fits the images."""
+    ours = build_tokenizer(config, TEACHER_DIM).to(DEVICE).eval()
+    ours.quantize.codebook.copy_(_codes_near(ours, images))
+    other = reference_structure.same_weights(reference_structure.Tokenizer(ours.config), ours).to(DEVICE).eval()
+    return ours.requires_grad_(False), other.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -53,6 +53,14 @@ def test_under_bf16_autocast_their_losses_agree(stage):
     torch.testing.assert_close(ours.forward(), theirs.forward(), rtol=1e-2, atol=0)
 
 
+def test_a_tokenizer_in_the_step_gives_both_structures_the_same_labels():
+    found = steps("pre-training", 4, None, CONFIGS["pre-training"], CONFIGS["VQ-KD"])
+    given = steps("pre-training", 4, None, CONFIGS["pre-training"])
+    ours, theirs = (found[name].forward() for name in (OURS, REFERENCE))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    assert ours != given[OURS].forward()  # whose labels are drawn
+
+
 @pytest.mark.parametrize(("stage", "special"), [("VQ-KD", "quantizer"), ("pre-training", "head")])
 def test_a_profile_finds_every_part_of_both(stage, special):
     for step in both(stage):
