@@ -27,7 +27,7 @@ TRAIN = Path(__file__).parent
 def commands(root: Path, data: Path) -> list[tuple[str, list[str]]]:
     """(what it does, command) of every stage. Pre-training runs under the DeepSpeed launcher, on one process."""
     python = sys.executable
-    deepspeed = [str(Path(python).with_name("deepspeed")), "--num_gpus", "1"]
+    deepspeed = [python, "-m", "deepspeed.launcher.runner", "--num_gpus", "1"]
     common = ["--preset", "demo", "--data", str(data)]
     tokenizer, pretrain, probe = root / "tokenizer", root / "pretrain", root / "probe"
     return [

@@ -1,0 +1,98 @@
+"""Sections attention and xformers: attention with a learnt bias, by each implementation that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from beitv2_fast.attention import IMPLEMENTATIONS, choose_attention, prepare_bias
+from beitv2_fast.attention import attention as by_name
+from bench.harness import DEVICE
+from bench.test_attention import flex
+
+from .run import Run
+
+BF16 = torch.bfloat16
+SHAPES = ((64, 12, 197, 64), (256, 12, 197, 64), (16, 16, 577, 64))  # B, H, N, d: base at 224, large at 384
+TINY = ((1, 2, 17, 16),)
+WITHOUT_BIAS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+Kind = tuple[str, bool, bool]  # title, backward, gradient of the bias
+KINDS: tuple[Kind, ...] = (
+    ("forward and backward, gradient of the bias", True, True),
+    ("forward and backward, bias fixed", True, False),
+    ("forward", False, False),
+)
+
+
+def implementations() -> Iterator[tuple[str, Callable[[Tensor, Tensor], Tensor], str]]:
+    """(name, function of qkv and bias, whose form of the bias)."""
+    for name in IMPLEMENTATIONS[1:]:
+        yield name, partial(by_name, implementation=name), name
+    yield "flex_attention, compiled", flex, "math"
+
+
+def attention(run: Run) -> None:
+    run.say("chosen", auto=choose_attention("auto", DEVICE.type))
+    for shape in TINY if run.tiny else SHAPES:
+        B, H, N, d = shape
+        group, product = f"B={B} H={H} N={N} d={d} bf16", B * H * N * N * d
+        qkv = torch.randn(B, N, 3, H, d, device=DEVICE, dtype=BF16)
+        table, up = torch.randn(1, H, N, N, device=DEVICE), torch.randn(B, N, H * d, device=DEVICE, dtype=BF16)
+        for title, backward, learnt in KINDS:
+            flops = (14.0 if backward else 4.0) * product
+            for name, function, form in implementations():
+                if name.startswith("flex") and (run.tiny or shape != SHAPES[0] or not (learnt or not backward)):
+                    continue  # it compiles for half a minute, each time; on a CPU it has no backward
+                make = partial(_call, function, form, qkv, table, up, backward, learnt)
+                run.time(name, make, group=f"{group}, {title}", flops=flops, moved=2.0 * qkv.numel() * 4 / 3)
+        _without_bias(run, group, qkv, up, 14.0 * product)
+
+
+def _call(
+    function: Callable, form: str, qkv: Tensor, table: Tensor, up: Tensor, backward: bool, learnt: bool
+) -> Callable[[], object]:
+    """The bias as the blocks get it: prepared once a forward for all of them, which is not timed."""
+    with torch.autocast(DEVICE.type, BF16):
+        bias = prepare_bias(table, form).detach().requires_grad_(learnt)
+    if not backward:
+        return lambda: function(qkv, bias)
+    leaf = qkv.clone().requires_grad_()
+    leaves = (leaf, bias) if learnt else (leaf,)
+    return lambda: torch.autograd.grad(function(leaf, bias), leaves, up)
+
+
+def _without_bias(run: Run, group: str, qkv: Tensor, up: Tensor, flops: float) -> None:
+    """What attention costs without a bias, by SDPA's backends: a bound for those that have one."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    for name in WITHOUT_BIAS if run.on_gpu else ("auto",):
+        backend = getattr(SDPBackend, name, None)
+        with nullcontext() if backend is None else sdpa_kernel(backend):
+            make = partial(_no_bias, qkv, up)
+            run.time(f"sdpa, {name}", make, group=f"{group}, forward and backward, no bias", flops=flops)
+
+
+def _no_bias(qkv: Tensor, up: Tensor) -> Callable[[], object]:
+    leaf = qkv.clone().requires_grad_()
+    return lambda: torch.autograd.grad(by_name(leaf, None, "sdpa"), leaf, up)
+
+
+def xformers(run: Run) -> None:
+    with run.item("chosen"):
+        import xformers as package
+
+        run.say("chosen", auto=choose_attention("auto", DEVICE.type), version=package.__version__)
+    B, H, N, d = (TINY if run.tiny else SHAPES)[0]
+    qkv = torch.randn(B, N, 3, H, d, device=DEVICE, dtype=BF16)
+    table, up = torch.randn(1, H, N, N, device=DEVICE), torch.randn(B, N, H * d, device=DEVICE, dtype=BF16)
+    with run.item("against sdpa"):
+        results = [
+            _call(partial(by_name, implementation=name), name, qkv, table, up, True, True)()
+            for name in ("xformers", "sdpa")
+        ]
+        errors = [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(*results, strict=True)]
+        run.say("against sdpa", relative_error_of_gradients=errors, right=max(errors) < 0.02)

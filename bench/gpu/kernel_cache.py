@@ -1,0 +1,109 @@
+"""``python -m bench.gpu.kernel_cache``: Triton kernels of the default problems, compiled for a GPU that is not here.
+
+A GPU machine then finds them in TRITON_CACHE_DIR, if its Triton is the same build, and starts to measure at once. The
+package's own host code runs on CPU tensors, as in the tests: each kernel is compiled as for a launch, and not launched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from bench.aot import TARGETS
+from bench.gpu_model import GPUS
+from tests.kernels.launches import launching
+
+Case = tuple[str, Callable[[], object]]
+
+
+def search_cases(processors: int, tiny: bool) -> Iterator[Case]:
+    from beitv2_fast.kernels.codebook_search import triton_kernel as host
+
+    dtypes, widths = ((torch.float32,), (32,)) if tiny else ((torch.float32, torch.bfloat16), (32, 8, 64, 256))
+    n, k = (300, 64) if tiny else (12_544, 8192)
+    for dtype in dtypes:
+        for d in widths:
+            x, codebook = torch.zeros(n, d, dtype=dtype), torch.zeros(k, d)
+            blocks = -(-k // host.BLOCK_K)
+            plan = host.PLANS[host.plan_name()]
+            split = host.choose_split(-(-n // plan.configs_for(d)[0].block_n), blocks, processors)
+            for outputs in ((True, True, True), (False, False, False)):
+                call = partial(host.codebook_search_triton, x, codebook, "cosine", *outputs, split=split)
+                yield f"search {dtype} D={d} {outputs[0]}", call
+
+
+def quantizer_cases(tiny: bool) -> Iterator[Case]:
+    from beitv2_fast.kernels.codebook_update.triton_apply import apply_statistics_triton
+    from beitv2_fast.kernels.codebook_update.triton_kernel import codebook_statistics_triton
+    from beitv2_fast.kernels.vector_quantize.triton_kernel import vector_quantize_backward_triton
+
+    n, k, d = (300, 64, 32) if tiny else (12_544, 8192, 32)
+    x, codebook = torch.zeros(n, d), torch.zeros(k, d)
+    statistics, sizes = torch.zeros(k, 1 + d, dtype=torch.int64), torch.zeros(k)
+    indices = torch.zeros(n, dtype=torch.int64)
+    yield "statistics", partial(codebook_statistics_triton, x, indices, k, "cosine")
+    yield "apply", partial(apply_statistics_triton, statistics, codebook, sizes, None, 0.99, "cosine", 1e-5)
+    for loss in (torch.ones(()), None):
+        backward = partial(
+            vector_quantize_backward_triton, x, torch.zeros(n, d), torch.zeros(n, d), loss, 1.0, "cosine"
+        )
+        yield f"vector_quantize backward, loss {loss is not None}", backward
+
+
+def head_cases(tiny: bool) -> Iterator[Case]:
+    from beitv2_fast.kernels.masked_cross_entropy import triton_kernel as host
+    from beitv2_fast.kernels.masked_cross_entropy.chunked import Head, Wanted, head_losses
+
+    # Of images a quarter: a kernel is the same for every multiple of 16, and the products run here on the CPU.
+    images, patches, masked, width, vocabulary = (2, 16, 5, 64, 128) if tiny else (16, 196, 75, 768, 8192)
+    positions = torch.arange(images * masked)
+    labels = torch.zeros(images * masked, dtype=torch.int64)
+    for dtype in (torch.bfloat16,) if tiny else (torch.bfloat16, torch.float32):
+        tokens = [torch.zeros(images, 1 + patches, width)[:, 1:] for _ in range(2)]
+        head = Head(
+            torch.zeros(width),
+            torch.zeros(width),
+            1e-6,
+            torch.zeros(vocabulary, width).to(dtype),
+            torch.zeros(vocabulary),
+        )
+        for gradients in (True, False):
+            wanted, steps = Wanted(gradients, gradients, gradients), host.device_for(dtype)
+            call = partial(head_losses, tokens, positions, labels, head, dtype, wanted, steps)
+            yield f"head {dtype}, gradients {gradients}", call
+
+
+def cases(target: str, tiny: bool) -> Iterator[Case]:
+    with launching(target):  # the host code asks for the target here, too
+        found = [*search_cases(GPUS[target].processors, tiny), *quantizer_cases(tiny), *head_cases(tiny)]
+    yield from found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=TARGETS, default="sm_90")
+    parser.add_argument("--tiny", action="store_true", help="a few small kernels")
+    options = parser.parse_args()
+    if "TRITON_CACHE_DIR" not in os.environ:
+        parser.error("set TRITON_CACHE_DIR to the folder that is to be filled")
+    failed = 0
+    for name, call in cases(options.target, options.tiny):
+        started = time.perf_counter()
+        try:
+            with launching(options.target):
+                call()
+        except Exception as error:
+            failed += 1
+            print(f"{name}: {type(error).__name__}: {str(error)[-200:]}", file=sys.stderr)
+        print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Section learn: from photographs to probes in the minutes there are, with the steps of train.downstream.
+
+A ViT of about S size (12 blocks of width 384, 64 patches of 8 pixels) on packed photographs (``--data``). A short run
+of each training says how long an epoch takes; the epochs are then chosen so that the tokenizer, both students and what
+judges them fit in the time. What is done when the time ends stands in the table, so the order is that of importance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from beitv2_fast.experiments import Step, read_record, run_steps
+from beitv2_fast.packed_images import unpacked
+from beitv2_fast.small_scale import SmallScale, Stages
+from train import downstream
+
+from .run import Run
+
+SCALE = SmallScale(
+    image_size=64, patch_size=8, dim=384, depth=12, heads=6, num_codes=1024, early_layer=9, tokenizer_epochs=50,
+    pretrain_epochs=200, finetune_epochs=20, probe_epochs=30, batch_size=512, jobs=2,
+)  # fmt: skip
+TINY_SCALE = SmallScale(
+    image_size=32, patch_size=8, dim=24, depth=2, heads=2, num_codes=16, early_layer=1, tokenizer_epochs=1,
+    pretrain_epochs=1, finetune_epochs=1, probe_epochs=1, batch_size=8, quality_images=8, jobs=1,
+)  # fmt: skip
+PACED = ("tokenizer", "pretrain", "pretrain_plain")  # what is calibrated
+CALIBRATION_EPOCHS = 2
+CALIBRATION_SHARE = 0.25  # of the time, at most
+TOKENIZER_SHARE, STUDENTS_SHARE, JUDGES_SHARE = 0.15, 0.50, 0.25  # of what is left then
+CURVE = 20  # points of a training's log that its result keeps
+
+
+def learn(run: Run) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        data = _images(run, root)
+        if data is None:
+            return
+        scale = _workers(TINY_SCALE if run.tiny else SCALE)
+        if not run.tiny:
+            scale = _fit(run, root, data, scale)
+        steps = steps_of(root / "runs", data, scale, tiny=run.tiny)
+        run.say("plan", scale=dataclasses.asdict(scale), steps=[step.name for step in steps])
+        outcome = _until(run.left() - 10, steps, root / "runs", scale.steps_at_once)
+        _report(run, root / "runs", steps, outcome)
+
+
+def _images(run: Run, root: Path) -> Path | None:
+    if run.data is not None:
+        return unpacked(run.data, root / "images")
+    if not run.tiny:
+        return run.say(
+            "learn", skipped="no photographs: give --data FILE.npz or a folder with train/CLASS and val/CLASS"
+        )
+    command = [sys.executable, "-m", "bench.gpu.pictures", str(root / "images"), "120"]
+    run.command("pictures", command, limit=60)
+    return root / "images"
+
+
+def _workers(scale: SmallScale) -> SmallScale:
+    """The cores, shared by the steps that run at once."""
+    cores = (os.cpu_count() or 2) - 2
+    return dataclasses.replace(scale, workers=0 if scale is TINY_SCALE else max(cores // max(scale.jobs, 1), 1))
+
+
+def stages_of(root: Path, data: Path, scale: SmallScale) -> Stages:
+    return Stages(root.resolve(), data.resolve(), scale)
+
+
+def steps_of(root: Path, data: Path, scale: SmallScale, *, tiny: bool = False) -> list[Step]:
+    """Under the names of train.downstream, so that its tables are made of them; the most important ones first."""
+    stages, at = stages_of(root, data, scale), "seed0"
+    run = {row: f"{at}/{row}" for row in ("tokenizer", "pretrain", "pretrain_plain")}
+    students = _long(scale, scale.pretrain_epochs)
+    teacher = {"teacher_image_size": 128 if tiny else 256}  # 32 pixels a feature: as many as there are patches
+    if tiny:
+        return [
+            stages.tokenizer(run["tokenizer"], 0, **teacher),
+            stages.pretrain(run["pretrain"], run["tokenizer"], 0, **students),
+            stages.probe(f"{at}/probe_pretrain", run["pretrain"], 0),
+        ]
+    return [
+        stages.tokenizer(run["tokenizer"], 0, **teacher, **_long(scale, scale.tokenizer_epochs)),
+        stages.pretrain(run["pretrain"], run["tokenizer"], 0, **students),
+        stages.pretrain(run["pretrain_plain"], run["tokenizer"], 0, aggregation_depth=0, **students),
+        *(stages.probe(f"{at}/probe_{row}", run[row], 0) for row in run),
+        stages.probe(f"{at}/probe_random", run["pretrain"], 0, "untrained"),
+        stages.quality(f"{at}/tokenizer_quality", run["tokenizer"]),
+        *(
+            stages.finetune(f"{at}/finetune_{row}", run.get(row), 0, **_long(scale, scale.finetune_epochs))
+            for row in ("pretrain", "random", "tokenizer", "pretrain_plain")
+        ),
+    ]
+
+
+def _long(scale: SmallScale, epochs: int) -> dict[str, Any]:
+    """Options of a training that is longer than the small scale's and has larger batches: a learning rate that is meant
+    for them, a longer warm-up, few checkpoints."""
+    return {"lr_batch": scale.batch_size, "warmup_epochs": max(1, epochs // 20), "save_every": 2000}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds before a training's first step, and of an epoch."""
+
+    start: float
+    epoch: float
+
+    def epochs(self, seconds: float, most: int) -> int:
+        return max(1, min(most, int((seconds - self.start) / self.epoch)))
+
+
+def _fit(run: Run, root: Path, data: Path, scale: SmallScale) -> SmallScale:
+    """Epochs that fit, by a short training of each kind; both students run at once, so their pace is measured so."""
+    short = dataclasses.replace(
+        scale, tokenizer_epochs=CALIBRATION_EPOCHS, pretrain_epochs=CALIBRATION_EPOCHS, finetune_epochs=1
+    )
+    steps = [step for step in steps_of(root / "pace", data, short) if step.name.split("/")[-1] in PACED]
+    # The teacher's features are computed here and used again.
+    _until(CALIBRATION_SHARE * run.left(), steps, root / "pace", scale.steps_at_once)
+    features = root / "pace" / "teacher_features"
+    if features.is_dir():
+        (root / "runs").mkdir(exist_ok=True)
+        features.rename(root / "runs" / "teacher_features")
+    paces = {step.name.split("/")[-1]: _pace(root / "pace", step) for step in steps}
+    run.say("pace", **{name: pace and dataclasses.asdict(pace) for name, pace in paces.items()})
+    chosen, left = {}, run.left()
+    for field, name, share in (
+        ("tokenizer_epochs", "tokenizer", TOKENIZER_SHARE), ("pretrain_epochs", "pretrain", STUDENTS_SHARE),
+    ):  # fmt: skip
+        pace = paces.get(name)  # one that did not end in its time is slow: as few epochs as can be
+        chosen[field] = pace.epochs(share * left, getattr(scale, field)) if pace else CALIBRATION_EPOCHS
+    if pace:  # four fine-tunings, two at once, half of the judges' time; an epoch costs about a student's
+        chosen["finetune_epochs"] = pace.epochs(JUDGES_SHARE * left / 4 - pace.start / 2, scale.finetune_epochs)
+    return dataclasses.replace(scale, **chosen)
+
+
+def _pace(root: Path, step: Step) -> Pace | None:
+    """From a training's record and its log of images a second; None if it did not end."""
+    record = read_record(root, step)
+    lines = root / step.name / "metrics.jsonl"
+    if not record["done"] or not lines.is_file():
+        return None
+    log = [json.loads(line) for line in lines.read_text().splitlines()]
+    speed = statistics.median(line["images_per_second"] for line in log[1:] or log)  # the first has the start in it
+    seconds = record["attempts"][-1]["seconds"]
+    config = json.loads((root / step.name / "config.json").read_text())
+    training = log[-1]["step"] * config["batch_size"] * config["accumulate"] / speed
+    return Pace(max(seconds - training, 0.0), training / config["epochs"])
+
+
+def _until(seconds: float, steps: Sequence[Step], root: Path, jobs: int) -> Any:
+    """Run the steps for so long; those that run then are told to stop, as by Ctrl-C."""
+    alarm = threading.Timer(max(seconds, 1.0), os.kill, (os.getpid(), signal.SIGTERM))
+    alarm.daemon = True
+    alarm.start()
+    try:
+        return run_steps(steps, root, jobs=jobs, say=lambda text: print(text, file=sys.stderr, flush=True))
+    finally:
+        alarm.cancel()
+
+
+def _report(run: Run, root: Path, steps: Sequence[Step], outcome: Any) -> None:
+    """The tables of train.downstream, of what is done."""
+    tokenizers, backbones = downstream.collect(root, 1)
+    for name, numbers in tokenizers.items():
+        run.say(name, table="tokenizer", **{key: values[0] for key, values in numbers.items()})
+    for name, numbers in backbones.items():
+        run.say(name, table="backbones", **{key: values[0] for key, values in numbers.items()})
+    run.say("orderings", lines=downstream.orderings(backbones))
+    for step in steps:
+        if (file := root / step.name / "metrics.jsonl").is_file():
+            log = [json.loads(line) for line in file.read_text().splitlines()]
+            run.say(step.name, curve=[*log[:: -(-len(log) // CURVE)], *log[-1:]])
+    seconds = {step.name: read_record(root, step)["attempts"] for step in steps}
+    run.say("steps", done=outcome.done, failed=outcome.failed, left=outcome.left, attempts=seconds)
+    for name in outcome.failed:
+        log = root / "logs" / f"{name}.txt"
+        run.say(name, error=log.read_text(errors="replace")[-1200:] if log.is_file() else "no log")
