@@ -34,6 +34,7 @@ from .transforms import View
 from .watchdog import Watchdog
 
 Batch = dict[str, Tensor]
+NAMES = ("index", "view")  # say which images a batch holds: the host reads them, and need not wait for them
 # After an epoch, on every rank: the step, the models to look at by name, and what tells that it goes on.
 AfterEpoch = Callable[[int, dict[str, nn.Module], Callable[[], None]], None]
 
@@ -230,7 +231,8 @@ def _gradient(
 ) -> dict[str, Tensor]:
     """Forward and backward of the step's micro-batches; the mean of the loss and of the metrics over them."""
     slices = [slice(i * config.batch_size, (i + 1) * config.batch_size) for i in range(config.accumulate)]
-    parts = [{name: v[s].to(world.device, non_blocking=True) for name, v in batch.items()} for s in slices]
+    batch = {name: v if name in NAMES else v.to(world.device, non_blocking=True) for name, v in batch.items()}
+    parts = [{name: v[s] for name, v in batch.items()} for s in slices]
     sums: dict[str, Tensor] = {}
     with torch.autocast(world.device.type, amp or torch.bfloat16, enabled=amp is not None):
         if step == 0 and len(parts) > 1:

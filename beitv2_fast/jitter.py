@@ -38,7 +38,7 @@ def color_jitter(pixels: Tensor, steps: np.ndarray, factors: np.ndarray) -> Tens
 def jitter_batched(pixels: Tensor, steps: np.ndarray, factors: np.ndarray) -> Tensor:
     """`color_jitter` in torch ops: every step is x <- base + f*(x - base), with base 0, m or g."""
     x = pixels.float()
-    weights = x.new_tensor(LUMA)
+    weights = torch.tensor(LUMA).to(x.device, non_blocking=True)
     kinds, values = (torch.from_numpy(a).to(x.device, non_blocking=True) for a in (steps, factors.astype(np.float32)))
     for step in range(steps.shape[1]):
         kind, factor = (a[:, step, None, None, None] for a in (kinds, values))  # [B, 1, 1, 1]

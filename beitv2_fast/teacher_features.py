@@ -98,11 +98,14 @@ class TeacherFeatures:
 
     def __call__(self, views: Tensor, indices: Tensor) -> Tensor:
         """Views [B] and indices [B] of images (int64) -> features [B, N, C] fp32."""
+        import numpy as np
+
         rows = []
         for view, index in zip(views.tolist(), indices.tolist(), strict=True):
             first = index - index % IMAGES_A_FILE
-            rows.append(torch.from_numpy(self.parts[view, first][index - first].copy()))
-        return torch.stack(rows).to(self.device).float()
+            rows.append(self.parts[view, first][index - first])
+        # numpy's stack: torch's is an op that autocast to bf16 on a CPU refuses for fp16.
+        return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True).float()
 
     def _count(self, part: Part) -> int:
         """Images in a part."""

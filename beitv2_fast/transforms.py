@@ -271,7 +271,8 @@ def to_float(pixels: Tensor) -> Tensor:
 def normalise(image: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> Tensor:
     """(image - mean) / std by channel: [..., 3 or 1, H, W] in [0, 1] -> [..., 3, H, W]. TypeError: integers."""
     require_floating(image)
-    mean_, std_ = (image.new_tensor(values).view(3, 1, 1) for values in (mean, std))
+    statistics = torch.tensor((mean, std), dtype=image.dtype).view(2, 3, 1, 1)
+    mean_, std_ = statistics.to(image.device, non_blocking=True)  # image.new_tensor would wait for a GPU
     return (image - mean_) / std_
 
 

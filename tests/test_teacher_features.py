@@ -283,3 +283,13 @@ def test_a_cache_without_views_is_refused(tmp_path, capsys):
     options = ["--data", write_images(tmp_path / "images", 4), "--out", tmp_path / "run", "--views", 0]
     assert call("tokenizer", *TINY, *TOKENIZER, *options, "--teacher-cache", tmp_path / "cache") == 2
     assert "--views is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_features_are_read_under_autocast(tmp_path, dataset, dtype):
+    kept = features(tmp_path / "kept", dataset, Teacher())
+    views, indices = torch.tensor([0, 1, 1]), torch.tensor([6, 0, 3])
+    expected = kept(views, indices)
+    with torch.autocast("cpu", dtype):
+        found = kept(views, indices)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)

@@ -42,7 +42,7 @@ class PretrainTask(Task):
         accuracy = out.correct / max(len(labels), 1)
         loss = out.loss
         if self.weights != (1, 1):  # a loss times 0 keeps its parameters in the graph, as ZeRO and DDP expect
-            loss = (out.losses * out.losses.new_tensor(self.weights[: len(out.losses)])).sum()
+            loss = sum(weight * loss for weight, loss in zip(self.weights, out.losses, strict=False))
         return loss, {**metrics, **{f"accuracy_{n}": a for n, a in zip(self.branches, accuracy, strict=True)}}
 
     def line(self, metrics: dict[str, float]) -> str:

@@ -165,7 +165,7 @@ class SegmentTask(Task):
         logits, auxiliary = (resize(x.float(), labels.shape[1:]) for x in model(normalise(batch["image"] / 255)))
         losses = [_cross_entropy(x, labels) for x in (logits, auxiliary)]
         counted = labels != IGNORED
-        right = (logits.detach().argmax(1) == labels)[counted].float().sum() / counted.sum().clamp(min=1)
+        right = ((logits.detach().argmax(1) == labels) & counted).float().sum() / counted.sum().clamp(min=1)
         return losses[0] + self.auxiliary_weight * losses[1], {"loss_decode": losses[0], "accuracy": right}
 
     def line(self, metrics: dict[str, float]) -> str:

@@ -78,9 +78,3 @@ def test_the_op_passes_opcheck_and_compiles():
 def test_keys_of_another_type_or_shape_are_refused(keys):
     with pytest.raises(ValueError, match=r"keys must be int64 \[B\]"):
         block_masks(keys, (14, 14), 75)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_gpu_draws_the_cpu_s_masks():
-    assert torch.equal(block_masks(KEYS.cuda(), (14, 14), 75).cpu(), block_masks(KEYS, (14, 14), 75))

@@ -1,0 +1,120 @@
+"""Every Triton kernel with small, odd sizes and right results, in one short process for compute-sanitizer to watch:
+
+compute-sanitizer --tool memcheck python -m pytest -m gpu -k every_kernel_once tests/kernels
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+from pathlib import Path
+
+import beitv2_fast.kernels as kernels
+import pytest
+import torch
+from beitv2_fast.kernels.codebook_search.reference import codebook_search_reference
+from beitv2_fast.kernels.codebook_update.reference import apply_statistics_reference, codebook_statistics_reference
+from beitv2_fast.kernels.masked_cross_entropy import steps
+from beitv2_fast.kernels.masked_cross_entropy.chunked import Device, Head, Wanted, head_losses
+from beitv2_fast.kernels.vector_quantize.reference import backward_reference
+
+from ..gpu import DRY, HERE, here, launches
+from .codebook_states import make_batch, make_state
+from .masked_problem import problem
+
+search = pytest.importorskip(
+    "beitv2_fast.kernels.codebook_search.triton_kernel", reason="triton is not installed", exc_type=ImportError
+)
+pytestmark = [pytest.mark.gpu, launches]
+INDIRECTLY = {"screen"}  # launched by an autotuner
+METRICS = ("cosine", "euclidean")
+
+
+def launched_kernels() -> set[str]:
+    """The names in the modules of ``kernels`` that are launched: ``name[grid](...)``."""
+    names = set(INDIRECTLY)
+    for path in Path(kernels.__file__).parent.glob("*/triton_*.py"):
+        calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+        launched = (func.value for func in calls if isinstance(func, ast.Subscript))
+        names |= {value.id for value in launched if isinstance(value, ast.Name)}
+    return names
+
+
+def search_codes(monkeypatch) -> None:
+    """Every configuration of this device's plan, none of them timed."""
+    name = search.plan_name()
+    plan = search.PLANS[name]
+    for config in (*plan.configs, *plan.wide):
+        monkeypatch.setitem(search.PLANS, name, replace(plan, configs=(config,), wide=(config,)))
+        for (n, k, d), metric in zip(
+            ((157, 123, 3), (90, 700, 33), (1, 1, 1), (35, 300, 200)), 2 * METRICS, strict=True
+        ):
+            x, codebook = torch.randn(n, d, device=HERE), torch.randn(k, d, device=HERE)
+            found = search.codebook_search_triton(x, codebook, metric, True, True, True, split=2 if k > 500 else 1)
+            indices, normalized = codebook_search_reference(x, codebook, metric)
+            assert torch.equal(found[0], indices) and torch.equal(found[2], codebook[indices])
+            torch.testing.assert_close(found[1], normalized, rtol=1e-5, atol=1e-6)
+
+
+def update_codebook() -> None:
+    from beitv2_fast.kernels.codebook_update.triton_apply import apply_statistics_triton
+    from beitv2_fast.kernels.codebook_update.triton_kernel import codebook_statistics_triton
+
+    for metric, average in (("cosine", False), ("cosine", True), ("euclidean", True)):
+        for count, num_codes, dim in ((157, 123, 33), (1, 1, 1)):
+            x, indices = (here(t) for t in make_batch(count, num_codes, dim))
+            indices[::7] = -1
+            statistics = codebook_statistics_triton(x, indices, num_codes, metric)
+            assert torch.equal(statistics, codebook_statistics_reference(x, indices, num_codes, metric))
+            ours, theirs = (make_state(num_codes, dim, average=average) for _ in range(2))
+            for state, apply in ((ours, apply_statistics_triton), (theirs, apply_statistics_reference)):
+                for name, value in vars(state).items():
+                    setattr(state, name, here(value))
+                apply(statistics, state.codebook, state.cluster_size, state.embed_avg, 0.9, metric, 1e-5)
+            assert ours.same_bits(theirs)
+
+
+def quantize_backward() -> None:
+    from beitv2_fast.kernels.vector_quantize.triton_kernel import vector_quantize_backward_triton
+
+    for metric in METRICS:
+        for given in ((True, True), (True, False), (False, True)):
+            x, quantized, grad = (torch.randn(57, 33, device=HERE) for _ in range(3))
+            gradients = (grad if given[0] else None, torch.ones((), device=HERE) if given[1] else None)
+            ours = vector_quantize_backward_triton(x, quantized, *gradients, 0.25, metric)
+            theirs = backward_reference(x, quantized, *gradients, 0.25, metric)
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def head() -> None:
+    from beitv2_fast.kernels.masked_cross_entropy.triton_kernel import device_for
+
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01)):
+        for has_bias in (True, False):
+            p = here(vars(problem(images=3, patches=9, num_masked=4, dim=100, classes=83)))
+            positions, bias = p["mask"].flatten().nonzero()[:, 0], p["bias"].detach() if has_bias else None
+            parts = [t.detach() for t in (p["norm_weight"], p["norm_bias"], 0.1 * p["weight"])]
+            given = (
+                [t.detach()[:, 1:] for t in p["tokens"]],
+                positions,
+                p["labels"],
+                Head(*parts[:2], 1e-6, parts[2], bias),
+            )
+            for wanted in (Wanted(True, True, True), Wanted(False, False, False)):
+                ours = head_losses(*given, dtype, wanted, device_for(dtype))
+                theirs = head_losses(*given, torch.float32, wanted, Device(1 << 22, steps.softmax_))
+                for a, b in zip((ours.losses, *ours.grad_rows), (theirs.losses, *theirs.grad_rows), strict=True):
+                    assert (a - b).norm() <= tolerance * b.norm()
+
+
+def test_every_kernel_once(monkeypatch):
+    launched, kind = set(), type(search.resolve)
+    run = kind.run
+    monkeypatch.setattr(kind, "run", lambda self, *a, **k: (launched.add(self.fn.__name__), run(self, *a, **k))[1])
+    search_codes(monkeypatch)
+    update_codebook()
+    quantize_backward()
+    head()
+    if not DRY:
+        torch.cuda.synchronize()
+    assert launched == launched_kernels()
