@@ -26,6 +26,7 @@ $(VENV)/.installed: setup.py pyproject.toml $(wildcard kernels/*.cpp kernels/*.h
 	$(PIP) install --quiet --upgrade "setuptools>=77" wheel ninja
 	$(PIP) install "torch>=2.7" "torchvision>=0.22"
 	$(PIP) install --no-build-isolation --editable ".[test]"
+	$(VENV)/bin/python -c "from beitv2_fast.kernels.native import native_ops; native_ops()"  # warns where they are missing
 	touch $@
 
 clean:

@@ -1,36 +1,91 @@
 """Installs beitv2_fast; the folder kernels/ is imported as beitv2_fast.kernels."""
 
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from setuptools import find_packages, setup
 
 SOURCES = sorted(str(path) for path in Path("kernels").rglob("cpu*.cpp"))
+NAME = "beitv2_fast.kernels._cpu"
 
 
 def native_ops() -> dict:
-    """The C++ ops, compiled against the torch that is installed (``--no-build-isolation``); without it, none.
+    """The C++ ops, compiled against the torch that is installed (``--no-build-isolation``).
 
-    ``optional``: a compiler that is missing or fails leaves a package that runs the PyTorch references.
+    A build that fails leaves a package that runs the PyTorch references, and says so: see ``announce``. A text file
+    tells kernels/native.py for which torch the library was compiled, or why there is none.
     """
     try:
+        import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError:
-        print("beitv2_fast: torch is not visible to this build, so the C++ ops are left out (--no-build-isolation)")
-        return {}
+    except (ImportError, OSError) as error:
+        from setuptools import Extension as CppExtension
+        from setuptools.command.build_ext import build_ext as BuildExtension
+
+        torch, reason = None, f"torch could not be imported by the build, which pip isolates by default: {error}"
 
     class OptionalBuild(BuildExtension):
-        """torch looks at the compiler before ``optional`` counts, so a missing one has to be caught here."""
-
-        def build_extensions(self) -> None:
-            try:
-                super().build_extensions()
-            except Exception as error:
-                print(f"beitv2_fast: the C++ ops are left out, the slower PyTorch references will run ({error})")
+        def run(self) -> None:
+            in_place = self.inplace
+            for self.inplace in (False, in_place):  # what lies there may be of other sources or another torch
+                Path(self.get_ext_fullpath(NAME)).unlink(missing_ok=True)
+            with tempfile.TemporaryFile(mode="w+", errors="replace") as output:
+                try:
+                    if torch is None:
+                        raise ImportError(reason)
+                    with redirected(output):
+                        super().run()
+                    outcome = f"compiled for torch {torch.__version__}"
+                except Exception as error:
+                    output.seek(0)
+                    said = [line.strip() for line in output if re.search("error:|not found|No such file", line)]
+                    outcome = "\n".join([str(error), *list(dict.fromkeys(said))[:3]])
+                    announce(outcome)
+                output.seek(0)
+                sys.stdout.write(output.read())
+            self.inplace = in_place
+            library = Path(self.get_ext_fullpath(NAME))
+            library.parent.mkdir(parents=True, exist_ok=True)
+            library.with_suffix(".txt").write_text(outcome, encoding="utf-8")
 
     # -fopenmp when compiling, for at::parallel_for, and not when linking: the ops then share torch's thread pool.
     flags = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
-    extension = CppExtension("beitv2_fast.kernels._cpu", SOURCES, extra_compile_args=flags, optional=True)
+    extension = CppExtension(NAME, SOURCES, extra_compile_args=flags)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
+
+
+@contextmanager
+def redirected(output: IO[str]) -> Iterator[None]:
+    """What this process and the compilers that it starts print goes to ``output``."""
+    kept = [os.dup(number) for number in (1, 2)]
+    try:
+        for number in (1, 2):
+            os.dup2(output.fileno(), number)
+        yield
+    finally:
+        for stream, number, copy in zip((sys.stdout, sys.stderr), (1, 2), kept, strict=True):
+            stream.flush()
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+def announce(reason: str) -> None:
+    """One paragraph on standard error and, since pip shows that of failing builds only, on the terminal itself."""
+    text = (
+        "\nbeitv2_fast: THE C++ OPS WERE NOT BUILT. On the CPU the plain PyTorch references will run: same results, 10 "
+        "to 100 times slower. Install torch and a C++20 compiler (g++ >= 11), then this package again: `pip install "
+        f"--no-build-isolation --force-reinstall --no-deps`. The cause:\n{reason}\n"
+    )
+    print(text, file=sys.stderr)
+    if not sys.stderr.isatty():
+        with suppress(OSError), open("/dev/tty", "w") as terminal:
+            terminal.write(text)
 
 
 TRAIN = ["numpy>=1.26", "pillow>=10", "safetensors>=0.5", "tensorboard>=2.16", "torchvision>=0.22", "tqdm>=4.66"]
