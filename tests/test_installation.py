@@ -89,7 +89,7 @@ def test_a_build_that_succeeds_says_nothing_and_notes_its_torch(sources):
     assert terminal == ""
     assert (folder / f"_cpu{SUFFIX}").exists()
     assert (folder / f"_cpu{SUFFIX}").with_suffix(".txt").read_text() == f"compiled for torch {torch.__version__}"
-    assert "older sources" in first_warning(folder)  # it loads, and has no op
+    torch.ops.load_library(str(folder / f"_cpu{SUFFIX}"))
 
 
 def test_ops_for_another_torch_are_not_loaded(tmp_path):
