@@ -47,11 +47,11 @@ def _load() -> str | None:
     record = text.read_text(encoding="utf-8", errors="replace").strip() if text.exists() else ""
     if not library.exists():
         others = sorted(path.name for pattern in ("_cpu*.so", "_cpu*.pyd") for path in FOLDER.glob(pattern))
-        if record:
+        if record and not record.startswith(COMPILED_FOR):
             return f"could not be compiled at installation ({record})"
         if others:
             return f"were compiled for another Python ({', '.join(others)})"
-        return "were not compiled: this copy of the package was not installed by pip"
+        return "are not here: this copy of the package was not installed by pip, or they were removed"
     if record.startswith(COMPILED_FOR):
         theirs = record.removeprefix(COMPILED_FOR)
         if theirs.split(".")[:2] != torch.__version__.split(".")[:2]:

@@ -103,5 +103,8 @@ def test_ops_for_another_python_are_not_loaded(tmp_path):
     assert "for another Python (_cpu.cpython-36m-x86_64-linux-gnu.so)" in first_warning(tmp_path)
 
 
-def test_a_folder_that_was_not_installed_says_so(tmp_path):
-    assert "not installed by pip" in first_warning(tmp_path)
+@pytest.mark.parametrize("removed", (False, True))
+def test_a_folder_that_was_not_installed_or_lost_its_ops_says_so(tmp_path, removed):
+    if removed:
+        (tmp_path / f"_cpu{SUFFIX}").with_suffix(".txt").write_text("compiled for torch 2.14.1")
+    assert "are not here: this copy of the package was not installed by pip" in first_warning(tmp_path)
