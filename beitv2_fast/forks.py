@@ -28,5 +28,5 @@ def _freeze() -> None:
         gc.freeze()
 
 
-# In the child: in the parent, what others froze (Python 3.12 does at its start) could not be told apart afterwards.
+# In the child: in the parent, what others froze (Python 3.12 itself does) could not be told apart afterwards.
 os.register_at_fork(after_in_child=_freeze)
