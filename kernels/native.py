@@ -1,9 +1,10 @@
-"""Finds the compiled CPU ops. They are optional: without them the references run, and that is said once."""
+"""Finds the compiled CPU ops. They are optional: without them the references run, and once it is said why."""
 
 from __future__ import annotations
 
 import functools
 import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -21,33 +22,43 @@ OPS = (
 )
 
 
+COMPILED_FOR = "compiled for torch "  # how the text that setup.py writes beside the library begins, if there is one
+
+
 @functools.cache
 def native_ops() -> bool:
-    """Whether the C++ ops ``torch.ops.beitv2_fast_cpu`` could be loaded; the first failure is a warning."""
-    libraries = sorted(path for pattern in ("_cpu*.so", "_cpu*.pyd") for path in FOLDER.glob(pattern))
-    if not libraries:
+    """Whether the C++ ops ``torch.ops.beitv2_fast_cpu`` could be loaded; if not, one warning says why."""
+    problem = _load()
+    if problem:
         warnings.warn(
-            "beitv2_fast: the C++ ops were not compiled at installation, so on the CPU the plain PyTorch references "
-            "run: same results, 10 to 100 times slower. Install a C++20 compiler (g++ >= 11), then "
-            "`pip install --no-build-isolation --force-reinstall --no-deps` this package.",
+            f"beitv2_fast: the C++ ops {problem}. On the CPU the plain PyTorch references run: same results, 10 to 100 "
+            "times slower. Install a C++20 compiler (g++ >= 11), then this package again: `pip install "
+            "--no-build-isolation --force-reinstall --no-deps`, with its folder or name.",
             stacklevel=2,
         )
-        return False
+    return not problem
+
+
+def _load() -> str | None:
+    """Loads the library of this Python and torch, or tells what is wrong with it."""
+    candidates = [FOLDER / f"_cpu{suffix}" for suffix in EXTENSION_SUFFIXES]
+    library = next((path for path in candidates if path.exists()), candidates[0])
+    text = library.with_suffix(".txt")
+    record = text.read_text(encoding="utf-8", errors="replace").strip() if text.exists() else ""
+    if not library.exists():
+        others = sorted(path.name for pattern in ("_cpu*.so", "_cpu*.pyd") for path in FOLDER.glob(pattern))
+        if record and not record.startswith(COMPILED_FOR):
+            return f"could not be compiled at installation ({record})"
+        if others:
+            return f"were compiled for another Python ({', '.join(others)})"
+        return "are not here: this copy of the package was not installed by pip, or they were removed"
+    if record.startswith(COMPILED_FOR):
+        theirs = record.removeprefix(COMPILED_FOR)
+        if theirs.split(".")[:2] != torch.__version__.split(".")[:2]:
+            return f"were compiled for torch {theirs}, and this is torch {torch.__version__}"
     try:
-        torch.ops.load_library(str(libraries[0]))
+        torch.ops.load_library(str(library))
     except OSError as error:
-        warnings.warn(
-            f"beitv2_fast: the C++ ops do not load ({error}); they were compiled for another torch than "
-            f"{torch.__version__}. The slower PyTorch references run. Reinstall with `pip install "
-            "--no-build-isolation --force-reinstall --no-deps`.",
-            stacklevel=2,
-        )
-        return False
+        return f"do not load beside torch {torch.__version__} ({error})"
     missing = [name for name in OPS if not hasattr(torch.ops.beitv2_fast_cpu, name)]
-    if missing:
-        warnings.warn(
-            f"beitv2_fast: the C++ ops were compiled from older sources, without {', '.join(missing)}. The slower "
-            "PyTorch references run. Reinstall with `pip install --no-build-isolation --force-reinstall --no-deps`.",
-            stacklevel=2,
-        )
-    return not missing
+    return f"were compiled from older sources, without {', '.join(missing)}" if missing else None

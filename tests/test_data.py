@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
-import os
 import random
 import subprocess
 import sys
@@ -24,7 +22,6 @@ from beitv2_fast.data import (
     find_images,
     train_loader,
 )
-from beitv2_fast.torch_loader import TorchLoader
 
 COUNT = 22
 
@@ -209,38 +206,6 @@ def test_workers_survive_a_signal_that_reaches_every_process(dataset, name):
     assert workers
     subprocess.run(["kill", f"-{name}", *workers], check=True)
     assert_same(expected, seen + list(iterator))
-
-
-class Destroyed:
-    """In a cycle, so that the garbage collector alone destroys it; tells in which process."""
-
-    def __init__(self, file):
-        self.file, self.itself = file, self
-
-    def __del__(self):
-        with self.file.open("a") as file:
-            file.write(f"{os.getpid()}\n")
-
-
-class Collecting:
-    """A data set whose workers collect their garbage."""
-
-    def __getitems__(self, keys):
-        gc.collect()
-        return {"image": torch.zeros(len(keys))}
-
-
-def test_no_worker_destroys_what_its_parent_left_to_the_garbage_collector(tmp_path):
-    """A DALI pipeline waits in its destructor for threads that a fork does not take along."""
-    gc.disable()
-    try:
-        Destroyed(tmp_path / "by")
-        assert len(list(TorchLoader(Collecting(), [[0], [1]], workers=1))) == 2
-    finally:
-        gc.enable()
-    gc.collect()
-    assert (tmp_path / "by").read_text().split() == [str(os.getpid())]
-    assert gc.get_freeze_count() == 0
 
 
 def test_a_worker_that_dies_is_an_error_and_no_hang(dataset):

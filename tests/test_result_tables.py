@@ -41,6 +41,7 @@ def test_an_ordering_says_no_where_it_is_the_other_way_round_and_when_the_seeds_
 
 
 def test_the_plot_shows_every_row_and_leaves_empty_columns_out(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: demo)")
     plot(TABLE, [SHARE, COUNT, Column("none", "nothing")], tmp_path / "plot.png", title="three networks", scale=1)
     with_two = Image.open(tmp_path / "plot.png").convert("RGB")
     assert with_two.width == 1080 and len(with_two.getcolors(1 << 20)) > 10

