@@ -59,17 +59,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # every library has its own exceptions for a damaged file
         if isinstance(error, pickle.UnpicklingError):  # torch's own text tells to run whatever is in the file
             raise CheckpointError(_types_in(path, str(error))) from error
-        reason = str(error).strip().split("\n")[0][:200]
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({reason}): it is damaged or of another kind. "
-            "Use an intact .safetensors, .pth or .pt file."
-        ) from error
+        raise CheckpointError(_unreadable(path, str(error).strip().split("\n")[0][:200])) from error
     for wrapping in WRAPPINGS:
         if isinstance(state, dict) and isinstance(state.get(wrapping), dict):
             state = state[wrapping]
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, but a dict of tensors is needed.")
     return state
+
+
+def _unreadable(path: Path, reason: str) -> str:
+    return (
+        f"{path} cannot be read as a checkpoint ({reason}): it is damaged or of another kind. "
+        "Use an intact .safetensors, .pth or .pt file."
+    )
 
 
 def _types_in(path: Path, said: str) -> str:
@@ -80,7 +83,7 @@ def _types_in(path: Path, said: str) -> str:
     except Exception:  # an older kind of file, of which torch names the first
         names = re.findall(r"Unsupported (?:global|class)[^.]*? ([\w.]+) was not", said)
     if not names:
-        return f"{path} is no PyTorch file of plain tensors. Use an intact .safetensors, .pth or .pt file."
+        return _unreadable(path, "no PyTorch file of plain tensors")
     return (
         f"{path} is no PyTorch file of plain tensors: it holds {', '.join(names[:8])}, and nothing in a checkpoint is "
         "run here. If you trust its source, write the weights alone in Python: state = torch.load(FILE, "
