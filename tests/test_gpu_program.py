@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -16,8 +17,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import harness
-from bench.gpu import clocks, learning, plan, run, runner
+from bench import harness, test_masks
+from bench.gpu import checks, clocks, learning, ops, plan, run, runner
 from bench.gpu.__main__ import main
 from bench.gpu.plan import BY_NAME, SECTIONS
 from train import downstream
@@ -117,6 +118,25 @@ def test_a_section_that_hangs_or_dies_leaves_the_others(results, tmp_path, monke
         os.close(child)
 
 
+def test_a_program_that_is_asked_to_end_takes_what_it_started_along(tmp_path):
+    starts = (
+        "import sys; from bench.gpu import runner; runner.WORKER = (sys.executable, '-m', 'tests.gpu_worker');"
+        "from bench.gpu.__main__ import main; main(['env', '--out', sys.argv[1]])"
+    )
+    child = tmp_path / "child"
+    environment = {**ENVIRONMENT, "CHILD": str(child)}
+    program = subprocess.Popen([sys.executable, "-c", starts, str(tmp_path)], cwd=ROOT, env=environment)
+    while not (child.exists() and child.read_text()):
+        assert program.poll() is None
+    held = os.pidfd_open(int(child.read_text()))
+    program.terminate()
+    assert program.wait(30) == 128 + signal.SIGTERM
+    assert select.select([held], [], [], 30)[0], "a process that a section had started outlived the program"
+    os.close(held)
+    results = tmp_path / "sections.jsonl"
+    assert read(results)[0]["command"] == f"python -m bench.gpu env --out {tmp_path.name}", "it names a folder"
+
+
 def test_a_worker_that_lost_the_gpu_is_replaced_and_others_are_kept(results, tmp_path):
     _, records, _ = run_them(results, tmp_path, "correct", "vectors", "head", "quantizer")
     process = {r["section"]: r["process"] for r in records if r["what"] == "result"}
@@ -144,6 +164,12 @@ def test_an_unknown_section_is_named_beside_those_that_there_are(capsys, tmp_pat
     assert main(["serch", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "serch" in said and "codebook_search" not in said and "quantizer" in said
+
+
+def test_the_files_of_gpu_tests_are_those_with_the_mark():
+    mark = "pytest.mark." + "gpu"  # not in this file
+    marked = [file for file in (ROOT / "tests").rglob("test_*.py") if mark in file.read_text(encoding="utf-8")]
+    assert {ROOT / file for file in checks.gpu_tests()} == set(marked)
 
 
 def spoken(capsys) -> list[dict]:
@@ -214,6 +240,10 @@ def test_calls_that_fit_in_the_queue_are_timed_by_events_and_others_by_their_ker
         def elapsed_time(self, end: Event) -> int:
             return end.at - self.at
 
+        def query(self) -> bool:
+            return waits
+
+    waits = False
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
     calls = []
@@ -227,11 +257,25 @@ def test_calls_that_fit_in_the_queue_are_timed_by_events_and_others_by_their_ker
     assert slept == [pytest.approx((1.5 * 10 * 0.3e-3 + 1e-3) * clocks.CLOCK, rel=1e-6)]
     monkeypatch.setattr(clocks, "kernel_times", lambda call: {"gemm": (3.0, 900), "softmax": (1.0, 400)})
     assert clocks.gpu_time(call, host_ms=30.0) == (4.0, "profiler")
+    waits = True  # the device had gone on before all calls were queued: the time between two events may be the host's
+    assert clocks.gpu_time(call, host_ms=0.3) == (4.0, "profiler")
 
 
-def test_without_a_gpu_there_are_the_clocks_of_the_host_alone(monkeypatch):
+@pytest.mark.parametrize(("device", "on_device"), [("cpu", True), ("cuda", False)])
+def test_what_runs_on_the_cpu_has_the_clocks_of_the_host_alone(device, on_device, monkeypatch):
+    monkeypatch.setattr(clocks, "DEVICE", torch.device(device))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(clocks, "time", SimpleNamespace(perf_counter=itertools.count().__next__))  # a second a look
-    assert clocks.all_times(lambda: None) == clocks.Times(gpu=None, graph=None, host=1e3, wall=2e3, peak=None)
+    found = clocks.all_times(lambda: None, on_device=on_device)
+    assert found == clocks.Times(gpu=None, graph=None, host=1e3, wall=2e3, peak=None)
+
+
+def test_of_the_block_masks_those_of_the_cpu_have_no_time_on_the_device(monkeypatch):
+    timed = []
+    monkeypatch.setattr(run.Run, "time_call", lambda self, name, call, **options: timed.append((name, options)))
+    ops.masks(run.Run("masks", True, time.monotonic() + 60))
+    blocks = {name: options["on_device"] for name, options in timed if options["group"] == test_masks.GROUP}
+    assert [name for name, there in blocks.items() if there] == ["torch ops, as on GPUs"] and len(blocks) == 4
 
 
 def test_results_of_a_gpu_lie_beside_the_cpu_s(monkeypatch, tmp_path):

@@ -71,6 +71,8 @@ def test_files_are_kept_for_later_calls_and_photographs_are_given_to_the_program
     kept = tmp_path / "work" / "kept" / pack.name
     assert kept.read_bytes() == b"packed"
     assert f"ran: -m bench.gpu --part C --minutes 7 --out {tmp_path / 'out'} --data {kept}" in done.stdout
+    done = script("run.sh", "steps", "profile", **there)
+    assert "ran: -m bench.gpu --minutes 5 steps profile --out" in done.stdout, "what it says is the time that it has"
 
 
 @pytest.mark.parametrize(("name", "arguments"), [("run.sh", []), ("prepare.sh", ["--what"])])

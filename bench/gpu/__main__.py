@@ -7,6 +7,7 @@ letter, "all" or "sections". Without a GPU all sizes are tiny: that tests this p
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -49,8 +50,10 @@ def main(argv: list[str]) -> int:
         return 2
     name = "all" if options.all else options.part if not options.sections else "sections"
     minutes = options.minutes or PART_MINUTES.get(name)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends what runs, rather than leave it
     options.out.mkdir(parents=True, exist_ok=True)
-    about = {"command": f"python -m bench.gpu {' '.join(argv)}"}
+    shown = [Path(each).name if Path(each).is_absolute() else each for each in argv]  # a report names no one's folders
+    about = {"command": f"python -m bench.gpu {' '.join(shown)}"}
     with (options.out / f"{name}.log").open("a", encoding="utf-8") as log:
         results = Results(options.out / f"{name}.jsonl", about)
         lost = run_sections(

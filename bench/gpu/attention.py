@@ -44,11 +44,13 @@ def attention(run: Run) -> None:
         table, up = torch.randn(1, H, N, N, device=DEVICE), torch.randn(B, N, H * d, device=DEVICE, dtype=BF16)
         for title, backward, learnt in KINDS:
             flops = (14.0 if backward else 4.0) * product
+            # Forward reads q, k, v and writes the output; backward reads these and its gradient, and writes three.
+            moved = 2.0 * qkv.numel() / 3 * (12 if backward else 4)
             for name, function, form in implementations():
                 if name.startswith("flex") and (run.tiny or shape != SHAPES[0] or not (learnt or not backward)):
                     continue  # it compiles for half a minute, each time; on a CPU it has no backward
                 make = partial(_call, function, form, qkv, table, up, backward, learnt)
-                run.time(name, make, group=f"{group}, {title}", flops=flops, moved=2.0 * qkv.numel() * 4 / 3)
+                run.time(name, make, group=f"{group}, {title}", flops=flops, moved=moved)
         _without_bias(run, group, qkv, up, 14.0 * product)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from .run import ROOT, Run
 
 PROCESSES = 8
+SHARE = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}  # of the cores, for each process
 ONCE = "every_kernel_once"  # the tests that launch every kernel with small, odd sizes
 SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"  # where CUDA's toolkit puts it when it is not on the PATH
 SUMMARY = re.compile(r"(\d+) (passed|failed|skipped|error|xfailed|xpassed|deselected)")
@@ -22,21 +23,26 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", 
 
 def tests(run: Run) -> None:
     limit = run.left() - 5
-    command = [*PYTEST, "-rfE", "--continue-on-collection-errors"]
+    files = gpu_tests()[:1] if run.tiny else gpu_tests()
+    command = [*PYTEST, "-rfE", "--continue-on-collection-errors", *files]
     if run.tiny:
-        some = sorted((ROOT / "tests" / "kernels").glob("test_codebook_search*"))
-        command += ["--collect-only", *map(str, some)]  # whoever tests this runs the tests, too
+        command += ["--collect-only"]  # whoever tests this runs the tests, too
     else:
         if _has("xdist"):
             command += ["-n", str(PROCESSES)]
         if _has("pytest_timeout"):
             command += ["--timeout=100", f"--session-timeout={max(limit - 15, 10):.0f}"]
     with run.item("pytest -m gpu"):
-        done = run.command("pytest -m gpu", command, limit=limit, env={"OMP_NUM_THREADS": "2"})
+        done = run.command("pytest -m gpu", command, limit=limit, env=SHARE)
         if done is not None:
             run.say(
                 "pytest -m gpu", code=done.returncode, seconds_of_tests=round(done.seconds, 1), **summary(done.stdout)
             )
+
+
+def gpu_tests() -> list[str]:
+    """The files of the tests marked ``gpu``: each process imports these alone."""
+    return [str(file.relative_to(ROOT)) for file in sorted(Path(ROOT, "tests").rglob("test_*_gpu.py"))]
 
 
 def summary(output: str) -> dict[str, Any]:
@@ -53,7 +59,7 @@ def _has(module: str) -> bool:
 
 def sanitizer(run: Run) -> None:
     tool = shutil.which("compute-sanitizer") or (SANITIZER if os.access(SANITIZER, os.X_OK) else None)
-    files = [str(file.relative_to(ROOT)) for file in sorted(Path(ROOT, "tests").rglob("test_*.py")) if _launches(file)]
+    files = [file for file in gpu_tests() if ONCE in Path(ROOT, file).read_text(encoding="utf-8")]
     reason = None if tool and run.on_gpu else "compute-sanitizer and a GPU are needed"
     reason = reason or (None if files else f"no test is named {ONCE}")
     for kind in ("memcheck", "racecheck"):
@@ -69,7 +75,3 @@ def sanitizer(run: Run) -> None:
                 found = FOUND.findall(done.stdout)
                 lines = [line for line in done.stdout.splitlines() if line.startswith("=========")]
                 run.say(kind, code=done.returncode, found=int(found[-1]) if found else None, lines=lines[:20])
-
-
-def _launches(file: Path) -> bool:
-    return ONCE in file.read_text(encoding="utf-8")

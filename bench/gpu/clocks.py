@@ -7,9 +7,9 @@
 | host | until the call returns: Python, dispatcher and launches |
 | wall | until its result is there |
 
-A queue holds about a thousand launches: a call of more cannot be queued whole, and its gpu time is the sum of its
-kernels' times by the profiler ("busy"). Inputs that fit in the L2 cache lie there, as in a training the layer before
-leaves them. Without a GPU there is the wall's clock alone.
+A queue holds about a thousand launches: a call of more cannot be queued whole, nor one that waits for the device; its
+gpu time is the sum of its kernels' times by the profiler. Inputs that fit in the L2 cache lie there, as in a training
+the layer before leaves them. Without a GPU there is the wall's clock alone.
 """
 
 from __future__ import annotations
@@ -62,16 +62,20 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def all_times(call: Callable[[], object], *, seconds: float = 1.0, graph: bool = True) -> Times:
-    """Time a call by every clock, for about ``seconds`` each; two calls of warm-up come first."""
+def all_times(call: Callable[[], object], *, seconds: float = 1.0, graph: bool = True, on_device: bool = True) -> Times:
+    """Time a call by every clock, for about ``seconds`` each; two calls of warm-up come first.
+
+    on_device: whether it has work there; what runs on the CPU has the clocks of the host alone.
+    """
     for _ in range(2):
         call()
     wait()
     host, wall = host_and_wall(call, seconds)
-    gpu, clock = gpu_time(call, host) if DEVICE.type == "cuda" else (None, None)
-    peak = peak_memory(call) if DEVICE.type == "cuda" else None
+    if DEVICE.type != "cuda" or not on_device:
+        return Times(None, None, host, wall, None)
+    (gpu, clock), peak = gpu_time(call, host), peak_memory(call)
     replay, error = None, None
-    if graph and DEVICE.type == "cuda":
+    if graph:
         try:
             replay = graph_time(call, wall)
         except Exception as failure:
@@ -103,18 +107,28 @@ def host_and_wall(call: Callable[[], object], seconds: float) -> tuple[float, fl
 
 
 def gpu_time(call: Callable[[], object], host_ms: float) -> tuple[float, str]:
-    """(ms, which clock): by events if several calls fit in the driver's queue, else the profiler's sum."""
+    """(ms, which clock): by events if several calls fit in the driver's queue, else the profiler's sum.
+
+    Where the device went on before all were queued, because a call waits for it, events would count its idle time.
+    """
     calls = int(min(QUEUE * LAUNCH / (host_ms / 1e3), 40))
     if calls < 3:
-        return sum(milliseconds for milliseconds, _ in kernel_times(call).values()), "profiler"
+        return _busy(call), "profiler"
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
     torch.cuda._sleep(int(min(1.5 * calls * host_ms / 1e3 + 1e-3, LONGEST_SLEEP) * CLOCK))
     for start, end in events:
         start.record()
         call()
         end.record()
+    queued = not events[0][0].query()
     wait()
+    if not queued:
+        return _busy(call), "profiler"
     return statistics.median(start.elapsed_time(end) for start, end in events), "events"
+
+
+def _busy(call: Callable[[], object]) -> float:
+    return sum(milliseconds for milliseconds, _ in kernel_times(call).values())
 
 
 def graph_time(call: Callable[[], object], wall_ms: float) -> float:

@@ -121,7 +121,8 @@ def kernels(run: Run) -> None:
 
 def masks(run: Run) -> None:
     for name, call in test_masks.IMPLEMENTATIONS.items():
-        run.time_call(name, call, group=test_masks.GROUP, seconds=0.3, graph=False)
+        there = name == test_masks.ON_GPUS
+        run.time_call(name, call, group=test_masks.GROUP, seconds=0.3, graph=False, on_device=there)
     p = head_problem(*TINY_HEAD) if run.tiny else head_problem()
     rows, width = len(p.labels), p.norm_weight.shape[0]
     upstream = torch.randn(rows, width, device=DEVICE)

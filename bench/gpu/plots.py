@@ -59,7 +59,6 @@ def _ops(records: Records) -> Any:
         axes = figure.add_subplot(-(-len(groups) // 2), 2, at + 1)
         own = [r["what"].startswith(records.base(section)) for r in rows]
         _bars(axes, [r["what"][:44] for r in rows], [device_ms(r) for r in rows], own, f"{section}: {group}")
-        axes.set_xscale("log")
         axes.tick_params(axis="x", which="both", labelbottom=False)  # the bars have their numbers
     return figure
 

@@ -22,9 +22,9 @@ WARNING = (
 )
 LEGEND = (
     "GPU: device time of a call queued behind other work (* the sum of its kernels, where a call has more launches "
-    "than the queue holds); graph: replay of a captured CUDA graph (no: it cannot be captured); host: until the call "
-    "returns; wall: until its result is there; ratio: device time to ours, of vectors to that on Gaussian ones; peak: "
-    "memory above what was in use."
+    "than the queue holds, or waits for the device); graph: replay of a captured CUDA graph (no: it cannot be "
+    "captured); host: until the call returns; wall: until its result is there; ratio: device time to ours, of vectors "
+    "to that on Gaussian ones; peak: memory above what was in use."
 )
 Part = Callable[[Records], Iterator[str]]
 PARTS: tuple[tuple[str, Part], ...] = (

@@ -91,7 +91,7 @@ class Run:
 
     def time(
         self, what: str, make: Callable[[], Callable[[], object]], *, flops: float = 0.0, moved: float = 0.0,
-        seconds: float = 1.0, graph: bool = True, **values: Any,
+        seconds: float = 1.0, graph: bool = True, on_device: bool = True, **values: Any,
     ) -> None:  # fmt: skip
         """Time what ``make`` returns by every clock. flops and moved: FLOPs of a call, bytes it has to move."""
         with self.item(what, **values):
@@ -101,7 +101,8 @@ class Run:
             call()
             clocks.wait()
             first = time.perf_counter() - started
-            times = clocks.all_times(call, seconds=min(seconds, 0.02 if self.tiny else seconds), graph=graph)
+            seconds = min(seconds, 0.02 if self.tiny else seconds)
+            times = clocks.all_times(call, seconds=seconds, graph=graph, on_device=on_device)
             self.tainted |= times.graph_error is not None
             self.say(what, **values, first_s=round(first, 3), **times.numbers(flops, moved))
 

@@ -20,7 +20,7 @@ case ${1:-} in
     C) minutes=8 chosen=(--part "$1") ;;
     D) minutes=6 chosen=(--part "$1") ;;
     "" | -*) sed -n '2,8s/^# \?//p' "$0"; exit 2 ;;
-    *) minutes=5 chosen=("$1") ;;
+    *) minutes=5 chosen=(--minutes 5 "$1") ;;
 esac
 
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 TOKENIZERS_PARALLELISM=false

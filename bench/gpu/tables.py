@@ -130,7 +130,7 @@ def steps(records: Records) -> Iterator[str]:
 
 def profile(records: Records) -> Iterator[str]:
     for r in (r for r in records.of("profile") if "parts_ms" in r):
-        parts = ", ".join(f"{part} {ms:.4g}" for part, ms in r["parts_ms"].items())
+        parts = "; ".join(f"{part} {ms:.4g}" for part, ms in r["parts_ms"].items())
         yield f"- {r['group']}, {r['what']}, ms: {parts}"
     model = records.find("profile", "model of the cost")
     if model:

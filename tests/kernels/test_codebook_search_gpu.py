@@ -188,7 +188,7 @@ def test_the_host_waits_for_nothing() -> None:
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_captured_graph_searches_what_its_inputs_hold_when_it_is_replayed(metric: str) -> None:
     x, codebook = randn(500, 32), randn(3000, 32)
-    codebook_search(x, codebook, metric=metric)
+    codebook_search(x, codebook, metric=metric, return_codes=True)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
