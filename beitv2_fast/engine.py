@@ -292,10 +292,10 @@ def _accept_images(about: dict, dataset: ImageFolder, run: RunFolder) -> None:
     mistake, unless they are the same ones.
     """
     step, known, images = about["step"], run.inputs.get("data"), dataset.images
-    changed = bool(step) and about["images"] != images.fingerprint
     moved = bool(step) and "data" in run.moved
-    found = _content(dataset) if moved or (run.writes and (changed or known is None)) else known
-    if moved and (changed or known not in (None, found)):
+    found = _content(dataset) if moved or run.writes else known
+    changed = bool(step) and (about["images"] != images.fingerprint or known not in (None, found))
+    if moved and changed:
         raise UserError(
             f"{run.path} was trained on other images than the {len(images):,} in {images.root}: names, classes or "
             "bytes differ. Nothing was changed. Name the folder with the same ones, or choose another --out."
@@ -303,8 +303,8 @@ def _accept_images(about: dict, dataset: ImageFolder, run: RunFolder) -> None:
     if changed:
         before = f", {about['image_count']:,} then" if "image_count" in about else ""
         run.print(
-            f"warning: the images are others than at step {step} (files came, went or were renamed; {len(images):,} "
-            f"now{before}): the run goes on, but not as it would have with the old ones"
+            f"warning: the images are others than at step {step} (files came, went, were renamed or replaced; "
+            f"{len(images):,} now{before}): the run goes on, but not as it would have with the old ones"
         )
     run.accept(data=found)
 

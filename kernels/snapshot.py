@@ -92,7 +92,8 @@ class Snapshots:
         """That of the first forward of these vectors, None if none was kept.
 
         A recomputation has the vectors of its first forward, but several come in any order. One is found without a
-        look at the device; among several the host compares marks, and waits.
+        look at the device; among several the host compares marks, and waits. Of forwards of the very same vectors a
+        backward recomputes the last one first, and one whose result was dropped came before them.
         """
         if not self.kept:
             return None
@@ -100,7 +101,7 @@ class Snapshots:
         if len(self.kept) > 1 or self.lost:
             mark = _mark(x)
             apart = torch.stack([(s.mark - mark).norm() for s in self.kept]).tolist()
-            nearest = min(range(len(apart)), key=apart.__getitem__)
+            nearest = min(range(len(apart)), key=lambda i: (apart[i], self.kept[i].recomputed, -i))
             if not apart[nearest] <= SAME * (1 + mark.norm().item()):
                 raise RuntimeError(
                     f"a checkpointed forward is recomputed whose codebook is no longer kept: more than {MOST} forwards "

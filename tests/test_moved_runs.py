@@ -123,6 +123,26 @@ def test_images_that_changed_where_they_are_are_said_with_their_numbers(world, c
     assert "warning: the images are others than at step 2" in said and "9 now, 8 then" in said
 
 
+def test_images_replaced_under_their_names_are_said_also_if_only_the_relative_path_is_the_old_one(
+    world, monkeypatch, capsys
+):
+    monkeypatch.chdir(world)
+    other_size(Path("data/train/a/0.png"))
+    command = ["--data", "data", "--tokenizer", world / "tokenizer", "--out", world / "student"]
+    assert go("pretrain", *command) == 0
+    assert "warning: the images are others than at step 2" in capsys.readouterr().out
+    assert go("pretrain", *command) == 0
+    assert "warning" not in capsys.readouterr().out
+    (world / "sub").mkdir()
+    shutil.copytree("data", "sub/data")
+    other_size(Path("sub/data/train/b/0.png"))
+    monkeypatch.chdir("sub")
+    config = world / "student" / "config.json"
+    assert json.loads(config.read_text())["data"] == "data"
+    assert go("pretrain", *command) == 0
+    assert "warning: the images are others than at step 4" in capsys.readouterr().out
+
+
 def change_weights(run: Path) -> None:
     file = run / "checkpoints" / "step_00000004" / "model.safetensors"
     save_weights({name: value + 1 for name, value in read_weights(file).items()}, file)

@@ -105,6 +105,21 @@ def test_codebooks_of_forwards_are_kept_only_until_they_were_recomputed(reentran
     assert plain.quantizer._snapshots.kept == []
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_forwards_of_the_same_vectors_each_find_their_own_codes(reentrant, dropped):
+    gradients = []
+    for checkpointed in (False, True):
+        layer, x = quantizer(gradient="rotation", kmeans_init=False, decay=0.3), noise(60, 8).requires_grad_()
+        run = (lambda f, x: checkpoint(f, x, use_reentrant=reentrant)) if checkpointed else (lambda f, x: f(x))
+        first, second = (run(lambda x, layer=layer: layer(x).quantized, x) for _ in range(2))
+        assert not torch.equal(first, second)
+        weights = noise(60, 8, seed=1)
+        ((second if dropped else first + 2 * second) * weights).sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
 def test_more_forwards_than_are_kept_before_a_backward_are_refused():
     region = Region()
     losses = [
