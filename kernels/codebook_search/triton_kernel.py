@@ -47,7 +47,7 @@ class Plan:
 
 PLANS = {
     "sm_80": Plan(16, False, (Config(128, 4, 3), Config(64, 4, 3)), wide=(Config(128, 8, 3), Config(64, 8, 3))),
-    "sm_90": Plan(8, False, (Config(128, 8, 3), Config(64, 4, 3))),
+    "sm_90": Plan(8, False, (Config(128, 8, 3), Config(64, 4, 3)), wide=(Config(128, 8, 3), Config(64, 8, 3))),
     "sm_100": Plan(8, False, (Config(128, 4, 3),)),
     "gfx942": Plan(8, True, (Config(128, 4, 2), Config(64, 4, 2)), resolve_options={}),
     "interpreter": Plan(8, False, (Config(256, 4, 1),), resolve_rows=64),
