@@ -69,10 +69,7 @@ def test_the_search_fits_whatever_is_one_or_strided(launches) -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(
-    ("n", "k", "d", "dtype"),
-    [(1, 1, 1, FP32), (1000, 1, 33, BF16), (1, 300, 32, FP16), (77, 5, 2048, FP32)],
-)
+@pytest.mark.parametrize(("n", "k", "d", "dtype"), [(1, 1, 1, FP32), (1, 300, 33, FP16), (77, 5, 2048, FP32)])
 def test_the_update_and_the_gradient_fit(n: int, k: int, d: int, dtype: torch.dtype, metric: str, launches) -> None:
     x, indices = torch.empty(n, d, dtype=dtype), torch.empty(n, dtype=torch.int64)
     statistics = update.codebook_statistics_triton(x, indices, k, metric)
