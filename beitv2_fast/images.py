@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,11 +20,12 @@ from PIL import Image, ImageOps  # noqa: E402
 SUFFIXES = (".apng", ".avif", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg")
 SUFFIXES += (".jpf", ".jpg", ".jpx", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff")
 SUFFIXES += (".webp",)
-SPLITS = {  # whatever their case
+SPLITS = {  # whatever their case, and what SPLIT_ENDS may follow
     "train": ("train", "training", "trn"),
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing", "tst"),
 }
+SPLIT_ENDS = re.compile(r"[-_ ]?(set|data|dataset|images|imgs|img|split)?[-_ ]?\d*")  # of training_set and train2017
 # Beginnings of the names of folders that systems and programs leave in data sets, thumbnails in some of them.
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "@recycle", "#recycle", "$recycle.bin", "lost+found", "paxheaders")
 SYSTEM_FOLDERS += ("system volume information", "__pycache__")
@@ -168,7 +170,11 @@ def find_images(
 
 def split_of(name: str) -> str | None:
     """The split that a folder's name means, whatever its case: "train", "val", "test"; None if it is another name."""
-    return next((split for split, names in SPLITS.items() if name.lower() in names), None)
+    for split, names in SPLITS.items():
+        for spelling in names:
+            if name.lower().startswith(spelling) and SPLIT_ENDS.fullmatch(name.lower(), len(spelling)):
+                return split
+    return None
 
 
 def is_left_over(name: str) -> bool:

@@ -41,6 +41,32 @@ def test_every_usual_spelling_names_the_split(tmp_path, split, change):
         assert images.root == root / spelling and "(other)" in images.summary
 
 
+@pytest.mark.parametrize(
+    "train, test",
+    [
+        ("training_set", "test_set"),
+        ("Train Images", "Test Images"),
+        ("train2017", "test2017"),
+        ("trainingSet", "testSet"),
+    ],
+)
+def test_a_split_s_name_may_end_in_what_it_is_a_set_of_and_a_year(tmp_path, train, test):
+    root = write(tmp_path, f"{train}/cat/a.png", f"{test}/cat/b.png")
+    for split, path in (("train", tmp_path / train), ("test", tmp_path / test)):
+        images = find_images(root, split, labelled=True)
+        assert (images.root, len(images), images.classes) == (path, 1, ["cat"])
+    with pytest.raises(DataError, match="nothing for val"):
+        find_images(root, "val")
+
+
+@pytest.mark.parametrize(
+    "name", ["trainer", "test tube", "valley", "devil", "trainannot", "train_masks", "set1", "images"]
+)
+def test_other_names_that_begin_as_a_split_are_classes(tmp_path, name):
+    root = write(tmp_path, f"{name}/a.png", "cat/b.png")
+    assert find_images(root, "train").classes == sorted([name, "cat"])
+
+
 def test_test_images_never_enter_a_pre_training(tmp_path):
     kaggle = write(tmp_path / "kaggle", "Training/cat/a.png", "Testing/cat/b.png")
     assert find_images(kaggle, "train").paths == ["cat/a.png"]
