@@ -18,3 +18,22 @@ def test_a_stop_signal_reaches_the_training_behind_the_launcher_and_is_waited_fo
         assert demo.stdout.readline() == "ready\n"
         demo.send_signal(signal.SIGTERM)
         assert demo.stdout.read() == f"saved\ncode {-signal.SIGTERM}\n"
+
+
+EARLY = """
+import os, signal, subprocess
+from train.demo import run
+
+class SignalledWhileItStarts(subprocess.Popen):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+subprocess.Popen = SignalledWhileItStarts
+print("code", run(["tail", "-f", "/dev/null"]), flush=True)
+"""
+
+
+def test_a_stop_signal_that_comes_while_a_stage_starts_is_passed_on():
+    done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"code {-signal.SIGTERM}\n"

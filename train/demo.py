@@ -58,14 +58,22 @@ def run(command: list[str]) -> int:
     A launcher may die of the signal at once, while the training that it started finishes its step: the whole process
     group has to be gone.
     """
-    stage = subprocess.Popen(command, start_new_session=True)
+    stage: subprocess.Popen | None = None
+    asked: list[int] = []
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(stage.pid, number)
+    def pass_on() -> None:
+        while stage is not None and asked:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(stage.pid, asked.pop())
 
-    previous = {number: signal.signal(number, pass_on) for number in stopping_signals()}
+    def received(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        pass_on()
+
+    previous = {number: signal.signal(number, received) for number in stopping_signals()}
     try:
+        stage = subprocess.Popen(command, start_new_session=True)
+        pass_on()  # what came before there was a stage
         code = stage.wait()
         while _alive(stage.pid):
             time.sleep(0.1)
