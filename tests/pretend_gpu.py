@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from beitv2_fast.dead_codes import CLOCK  # the size of a tensor that stays with the host
+
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 MOVES = {"to", "cuda", "cpu", "copy_", "_has_compatible_shallow_copy_type"}  # may see both devices
 INDEXING = {"__getitem__", "__setitem__", "index_put_"}  # by indices that may lie on the CPU
@@ -85,7 +87,7 @@ class Placing(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = getattr(getattr(func, "_schema", None), "name", None) or getattr(func, "_qualified_op_name", "")
         if name in OPEN:
-            check(func, [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.numel() != 2])
+            check(func, [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.numel() != CLOCK])
             with self:
                 return torch._library.custom_ops.OPDEFS[name]._init_fn(*args, **(kwargs or {}))
         return performed(func, args, kwargs or {})
@@ -173,6 +175,7 @@ def pretend_gpu() -> Iterator[None]:
         patch.setattr(torch, "is_autocast_enabled", lambda device="cuda": enabled(on_cpu(device)))
         patch.setattr(torch, "get_autocast_dtype", lambda device: dtype(on_cpu(device)))
         patch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         try:
             with Placing():
                 yield
