@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,14 @@ from .training import ENVIRONMENT, ROOT, TINY, TOKENIZER, Halted, call, checkpoi
 
 pytestmark = pytest.mark.slow
 COMMAND = [sys.executable, "-m", "beitv2_fast"]
+
+
+@pytest.fixture(autouse=True)
+def without_nohup() -> Iterator[None]:
+    """Whoever started the tests may have been told to outlive hangups, which processes inherit."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +104,10 @@ def test_exit_codes_are_those_with_a_console():
 
 
 def test_a_hangup_stops_nothing_under_nohup():
-    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
-        assert signal.SIGHUP in stopping_signals()
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
-        with StopSignal():
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, previous)
+    assert signal.SIGHUP in stopping_signals()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
+    with StopSignal():
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_only_a_connection_to_a_loading_process_that_breaks_is_its_death():
