@@ -17,6 +17,8 @@ from .kernels.sampling import salt
 from .kmeans import kmeans
 
 REPLACE_EVERY = 8  # steps between looks for dead codes
+# Whether compiled code calls refuse_gathered_copy: dynamo of older versions takes no module as a constant's argument.
+ASKED_WHEN_COMPILED = torch.__version__ >= "2.14"
 # The places in ``clock``, int64 on the CPU: is it started, how many steps, and of ``initialized`` its address, its
 # version counter and by how much that last went on between two looks.
 STARTED, STEPS, ADDRESS, VERSION, STRIDE = range(CLOCK := 5)

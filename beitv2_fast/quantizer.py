@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dead_codes import CLOCK, look, refuse_gathered_copy, replace_dead_codes, start_codebook
+from .dead_codes import ASKED_WHEN_COMPILED, CLOCK, look, refuse_gathered_copy, replace_dead_codes, start_codebook
 from .kernels import codebook_search, codebook_update, vector_quantize
 from .kernels.sampling import world
 from .kernels.snapshot import Snapshot, Snapshots, copy_codebook, recomputing, to_be_recomputed
@@ -161,7 +161,8 @@ class FusedVectorQuantizer(nn.Module):
             if again and self._learns:
                 snapshot = self._snapshots.find(x)
             elif self.training and not again:
-                if self.options.writes_to_parameter and not self.frozen:
+                askable = ASKED_WHEN_COMPILED or not torch.compiler.is_compiling()
+                if self.options.writes_to_parameter and not self.frozen and askable:
                     refuse_gathered_copy(self, "codebook")
                 self._start(seen)
                 if self._learns and not torch.compiler.is_compiling() and to_be_recomputed():
