@@ -54,15 +54,6 @@ def test_the_page_has_examples():
     assert len(EXAMPLES) >= 7
 
 
-def test_the_table_of_options_has_each_with_its_default():
-    table = {}
-    for line in PAGE.read_text(encoding="utf-8").split("| option | default | |")[1].split("\n\n")[0].splitlines()[2:]:
-        names, defaults = (cell.replace("`", "").strip().split(", ") for cell in line.split("|")[1:3])
-        table |= dict(zip(names, defaults, strict=True))
-    defaults = {field.name: field.default for field in dataclasses.fields(QuantizerOptions)}
-    assert {k: None if v == "by metric" else ast.literal_eval(v) for k, v in table.items()} == defaults
-
-
 def test_the_defaults_told_on_the_page_on_reliability_are_those_of_the_code():
     page = (DOCS / "reliability.md").read_text(encoding="utf-8")
     told = {
