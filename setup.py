@@ -1,4 +1,4 @@
-"""Installs beitv2_fast; the folder kernels/ is imported as beitv2_fast.kernels."""
+"""Installs beitv2_fast. Links in that folder make kernels/ and train/ its packages, too."""
 
 import os
 import re
@@ -118,10 +118,13 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["beitv2_fast", "beitv2_fast.*"]), "beitv2_fast.kernels"]
-    + [f"beitv2_fast.kernels.{p}" for p in find_packages("kernels")],
-    package_dir={"beitv2_fast": "beitv2_fast", "beitv2_fast.kernels": "kernels"},
-    package_data={"beitv2_fast": ["py.typed"], "beitv2_fast.explore": ["page/*"], "beitv2_fast.kernels": ["py.typed"]},
+    packages=find_packages(include=["beitv2_fast", "beitv2_fast.*"]),
+    package_data={
+        "beitv2_fast": ["py.typed"],
+        "beitv2_fast.kernels": ["py.typed"],
+        "beitv2_fast.show.explore": ["page/*"],
+        "beitv2_fast.train": ["configs/*.json"],
+    },
     entry_points={"console_scripts": ["beitv2-fast=beitv2_fast.cli:main"]},
     install_requires=["torch>=2.8"],
     extras_require={

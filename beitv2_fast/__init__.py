@@ -2,16 +2,17 @@
 
 from torch.utils._pytree import _register_namedtuple  # as torch.export's error asks; there is no public name
 
-from .adapters import EmbeddingAdapter, NormEMAAdapter, Unsupported, VectorQuantizeAdapter
-from .classifier import Classifier, ClassifierConfig
-from .features import Features, classify, features, read_images
-from .models import create_model, list_models, model_config
-from .quantizer import FusedVectorQuantizer, Quantized
-from .replace import ADAPTERS, replace_quantizers
-from .residual_quantizer import ResidualVectorQuantizer
-from .student import Student, StudentConfig, StudentOutput
-from .tokenizer import Tokenizer, TokenizerModelConfig, TokenizerOutput
-from .vit import ViT, ViTConfig
+from .data.views import read_images
+from .models.classifier import Classifier, ClassifierConfig
+from .models.features import Features, classify, features
+from .models.student import Student, StudentConfig, StudentOutput
+from .models.tokenizer import Tokenizer, TokenizerModelConfig, TokenizerOutput
+from .models.vit import ViT, ViTConfig
+from .quantize.adapters import EmbeddingAdapter, NormEMAAdapter, Unsupported, VectorQuantizeAdapter
+from .quantize.quantizer import FusedVectorQuantizer, Quantized
+from .quantize.replace import ADAPTERS, replace_quantizers
+from .quantize.residual import ResidualVectorQuantizer
+from .weights.create import create_model, list_models, model_config
 
 __all__ = [
     "ADAPTERS",

@@ -66,3 +66,11 @@ def from_hue(hue: Tensor, lightness: Tensor, chroma: Tensor) -> Tensor:
     """Hue in turns [...] -> [3, ...]."""
     phase = torch.stack([hue, hue + 1 / 3, hue + 2 / 3]) * 2 * torch.pi
     return lightness + chroma * torch.cos(phase)
+
+
+def class_colours(count: int) -> Tensor:
+    """uint8 [count, 3]: neighbouring numbers look unlike one another."""
+    numbers = torch.arange(count)
+    hue = numbers.double() * 0.6180339887498949 % 1  # the golden ratio
+    lightness = torch.tensor([0.55, 0.72, 0.38], dtype=torch.float64)[numbers % 3]
+    return (from_hue(hue, lightness, torch.tensor(0.33)).T.clamp(0, 1) * 255).round().to(torch.uint8)

@@ -21,8 +21,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from beitv2_fast.config import TokenizerConfig, path
-from beitv2_fast.demo_images import write_demo_images
+from beitv2_fast.config.options import path
+from beitv2_fast.config.training import TokenizerConfig
+from beitv2_fast.train.demo_images import write_demo_images
 
 ROOT = Path(__file__).resolve().parents[1]
 PACK = ROOT.parent / "shared" / "data" / "tiny_imagenet_100.npz"

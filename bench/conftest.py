@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import harness
+from bench import harness
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from beitv2_fast.presets import PRETRAIN
-from beitv2_fast.student import Student, StudentConfig
-from beitv2_fast.tokenizer import Tokenizer, TokenizerModelConfig
-from beitv2_fast.vit import ViTConfig
+from beitv2_fast.config.presets import PRETRAIN
+from beitv2_fast.models.student import Student, StudentConfig
+from beitv2_fast.models.tokenizer import Tokenizer, TokenizerModelConfig
+from beitv2_fast.models.vit import ViTConfig
 
 GPUS = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12)}  # dense bf16 FLOP/s, bytes/s; the vendor's numbers
 EFFICIENCY = 0.5  # assumed share of both peaks that a part reaches

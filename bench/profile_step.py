@@ -16,9 +16,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from beitv2_fast.distributed import autocast_dtype
-
-from .harness import DEVICE, OURS
-from .training_steps import NUM_CODES, PRECISIONS, STAGES, Step, steps
+from bench.harness import DEVICE, OURS
+from bench.training_steps import NUM_CODES, PRECISIONS, STAGES, Step, steps
 
 OPTIMISER = "bench: optimiser"
 PARTS = (

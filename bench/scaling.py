@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import torch
 
-from .harness import DEVICE, OURS, Unavailable, machine, results_folder
-from .peak import peak_rates
-from .test_codebook_search import IMPLEMENTATIONS, problem
+from bench.harness import DEVICE, OURS, Unavailable, machine, results_folder
+from bench.peak import peak_rates
+from bench.test_codebook_search import IMPLEMENTATIONS, problem
 
 DEFAULT = {"N": 12_544, "K": 8192, "D": 32, "threads": torch.get_num_threads()}
 AXES = {

@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from beitv2_fast.kernels.attention.reference import attention_reference
 from torch import Tensor
 
-from beitv2_fast.attention import attention, choose_attention
-from beitv2_fast.classifier import Classifier, ClassifierConfig
-from beitv2_fast.vit import ViTConfig
-
-from .harness import DEVICE, OURS, Unavailable, measure
+from beitv2_fast.models.attention import attention, choose_attention
+from beitv2_fast.models.classifier import Classifier, ClassifierConfig
+from beitv2_fast.models.vit import ViTConfig
+from bench.harness import DEVICE, OURS, Unavailable, measure
 
 B, N, H, D = 8, 197, 12, 64
 Attention = Callable[[Tensor, Tensor], Tensor]  # qkv [B, N, 3, H, D], bias [1, H, N, N] -> [B, N, H * D]

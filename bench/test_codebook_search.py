@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from beitv2_fast.kernels import codebook_search
 
-from .harness import DEVICE, OURS, Unavailable, measure
+from bench.harness import DEVICE, OURS, Unavailable, measure
 
 N, K, D = 12_544, 8192, 32  # 64 images of 196 patches; the default codebook
 GROUP = f"codebook_search N={N} K={K} D={D}"

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from beitv2_fast.kernels import codebook_search, codebook_update
 from torch import Tensor
 
-from .harness import DEVICE, OURS, measure
-from .test_codebook_search import D, K, N, problem
+from bench.harness import DEVICE, OURS, measure
+from bench.test_codebook_search import D, K, N, problem
 
 GROUP = f"codebook_update N={N} K={K} D={D}"
 DECAY = 0.99

@@ -22,10 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
-from beitv2_fast.data import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, PretrainView, find_images, train_loader
-
-from .harness import OURS, machine, results_folder
-from .test_masks import reference_structure
+from beitv2_fast.data.dataset import ImageFolder
+from beitv2_fast.data.find import find_images
+from beitv2_fast.data.loaders import train_loader
+from beitv2_fast.data.views import PretrainView
+from beitv2_fast.models.inputs import IMAGENET_MEAN, IMAGENET_STD
+from bench.harness import OURS, machine, results_folder
+from bench.test_masks import reference_structure
 
 WORKERS, BATCH, FILES, BATCHES, ROUNDS = 2, 64, 256, 16, 2
 VIEW = PretrainView(224, 224, (14, 14), 75)
@@ -135,7 +138,9 @@ def _reference_stages(root: Path) -> Stages:
 
 def _our_stages(loader: str) -> Callable[[Path], Stages]:
     def measured(root: Path) -> Stages:
-        from beitv2_fast.transforms import color_jitter, normalise, pictures_of_cuts, to_float
+        from beitv2_fast.data.jitter import color_jitter
+        from beitv2_fast.data.views import pictures_of_cuts, to_float
+        from beitv2_fast.models.inputs import normalise
 
         dataset, stages = ImageFolder(find_images(root), VIEW, loader=loader), defaultdict(float)
 
@@ -169,7 +174,7 @@ def _pil_cuts(dataset: ImageFolder, timed: Callable) -> Callable:
 
 def _dali_cuts(dataset: ImageFolder, timed: Callable) -> Callable:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed (extra: dali)")
-    from beitv2_fast import dali
+    from beitv2_fast.data import dali
 
     pipeline = dali.build(VIEW, torch.device("cpu"), BATCH, 1, whole_graph=False)
 

@@ -17,7 +17,7 @@ from beitv2_fast.kernels import masked_cross_entropy, masked_gather
 from beitv2_fast.kernels.masked_cross_entropy.reference import masked_cross_entropy_reference
 from torch import Tensor
 
-from .harness import DEVICE, OURS, measure
+from bench.harness import DEVICE, OURS, measure
 
 B, N, MASKED, C, V = 64, 196, 75, 768, 8192
 EPS = 1e-6

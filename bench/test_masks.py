@@ -13,7 +13,7 @@ from beitv2_fast.kernels import block_masks
 from beitv2_fast.kernels.block_masks.batched import block_masks_batched
 from beitv2_fast.kernels.block_masks.reference import block_masks_reference
 
-from .harness import DEVICE, OURS, measure
+from bench.harness import DEVICE, OURS, measure
 
 BATCH, GRID, NUM_MASKED, MIN_PATCHES, MIN_ASPECT = 256, 14, 75, 16, 0.3
 GROUP = f"block masks B={BATCH} {GRID}x{GRID} {NUM_MASKED} masked"

@@ -11,10 +11,9 @@ from beitv2_fast.kernels import codebook_update, vector_quantize
 from torch import Tensor
 
 from beitv2_fast import FusedVectorQuantizer
-
-from .harness import DEVICE, OURS, measure
-from .test_codebook_search import D, K, N, problem
-from .test_codebook_update import DECAY, one_hot_update
+from bench.harness import DEVICE, OURS, measure
+from bench.test_codebook_search import D, K, N, problem
+from bench.test_codebook_update import DECAY, one_hot_update
 
 GROUP = f"quantizer training step N={N} K={K} D={D}"
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]  # x [N, D] -> quantized, loss

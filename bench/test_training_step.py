@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .harness import measure_in_turns
-from .training_steps import PRECISIONS, STAGES, steps
+from bench.harness import measure_in_turns
+from bench.training_steps import PRECISIONS, STAGES, steps
 
 BATCH, ROUNDS = 8, 2
 

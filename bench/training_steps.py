@@ -14,14 +14,13 @@ import torch
 from beitv2_fast.kernels import masked_gather
 from torch import Tensor, nn
 
-from beitv2_fast.backend import adamw
-from beitv2_fast.build import build_student, build_tokenizer
-from beitv2_fast.config import TokenizerConfig, TrainConfig
-from beitv2_fast.optim import parameter_groups
-from beitv2_fast.presets import PRETRAIN, TOKENIZER
-
-from . import reference_structure
-from .harness import DEVICE, OURS
+from beitv2_fast.config.presets import PRETRAIN, TOKENIZER
+from beitv2_fast.config.training import TokenizerConfig, TrainConfig
+from beitv2_fast.training.backend import adamw
+from beitv2_fast.training.optim import parameter_groups
+from beitv2_fast.weights.build import build_student, build_tokenizer
+from bench import reference_structure
+from bench.harness import DEVICE, OURS
 
 REFERENCE = "reference implementation's structure"
 STAGES = ("VQ-KD", "pre-training")

@@ -2,7 +2,7 @@
 
 What is counted: weights, gradients and AdamW's moments, all fp32 (which is what the trainings keep), and the bytes that
 a rank sends in a step for them. What is not: activations, buckets, the allocator's loss, and the codebook's statistics
-(under 5 MB). tests/test_zero_cost.py holds the calculation against runs of two ranks.
+(under 5 MB). tests/bench/test_zero_cost.py holds the calculation against runs of two ranks.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def table(parameters: int, accumulate: int) -> str:
 def main() -> None:
     import torch
 
-    from beitv2_fast.build import build_student
-    from beitv2_fast.presets import PRETRAIN
+    from beitv2_fast.config.presets import PRETRAIN
+    from beitv2_fast.weights.build import build_student
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=("base", "large"), default="large", help="of the pre-training [large]")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from .gpu import device_is_there, exact_products
+from .support.gpu import device_is_there, exact_products
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first product; see gpu.deterministic
 

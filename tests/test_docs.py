@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from beitv2_fast import Classifier, Student, Tokenizer, models
-from beitv2_fast.config import TrainConfig
-from beitv2_fast.convert import convert
-from beitv2_fast.convert.files import write
-from beitv2_fast.encode import EncodeConfig, encode_folder
-from beitv2_fast.options import QuantizerOptions
+from beitv2_fast import Classifier, Student, Tokenizer
+from beitv2_fast.cli.encode import EncodeConfig, encode_folder
+from beitv2_fast.config.training import TrainConfig
+from beitv2_fast.quantize.options import QuantizerOptions
+from beitv2_fast.weights import convert
+from beitv2_fast.weights import create as models
+from beitv2_fast.weights.files import write
 
-from .training import write_images
+from .support.training import write_images
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SMALL = dict(dim=32, depth=3, heads=4)

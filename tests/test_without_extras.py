@@ -13,7 +13,17 @@ FILES = (
 
 
 def test_without_the_optional_packages_tests_are_skipped_with_a_reason_and_none_fails():
-    options = ["-p", "tests.without_extras", "-p", "no:cacheprovider", "-p", "no:benchmark", "-m", "not faults", "-rs"]
+    options = [
+        "-p",
+        "tests.support.without_extras",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        "-m",
+        "not faults",
+        "-rs",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "-k", FILES],
         cwd=Path(__file__).resolve().parents[1],

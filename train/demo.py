@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from beitv2_fast.config import path
-from beitv2_fast.demo_images import write_demo_images
+from beitv2_fast.config.options import path
 from beitv2_fast.distributed import run_main
-from beitv2_fast.stop_signal import stopping_signals
+from beitv2_fast.train.demo_images import write_demo_images
+from beitv2_fast.training.guards import stopping_signals
 
-TRAIN = Path(__file__).parent
+STAGES = "beitv2_fast.train"
 
 
 def commands(root: Path, data: Path) -> list[tuple[str, list[str]]]:
@@ -33,20 +33,20 @@ def commands(root: Path, data: Path) -> list[tuple[str, list[str]]]:
     return [
         (
             "1/4  tokenizer: VQ-KD, from the teacher EfficientNet-Lite0",
-            [python, str(TRAIN / "tokenizer.py"), *common, "--out", str(tokenizer)],
+            [python, "-m", f"{STAGES}.tokenizer", *common, "--out", str(tokenizer)],
         ),
         (
             "2/4  pre-training: masked image modelling with patch aggregation",
-            [*deepspeed, str(TRAIN / "pretrain.py"), *common, "--tokenizer", str(tokenizer), "--out", str(pretrain)],
+            [*deepspeed, "--module", f"{STAGES}.pretrain", *common, "--tokenizer", str(tokenizer), "--out", str(pretrain)],
         ),
         (
             "3/4  linear probe of the frozen backbone",
-            [python, str(TRAIN / "linear_probe.py"), *common, "--run", str(pretrain), "--tokenizer", str(tokenizer),
+            [python, "-m", f"{STAGES}.linear_probe", *common, "--run", str(pretrain), "--tokenizer", str(tokenizer),
              "--out", str(probe)],
         ),
         (
             "4/4  report: curves, codes, pictures",
-            [python, str(TRAIN / "report.py"), *common, "--tokenizer", str(tokenizer), "--pretrain", str(pretrain),
+            [python, "-m", f"{STAGES}.report", *common, "--tokenizer", str(tokenizer), "--pretrain", str(pretrain),
              "--probe", str(probe), "--out", str(root / "report")],
         ),
     ]  # fmt: skip

@@ -13,19 +13,20 @@ from typing import Any
 from torch import nn
 
 from beitv2_fast import create_model
-from beitv2_fast.build import load_run_model
-from beitv2_fast.checkpoint import latest_weights
-from beitv2_fast.classifier import Classifier
-from beitv2_fast.config import parse
-from beitv2_fast.data import EvalView
+from beitv2_fast.config.downstream import EvaluateConfig
+from beitv2_fast.config.options import parse
+from beitv2_fast.config.presets import EVALUATE
+from beitv2_fast.data.find import find_images
+from beitv2_fast.data.views import EvalView
 from beitv2_fast.distributed import autocast_dtype, run_main, start
-from beitv2_fast.downstream_config import EvaluateConfig
+from beitv2_fast.downstream.classification import crop_share, describe, labelled_images, stored_classes
+from beitv2_fast.downstream.evaluation import columns_of, evaluate, listed_classes
 from beitv2_fast.errors import UserError
-from beitv2_fast.evaluation import columns_of, evaluate, listed_classes
-from beitv2_fast.finetuning import crop_share, describe, labelled_images, stored_classes
-from beitv2_fast.images import find_images
-from beitv2_fast.presets import EVALUATE
-from beitv2_fast.run import RunFolder, write_atomically
+from beitv2_fast.models.classifier import Classifier
+from beitv2_fast.runs.checkpoints import latest_weights
+from beitv2_fast.runs.files import write_atomically
+from beitv2_fast.runs.folder import RunFolder
+from beitv2_fast.weights.build import load_run_model
 
 
 def models(config: EvaluateConfig) -> dict[str, Classifier]:

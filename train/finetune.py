@@ -6,25 +6,51 @@ Also under `torchrun` and plain `python`. Stopped and started again with the sam
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from beitv2_fast.augment import BatchAugment
-from beitv2_fast.build import load_run_model
-from beitv2_fast.config import parse
-from beitv2_fast.data import FinetuneView
+from beitv2_fast.config.downstream import FinetuneConfig
+from beitv2_fast.config.options import parse
+from beitv2_fast.config.presets import FINETUNE
+from beitv2_fast.data.views import FinetuneView
 from beitv2_fast.distributed import World, run_main, start
-from beitv2_fast.downstream_config import FinetuneConfig
-from beitv2_fast.engine import open_run, train, training_images
-from beitv2_fast.errors import UserError
-from beitv2_fast.finetuning import (
-    FinetuneTask,
+from beitv2_fast.downstream.augment import BatchAugment
+from beitv2_fast.downstream.classification import (
     Validation,
     start_model,
     store_classes,
     stored_classes,
     validation_images,
 )
-from beitv2_fast.presets import FINETUNE
-from beitv2_fast.run import RunFolder
+from beitv2_fast.errors import UserError
+from beitv2_fast.models.classifier import Classifier
+from beitv2_fast.models.inputs import normalise
+from beitv2_fast.runs.folder import RunFolder
+from beitv2_fast.training.images import training_images
+from beitv2_fast.training.loop import open_run, train
+from beitv2_fast.training.task import Batch, Task
+from beitv2_fast.weights.build import load_run_model
+
+
+class FinetuneTask(Task):
+    """Augmented images -> soft targets' cross entropy ``-sum_k t_k log softmax(logits)_k``."""
+
+    name = "finetune"
+
+    def __init__(self, model: Classifier, augment: BatchAugment):
+        self.model, self.augment = model, augment
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        images, targets = self.augment(normalise(batch["image"]), batch["label"])
+        logits = model(images).float()
+        right = logits.argmax(-1) == targets.argmax(-1)
+        return F.cross_entropy(logits, targets), {"accuracy": right.float().mean()}
+
+    def line(self, metrics: dict[str, float]) -> str:
+        return f"larger label right {metrics['accuracy']:.1%}"
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        return {"augmented": batch["image"][0]}
 
 
 def evaluate_only(config: FinetuneConfig, world: World) -> int:

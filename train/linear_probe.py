@@ -18,21 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beitv2_fast.build import load_run_model
-from beitv2_fast.config import TokenizerConfig, parse
-from beitv2_fast.data import ImageList
+from beitv2_fast.config.downstream import ProbeConfig
+from beitv2_fast.config.options import parse
+from beitv2_fast.config.presets import PROBE
+from beitv2_fast.config.training import TokenizerConfig
+from beitv2_fast.data.find import find_split
+from beitv2_fast.data.images import ImageList
 from beitv2_fast.distributed import World, run_main, start
-from beitv2_fast.downstream_config import ProbeConfig
-from beitv2_fast.engine import checked_images
+from beitv2_fast.downstream.probes.backbones import Backbone, Run, choose_backbone, labels_seen, teacher, untrained
+from beitv2_fast.downstream.probes.exact import ProbeResult, balanced_accuracy, few_shot, linear_probe
+from beitv2_fast.downstream.probes.features import KINDS, Extractor, Features
+from beitv2_fast.downstream.probes.knn import knn_predict
+from beitv2_fast.downstream.probes.sweep import SweepResult, sweep
 from beitv2_fast.errors import UserError
-from beitv2_fast.images import find_split
-from beitv2_fast.neighbours import knn_predict
-from beitv2_fast.presets import PROBE
-from beitv2_fast.probe import ProbeResult, balanced_accuracy, few_shot, linear_probe
-from beitv2_fast.probe_backbones import Backbone, Run, choose_backbone, labels_seen, teacher, untrained
-from beitv2_fast.probe_features import KINDS, Extractor, Features
-from beitv2_fast.run import RunFolder, read_config, write_atomically
-from beitv2_fast.sweep import SweepResult, sweep
+from beitv2_fast.runs.files import write_atomically
+from beitv2_fast.runs.folder import RunFolder, read_config
+from beitv2_fast.training.images import checked_images
+from beitv2_fast.weights.build import load_run_model
 
 PIXELS = 32  # side of the images whose raw pixels are probed
 Split = dict[str, ImageList]

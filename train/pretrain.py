@@ -9,17 +9,20 @@ import torch
 from beitv2_fast.kernels import masked_gather
 from torch import Tensor, nn
 
-from beitv2_fast.build import build_student, load_run_model
-from beitv2_fast.config import PretrainConfig, TokenizerConfig, parse
-from beitv2_fast.data import PretrainView
+from beitv2_fast.config.options import parse
+from beitv2_fast.config.presets import PRETRAIN
+from beitv2_fast.config.training import PretrainConfig, TokenizerConfig
+from beitv2_fast.data.masks import patch_masks
+from beitv2_fast.data.views import PretrainView
 from beitv2_fast.distributed import run_main, start
-from beitv2_fast.engine import Batch, Task, open_run, train, training_images
 from beitv2_fast.errors import UserError
-from beitv2_fast.masking import patch_masks
+from beitv2_fast.models.student import Student
+from beitv2_fast.models.tokenizer import Tokenizer
 from beitv2_fast.pictures import masked_picture, token_map
-from beitv2_fast.presets import PRETRAIN
-from beitv2_fast.student import Student
-from beitv2_fast.tokenizer import Tokenizer
+from beitv2_fast.training.images import training_images
+from beitv2_fast.training.loop import open_run, train
+from beitv2_fast.training.task import Batch, Task
+from beitv2_fast.weights.build import build_student, load_run_model
 
 
 class PretrainTask(Task):

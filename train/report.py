@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 
-from beitv2_fast.config import ReportConfig, parse
+from beitv2_fast.config.options import parse
+from beitv2_fast.config.presets import REPORT
+from beitv2_fast.config.show import ReportConfig
 from beitv2_fast.distributed import run_main, start
-from beitv2_fast.presets import REPORT
-from beitv2_fast.report import build_report
+from beitv2_fast.show.report import build_report
 
 
 def main(argv: list[str] | None = None) -> int:

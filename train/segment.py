@@ -5,24 +5,79 @@ Also under `torchrun` and plain `python`. Stopped and started again with the sam
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
 
-from beitv2_fast.config import parse
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beitv2_fast.config.downstream import SEGMENT, SegmentConfig
+from beitv2_fast.config.options import parse
 from beitv2_fast.distributed import World, run_main, start
-from beitv2_fast.engine import open_run, train
+from beitv2_fast.downstream.segmentation.head import across_ranks, resize
+from beitv2_fast.downstream.segmentation.masks import IGNORED, validation_folders
+from beitv2_fast.downstream.segmentation.model import Segmenter
+from beitv2_fast.downstream.segmentation.overlays import overlay
+from beitv2_fast.downstream.segmentation.training import Validation, load_segmenter, start_segmenter, training_folder
 from beitv2_fast.errors import UserError
-from beitv2_fast.run import RunFolder
-from beitv2_fast.segmentation.config import SEGMENT, SegmentConfig
-from beitv2_fast.segmentation.head import across_ranks
-from beitv2_fast.segmentation.masks import validation_folders
-from beitv2_fast.segmentation.task import (
-    PolySchedule,
-    SegmentTask,
-    Validation,
-    load_segmenter,
-    start_segmenter,
-    training_folder,
-)
+from beitv2_fast.models.inputs import normalise
+from beitv2_fast.runs.folder import RunFolder
+from beitv2_fast.training.loop import open_run, train
+from beitv2_fast.training.optim import Plan
+from beitv2_fast.training.task import Batch, Task
+
+
+@dataclass(frozen=True)
+class PolySchedule(Plan):
+    """``(peak - min) (1 - step / total) ** power + min``, times ``step / warmup`` in the warm-up: the reference's."""
+
+    power: float = 1.0
+
+    @classmethod
+    def of(cls, config: SegmentConfig, num_images: int, world_size: int) -> PolySchedule:
+        plan = vars(Plan.of(config, num_images, world_size))
+        if config.steps:
+            epochs = -(-config.steps * plan["images_per_step"] // num_images)
+            warmup = min(config.warmup_steps, config.steps)
+            plan = {**plan, "total_steps": config.steps, "warmup_steps": warmup, "epochs": epochs}
+        return cls(**plan, power=config.power)
+
+    def lr(self, step: int) -> float:
+        low = min(self.min_lr, self.peak_lr)
+        rate = (self.peak_lr - low) * max(1 - step / self.total_steps, 0.0) ** self.power + low
+        return rate * min(step / self.warmup_steps, 1.0) if self.warmup_steps else rate
+
+
+class SegmentTask(Task):
+    """Crops -> cross entropy of every pixel, ``-log softmax(logits)_label``, summed over those that count, divided by
+    all: then the mean over ranks is that of the global batch, whatever each ignores (the reference's average).
+
+    The logits are resized to the crop; ``auxiliary_weight`` times the same of the auxiliary head is added.
+    """
+
+    name = "segment"
+
+    def __init__(self, model: Segmenter, auxiliary_weight: float):
+        self.model, self.auxiliary_weight = model, auxiliary_weight
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        labels = batch["mask"].long()
+        logits, auxiliary = (resize(x.float(), labels.shape[1:]) for x in model(normalise(batch["image"] / 255)))
+        losses = [_cross_entropy(x, labels) for x in (logits, auxiliary)]
+        counted = labels != IGNORED
+        right = ((logits.detach().argmax(1) == labels) & counted).float().sum() / counted.sum().clamp(min=1)
+        return losses[0] + self.auxiliary_weight * losses[1], {"loss_decode": losses[0], "accuracy": right}
+
+    def line(self, metrics: dict[str, float]) -> str:
+        return f"pixels right {metrics['accuracy']:.1%}"
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        picture, labels = batch["image"][0], batch["mask"][0]
+        return {"crop": picture.float() / 255, "labels": overlay(picture, labels).float() / 255}
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
 
 
 def evaluate_only(config: SegmentConfig, world: World) -> int:

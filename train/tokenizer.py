@@ -11,18 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beitv2_fast.build import build_tokenizer
-from beitv2_fast.collapse import CollapseWatch
-from beitv2_fast.config import TokenizerConfig, parse
-from beitv2_fast.data import TokenizerView
+from beitv2_fast.config.options import parse
+from beitv2_fast.config.presets import TOKENIZER
+from beitv2_fast.config.training import TokenizerConfig
+from beitv2_fast.data.views import TokenizerView
 from beitv2_fast.distributed import autocast_dtype, run_main, start
-from beitv2_fast.engine import Batch, Task, open_run, train, training_images
 from beitv2_fast.errors import UserError
+from beitv2_fast.models.tokenizer import Tokenizer
 from beitv2_fast.pictures import token_map
-from beitv2_fast.presets import TOKENIZER
-from beitv2_fast.teacher_features import TeacherFeatures
-from beitv2_fast.teachers import Teacher, create_teacher
-from beitv2_fast.tokenizer import Tokenizer
+from beitv2_fast.quantize.collapse import CollapseWatch
+from beitv2_fast.teachers import create_teacher
+from beitv2_fast.teachers.base import Teacher
+from beitv2_fast.teachers.features import TeacherFeatures
+from beitv2_fast.training.images import training_images
+from beitv2_fast.training.loop import open_run, train
+from beitv2_fast.training.task import Batch, Task
+from beitv2_fast.weights.build import build_tokenizer
 
 
 class TokenizerTask(Task):

@@ -6,18 +6,63 @@ On held-out images, FOLDER/test or FOLDER/val. One process is enough.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from typing import Any
 
-from beitv2_fast.build import load_run_model
-from beitv2_fast.config import TokenizerConfig, parse
-from beitv2_fast.data import EvalView, ImageFolder, choose_loader, eval_loader
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beitv2_fast.config.downstream import TokenizerQualityConfig
+from beitv2_fast.config.options import parse
+from beitv2_fast.config.presets import PRESETS
+from beitv2_fast.config.training import TokenizerConfig
+from beitv2_fast.data.dataset import ImageFolder
+from beitv2_fast.data.find import find_split
+from beitv2_fast.data.loaders import choose_loader, eval_loader
+from beitv2_fast.data.views import EvalView
 from beitv2_fast.distributed import autocast_dtype, run_main, start
-from beitv2_fast.engine import checked_images
 from beitv2_fast.errors import UserError
-from beitv2_fast.images import find_split
-from beitv2_fast.run import RunFolder, read_config, write_atomically
+from beitv2_fast.models.tokenizer import Tokenizer
+from beitv2_fast.runs.files import write_atomically
+from beitv2_fast.runs.folder import RunFolder, read_config
 from beitv2_fast.teachers import create_teacher
-from beitv2_fast.tokenizer import Tokenizer
-from beitv2_fast.tokenizer_quality import PRESETS, TokenizerQualityConfig, tokenizer_quality
+from beitv2_fast.teachers.base import Teacher
+from beitv2_fast.training.images import checked_images
+from beitv2_fast.weights.build import load_run_model
+
+
+@torch.no_grad()
+def tokenizer_quality(model: Tokenizer, teacher: Teacher, batches: Iterable[Tensor]) -> dict[str, Any]:
+    """Looks at whole images once, in eval mode.
+
+    Args:
+        batches: images [B, 3, S, S] in [0, 1], as large as the teacher reads them; the tokenizer sees them at its size.
+
+    Returns:
+        similarity: mean cosine of the reconstruction and the teacher's feature of a patch; used_codes: share of the
+        codebook that some patch chose; perplexity: exp of the entropy of the codes' frequencies; codes, images.
+    """
+    model.eval()
+    size, codes = model.config.encoder.image_size, model.config.num_codes
+    counts = torch.zeros(codes, dtype=torch.int64)
+    similar, images = 0.0, 0
+    for batch in batches:
+        x = batch
+        if x.shape[-1] != size:
+            x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        out = model(x, teacher(batch, model.grid))
+        similar += (1 - out.rec_loss.item()) * len(batch)
+        counts += torch.bincount(out.indices.flatten().cpu(), minlength=codes)
+        images += len(batch)
+    shares = counts[counts > 0].double() / counts.sum()
+    return {
+        "similarity": similar / images,
+        "used_codes": (counts > 0).double().mean().item(),
+        "perplexity": (-(shares * shares.log()).sum()).exp().item(),
+        "codes": codes,
+        "images": images,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

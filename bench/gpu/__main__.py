@@ -11,8 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
-from .plan import PART_MINUTES, SECTIONS, chosen
-from .runner import Results, run_sections
+from bench.gpu.plan import PART_MINUTES, SECTIONS, chosen
+from bench.gpu.runner import Results, run_sections
 
 
 def arguments_of(argv: list[str]) -> argparse.Namespace:
@@ -39,7 +39,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     if argv[:1] == ["report"]:
-        from .report import main as report
+        from bench.gpu.report import main as report
 
         return report(argv[1:])
     options = arguments_of(argv)

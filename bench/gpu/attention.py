@@ -9,12 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from beitv2_fast.attention import IMPLEMENTATIONS, choose_attention, prepare_bias
-from beitv2_fast.attention import attention as by_name
+from beitv2_fast.models.attention import IMPLEMENTATIONS, choose_attention, prepare_bias
+from beitv2_fast.models.attention import attention as by_name
+from bench.gpu.run import Run
 from bench.harness import DEVICE
 from bench.test_attention import flex
-
-from .run import Run
 
 BF16 = torch.bfloat16
 SHAPES = ((64, 12, 197, 64), (256, 12, 197, 64), (16, 16, 577, 64))  # B, H, N, d: base at 224, large at 384

@@ -8,9 +8,8 @@ from functools import partial
 import torch
 from beitv2_fast.kernels.native import native_ops
 
+from bench.gpu.run import Run
 from bench.harness import DEVICE
-
-from .run import Run
 
 GIB = 1 << 30
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}

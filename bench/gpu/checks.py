@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .run import ROOT, Run
+from bench.gpu.run import ROOT, Run
 
 PROCESSES = 8
 SHARE = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}  # of the cores, for each process

@@ -9,12 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from beitv2_fast.attention import IMPLEMENTATIONS
-from beitv2_fast.build import build_student, build_tokenizer
-from beitv2_fast.presets import PRETRAIN, TOKENIZER
+from beitv2_fast.config.presets import PRETRAIN, TOKENIZER
+from beitv2_fast.models.attention import IMPLEMENTATIONS
+from beitv2_fast.weights.build import build_student, build_tokenizer
+from bench.gpu.run import Run
 from bench.harness import DEVICE
-
-from .run import Run
 
 # Of a gradient's norm. fp32 sums in another order; bf16 keeps 8 bits of every activation.
 TOLERANCES = {"fp32": 2e-3, "bf16": 6e-2}

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from bench.gpu.records import Record, Records, device_ms
 from bench.harness import OURS
-
-from .records import Record, Records, device_ms
 
 REFERENCE = "reference implementation's structure"
 STEP = "B/16, 256 images, bf16"

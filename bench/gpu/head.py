@@ -9,11 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bench.gpu.peers import HEADS
+from bench.gpu.run import Run
 from bench.harness import DEVICE, OURS
 from bench.test_masked_cross_entropy import IMPLEMENTATIONS, Head, problem
-
-from .peers import HEADS
-from .run import Run
 
 TINY_HEAD = (2, 16, 5, 64, 128)  # images, patches, masked ones, width, vocabulary
 CHUNKS = (21, 22, 23, 25, 26)  # log2 of the logits that are built at once, beside the default

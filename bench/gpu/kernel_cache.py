@@ -17,7 +17,7 @@ import torch
 
 from bench.aot import TARGETS
 from bench.gpu_model import GPUS
-from tests.kernels.launches import launching
+from tests.support.launches import launching
 
 Case = tuple[str, Callable[[], object]]
 

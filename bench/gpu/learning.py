@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from beitv2_fast.experiments import Step, read_record, run_steps
-from beitv2_fast.packed_images import unpacked
-from beitv2_fast.small_scale import SmallScale, Stages
-from train import downstream
-
-from .run import Run
+from beitv2_fast.train.experiments import downstream
+from beitv2_fast.train.experiments.packed_images import unpacked
+from beitv2_fast.train.experiments.runner import Step, read_record, run_steps
+from beitv2_fast.train.experiments.stages import SmallScale, Stages
+from bench.gpu.run import Run
 
 SCALE = SmallScale(
     image_size=64, patch_size=8, dim=384, depth=12, heads=6, num_codes=1024, early_layer=9, tokenizer_epochs=50,

@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 
-from beitv2_fast.config import TrainConfig
-from beitv2_fast.presets import PRETRAIN, TOKENIZER
-from beitv2_fast.teachers import CLIP, CLIP_NAME
+from beitv2_fast.config.presets import PRETRAIN, TOKENIZER
+from beitv2_fast.config.training import TrainConfig
+from beitv2_fast.teachers.networks import CLIP, CLIP_NAME
 from bench import model_cost
+from bench.gpu import clocks
+from bench.gpu.run import Run
 from bench.harness import DEVICE, OURS
 from bench.profile_step import PARTS, seconds_by_part
 from bench.training_steps import REFERENCE, STAGES, Step
 from bench.training_steps import steps as training_steps
-
-from . import clocks
-from .run import Run
 
 BF16 = torch.bfloat16
 BATCHES = (64, 128, 256)

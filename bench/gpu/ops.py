@@ -11,16 +11,15 @@ from torch import Tensor
 
 from bench import scaling as axes
 from bench import test_codebook_update, test_masks, test_quantizer_step
+from bench.gpu import clocks
+from bench.gpu.head import TINY_HEAD, backward
+from bench.gpu.peers import searches
+from bench.gpu.run import Run
+from bench.gpu.vectors import Case, made_up, not_nearest, of_a_tokenizer
 from bench.harness import DEVICE, OURS, Unavailable
 from bench.test_codebook_search import ours as search_ours
 from bench.test_codebook_search import problem
 from bench.test_masked_cross_entropy import problem as head_problem
-
-from . import clocks
-from .head import TINY_HEAD, backward
-from .peers import searches
-from .run import Run
-from .vectors import Case, made_up, not_nearest, of_a_tokenizer
 
 N, K, D = 12_544, 8192, 32  # the default problem
 TINY = (300, 64, 32)

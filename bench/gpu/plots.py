@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bench.gpu.records import Record, Records, device_ms
 from bench.harness import OURS
-
-from .records import Record, Records, device_ms
 
 OPS = ("search", "quantizer", "head", "attention")
 MOST_GROUPS = 9

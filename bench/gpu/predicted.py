@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench import gpu_model
+from bench.gpu.records import Records
 from bench.gpu_kernels import Case
-
-from .records import Records
 
 OPS = {  # an op's name in gpu_model -> in the section "kernels"
     "codebook_search": "codebook_search", "codebook_update": "quantizer step", "vector_quantize": "quantizer step",

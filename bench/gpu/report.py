@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from . import plots, predicted, tables
-from .records import Records, read
-from .run import ROOT
+from bench.gpu import plots, predicted, tables
+from bench.gpu.records import Records, read
+from bench.gpu.run import ROOT
 
 PAGE = ROOT / "docs" / "gpu.md"
 WARNING = (

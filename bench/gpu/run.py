@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from beitv2_fast.errors import UserError
+from bench.gpu import clocks
+from bench.gpu.runner import MARK
 from bench.harness import DEVICE, Unavailable
-
-from . import clocks
-from .runner import MARK
 
 ROOT = Path(__file__).resolve().parents[2]
 TAIL = 2000  # characters of what a command printed that a result keeps

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .plan import Section, limit_of, reason_to_skip
+from bench.gpu.plan import Section, limit_of, reason_to_skip
 
 MARK = "\x02"  # begins a line of results: whatever else a library prints is no result
 WORKER = (sys.executable, "-m", "bench.gpu.worker")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import goals
-from .records import Record, Records, device_ms
+from bench.gpu import goals
+from bench.gpu.records import Record, Records, device_ms
 
 TIMED = {
     "search": "codebook_search", "vectors": "The search on vectors as they are", "quantizer": "The quantizer",

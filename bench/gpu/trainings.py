@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch
 
-from beitv2_fast.config import PretrainConfig
-from beitv2_fast.data import ImageFolder, PretrainView, choose_loader, find_images, train_loader
+from beitv2_fast.config.training import PretrainConfig
+from beitv2_fast.data.dataset import ImageFolder
+from beitv2_fast.data.find import find_images
+from beitv2_fast.data.loaders import choose_loader, train_loader
+from beitv2_fast.data.views import PretrainView
 from beitv2_fast.errors import UserError
+from bench.gpu.run import ROOT, Run
 from bench.harness import DEVICE, Unavailable
-
-from .run import ROOT, Run
 
 PICTURES = {"files": 4000, "dali": 1500, "deepspeed": 1500, "demo": 2600}
 TINY_PICTURES = 60

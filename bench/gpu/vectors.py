@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from beitv2_fast.kernels import codebook_search
 from torch import Tensor, nn
 
-from beitv2_fast.build import build_tokenizer
-from beitv2_fast.kmeans import kmeans
-from beitv2_fast.presets import TOKENIZER
+from beitv2_fast.config.presets import TOKENIZER
+from beitv2_fast.quantize.kmeans import kmeans
+from beitv2_fast.weights.build import build_tokenizer
 from bench.harness import DEVICE
 
 CONES = (0.1, 0.05, 0.03, 0.01)  # radians, about

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from bench import harness
-
-from .plan import BY_NAME
-from .run import LostContext, Run
+from bench.gpu.plan import BY_NAME
+from bench.gpu.run import LostContext, Run
 
 
 def machine(tiny: bool) -> dict[str, Any]:

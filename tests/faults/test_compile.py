@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ..training import TINY, TOKENIZER, call, write_images
+from ..support.training import TINY, TOKENIZER, call, write_images
 
 pytestmark = pytest.mark.faults
 LOSS = 1e-5  # compiled sums add in another order

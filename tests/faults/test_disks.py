@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ..training import TINY, TOKENIZER, TORCHRUN, assert_same_bits, call, checkpoints, run, write_images
+from ..support.training import TINY, TOKENIZER, TORCHRUN, assert_same_bits, call, checkpoints, run, write_images
 
 pytestmark = pytest.mark.faults
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from beitv2_fast.data import check_images, find_images
-from beitv2_fast.images import open_image
+from beitv2_fast.data.check import check_images
+from beitv2_fast.data.find import find_images
+from beitv2_fast.data.images import open_image
 
 pytestmark = [pytest.mark.faults, pytest.mark.filterwarnings("ignore::UserWarning:PIL")]
 COUNT = 10_000

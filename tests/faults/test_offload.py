@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ..test_distributed import (
+from ..training.test_distributed import (
     LOSS,
     OPTIONS,
     STEPS,

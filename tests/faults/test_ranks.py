@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ..test_distributed import settings
-from ..test_interruption import free_port
-from ..training import (
+from ..support.training import (
     ENVIRONMENT,
     PRETRAIN,
     ROOT,
@@ -27,6 +25,8 @@ from ..training import (
     run,
     write_images,
 )
+from ..training.test_distributed import settings
+from ..training.test_interruption import free_port
 
 pytestmark = pytest.mark.faults
 STEPS = 12

@@ -23,7 +23,7 @@ REPORTS = "BEITV2_FAST_INTERPRETED_REPORTS"  # file descriptor on which the chil
 
 def pytest_configure(config: pytest.Config) -> None:
     if CHILD:
-        from .triton_tools import correct_bfloat16, correct_scalars
+        from ..support.triton_tools import correct_bfloat16, correct_scalars
 
         correct_bfloat16()
         correct_scalars()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..memory import peak_allocation
+from ..support.memory import peak_allocation
 
 # Relative to the largest value of a tensor: fp32 sums over N and d; then rounding of the result to its dtype.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float64: 1e-12}

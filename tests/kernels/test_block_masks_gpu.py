@@ -6,9 +6,9 @@ import pytest
 import torch
 from beitv2_fast.kernels.block_masks import block_masks
 
-from beitv2_fast.masking import patch_masks
+from beitv2_fast.data.masks import patch_masks
 
-from ..gpu import HERE, here, no_waiting
+from ..support.gpu import HERE, here, no_waiting
 from .test_block_masks import KEYS
 
 pytestmark = pytest.mark.gpu

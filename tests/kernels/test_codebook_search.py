@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bench.harness import peak_memory
-from tests.kernels.search_oracle import PROBLEMS, exact_indices, exact_score
-from tests.memory import peak_allocation
+
+from ..support.memory import peak_allocation
+from ..support.search_oracle import PROBLEMS, exact_indices, exact_score
 
 METRICS = ("cosine", "euclidean")
 CAPABILITIES = ("portable", "avx2", "avx512", "avx512_vnni")

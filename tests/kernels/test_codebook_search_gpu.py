@@ -9,8 +9,8 @@ import torch
 from beitv2_fast.kernels import codebook_search
 from torch.nn.functional import normalize
 
-from ..gpu import DRY, HERE, cuda_only, launches, no_waiting, pick
-from .search_oracle import PROBLEMS, exact_indices
+from ..support.gpu import DRY, HERE, cuda_only, launches, no_waiting, pick
+from ..support.search_oracle import PROBLEMS, exact_indices
 from .test_codebook_search_triton import METRICS, assert_lowest_of_equals, assert_nearest, triton_kernel
 
 pytestmark = pytest.mark.gpu

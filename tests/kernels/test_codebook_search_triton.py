@@ -8,7 +8,7 @@ from beitv2_fast.kernels.codebook_search.reference import codebook_search_refere
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .triton_tools import guarded
+from ..support.triton_tools import guarded
 
 triton_kernel = pytest.importorskip(
     "beitv2_fast.kernels.codebook_search.triton_kernel", reason="triton is not installed", exc_type=ImportError

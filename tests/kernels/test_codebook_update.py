@@ -13,9 +13,9 @@ from beitv2_fast.kernels.codebook_update.reference import (
 )
 from beitv2_fast.kernels.native import native_ops
 
-from ..golden import assert_close, load, needs_golden
-from ..memory import peak_allocation
-from .codebook_states import METRICS, make_batch, make_state, update
+from ..support.codebook_states import METRICS, make_batch, make_state, update
+from ..support.golden import assert_close, load, needs_golden
+from ..support.memory import peak_allocation
 
 needs_native = pytest.mark.skipif(not native_ops(), reason="the C++ ops are not compiled")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

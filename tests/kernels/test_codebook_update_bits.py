@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .codebook_states import METRICS, make_batch, make_state, update
+from ..support.codebook_states import METRICS, make_batch, make_state, update
 
 needs_native = pytest.mark.skipif(not native_ops(), reason="the C++ ops are not compiled")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

@@ -7,8 +7,8 @@ import torch
 from beitv2_fast.kernels.codebook_update.ops import codebook_statistics
 from torch import Tensor
 
-from ..gpu import DRY, HERE, cuda_only, here, no_waiting, pick
-from .codebook_states import METRICS, State, make_batch, make_state, update
+from ..support.codebook_states import METRICS, State, make_batch, make_state, update
+from ..support.gpu import DRY, HERE, cuda_only, here, no_waiting, pick
 
 pytestmark = pytest.mark.gpu
 RULES = [("cosine", False), ("cosine", True), ("euclidean", True)]  # metric, with embed_avg

@@ -18,9 +18,9 @@ from beitv2_fast.kernels.masked_cross_entropy import steps
 from beitv2_fast.kernels.masked_cross_entropy.chunked import Device, Head, Wanted, head_losses
 from beitv2_fast.kernels.vector_quantize.reference import backward_reference
 
-from ..gpu import DRY, HERE, here, launches
-from .codebook_states import make_batch, make_state
-from .masked_problem import problem
+from ..support.codebook_states import make_batch, make_state
+from ..support.gpu import DRY, HERE, here, launches
+from ..support.masked_problem import problem
 
 search = pytest.importorskip(
     "beitv2_fast.kernels.codebook_search.triton_kernel", reason="triton is not installed", exc_type=ImportError

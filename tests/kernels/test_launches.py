@@ -14,7 +14,7 @@ import torch
 from beitv2_fast.kernels.masked_cross_entropy.chunked import Head, Wanted, head_losses
 from torch import Tensor
 
-from .launches import Launch, launching
+from ..support.launches import Launch, launching
 
 pytest.importorskip("triton")
 from beitv2_fast.kernels.codebook_search import triton_kernel as search

@@ -25,8 +25,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .counting import allocations, peak_of_backward
-from .masked_problem import Problem, problem
+from ..support.counting import allocations, peak_of_backward
+from ..support.masked_problem import Problem, problem
 
 # Relative to the largest element. fp32: sums of up to a few hundred terms in another order.
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13}

@@ -9,8 +9,8 @@ import torch
 from beitv2_fast.kernels import masked_cross_entropy
 from torch import Tensor
 
-from ..gpu import DRY, HERE, autocast, cuda_only, distance, here, no_waiting, pick
-from .masked_problem import Problem, problem
+from ..support.gpu import DRY, HERE, autocast, cuda_only, distance, here, no_waiting, pick
+from ..support.masked_problem import Problem, problem
 
 pytestmark = pytest.mark.gpu
 

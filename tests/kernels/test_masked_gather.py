@@ -10,7 +10,7 @@ from beitv2_fast.kernels.masked_cross_entropy.reference import masked_gather_ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .counting import allocations
+from ..support.counting import allocations
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64]
 

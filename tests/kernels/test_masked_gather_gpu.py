@@ -6,7 +6,7 @@ import pytest
 import torch
 from beitv2_fast.kernels import masked_gather
 
-from ..gpu import DRY, HERE, no_waiting
+from ..support.gpu import DRY, HERE, no_waiting
 from .test_masked_gather import DTYPES, block_mask
 
 pytestmark = pytest.mark.gpu

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from .triton_tools import guarded
+from ..support.triton_tools import guarded
 
 triton = pytest.importorskip("triton")
 tl = triton.language

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..golden import assert_close, load, needs_golden
-from ..memory import peak_allocation
+from ..support.golden import assert_close, load, needs_golden
+from ..support.memory import peak_allocation
 
 METRICS = ["cosine", "euclidean"]
 # Of the gradient, relative to its largest value: rounding of fp32 sums over D, then of the gradient to x's dtype.

@@ -9,8 +9,8 @@ from beitv2_fast.kernels.vector_quantize.reference import vector_quantize_refere
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..gpu import HERE, autocast, distance, no_waiting, pick
-from .codebook_states import METRICS
+from ..support.codebook_states import METRICS
+from ..support.gpu import HERE, autocast, distance, no_waiting, pick
 
 pytestmark = pytest.mark.gpu
 # The gradient is computed in fp32 and rounded to the dtype of x.

@@ -1,0 +1,41 @@
+"""`beitv2-fast convert`: a file of weights into another format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import CheckpointError
+from ..weights import Weights, convert
+from ..weights.files import METADATA, SUFFIXES, read, write
+from ..weights.shapes import flatten
+
+
+def convert_file(
+    path: str | Path, out: str | Path, target: str, *, source: str | None = None, model: str | None = None,
+    force: bool = False,
+) -> tuple[str, Weights]:  # fmt: skip
+    """Read weights, convert them, write them: the command `beitv2-fast convert`.
+
+    Args:
+        path, out: see ``read`` and ``write``.
+        target, source: see ``convert``.
+        model: a name of ``create_model``, for what neither the weights nor their file tell (heads without bias tables,
+            eps).
+
+    Returns:
+        the format that was read, and the weights as written.
+    """
+    from ..weights.create import model_config
+
+    loaded = read(path, source)
+    state = convert(loaded.weights, target, loaded.format)
+    hints = flatten(model_config(model)) if model else {}
+    config = None
+    if target in (METADATA, "transformers"):
+        try:
+            config = loaded.config(**hints)
+        except CheckpointError:  # weights alone can be written without
+            if Path(out).suffix not in SUFFIXES:
+                raise
+    write(out, state, target, config, force=force)
+    return loaded.format, state

@@ -1,0 +1,191 @@
+"""Configs are dataclasses; the command line is derived from them, a preset is a value of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..models.attention import IMPLEMENTATIONS
+from ..quantize.options import DEAD_AFTER
+from .options import OUT, RunConfig, option
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """What every training has: data, ViT, optimiser, schedule, checkpoints."""
+
+    data: Path = option(
+        Path("data"),
+        "folder of images (FOLDER/train is used if it exists, class folders are optional) or of tar shards, or a "
+        "pattern such as 'shards/train-{0000..0146}.tar'",
+        holds="images",
+    )
+    loader: str = option(
+        "auto",
+        "what decodes the images: dali, on the GPU where there is one; torchvision, with PIL, on the CPU; auto: dali "
+        "if it is installed. On the CPU both give the same bits, a GPU's decoder does not",
+        choices=("auto", "dali", "torchvision"),
+    )
+    in_memory: bool = option(
+        False,
+        "decode all images once and keep them in memory, which the workers share; torchvision's loader",
+        free=True,
+    )
+    precision: str = option(
+        "auto",
+        "arithmetic of the networks; bf16: autocast, fp32 weights; auto: bf16 on GPUs and CPUs with AMX, else fp32",
+        choices=("auto", "fp32", "bf16"),
+    )
+    image_size: int = option(224, "side of the square images that the model reads, in pixels", at_least=1)
+    patch_size: int = option(16, "side of a patch, in pixels; image_size must be a multiple of it", at_least=1)
+    dim: int = option(768, "width of the vision transformer; a multiple of heads", at_least=1)
+    depth: int = option(12, "number of transformer blocks", at_least=1)
+    heads: int = option(12, "attention heads of each block", at_least=1)
+    init_std: float = option(
+        0.02, "standard deviation of the initial weights; narrow models (dim 128, say) start to learn sooner with 0.1",
+        above=0,
+    )  # fmt: skip
+    drop_path: float = option(
+        0.0, "stochastic depth: how often the last block is skipped, falling linearly to 0 at the first", at_least=0,
+        below=1,
+    )  # fmt: skip
+    attention: str = option(
+        "auto",
+        "what computes attention; auto: native (C++) on CPUs, xformers on GPUs that it supports, else PyTorch's sdpa",
+        choices=IMPLEMENTATIONS,
+    )  # fmt: skip
+    checkpointing: bool = option(
+        False, "keep only the input of each transformer block and compute the rest again for the gradient: the same "
+        "result in less memory and a third more time", free=True,
+    )  # fmt: skip
+    compile: bool = option(False, "torch.compile the model: minutes at the start, faster steps on GPUs")
+    epochs: int = option(100, "passes over the images", at_least=1)
+    batch_size: int = option(
+        64, "images a forward on each rank (process); a step has batch_size x accumulate x ranks images, a product "
+        "that must stay when a run resumes", free=True, at_least=1,
+    )  # fmt: skip
+    accumulate: int = option(
+        1, "forwards whose gradients make one step: more images a step than fit in memory", free=True, at_least=1
+    )
+    lr: float = option(
+        1e-3, "peak learning rate if a step has lr_batch images; scaled in proportion to the images it really has",
+        above=0,
+    )  # fmt: skip
+    lr_batch: int = option(2048, "the batch of all ranks that lr is meant for", at_least=1)
+    min_lr: float = option(1e-5, "learning rate at the end of the cosine", at_least=0)
+    warmup_epochs: float = option(10, "epochs in which the learning rate rises linearly from 0", at_least=0)
+    weight_decay: float = option(
+        0.05,
+        "AdamW's weight decay; biases, norms, layer scales, CLS tokens and position embeddings are spared",
+        at_least=0,
+    )
+    betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay rates of its two averages", at_least=0, below=1)
+    clip_grad: float = option(3.0, "gradients longer than this are scaled down to it; 0: never", at_least=0)
+    log_every: int = option(
+        20, "steps between lines of the log, which are means over these steps; codebook usage counts over them too",
+        at_least=1,
+    )  # fmt: skip
+    save_every: int = option(200, "steps between checkpoints", free=True, at_least=1)
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", free=True, at_least=1)
+    stop_after_bad: int = option(
+        10, "a step whose loss or gradient is NaN or Inf is skipped; after this many in a row the run ends, its last "
+        "checkpoint kept and the batch written", free=True, at_least=1,
+    )  # fmt: skip
+    hang_after: float = option(
+        1800.0, "seconds without a step after which every rank writes where it stands and ends; 0: never", free=True,
+        at_least=0,
+    )  # fmt: skip
+    deepspeed_config: Path | None = option(
+        None,
+        "DeepSpeed JSON file (ZeRO stage, offload; see train/configs); with it, or started by `deepspeed`, DeepSpeed "
+        "trains",
+        free=True,
+    )
+
+
+@dataclass(frozen=True)
+class TokenizerConfig(TrainConfig):
+    """VQ-KD tokenizer training (arXiv 2208.06366 section 2.2)."""
+
+    out: Path = option(Path("runs/tokenizer"), OUT)
+    teacher: str = option(
+        "clip", "frozen network whose features the tokenizer learns to predict: clip, dino, timm:NAME or "
+        "timm:NAME@LAYER (any timm model), efficientnet_lite0",
+    )  # fmt: skip
+    teacher_weights: str | None = option(
+        None, "the teacher's weights: a file, or a hub name (hf-hub:ORGANISATION/NAME, or a tag of open_clip); none: "
+        "the source of the package that brings the teacher", holds="weights",
+    )  # fmt: skip
+    teacher_image_size: int | None = option(
+        None, "side of the crop that the teacher reads, in pixels; none: image_size", at_least=1
+    )
+    views: int = option(
+        0, "0: a new random view of every image in each epoch; V: only V views of it, whose teacher features are "
+        "computed once and kept", at_least=0,
+    )  # fmt: skip
+    teacher_cache: Path | None = option(
+        None, "folder of the teacher's features with --views, which other runs may share, also at the same time; none: "
+        "in the run folder", free=True,
+    )  # fmt: skip
+    num_codes: int = option(8192, "size of the codebook, the number of visual tokens", at_least=1)
+    code_dim: int = option(32, "width of a code, the vectors that are compared", at_least=1)
+    decoder_depth: int = option(3, "transformer blocks of the decoder", at_least=1)
+    decay: float = option(0.99, "how much of a code stays in each step of its moving average", at_least=0, at_most=1)
+    commitment_weight: float = option(1.0, "weight of the commitment loss (the paper's beta)", at_least=0)
+    kmeans_init: bool = option(True, "initialise the codebook by k-means on the first batch")
+    dead_after: float = option(
+        DEAD_AFTER, "a code idle for this many times its fair share of vectors restarts; 0: never, as the reference",
+        at_least=0,
+    )  # fmt: skip
+    collapse_below: float = option(
+        0.05, "warn of codebook collapse if less than this share of the codes is used in a line of the log ...",
+        free=True, at_least=0, at_most=1,
+    )  # fmt: skip
+    collapse_after: int = option(1000, "... for this many steps", free=True, at_least=1)
+    crop_scale: tuple[float, float] = option(
+        (0.08, 1.0), "least and largest area of the random crop, as a share of the image", above=0, at_most=1
+    )
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
+    """Masked image modelling with patch aggregation (arXiv 2208.06366 sections 2.3 and 2.4)."""
+
+    out: Path = option(Path("runs/pretrain"), OUT)
+    tokenizer: Path = option(Path("runs/tokenizer"), "run folder of the trained tokenizer", holds="weights")
+    tokenizer_image_size: int | None = option(
+        None, "side of the images that the tokenizer reads, its positions interpolated; none: that of its training",
+        at_least=1,
+    )  # fmt: skip
+    position: str = option(
+        "shared_relative",
+        "positions of the student; shared_relative: one table of biases for all blocks; relative: a table for each "
+        "block; absolute: position embeddings",
+        choices=("shared_relative", "relative", "absolute"),
+    )
+    layer_scale: float = option(0.1, "initial scale of every residual branch; 0: no layer scale", at_least=0)
+    early_layer: int = option(
+        9, "the aggregation branch reads the patches after this block (the paper's l)", at_least=1
+    )
+    aggregation_depth: int = option(
+        2, "transformer blocks of the aggregation branch; 0: no such branch (BEiT v1's objective)", at_least=0
+    )
+    shared_head: bool = option(True, "both branches share the final norm and the head")
+    loss_on: str = option(
+        "both", "the branches whose loss is learnt from, an ablation; last: the last layer's alone, aggregation: the "
+        "aggregation branch's alone; without such a branch there is only the last layer's",
+        choices=("both", "last", "aggregation"),
+    )  # fmt: skip
+    num_masked: int = option(75, "masked patches of each image", at_least=1)
+    min_mask_patches: int = option(16, "patches of the smallest block of the block mask", at_least=1)
+    mask: str = option("block", "shape of the mask; random: single patches, an ablation", choices=("block", "random"))
+    masks: str = option(
+        "loader", "what draws the masks: the loader's processes, or the device that trains, for the whole batch at "
+        "once; the same masks", free=True, choices=("loader", "device"),
+    )  # fmt: skip
+    crop_scale: tuple[float, float] = option(
+        (0.2, 1.0), "least and largest area of the random crop, as a share of the image", above=0, at_most=1
+    )
+    color_jitter: float = option(
+        0.4, "brightness, contrast and saturation of the student's view change by up to this share", at_least=0
+    )

@@ -1,0 +1,171 @@
+"""Which files are images, which class each belongs to, and how one is read and opened whatever its format."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from ..errors import UserError, require
+
+require("PIL", "train", "Reading images")
+SPLIT_ENDS = re.compile(r"[-_ ]?(set|data|dataset|images|imgs|img|split)?[-_ ]?\d*")  # of training_set and train2017
+EXIF_ORIENTATION = 0x0112
+LISTED = 6  # kinds of files that are passed over
+
+PassedOver = dict[str, tuple[int, str]]  # by kind, such as "files ending in .txt": how many, and the first one's name
+
+
+class DataError(UserError):
+    """The images given cannot be used; the message says which and what to do about it."""
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Images in a fixed order: the files of a folder, or members of tar shards.
+
+    Attributes:
+        root: the folder.
+        paths: the files, relative to root with forward slashes, sorted; of shards SHARD.tar/MEMBER.
+        labels: for each path the index of its class; None if there are no classes.
+        classes: the names of the classes, sorted; empty if there are none.
+        rejected: (path, reason) of each file that was left out.
+        spans: of shards, where each image lies: (first byte in the shard, number of bytes); None for a folder.
+        passed_over: what else lies there.
+    """
+
+    root: Path
+    paths: list[str]
+    labels: list[int] | None = None
+    classes: list[str] = field(default_factory=list)
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    spans: list[tuple[int, int]] | None = None
+    passed_over: PassedOver = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def file(self, index: int) -> Path:
+        """The file that holds the image: its own, or its shard."""
+        path = self.paths[index]
+        return self.root / (path if self.spans is None else path[: path.index(".tar/") + 4])
+
+    def read(self, index: int) -> bytes:
+        """The encoded image. OSError if that cannot be read, or no longer as a whole."""
+        if self.spans is None:
+            return self.file(index).read_bytes()
+        first, length = self.spans[index]
+        data = _shard(self.file(index)).read(first, length)
+        if len(data) < length:
+            raise OSError(f"the shard ends {length - len(data)} bytes too early")
+        return data
+
+    def open(self, index: int) -> Image.Image:
+        """`open_image` of image `index`; raises what the decoder raises."""
+        return open_image(io.BytesIO(self.read(index)))
+
+    def subset(self, indices: list[int], rejected: list[tuple[str, str]] | None = None) -> ImageList:
+        """These images, with the same classes."""
+        labels, spans = (None if a is None else [a[i] for i in indices] for a in (self.labels, self.spans))
+        rejected = self.rejected if rejected is None else rejected
+        return replace(self, paths=[self.paths[i] for i in indices], labels=labels, spans=spans, rejected=rejected)
+
+    @property
+    def summary(self) -> str:
+        """One line: how many images of which classes, in which layout, and what was passed over."""
+        from .shards import shared_keys
+
+        names = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
+        classes = f"{len(self.classes):,} classes ({names})" if self.classes else "no classes"
+        if self.spans is None:
+            layout, more = "class folders" if self.classes else "folder", ""
+        else:
+            layout, more = "tar shards", shared_keys(self.paths)
+        return f"found {len(self):,} images, {classes}, {layout} in {self.root}{more}{told(self.passed_over)}"
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of paths and labels: resuming a run on a list with another one would show it other images."""
+        content = json.dumps([self.paths, self.labels]).encode()
+        return hashlib.sha256(content).hexdigest()[:16]
+
+
+class _Shard:
+    """An open shard, closed when nobody reads from it any more. Processes and threads may share it: `pread` moves no
+    common position."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, first: int, length: int) -> bytes:
+        return os.pread(self._descriptor, length, first)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+
+_shard = functools.lru_cache(maxsize=256)(_Shard)  # opening costs a round trip on network storage
+
+
+def counted(others: Iterable[tuple[str, str]]) -> PassedOver:
+    """(Name, kind) of each -> by kind how many there are and the first one's name."""
+    found: dict[str, tuple[int, str]] = {}
+    for name, kind in others:
+        count, first = found.get(kind, (0, name))
+        found[kind] = count + 1, min(first, name)
+    return dict(sorted(found.items()))
+
+
+def told(passed_over: PassedOver) -> str:
+    """The end of a line of the log: what was passed over, the most frequent kinds first; nothing if nothing was."""
+    kinds = sorted(passed_over.items(), key=lambda item: -item[1][0])
+    listed = [f"{count:,} {kind} ({first}{', ...' if count > 1 else ''})" for kind, (count, first) in kinds[:LISTED]]
+    more = [f"{len(kinds) - LISTED} more kinds"] if len(kinds) > LISTED else []
+    return "; passed over: " + ", ".join(listed + more) if kinds else ""
+
+
+def open_image(path: str | Path | io.BytesIO) -> Image.Image:
+    """Decodes an image file to 8 bits a channel, turned upright by its EXIF orientation.
+
+    Returns a loaded PIL image in mode "RGB", or "L" if the file is grey (a third of the work for all that follows).
+    16-bit grey is scaled by 255 / 65535; palette and CMYK are converted; transparency is dropped.
+
+    Raises:
+        OSError, ValueError, SyntaxError, ...: whatever the decoder finds wrong with the file.
+    """
+    with Image.open(path) as image:
+        image.load()
+        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode in ("RGB", "L"):
+            return image
+        if image.mode.startswith("I"):
+            return _from_16_bit(image)
+        if image.mode == "F":
+            raise ValueError("floating-point pixels of unknown range; save it with 8 or 16 bits")
+        return image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    image = image.convert("I")
+    low, high = image.getextrema()
+    if low < 0 or high > 65535:
+        raise ValueError(f"32-bit pixels from {low} to {high}; save it with 8 or 16 bits (0 .. 65535)")
+    return image.point(lambda value: value * (1 / 257) + 0.5).convert("L")
+
+
+def name_of(images: Any, index: int) -> str:
+    """The class of an image, or its file's name."""
+    if images.labels is None:
+        return images.paths[index].rsplit("/", 1)[-1]
+    return images.classes[images.labels[index]]

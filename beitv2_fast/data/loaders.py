@@ -1,0 +1,102 @@
+"""Batches of an ImageFolder for training and for evaluation, by DALI or by PIL with torch's workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor
+
+from ..errors import UserError, require
+from .dataset import ImageFolder
+from .sampler import EpochSampler, Key, rank_share
+from .torch_loader import TorchLoader
+
+LOADERS = ("auto", "dali", "torchvision")
+
+
+class Loader(Protocol):
+    """Batches in turn: dicts of tensors, those of the view [B, ...] and "index", "view" and "label" int64 [B]."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]: ...
+
+
+def choose_loader(wanted: str, *, in_memory: bool = False) -> tuple[str, str]:
+    """-> ("dali" or "torchvision", why). `wanted` is one of those or "auto": DALI where it is installed, unless the
+    images are decoded in memory, where it would have nothing to do.
+
+    Raises:
+        UserError: DALI is wanted and not installed, or wanted with images in memory.
+    """
+    if wanted == "torchvision":
+        return wanted, "as asked for"
+    if wanted == "dali" and in_memory:
+        raise UserError(
+            "--in-memory keeps decoded images, but DALI decodes them itself. Leave out --in-memory, or use --loader "
+            "torchvision."
+        )
+    if in_memory:
+        return "torchvision", "the images are decoded already"
+    try:
+        dali = require("nvidia.dali", "dali", "Loading with DALI")
+    except UserError:
+        if wanted == "dali":
+            raise
+        return "torchvision", "DALI is not installed"
+    return "dali", f"DALI {dali.__version__}"
+
+
+def train_loader(
+    dataset: ImageFolder,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    start_step: int = 0,
+    total_steps: int,
+    workers: int = 0,
+) -> Loader:
+    """Yields this rank's batches for steps start_step .. total_steps - 1 (see `EpochSampler`), then ends.
+
+    `workers` processes prepare them (0: the calling one does); with DALI on a GPU as many threads. Their number changes
+    no pixel.
+
+    Raises:
+        DataError: a global batch is larger than the data set; while iterating: an image has become unreadable, a worker
+            process died. Neither makes the loader wait for ever.
+    """
+    sampler = EpochSampler(
+        len(dataset),
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        start_step=start_step,
+        total_steps=total_steps,
+    )
+    return _loader(dataset, sampler, batch_size, workers)
+
+
+def eval_loader(dataset: ImageFolder, batch_size: int, workers: int = 0, rank: int = 0, world_size: int = 1) -> Loader:
+    """Yields all images once, in the list's order and as epoch 0, in batches like those of `train_loader`; the last one
+    may be smaller. Of several ranks each sees the images rank, rank + world_size, ...: "index" says which."""
+    return keyed_loader(dataset, rank_share(len(dataset), rank, world_size), batch_size, workers)
+
+
+def keyed_loader(dataset: ImageFolder, keys: list[Key], batch_size: int, workers: int = 0) -> Loader:
+    """Yields `dataset[key]` for these keys (epoch, index) in their order, in batches; the last one may be smaller."""
+    batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
+    return _loader(dataset, batches, batch_size, workers)
+
+
+def _loader(dataset: ImageFolder, batches: EpochSampler | list[list[Key]], batch_size: int, workers: int) -> Loader:
+    if dataset.loader == "dali":
+        from .dali import DaliBatches, DaliLoader
+
+        if dataset.device.type == "cuda":
+            return DaliLoader(dataset, batches, batch_size, workers)
+        return TorchLoader(DaliBatches(dataset, batch_size), batches, workers)
+    return TorchLoader(dataset, batches, workers)

@@ -1,0 +1,302 @@
+"""Tar shards in webdataset's layout: KEY.jpg beside KEY.cls or KEY.json, whose members are read in place.
+
+A KEY is a member's whole name without its last suffix: 2024.05.01.png and 2024.05.02.png are two samples. An index
+says once where each image lies, so that shards are sampled, shuffled, divided among ranks and resumed as folders are.
+Nothing is ever unpacked.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+from ..errors import require
+from .find import SUFFIXES, has_images, is_left_over, split_of
+from .images import DataError, ImageList, PassedOver, counted, told
+
+INDEX_VERSION = 2
+SCANNERS = 8  # shards that are scanned at once: on network storage most of the time is waiting
+MAX_LABEL_BYTES = 1 << 20
+LABELS = (".cls", ".json")
+MAX_CLASSES = 1 << 20  # a hostile label would else make a list of as many names
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # of a pattern such as train-{0000..0146}.tar
+
+Member = tuple[str, int, int, int | None, str | None]  # name, first byte, bytes, label, or why it has none
+Scanned = tuple[list[Member], list[tuple[str, str]], PassedOver]
+
+
+def shards_of(root: Path) -> list[Path]:
+    """The shards that a path names that is no folder: a .tar file or a pattern; none if it is something else.
+
+    Raises:
+        DataError: a pattern that no file matches.
+    """
+    text = str(root)
+    if root.is_file():
+        return [root] if root.suffix == ".tar" else []
+    if RANGE.search(text) or glob.has_magic(text):
+        found = sorted({Path(path) for pattern in _ranges(text) for path in glob.glob(pattern)})
+        if not found:
+            raise DataError(f"No file matches the pattern {text}. Quote it on the command line, and check the folder.")
+        return found
+    return []
+
+
+def shards_in(folder: Path) -> tuple[list[Path], PassedOver]:
+    """The shards of a folder and the images that lie beside them; none if these are more, and so are meant.
+
+    Raises:
+        DataError: as many shards as image files and folders with images.
+    """
+    shards = sorted(path for path in folder.glob("*.tar") if path.is_file() and not is_left_over(path.name))
+    images = sorted(entry.name for entry in os.scandir(folder) if has_images(entry)) if shards else []
+    if shards and len(images) == len(shards):
+        raise DataError(
+            f"{folder} holds as many .tar files ({shards[0].name}, ...) as folders and files of images ({images[0]}, "
+            f"...): it is not clear which are meant. Move the ones away, or for the shards pass '{folder}/*.tar'."
+        )
+    if len(images) > len(shards):
+        return [], {}
+    return shards, counted((name, "folders and images beside the shards") for name in images)
+
+
+def split_of_shard(name: str) -> str | None:
+    """The split that a word of a shard's name means (imagenet-train-0001.tar); None if none does, or several do."""
+    if not name.endswith(".tar") or is_left_over(name):
+        return None
+    found = {split_of(word) for word in re.findall("[a-z]+", name.lower())} - {None}
+    return found.pop() if len(found) == 1 else None
+
+
+def _ranges(pattern: str) -> Iterator[str]:
+    """{0..9} written out, the width of its first number kept."""
+    match = RANGE.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    first, last = match.groups()
+    for number in range(int(first), int(last) + 1):
+        yield from _ranges(f"{pattern[: match.start()]}{number:0{len(first)}}{pattern[match.end() :]}")
+
+
+def find_shard_images(
+    shards: list[Path], index: Path | None = None, *, labelled: bool = False, beside: PassedOver | None = None
+) -> ImageList:
+    """The images of the shards, in the order of their names; labels, if every image has one, or they are asked for.
+
+    Members that a careless reader would write elsewhere or stumble over are left out and listed in `rejected`: absolute
+    paths, paths with "..", backslashes or control characters, links, devices, sparse files, names that come twice, and
+    what is cut off. Hidden members, and others than images and labels, are passed over.
+
+    Args:
+        index: a JSON file that keeps what was found, so that a restart scans only shards that have changed.
+        labelled: images without a label are rejected, with the reason. Else one of them means that none has a label.
+        beside: what was passed over beside the shards.
+
+    Raises:
+        DataError: no shard holds an image.
+    """
+    root = Path(os.path.commonpath([path.resolve().parent for path in shards]))
+    names = [path.resolve().relative_to(root).as_posix() for path in shards]
+    known = _read_index(index)
+    states = {name: [(root / name).stat().st_size, (root / name).stat().st_mtime_ns] for name in names}
+    todo = [name for name in names if known.get(str(root / name), {}).get("state") != states[name]]
+    if todo:
+        for name, (members, rejected, others) in zip(todo, _scan_all(root, todo), strict=True):
+            known[str(root / name)] = {
+                "state": states[name], "members": members, "rejected": rejected, "passed_over": others,
+            }  # fmt: skip
+        _write_index(index, {str(root / name): known[str(root / name)] for name in names})
+    return _image_list(root, {name: known[str(root / name)] for name in names}, labelled, beside or {})
+
+
+def _image_list(root: Path, scanned: dict[str, dict], labelled: bool, beside: PassedOver) -> ImageList:
+    members = [(f"{shard}/{member[0]}", *member[1:]) for shard, found in scanned.items() for member in found["members"]]
+    rejected = [
+        (f"{shard}/{name}" if name else shard, why) for shard, f in scanned.items() for name, why in f["rejected"]
+    ]
+    passed_over = dict(beside)
+    for shard, found in scanned.items():
+        for kind, (count, name) in found["passed_over"].items():
+            before, first = passed_over.get(kind, (0, f"{shard}/{name}"))
+            passed_over[kind] = before + count, first
+    if not members:
+        reasons = "".join(f"\n  {name}: {why}" for name, why in rejected[:10])
+        raise DataError(
+            f"The {len(scanned)} shards in {root} hold no images{told(passed_over)}. Expected members such as KEY.jpg "
+            f"and KEY.cls.{reasons}"
+        )
+    without = [
+        (name, why or f"no label: there is no {_key(name)}.cls") for name, _, _, label, why in members if label is None
+    ]
+    any_label = len(without) < len(members)
+    if labelled and any_label:
+        rejected += without
+        members = [member for member in members if member[3] is not None]
+    elif without and any_label:
+        count, (name, why) = len(members) - len(without), without[0]
+        passed_over["labels, since not every image has one"] = count, f"{name}: {why}"
+    labels = [label for _, _, _, label, _ in members]
+    has_labels = None not in labels
+    return ImageList(
+        root,
+        [name for name, *_ in members],
+        labels if has_labels else None,
+        [str(i) for i in range(max(labels) + 1)] if has_labels else [],
+        rejected,
+        [(first, length) for _, first, length, *_ in members],
+        passed_over,
+    )
+
+
+def _scan_all(root: Path, names: list[str]) -> Iterator[Scanned]:
+    tqdm = require("tqdm", "train", "A progress bar").tqdm
+    with ThreadPoolExecutor(SCANNERS) as pool, tqdm(total=len(names), desc="indexing", unit="shard") as bar:
+        for result in pool.map(scan_shard, (root / name for name in names)):
+            bar.update()
+            yield result
+
+
+def scan_shard(path: Path) -> Scanned:
+    """The images of one shard in its order, (member, reason) of what was refused, "" for the shard itself, and what was
+    passed over."""
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, dict[str, int | None]] = {}  # by key what each of its files says
+    rejected: list[tuple[str, str]] = []
+    others: list[tuple[str, str]] = []
+    seen: set[str] = set()
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in _members(tar):
+                why = _refusal(member, size) or ("a name that comes twice" if member.name in seen else None)
+                seen.add(member.name)
+                suffix = PurePosixPath(member.name).suffix.lower()
+                if any(map(is_left_over, PurePosixPath(member.name).parts)) and why is None:
+                    others.append((member.name, "hidden members and what systems leave"))
+                elif why is not None:
+                    rejected.append((member.name, why))
+                elif suffix in SUFFIXES:
+                    images[member.name] = (member.offset_data, member.size)
+                elif member.isreg() and suffix in LABELS:
+                    content = os.pread(file.fileno(), min(member.size, MAX_LABEL_BYTES), member.offset_data)
+                    labels.setdefault(_key(member.name), {})[member.name] = _label(content)
+                elif member.isreg():
+                    others.append(
+                        (member.name, f"members ending in {suffix}" if suffix else "members without a suffix")
+                    )
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        rejected.append(("", f"not an uncompressed tar file as a whole ({error})"))
+    found, notes = _with_labels(images, labels)
+    return found, rejected, counted([*others, *notes])
+
+
+def _with_labels(
+    images: dict[str, tuple[int, int]], labels: dict[str, dict[str, int | None]]
+) -> tuple[list[Member], list[tuple[str, str]]]:
+    """The images with their labels, and (name, kind) of what is not as one would expect.
+
+    Where a label has no image of its key, that may be webdataset's, all up to the first dot: x.cls is the label of
+    x.input.png if no other image begins so.
+    """
+    keys, short = {_key(name) for name in images}, Counter(map(_short_key, images))
+    found, used = [], set()
+    for name, span in images.items():
+        key, other = _key(name), _short_key(name)
+        if key not in labels and other not in keys and short[other] == 1:
+            key = other
+        used.add(key)
+        said = {label for label in labels.get(key, {}).values() if label is not None}
+        if len(said) > 1:
+            why = f"no single label: {' and '.join(f'{v} in {n}' for n, v in labels[key].items() if v is not None)}"
+        else:
+            why = f"no label: {next(iter(labels[key]))} holds no class number" if key in labels and not said else None
+        found.append((name, *span, said.pop() if len(said) == 1 else None, why))
+    lost = [
+        name for key, files in labels.items() if key not in used for name, label in files.items() if label is not None
+    ]
+    return found, [(name, "labels without an image") for name in lost]
+
+
+def shared_keys(paths: list[str]) -> str:
+    """For the log: that images have one key, or one that adds to another's, as an image's masks may; else nothing."""
+    keys = Counter(map(_key, paths))
+    same = [path for path in paths if keys[_key(path)] > 1]
+    more = [path for path in paths if _short_key(path) != _key(path) and _short_key(path) in keys]
+    texts = [(same, "share their key with another one"), (more, "have another one's key with something added")]
+    return "".join(f"; {len(found):,} of them {what} ({found[0]}): all are read" for found, what in texts if found)
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    previous = -1
+    for member in tar:
+        if member.offset <= previous:
+            raise ValueError("a header that points backwards")  # would be read for ever
+        previous = member.offset
+        yield member
+        tar.members = []  # or they would all be kept
+
+
+def _refusal(member: tarfile.TarInfo, shard_size: int) -> str | None:
+    """Why a member is not used; None for an image, a label, a folder."""
+    name = member.name
+    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
+        return "an absolute path"
+    if "\\" in name or any(ord(c) < 32 for c in name):
+        return "a path with a backslash or a control character"
+    if ".." in PurePosixPath(name).parts:
+        return "a path that leads out of the archive"
+    if member.isdir():
+        return None
+    if not member.isreg() or member.issparse():
+        return "not a regular file"
+    if member.size < 0 or member.offset_data + member.size > shard_size:
+        return "cut off by the end of the shard"
+    return None
+
+
+def _key(name: str) -> str:
+    """What files of one sample share: the whole path without its last suffix."""
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _short_key(name: str) -> str:
+    """webdataset's key: all up to the first dot of the file's name."""
+    path = PurePosixPath(name)
+    return str(path.with_name(path.name.split(".", 1)[0]))
+
+
+def _label(content: bytes) -> int | None:
+    """The class number in a .cls file or in a JSON object's "label" or "cls"; None if there is none."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, dict):
+        value = value.get("label", value.get("cls"))
+    return value if isinstance(value, int) and 0 <= value < MAX_CLASSES and not isinstance(value, bool) else None
+
+
+def _read_index(index: Path | None) -> dict[str, dict]:
+    try:
+        content = json.loads(index.read_text(encoding="utf-8")) if index is not None else {}
+    except (OSError, ValueError):
+        return {}
+    usable = isinstance(content, dict) and content.get("version") == INDEX_VERSION
+    return content["shards"] if usable else {}
+
+
+def _write_index(index: Path | None, shards: dict[str, dict]) -> None:
+    if index is None:
+        return
+    index.parent.mkdir(parents=True, exist_ok=True)
+    part = index.with_name(f"{index.name}.{os.getpid()}.part")
+    part.write_text(json.dumps({"version": INDEX_VERSION, "shards": shards}, separators=(",", ":")), encoding="utf-8")
+    os.replace(part, index)

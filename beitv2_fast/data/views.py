@@ -1,0 +1,284 @@
+"""The views of a photograph that the trainings see: random crops for the tokenizer and for fine-tuning, pairs with a
+mask for the student, centres for evaluation.
+
+A view has three parts, so that both loaders, PIL with torchvision and DALI, make the same of an image: `draw` makes all
+random decisions of a batch; the loader cuts the `pictures` out of the images; `finish` makes tensors of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..models.inputs import normalise
+from .draws import AUGMENT, MASK_STREAM, Draws, jitter_steps, mixed, random_crops, random_flips, uniform
+from .jitter import color_jitter
+from .masks import patch_masks
+
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
+Pictures = dict[str, Tensor]  # uint8 [B, size, size, 3]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A square to be cut out of an image: its side in pixels and the filter that resizes it."""
+
+    size: int
+    resample: str = "bicubic"
+
+
+class View(Protocol):
+    """Makes named tensors of images.
+
+    resizes_first: the whole image is resized before the box is cut out of it; else the box, before it is resized.
+    """
+
+    resizes_first: bool
+
+    @property
+    def pictures(self) -> dict[str, Picture]: ...
+
+    def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
+        """The random decisions for images of sizes [B, 2] (width, height) with keys [B] uint64, and the view's own:
+
+        "box" [B, 4], left, top, right and bottom in pixels of what is cut out; "flip" [B], whether the left becomes the
+        right; if `resizes_first`, "resized" [B, 2], width and height of the resized image.
+        """
+
+    def augment(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
+        """What else happens to picture i of the batch once it is resized and flipped."""
+
+    def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
+        """Tensors [B, ...] on the pictures' device."""
+
+
+class _View:
+    """What the views share; by default the view is one square picture, "image"."""
+
+    size: int
+    resizes_first = False
+
+    @property
+    def pictures(self) -> dict[str, Picture]:
+        return {"image": Picture(self.size)}
+
+    def __call__(self, image: Image.Image, key: int = 0) -> dict[str, Tensor]:
+        """The view of one image as the key, 64 random bits, wants it."""
+        draws = self.draw(np.array([image.size]), np.array([key % 2**64], dtype=np.uint64))
+        return {name: value[0] for name, value in self.finish(pictures_of([image], self, draws), draws).items()}
+
+    def augment(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
+        return image
+
+    def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
+        return {"image": to_float(pictures["image"])}
+
+
+@dataclass(frozen=True)
+class TokenizerView(_View):
+    """A random crop, flipped in half of the cases: {"image": float32 [3, size, size] in [0, 1]}.
+
+    The crop covers a share of the image's area uniform in `crop_scale`, with an aspect ratio log-uniform in
+    [3/4, 4/3], and is resized bicubically (arXiv 2208.06366, appendix: VQ-KD's hyperparameters).
+    """
+
+    size: int
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+
+    def __post_init__(self) -> None:
+        _check_view(self.size, self.crop_scale)
+
+    def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
+        return {"box": random_crops(sizes, self.crop_scale, keys), "flip": random_flips(keys)}
+
+
+@dataclass(frozen=True)
+class PretrainView(_View):
+    """One crop and flip seen twice, and the student's mask:
+
+    {"student": float32 [3, student_size, student_size], colours jittered, normalised by ImageNet's mean and deviation;
+     "tokenizer": float32 [3, tokenizer_size, tokenizer_size] in [0, 1], colours as they are;
+     "mask": bool [H*W], True where the student does not see the patch}.
+
+    Args:
+        student_size, tokenizer_size: sides in pixels.
+        mask_grid: (H, W), patches of the student's view in rows and columns.
+        num_masked: patches to mask (75 of 14x14 in the paper, arXiv 2208.06366, section 3.2).
+        min_mask_patches: the least area of a block.
+        crop_scale: the range of the crop's share of the image's area.
+        color_jitter: how far brightness, contrast and saturation may be scaled: factors in [1 - j, 1 + j].
+        mask_kind: "block", or "random" for single patches.
+        masks: "loader", or "device": instead of "mask" there is "mask_key", int64, of which `patch_masks` makes the
+            same masks wherever the keys lie.
+        tokenizer_resample: "bicubic" or "lanczos".
+    """
+
+    student_size: int
+    tokenizer_size: int
+    mask_grid: tuple[int, int]
+    num_masked: int
+    min_mask_patches: int = 16
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    color_jitter: float = 0.4
+    mask_kind: str = "block"
+    masks: str = "loader"
+    tokenizer_resample: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        _check_view(self.student_size, self.crop_scale)
+        _check_view(self.tokenizer_size, self.crop_scale)
+        if not 0 <= self.color_jitter <= 1:
+            raise ValueError(f"color_jitter is {self.color_jitter}; expected 0 (none) to 1")
+        if self.mask_kind not in ("block", "random"):
+            raise ValueError(f"mask_kind is {self.mask_kind!r}; expected 'block' or 'random'")
+        if self.masks not in ("loader", "device"):
+            raise ValueError(f"masks is {self.masks!r}; expected 'loader' or 'device'")
+        if self.tokenizer_resample not in RESAMPLING:
+            raise ValueError(f"tokenizer_resample is {self.tokenizer_resample!r}; expected one of {sorted(RESAMPLING)}")
+        self._masks(np.zeros(1, np.int64))
+
+    @property
+    def pictures(self) -> dict[str, Picture]:
+        student, tokenizer = Picture(self.student_size), Picture(self.tokenizer_size, self.tokenizer_resample)
+        return {"student": student} if student == tokenizer else {"student": student, "tokenizer": tokenizer}
+
+    def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
+        draws = {"box": random_crops(sizes, self.crop_scale, keys), "flip": random_flips(keys)}
+        mask_keys = mixed(keys + np.uint64(MASK_STREAM)).view(np.int64)
+        mask = {"mask": self._masks(mask_keys)} if self.masks == "loader" else {"mask_key": mask_keys}
+        return {**draws, **jitter_steps(keys, self.color_jitter), **mask}
+
+    def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
+        student = pictures["student"]
+        tokenizer = to_float(pictures.get("tokenizer", student))
+        if "jitter_step" in draws:
+            student = to_float(color_jitter(student, draws["jitter_step"], draws["jitter_factor"]))
+        else:
+            student = to_float(student)
+        name = "mask" if self.masks == "loader" else "mask_key"
+        mask = torch.from_numpy(draws[name]).to(student.device, non_blocking=True)
+        return {"student": normalise(student), "tokenizer": tokenizer, name: mask}
+
+    def _masks(self, keys: np.ndarray) -> np.ndarray:
+        settings = (self.mask_kind, self.mask_grid, self.num_masked, self.min_mask_patches)
+        return patch_masks(torch.from_numpy(keys), *settings).numpy()
+
+
+@dataclass(frozen=True)
+class FinetuneView(_View):
+    """A random crop, flipped in half of the cases, with RandAugment: {"image": float32 [3, size, size] in [0, 1]}.
+
+    Erasing, mixup and cutmix come after it and for the whole batch: `beitv2_fast.downstream.augment.BatchAugment`.
+
+    Args:
+        ops, magnitude: RandAugment's number of operations and their strength, 0 .. 30 (arXiv 1909.13719); 0 ops: none.
+            The reference's "rand-m9-mstd0.5-inc1" is timm's: 9 of 10 (27 here), varied a little, each operation applied
+            in half of the cases, and a few other operations. 9 of 30 in all cases is this package's choice.
+    """
+
+    size: int
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    ops: int = 2
+    magnitude: int = 9
+    _torchvision: list = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _check_view(self.size, self.crop_scale)
+        if self.ops < 0 or not 0 <= self.magnitude <= 30:
+            raise ValueError(
+                f"RandAugment of {self.ops} operations of magnitude {self.magnitude}; expected at least 0 operations "
+                "of magnitude 0 to 30"
+            )
+
+    def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
+        draws = {"box": random_crops(sizes, self.crop_scale, keys), "flip": random_flips(keys)}
+        if self.ops:
+            u = uniform(keys, AUGMENT, 2 * self.ops)
+            draws["augment_op"] = u[:, : self.ops]
+            draws["augment_sign"] = (u[:, self.ops :] < 0.5).astype(np.int32)
+        return draws
+
+    def augment(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
+        if not self.ops:
+            return image
+        if not self._torchvision:
+            from torchvision.transforms.v2 import InterpolationMode, RandAugment
+
+            made = RandAugment(self.ops, self.magnitude, interpolation=InterpolationMode.BILINEAR, fill=128)
+            self._torchvision.append(made)
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
+            torch.manual_seed(int(draws["augment_op"][i, 0] * 2**53))
+            return self._torchvision[0](image)
+
+
+@dataclass(frozen=True)
+class EvalView(_View):
+    """The centre of the image: {"image": float32 [3, size, size] in [0, 1]}, the same at every call.
+
+    The shorter side is resized to size / crop_pct bicubically, the longer one in proportion, and the middle is cut out.
+    """
+
+    size: int
+    crop_pct: float = 0.875
+    resizes_first = True
+
+    def __post_init__(self) -> None:
+        _check_view(self.size, (self.crop_pct, 1.0))
+
+    def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
+        short, side = sizes.min(1, keepdims=True), int(self.size / self.crop_pct)
+        resized = side * sizes // short  # of the whole image, as torchvision rounds it
+        first = np.rint((resized - self.size) / 2).astype(np.int64)
+        box = np.concatenate([first, first + self.size], 1)
+        return {"box": box, "resized": resized, "flip": np.zeros(len(sizes), bool)}
+
+
+def pictures_of(images: list[Image.Image], view: View, draws: Draws) -> Pictures:
+    """The view's pictures of PIL images (mode "RGB" or "L")."""
+    if not view.resizes_first:
+        images = [image.crop(box) for image, box in zip(images, draws["box"].tolist(), strict=True)]
+    return pictures_of_cuts(images, view, draws)
+
+
+def pictures_of_cuts(cuts: list[Image.Image], view: View, draws: Draws) -> Pictures:
+    """The view's pictures of what the boxes cut out, or of whole images if it resizes first."""
+    found: dict[str, list[np.ndarray]] = {name: [] for name in view.pictures}
+    for i, image in enumerate(cuts):
+        for name, picture in view.pictures.items():
+            if view.resizes_first:
+                cut = image.resize(draws["resized"][i].tolist(), RESAMPLING[picture.resample])
+                cut = cut.crop(draws["box"][i].tolist())
+            else:
+                cut = image.resize((picture.size, picture.size), RESAMPLING[picture.resample])
+            if draws["flip"][i]:
+                cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            found[name].append(np.asarray(view.augment(cut.convert("RGB"), draws, i)))
+    return {name: torch.from_numpy(np.stack(pixels)) for name, pixels in found.items()}
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [0, 1]."""
+    return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
+def _check_view(size: int, crop_scale: tuple[float, float]) -> None:
+    if size < 1:
+        raise ValueError(f"the view's size is {size} pixels; expected at least 1")
+    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise ValueError(f"the share of the image to crop is {crop_scale}; expected numbers in (0, 1], the lower first")
+
+
+def read_images(paths: Sequence[str | Path], size: int, crop_pct: float = 1.0) -> Tensor:
+    """Image files -> [B, 3, size, size] in [0, 1]: the central square (``crop_pct`` of it), resized bicubically."""
+    from .images import open_image
+    from .views import EvalView
+
+    view = EvalView(size, crop_pct)
+    return torch.stack([view(open_image(path))["image"] for path in paths])

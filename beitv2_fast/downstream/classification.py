@@ -1,0 +1,169 @@
+"""Where a fine-tuning starts, what a step of it does, and what it is measured by (arXiv 2208.06366 section 3.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..config.downstream import FinetuneConfig
+from ..config.options import RunConfig
+from ..data.dataset import ImageFolder
+from ..data.find import find_split
+from ..data.loaders import choose_loader
+from ..data.views import EvalView
+from ..distributed import World, autocast_dtype
+from ..errors import UserError
+from ..models.classifier import Classifier, ClassifierConfig
+from ..runs.files import write_atomically
+from ..runs.folder import RunFolder
+from ..training.images import checked_images
+from ..weights.build import vit_config
+from ..weights.files import read
+from ..weights.start import describe_new, start_classifier
+from .evaluation import columns_of, evaluate
+
+CLASSES = "classes.json"  # in the run folder: the names of the classes, in the order of the logits
+# a new head starts so small that the first gradients do not disturb the backbone (--init_scale of the reference's
+# run_class_finetuning.py)
+HEAD_SCALE = 1e-3
+POSITION = {"shared_relative": "relative"}  # the table that all blocks shared is copied into each
+SHAPE = ("dim", "depth", "heads", "patch_size")
+
+
+def start_model(config: FinetuneConfig, classes: list[str], say: Callable[[str], None]) -> Classifier:
+    """A classifier with the weights that the config names, at its image size and drop path, and a head for the classes.
+
+    The head is kept where the weights are a classifier's with these very classes (a run folder tells; of a file's as
+    many are taken for the same).
+
+    Raises:
+        UserError: the weights are of another shape than the options say; CheckpointError: they cannot be read.
+    """
+    if config.from_scratch:
+        model = Classifier(ClassifierConfig(vit_config(config, position="relative"), len(classes)))
+        return _small_head(model)
+    loaded = read(config.weights)
+    backbone = loaded.backbone(heads=config.heads)
+    wrong = [
+        f"--{n.replace('_', '-')} {getattr(backbone, n)}" for n in SHAPE if getattr(backbone, n) != getattr(config, n)
+    ]
+    if wrong:
+        raise UserError(
+            f"{config.weights} has another shape than these options: give it as {' '.join(wrong)}, choose the --preset "
+            "of that size, or name other weights."
+        )
+    position = POSITION.get(backbone.position, backbone.position)
+    own = ("image_size", "drop_path", "attention", "checkpointing", "init_std")
+    shape = {name: value for name, value in dataclasses.asdict(backbone).items() if name not in own}
+    model = Classifier(ClassifierConfig(vit_config(config, **{**shape, "position": position}), len(classes)))
+    state = loaded.ours
+    if (known := stored_classes(config.weights)) is not None and known != classes:
+        state = {name: value for name, value in state.items() if not name.startswith("head.")}
+    new = start_classifier(model, state, str(config.weights))
+    say(f"weights from {config.weights}; {describe_new(new)}")
+    return _small_head(model) if "head.weight" in new else model
+
+
+def _small_head(model: Classifier) -> Classifier:
+    with torch.no_grad():
+        model.head.weight.mul_(HEAD_SCALE)
+        model.head.bias.mul_(HEAD_SCALE)
+    return model
+
+
+def stored_classes(run: Path) -> list[str] | None:
+    """The classes that a fine-tuning wrote into its run folder; None if this is none."""
+    file = run / CLASSES
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def store_classes(run: RunFolder, classes: list[str]) -> None:
+    """Write them, or refuse if the run was trained for others."""
+    known = stored_classes(run.path)
+    if known is not None and known != classes and any(run.checkpoints.glob("step_*")):
+        raise UserError(
+            f"{run.path} was trained for {len(known)} classes ({', '.join(known[:5])}, ...), --data has {len(classes)} "
+            f"({', '.join(classes[:5])}, ...). Restore the class folders, or choose another --out."
+        )
+    if run.writes:
+        write_atomically(run.path / CLASSES, json.dumps(classes) + "\n")
+
+
+def labelled_images(
+    folder: Path,
+    split: str | None,
+    name: str,
+    config: RunConfig,
+    run: RunFolder,
+    world: World,
+    *,
+    view: EvalView,
+    min_size: int,
+) -> ImageFolder:
+    """A folder's images for evaluation. ``name``: of the list that is kept beside the run."""
+    images = checked_images(folder, split, config, run, world, min_size=min_size, name=f"_{name}", labelled=True)
+    return ImageFolder(images, view, loader=choose_loader(config.loader)[0], device=world.device)
+
+
+def crop_share(crop_pct: float | None, image_size: int) -> float:
+    """--crop-pct, or what the reference evaluates with: 224/256 below 384 pixels, the whole shorter side from there."""
+    if crop_pct is not None:
+        return crop_pct
+    return 224 / 256 if image_size < 384 else 1.0
+
+
+def validation_images(config: FinetuneConfig) -> tuple[Path, str | None] | None:
+    """--val, or --data with its split, val or else test; None without either."""
+    if config.val is not None:
+        return config.val, None
+    split = find_split(config.data, "val", "test")
+    return None if split is None else (config.data, split)
+
+
+class Validation:
+    """Evaluates at the ends of epochs: a line in the log, evaluation.jsonl and, in the end, results.json."""
+
+    def __init__(self, config: FinetuneConfig, classes: list[str], run: RunFolder, world: World):
+        self.config, self.run, self.world = config, run, world
+        folder, split = validation_images(config)
+        view = EvalView(config.image_size, crop_share(config.crop_pct, config.image_size))
+        self.dataset = labelled_images(folder, split, "val", config, run, world, view=view, min_size=config.patch_size)
+        self.columns = columns_of(self.dataset.images, classes, self.dataset.images.root)
+
+    def __call__(self, step: int, models: dict[str, nn.Module], progress: Callable[[], None]) -> dict[str, dict]:
+        """The results by model, logged."""
+        results = {
+            name: evaluate(
+                model,
+                self.dataset,
+                self.columns,
+                self.world,
+                batch_size=self.config.eval_batch_size,
+                workers=self.config.workers,
+                amp=autocast_dtype(self.config.precision, self.world.device),
+                progress=progress,
+            )
+            for name, model in models.items()
+        }
+        for name, found in results.items():
+            self.run.print(f"evaluation  step {step}  {name:<8} {describe(found, len(self.columns))}")
+        self.run.metrics(
+            step,
+            {f"{name}_{key}": v for name, found in results.items() for key, v in found.items()},
+            "evaluation.jsonl",
+        )
+        if self.run.writes:
+            content = {"step": step, "classes": len(self.columns), **results}
+            write_atomically(self.run.path / "results.json", json.dumps(content, indent=2) + "\n")
+        return results
+
+
+def describe(found: dict[str, float], classes: int) -> str:
+    """A line of the log. Top-5 is told of more than five classes, where it says something."""
+    top5 = f"  top-5 {found['top5']:.2%}" if classes > 5 else ""
+    return f"top-1 {found['top1']:.2%}{top5}  loss {found['loss']:.3f}  {found['images']:,} images"

@@ -1,0 +1,98 @@
+"""The frozen networks that can be probed: of a run, of its shape with random weights, or a tokenizer's teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...config.downstream import ProbeConfig
+from ...config.training import TokenizerConfig
+from ...errors import UserError
+from ...models.classifier import Classifier
+from ...models.student import Student
+from ...models.tokenizer import Tokenizer
+from ...runs.checkpoints import latest_weights
+from ...runs.folder import CONFIG, read_config
+from ...teachers import TAUGHT_BY, create_teacher
+from .features import KINDS, feature_names, global_features
+
+TITLES = {Student: "pre-trained", Tokenizer: "VQ-KD encoder", Classifier: "fine-tuned"}
+Run = tuple[nn.Module, object]  # what ``load_run_model`` gives
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """features: images [B, 3, image_size, image_size] in [0, 1] -> [B, columns, C]. key: see ``Extractor``."""
+
+    title: str
+    image_size: int
+    columns: list[str]
+    features: Callable[[Tensor], Tensor]
+    key: str = ""
+
+
+def choose_backbone(config: ProbeConfig, run: Run, device: torch.device) -> Backbone:
+    """The one that --backbone names. ``run``: the model of --run and its config."""
+    model, stored = run
+    if config.backbone == "teacher":
+        if config.layers:
+            raise UserError("--layers are those of the network of --run; a teacher is probed as a whole. Leave it out.")
+        return teacher(_tokenizer_run(config, stored), device)
+    if any(layer > stored.depth for layer in config.layers):
+        raise UserError(f"--layers {' '.join(map(str, config.layers))}: the network has {stored.depth} blocks")
+    if config.backbone == "untrained":
+        return untrained(config, run, config.seed, device)
+    key = f"{latest_weights(config.run).resolve()}/{config.layers}"
+    features = global_features(model.to(device), config.layers)
+    return Backbone(TITLES[type(model)], stored.image_size, feature_names(config.layers), features, key)
+
+
+def untrained(config: ProbeConfig, run: Run, seed: int, device: torch.device) -> Backbone:
+    """A network of the shape of --run with the random weights of its training's start, other ones for each seed."""
+    model, stored = run
+    torch.manual_seed(1000 + seed)
+    fresh = type(model)(model.config).to(device).eval()
+    features = global_features(fresh, config.layers)
+    return Backbone("untrained", stored.image_size, feature_names(config.layers), features)
+
+
+def teacher(tokenizer: Path, device: torch.device) -> Backbone:
+    """The mean of the patch features from which a tokenizer learnt."""
+    stored = read_config(TokenizerConfig, tokenizer)
+    grid = (stored.image_size // stored.patch_size,) * 2
+    network = create_teacher(stored.teacher, grid, stored.teacher_weights).to(device)
+    return Backbone(
+        f"teacher ({stored.teacher})",
+        stored.teacher_image_size or stored.image_size,
+        [KINDS["mean"]],
+        lambda images: network(images, grid).mean(1)[:, None],
+        f"{stored.teacher}/{stored.teacher_weights}/{grid}",
+    )
+
+
+def labels_seen(config: ProbeConfig, run: Run) -> str:
+    """What is to be said beside the numbers: whether a label was in the trainings behind them."""
+    model, stored = run
+    if isinstance(model, Classifier) and config.backbone == "trained":
+        return "The backbone was fine-tuned with labels."
+    tokenizer = config.tokenizer or (config.run if isinstance(model, Tokenizer) else getattr(stored, "tokenizer", None))
+    if tokenizer is None or not (tokenizer / CONFIG).is_file():
+        return "The trainings here saw no label; what the tokenizer's teacher learnt from is not known here."
+    name = read_config(TokenizerConfig, tokenizer).teacher
+    learnt = TAUGHT_BY.get(name, "what its source says")
+    return f"The teacher ({name}) learnt from {learnt}; nothing else here saw a label."
+
+
+def _tokenizer_run(config: ProbeConfig, stored: object) -> Path:
+    if config.tokenizer is not None:
+        return config.tokenizer
+    if isinstance(stored, TokenizerConfig):
+        return config.run
+    raise UserError(
+        f"--backbone teacher: {config.run} is no tokenizer's run folder. Give the one whose teacher you mean with "
+        "--tokenizer."
+    )

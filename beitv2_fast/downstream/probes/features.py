@@ -1,0 +1,121 @@
+"""The features that the probes read: computed once for every image, kept beside the run, shared by all probes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...data.dataset import ImageFolder
+from ...data.images import ImageList
+from ...data.loaders import choose_loader, keyed_loader
+from ...data.sampler import rank_share
+from ...data.views import EvalView
+from ...distributed import World
+from ...models.classifier import Classifier
+from ...models.features import features
+from ...models.student import Student
+from ...models.tokenizer import Tokenizer
+from ...runs.checkpoints import read_weights, save_weights
+from ...runs.files import atomically
+
+KINDS = {"cls": "CLS token", "mean": "mean of patches"}  # of the whole model, in the order of ``global_features``
+Features = dict[str, Tensor]  # by split
+
+
+def global_features(model: Student | Classifier | Tokenizer, layers: Sequence[int] = ()) -> Callable[[Tensor], Tensor]:
+    """Images [B, 3, H, W] in [0, 1] -> global features [B, 2 + 2 layers, C].
+
+    First the CLS token and the mean of the patches that ``models.features`` gives, in the order of ``KINDS``: of a
+    student the CLS token of the aggregation branch and the last layer's patches, both normed. Then for each block
+    (counted from 1) its CLS token and the mean of its patches as they are. One forward gives them all.
+    """
+    blocks = model.encoder.blocks if isinstance(model, Tokenizer) else model.blocks
+
+    def found(images: Tensor) -> Tensor:
+        tokens: dict[int, Tensor] = {}
+        hooks = [
+            blocks[layer - 1].register_forward_hook(lambda _, given, out, at=layer: tokens.update({at: out}))
+            for layer in layers
+        ]
+        try:
+            cls, patches = features(model, images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        columns = [cls, patches.mean(1)]
+        for layer in layers:
+            columns += [tokens[layer][:, 0], tokens[layer][:, 1:].mean(1)]
+        return torch.stack(columns, dim=1)
+
+    return found
+
+
+def feature_names(layers: Sequence[int]) -> list[str]:
+    """Of the columns of ``global_features``."""
+    return [*KINDS.values(), *(f"{title}, block {layer}" for layer in layers for title in KINDS.values())]
+
+
+class Extractor:
+    """Runs a feature function over all splits. What it made lies in the run folder, so a stopped probe goes on there.
+
+    The ranks share the images; rank 0 gets the features of all of them, which it alone writes and fits classifiers to.
+
+    Args:
+        splits: the images. folder: for the files.
+    """
+
+    def __init__(self, splits: dict[str, ImageList], folder: Path, world: World, *, batch_size: int, workers: int):
+        self.splits, self.folder, self.world = splits, folder, world
+        self.device, self.batch_size, self.workers = world.device, batch_size, workers
+
+    @torch.inference_mode()
+    def __call__(self, name: str, size: int, function: Callable[[Tensor], Tensor], key: str = "") -> Features:
+        """Features [N, ...] on the CPU by split, on rank 0; on the others nothing.
+
+        Args:
+            size: of the images that the function reads. key: tells features apart that differ though all else is the
+                same, such as the checkpoint; "": they are not kept.
+        """
+        found = {split: self._split(name, split, size, function, key) for split in self.splits}
+        return found if self.world.rank == 0 else {}
+
+    def _split(self, name: str, split: str, size: int, function: Callable[[Tensor], Tensor], key: str) -> Tensor | None:
+        images = self.splits[split]
+        told = hashlib.sha256(f"{name}/{key}/{size}/{images.root}/{images.fingerprint}".encode()).hexdigest()[:16]
+        file = self.folder / f"{split}_{told}.safetensors"
+        first = self.world.rank == 0
+        if self.world.first(int(bool(key) and file.is_file())):
+            return read_weights(file)["features"] if first else None
+        found = self._computed(f"{name} ({split})", images, size, function)
+        if key and first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            atomically(file, lambda temporary: save_weights({"features": found}, temporary))
+        return found
+
+    def _computed(
+        self, title: str, images: ImageList, size: int, function: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
+        from tqdm import tqdm
+
+        world, total = self.world, len(images)
+        keys = rank_share(total, world.rank, world.size)
+        keys += [(0, 0)] * (-(-total // world.size) - len(keys))  # the same batches everywhere; cut off below
+        loader, _ = choose_loader("auto")
+        dataset = ImageFolder(images, EvalView(size, 1.0), loader=loader, device=self.device)
+        batches = keyed_loader(dataset, keys, self.batch_size, self.workers)
+        found: Tensor | None = None
+        done = 0
+        for batch in tqdm(batches, desc=title, unit="batch", leave=False, dynamic_ncols=True, disable=world.rank > 0):
+            own = function(batch["image"].to(self.device)).float()
+            parts = world.gather(own)
+            if world.rank == 0:
+                rows = torch.stack(parts, 1).flatten(0, 1).cpu()  # rank r has the images r, r + ranks, ...
+                if found is None:
+                    found = rows.new_empty(total, *rows.shape[1:])
+                found[done : done + len(rows)] = rows[: total - done]
+                done += len(rows)
+        return found

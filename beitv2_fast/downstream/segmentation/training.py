@@ -1,0 +1,216 @@
+"""Where a segmentation's training starts, what a step of it does, its schedule, and its validation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ...config.downstream import SegmentConfig
+from ...distributed import World, autocast_dtype
+from ...errors import UserError
+from ...models.positions import resize_positions
+from ...runs.checkpoints import latest_weights, load_model, read_weights
+from ...runs.files import write_atomically
+from ...runs.folder import RunFolder, read_config, stored_config
+from ...training.images import checked_images
+from ...weights.build import vit_config
+from ...weights.files import read
+from ...weights.start import describe_new, to_classifier
+from ..classification import POSITION, SHAPE
+from .evaluation import Slide, evaluate
+from .masks import MaskList, find_masks, label_table, training_folders
+from .model import Segmenter, SegmenterConfig
+from .overlays import write_overlays
+from .views import SegmentationFolder, TrainView
+
+HEADS = ("fpn1.", "fpn2.", "fpn3.", "fpn4.", "decode_head.", "auxiliary_head.")
+LEFT_BEHIND = ("fc_norm.", "head.")  # of a classifier or a tokenizer's encoder
+LAST_LAYERS = ("decode_head.conv_seg.", "auxiliary_head.conv_seg.")
+
+
+def segmenter_config(config: SegmentConfig, num_classes: int, **vit: object) -> SegmenterConfig:
+    own = {name: getattr(config, name) for name in ("layers", "channels", "auxiliary_channels", "dropout")}
+    try:
+        return SegmenterConfig(vit_config(config, **vit), num_classes, **own)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{error}. Change --layers or --depth.") from error
+
+
+def start_segmenter(config: SegmentConfig, num_classes: int, say: Callable[[str], None]) -> Segmenter:
+    """A segmenter with the backbone that the config names, at its image size and drop path, with new heads.
+
+    The weights are a student's, a tokenizer's (its encoder), a classifier's, in any format, or another segmentation's,
+    whose heads are kept but for the last layers if the classes are of another number.
+
+    Raises:
+        UserError: the weights are of another shape than the options say; CheckpointError: they cannot be read.
+    """
+    if config.from_scratch:
+        say("random weights")
+        return Segmenter(segmenter_config(config, num_classes, position="relative"))
+    if is_segmentation(config.weights):
+        stored = read_config(SegmentConfig, config.weights)
+        state = read_weights(latest_weights(config.weights))
+        wrong = [n for n in (*SHAPE, "channels", "auxiliary_channels") if getattr(stored, n) != getattr(config, n)]
+        _check_shape(config, {n: getattr(stored, n) for n in wrong})
+        position = "absolute" if "pos_embed" in state else "relative"
+        scale = config.layer_scale or 0.1 if "blocks.0.gamma_1" in state else 0.0
+        shape = {"position": position, "layer_scale": scale}
+    else:
+        loaded = read(config.weights)
+        backbone = loaded.backbone(heads=config.heads)
+        _check_shape(config, {n: getattr(backbone, n) for n in SHAPE if getattr(backbone, n) != getattr(config, n)})
+        own = ("image_size", "drop_path", "attention", "checkpointing", "init_std")
+        shape = {name: value for name, value in dataclasses.asdict(backbone).items() if name not in own}
+        shape["position"] = POSITION.get(backbone.position, backbone.position)
+        state = to_classifier(loaded.ours)
+    model = Segmenter(segmenter_config(config, num_classes, **shape))
+    new = load_backbone(model, state, str(config.weights))
+    say(f"weights from {config.weights}; {describe_new(new)}")
+    return model
+
+
+def load_backbone(model: Segmenter, state: dict[str, Tensor], source: str) -> list[str]:
+    """Load what a classifier's or segmenter's weights have for a segmenter; positions are resized to its image size.
+
+    Returns:
+        the names of the parameters that keep their initial values: those of the heads, or of their last layers.
+
+    Raises:
+        CheckpointError: anything else is missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    state = {name: value for name, value in state.items() if not name.startswith(LEFT_BEHIND)}
+    state = resize_positions(state, model)
+    for name in [name for name in state if name.startswith(LAST_LAYERS) and state[name].shape != own[name].shape]:
+        del state[name]
+    new = [name for name in own if name.startswith(HEADS) and name not in state]
+    load_model(model, {**state, **{name: own[name] for name in new}}, source)
+    return new
+
+
+def is_segmentation(path: Path) -> bool:
+    """Whether it is the run folder of a segmentation."""
+    return (path / "config.json").is_file() and "auxiliary_weight" in stored_config(path)
+
+
+def _check_shape(config: SegmentConfig, wrong: dict[str, object]) -> None:
+    if wrong:
+        options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in wrong.items())
+        raise UserError(
+            f"{config.weights} has another shape than these options: give it as {options}, choose the --preset of that "
+            "size, or name other weights."
+        )
+
+
+def load_segmenter(run: Path) -> tuple[Segmenter, SegmentConfig]:
+    """The model of a segmentation's run folder, from its newest checkpoint, in eval mode."""
+    if not is_segmentation(run):
+        raise UserError(f"{run} is no run folder of a segmentation. Name one that train/segment.py wrote.")
+    config, path = read_config(SegmentConfig, run), latest_weights(run)
+    state = read_weights(path)
+    scale = (config.layer_scale or 0.1) if "blocks.0.gamma_1" in state else 0.0
+    position = "absolute" if "pos_embed" in state else "relative"
+    num_classes = state["decode_head.conv_seg.weight"].shape[0]
+    model = Segmenter(segmenter_config(config, num_classes, position=position, layer_scale=scale))
+    load_model(model, state, str(path))
+    return model.eval(), config
+
+
+def checked_pairs(
+    folders: tuple[Path, Path], config: SegmentConfig, run: RunFolder, world: World, name: str = ""
+) -> tuple[object, MaskList]:
+    """The images and masks of two folders, checked once: rank 0 decodes them all, the others read what it wrote."""
+    images = checked_images(folders[0], None, config, run, world, min_size=1, name=name)
+
+    def masks() -> MaskList:
+        return find_masks(images, folders[1].resolve(), run.path / f"masks{name}.json", config.workers)
+
+    if world.rank == 0:
+        found = masks()
+    world.barrier()
+    return images, found if world.rank == 0 else masks()
+
+
+def training_folder(config: SegmentConfig, run: RunFolder, world: World) -> tuple[SegmentationFolder, int]:
+    """The training's images and masks, and the number of classes."""
+    if len(set(config.label_values)) < len(config.label_values):
+        raise UserError(f"--label-values {config.label_values} names a label twice; each is one class.")
+    if config.loader == "dali":
+        raise UserError("--loader dali: images and masks are cut by torchvision. Leave it out.")
+    images, masks = checked_pairs(training_folders(config.data), config, run, world)
+    table = label_table(config.ignore_labels, config.reduce_zero_label, config.label_values)
+    masks.check_foreground(table)
+    num_classes = len(config.label_values) or config.num_classes or masks.largest_label(table) + 1
+    if num_classes < 2:
+        raise UserError(f"the masks in {masks.root} have labels of {num_classes} classes that count; 2 are needed.")
+    masks.check_range(table, num_classes)
+    if doubt := masks.doubt(table, num_classes):
+        run.print(f"warning: {doubt}")
+    view = TrainView(
+        config.image_size, config.base_size or config.image_size, config.scale_range, config.max_class_share,
+        config.distortion,
+    )  # fmt: skip
+    folder = SegmentationFolder(images, masks, table, view, config.seed, in_memory=config.in_memory)
+    run.print(f"images: {len(images):,} from {images.root}, masks of {num_classes} classes from {masks.root}")
+    return folder, num_classes
+
+
+class Validation:
+    """Evaluates at the ends of epochs: a line in the log, evaluation.jsonl, results.json, and overlays in the end."""
+
+    def __init__(
+        self, config: SegmentConfig, folders: tuple[Path, Path], num_classes: int, run: RunFolder, world: World
+    ):
+        self.config, self.num_classes, self.run, self.world = config, num_classes, run, world
+        images, masks = checked_pairs(folders, config, run, world, "_val")
+        table = label_table(config.ignore_labels, config.reduce_zero_label, config.label_values)
+        masks.check_range(table, num_classes)
+        if doubt := masks.doubt(table, num_classes):
+            run.print(f"warning: {doubt}")
+        self.folder = SegmentationFolder(images, masks, table)
+        stride = config.stride or max(config.image_size * 2 // 3, 1)
+        self.slide = Slide(
+            config.image_size, stride, config.base_size or config.image_size, batch=config.eval_batch_size
+        )
+
+    def __call__(
+        self, step: int, models: dict[str, nn.Module], progress: Callable[[], None], last: bool = True
+    ) -> None:
+        model, results = models["weights"], {}
+        slides = {"weights": self.slide}
+        if self.config.multi_scale and last:
+            slides["multi_scale"] = dataclasses.replace(self.slide, scales=self.config.scales, flip=True)
+        drawn = self._drawn()
+        for name, slide in slides.items():
+            scores = evaluate(
+                model, self.folder, self.num_classes, slide, self.world, workers=self.config.workers,
+                amp=autocast_dtype(self.config.precision, self.world.device), keep=drawn, progress=progress,
+            )  # fmt: skip
+            numbers = scores.numbers()
+            self.run.print(f"evaluation  step {step}  {name:<11} {describe(numbers)}")
+            results[name] = {**numbers, "iou": [None if x != x else x for x in scores.iou().tolist()]}
+            self.run.metrics(step, {f"{name}_{key}": v for key, v in numbers.items()}, "evaluation.jsonl")
+        if self.run.writes:
+            content = {"step": step, "classes": self.num_classes, **results}
+            write_atomically(self.run.path / "results.json", json.dumps(content, indent=2) + "\n")
+            write_overlays(self.run, step, self.folder, scores.predictions)
+
+    def _drawn(self) -> list[int]:
+        """Images spread evenly over rank 0's."""
+        own = list(range(0, len(self.folder), self.world.size))
+        count = min(self.config.overlays, len(own))
+        return [own[i * len(own) // count] for i in range(count)]
+
+
+def describe(numbers: dict[str, float]) -> str:
+    return (
+        f"mIoU {numbers['miou']:.2%}  mAcc {numbers['macc']:.2%}  aAcc {numbers['aacc']:.2%}  "
+        f"{numbers['images']:,} images"
+    )

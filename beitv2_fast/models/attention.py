@@ -1,0 +1,151 @@
+"""Attention with an additive position bias: one function, and the choice of what computes it.
+
+| implementation | where | why |
+|---|---|---|
+| native | CPU | ``kernels.attention``: never holds the scores of all images; fastest there (bench/README.md) |
+| xformers | NVIDIA GPUs up to compute capability 9.0 | fused, with a gradient for the bias |
+| sdpa | all other devices; anywhere by request | ``F.scaled_dot_product_attention`` |
+| math | CPU without compiled ops; anywhere by request | the definition, in plain PyTorch |
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UserError
+from ..kernels import attention as native_attention
+from ..kernels.attention.reference import attention_reference
+from ..kernels.native import native_ops
+
+IMPLEMENTATIONS = ("auto", "native", "xformers", "sdpa", "math")
+XFORMERS_CAPABILITY = (9, 0)  # the newest that its kernel with a learnt bias supports
+ALIGNED = 8  # its rows of the bias must start at multiples of so many elements
+
+
+def attention(qkv: Tensor, bias: Tensor | None, implementation: str = "auto") -> Tensor:
+    """``softmax(q k^T / sqrt(d) + bias) v``.
+
+    Args:
+        qkv: [B, N, 3, H, d]. bias: [1, H, N, N] from ``prepare_bias``, or None. It may need a gradient.
+        implementation: one of ``IMPLEMENTATIONS``; "auto" is resolved by ``choose_attention``.
+
+    Returns:
+        [B, N, H * d] in qkv's dtype.
+    """
+    name = choose_attention(implementation, qkv.device.type)
+    if name == "native":
+        return native_attention(qkv, bias).flatten(2)
+    if name == "xformers":
+        return _xformers(qkv, bias).flatten(2)
+    if name == "math":
+        return attention_reference(qkv, bias, qkv.shape[-1] ** -0.5)[0].flatten(2)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, d]
+    mask = None if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def prepare_bias(bias: Tensor, implementation: str) -> Tensor:
+    """[1, H, N, N] as the implementation reads it, done once a forward for all layers: dtype and alignment.
+
+    ``native`` and ``math`` add it in fp32; the others in the dtype of autocast. xformers' rows are aligned.
+    """
+    name = choose_attention(implementation, bias.device.type)
+    if name in ("native", "math"):
+        return bias
+    device = bias.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        bias = bias.to(torch.get_autocast_dtype(device))
+    if name == "xformers":
+        tokens = bias.shape[-1]
+        bias = F.pad(bias, (0, -tokens % ALIGNED))[..., :tokens]
+    return bias
+
+
+def choose_attention(implementation: str, device_type: str) -> str:
+    """What computes attention on this type of device; ``UserError`` if what was asked for cannot run here."""
+    return _choose(implementation, device_type)
+
+
+# The mark that torch.compiler.assume_constant_result makes; the decorator itself would import torch._dynamo, which
+# takes as long as the rest of the package.
+choose_attention._dynamo_marked_constant = True
+
+
+@functools.cache  # once a process: the look at xformers imports it
+def _choose(implementation: str, device_type: str) -> str:
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"attention must be one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
+    if implementation == "auto":
+        if device_type == "cpu":
+            return "native" if native_ops() else "math"
+        return "xformers" if device_type == "cuda" and _xformers_runs() else "sdpa"
+    if implementation == "native" and not (device_type == "cpu" and native_ops()):
+        raise UserError(
+            f"attention 'native' is a C++ op for CPUs, and this is {device_type}"
+            f"{', where it was not compiled' if device_type == 'cpu' else ''}. Use auto, sdpa or math."
+        )
+    if implementation == "xformers" and (problem := xformers_problem(device_type)):
+        raise UserError(f"attention 'xformers' cannot run here: {problem} Or use auto or sdpa.")
+    return implementation
+
+
+def _xformers_runs() -> bool:
+    """Whether xformers can be used; one that is installed but broken is worth a warning, an absent one is not."""
+    try:
+        import xformers  # noqa: F401
+    except ImportError:
+        return False
+    if problem := xformers_problem("cuda", of_installation=True):
+        warnings.warn(f"beitv2_fast: {problem} Until then F.scaled_dot_product_attention runs.", stacklevel=2)
+        return False
+    return xformers_problem("cuda") is None
+
+
+def xformers_problem(device_type: str, *, of_installation: bool = False) -> str | None:
+    """Why xformers cannot compute attention, with what to do about it; None if it can."""
+    if device_type != "cuda":
+        return f"it has no kernel for {device_type}."
+    try:
+        import xformers.ops  # noqa: F401
+        from xformers import _cpp_lib
+    except ImportError as error:
+        return f"it could not be imported ({error}). Install it with: pip install 'beitv2-fast[gpu]'."
+    if (failure := _cpp_lib._cpp_library_load_exception) is not None:
+        return _cure(failure)
+    if of_installation:
+        return None
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip or capability > XFORMERS_CAPABILITY:
+        limit = ".".join(map(str, XFORMERS_CAPABILITY))
+        return f"its kernel with a learnt bias supports NVIDIA GPUs up to compute capability {limit}, not this one."
+    return None
+
+
+def _cure(failure: Exception) -> str:
+    """What to do about a CUDA library of xformers that does not load."""
+    cause = str(failure.__cause__ or failure).strip().split("\n")[0]
+    if "libcudart" in cause:
+        return (
+            f"xformers is installed, but its CUDA part misses a library ({cause}): it was built for CUDA 12. Install "
+            "that library beside your torch: pip install nvidia-cuda-runtime-cu12."
+        )
+    return (
+        f"xformers is installed, but its CUDA part does not load ({cause}): it was built for another torch or Python "
+        f"than torch {torch.__version__}. Install the xformers of your torch's version, and "
+        "nvidia-cuda-runtime-cu12 if torch is built for a newer CUDA than 12."
+    )
+
+
+def _xformers(qkv: Tensor, bias: Tensor | None) -> Tensor:
+    """memory_efficient_attention: [B, N, H, d] inputs, and the bias expanded over the batch, not broadcast."""
+    from xformers.ops import memory_efficient_attention
+
+    q, k, v = qkv.unbind(2)
+    if bias is not None:
+        bias = bias.to(q.dtype).expand(q.shape[0], -1, -1, -1)
+    return memory_efficient_attention(q, k, v, attn_bias=bias)

@@ -1,0 +1,305 @@
+"""The fused quantizer behind the signatures of other libraries' quantizers."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import codebook_search, vector_quantize
+from ..kernels.sampling import world
+from .quantizer import FusedVectorQuantizer
+
+SAME_LENGTH = 1e-5  # a code's length differs from 1 by less when it was normalised in fp32
+
+
+class Unsupported(ValueError):
+    """A quantizer uses an option that its adapter cannot keep."""
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    used = [name for name, value in options.items() if value]
+    if used:
+        raise Unsupported(f"the option {', '.join(used)} has no fused counterpart")
+
+
+def _refuse_unknown(module: nn.Module, known: str, of: str = "") -> None:
+    """Refuse what a copy of a class has beside the ``known`` attributes, parameters, buffers and submodules."""
+    tables = (vars(module), module._parameters, module._buffers, module._modules)
+    unknown = {name: value for table in tables for name, value in table.items() if name[0] != "_"}
+    for name in ("training", *known.split()):
+        unknown.pop(name, None)
+    _refuse({of + name: not isinstance(value, bool | int | float | None) or value for name, value in unknown.items()})
+
+
+class NormEMAAdapter(FusedVectorQuantizer):
+    """For NormEMAVectorQuantizer of BEiT v2 and the projects that copied it: [B, C, H, W] -> (z_q, loss, indices).
+
+    Exact parity, so dead codes stay dead unless ``dead_after`` is given, ``embedding.update = False`` is ``freeze()``,
+    and codes of other than unit length are searched by their distance from l2(z). Checkpoints with the reference's
+    names load. Not read, as by the original: ``eps``, ``embedding.decay`` and the statistics of ``embedding``.
+    Different: statistics are always summed over ranks.
+    """
+
+    has_unit_codes = False  # loading leaves the codes' lengths as they are
+
+    def __init__(self, module: nn.Module, **options: Any):
+        known = "num_tokens codebook_dim beta decay embedding cluster_size statistic_code_usage all_reduce_fn"
+        _refuse_unknown(module, known)
+        known = "num_tokens codebook_dim decay eps weight cluster_size embed_avg initted update"
+        _refuse_unknown(module.embedding, known, "embedding.")
+        kept = {
+            "decay": module.decay,
+            "commitment_weight": module.beta,
+            "channel_last": False,
+            "dead_after": 0.0,
+            "kmeans_init": not bool(module.embedding.initted),
+        }
+        super().__init__(module.num_tokens, module.codebook_dim, **{**kept, **options})
+        self.beta, self.decay, self.num_tokens, self.codebook_dim = (
+            module.beta,
+            module.decay,
+            module.num_tokens,
+            module.codebook_dim,
+        )
+        self.to(module.embedding.weight.device)
+        with torch.no_grad():
+            self.codebook.copy_(module.embedding.weight)
+            if getattr(module, "cluster_size", None) is not None:
+                self.cluster_size.copy_(module.cluster_size)
+        self._look_at_lengths()
+        if not getattr(module.embedding, "update", True):
+            self.freeze()
+
+    def _look_at_lengths(self) -> None:
+        self.by_distance = not self.codebook.is_meta and bool(
+            self.initialized and ((self.codebook.norm(dim=-1) - 1).abs() > SAME_LENGTH).any()
+        )
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._look_at_lengths()
+
+    def _nearest(self, x: Tensor, codes: Tensor) -> Tensor:
+        if not self.by_distance:
+            return super()._nearest(x, codes)
+        y = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+        return codebook_search(y, codes, metric="euclidean").indices
+
+    def _quantize(self, x: Tensor, codebook: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if self.by_distance and keep is None:  # with a mask, _nearest is asked
+            keep = torch.ones_like(x[:, 0], dtype=torch.bool)
+        return super()._quantize(x, codebook, keep)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out = super().forward(z)
+        return out.quantized, out.loss, out.indices.flatten()
+
+    def reset_cluster_size(self, device: torch.device | None = None) -> None:
+        super().reset_cluster_size()
+
+
+class VectorQuantizeAdapter(FusedVectorQuantizer):
+    """For VectorQuantize of vector-quantize-pytorch, cosine and Euclidean, learnt by EMA or frozen.
+
+    Kept: heads with one or with separate codebooks, projections, layouts, mask and lens, commitment weight, decay, eps,
+    straight-through and rotation trick, dead-code threshold, k-means start, loss breakdown, ``freeze_codebook`` of the
+    module (``freeze()``) and of a call. Different: a masked cosine quantizer's commitment loss compares unit vectors,
+    as its unmasked one does; statistics are always summed over ranks, so among several a module that does not is
+    refused; k-means waits for the first batch in training mode; a vector shorter than 1e-6 passes the rotation straight
+    through.
+    """
+
+    has_unit_codes = False  # as the original's: searched as they are
+
+    def __init__(self, module: nn.Module, **options: Any):
+        book = module._codebook
+        gumbel = getattr(book.gumbel_sample, "keywords", {})
+        _refuse(
+            {
+                "learnable_codebook": book.learnable_codebook,
+                "orthogonal_reg_weight": module.has_codebook_orthogonal_loss,
+                "codebook_diversity_loss_weight": module.has_codebook_diversity_loss,
+                "commitment_use_cross_entropy_loss": module.commitment_use_cross_entropy_loss,
+                "stochastic_sample_codes": gumbel.get("stochastic"),
+                "straight_through": gumbel.get("straight_through"),
+                "directional_reparam": module.directional_reparam,
+                "in_place_codebook_optimizer": module.in_place_codebook_optimizer,
+                "affine_param": book.affine_param,
+                "sync_update_v": module.sync_update_v,
+                "vq_bridge": book.vq_bridge,
+                "manual_ema_update": book.manual_ema_update,
+                "route_gradients_to_input=False": not module.route_gradients_to_input,
+                "ema_update=False with threshold_ema_dead_code": not book.ema_update and book.has_dead_code_replacement,
+                "sync_codebook=False (the default of a module built before init_process_group)": (
+                    world()[1] > 1 and not book.use_ddp
+                ),
+                "sync_kmeans=False": book.use_ddp and book.kmeans_all_reduce_fn is not dist.all_reduce,
+            }
+        )
+        kept = {
+            "metric": "cosine" if module.use_cosine_sim else "euclidean",
+            "learning": "sum_ema" if book.ema_update else "frozen",
+            "decay": book.decay,
+            "eps": book.eps,
+            "commitment_weight": max(float(module.commitment_weight), 0.0),
+            "gradient": "rotation" if module.rotation_trick else "straight_through",
+            "heads": module.heads,
+            "share_codebook": not module.separate_codebook_per_head,
+            "kmeans_init": not bool(book.initted),
+            "kmeans_iterations": book.kmeans_iters,
+            "dead_after": 0.0,
+            "dead_below": float(book.threshold_ema_dead_code),
+            "track_eval_usage": False,
+        }
+        super().__init__(module.codebook_size, book.embed.shape[-1] * module.heads, **{**kept, **options})
+        self.project_in, self.project_out = module.project_in, module.project_out
+        self.codebook_size, self.heads = module.codebook_size, module.heads
+        self.separate_codebook_per_head, self.ema_update = module.separate_codebook_per_head, book.ema_update
+        self.channels_first = not module.channel_last or module.accept_image_fmap or module.accept_3d_fmap
+        self.zeros_for_padding = module.return_zeros_for_masked_padding
+        self.breakdown = sys.modules[type(module).__module__].LossBreakdown
+        self.to(book.embed.device)
+        with torch.no_grad():
+            for name, value in self._state().items():
+                if value.numel() and name in ("codebook", "cluster_size", "embed_avg"):
+                    value.copy_({"codebook": book.embed}.get(name, getattr(book, name, None)))
+        if module.freeze_codebook:
+            self.freeze()
+
+    def forward(
+        self,
+        x: Tensor,
+        indices: Tensor | None = None,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
+        *,
+        sample_codebook_temp: float | None = None,  # of no effect where codes are not drawn, as in the original
+        freeze_codebook: bool | None = None,
+        return_loss_breakdown: bool = False,
+        accum_ema_update: bool = False,
+        **unsupported: Any,
+    ) -> tuple[Tensor, ...]:
+        _refuse({name: value is not None for name, value in {"indices": indices, **unsupported}.items()})
+        _refuse({"accum_ema_update": accum_ema_update})
+        if lens is not None:
+            mask = torch.arange(x.shape[1], device=x.device) < lens[:, None]
+        last = x.movedim(1, -1) if self.channels_first and x.dim() > 2 else x
+        frozen = self.frozen
+        self.frozen = frozen if freeze_codebook is None else freeze_codebook
+        try:
+            out = super().forward(self.project_in(last), mask)
+        finally:
+            self.frozen = frozen
+        # In eval mode there is no loss, and no gradient past the quantizer.
+        quantized = self.project_out(out.quantized if self.training else out.quantized.detach())
+        loss = out.loss if self.training else torch.zeros_like(out.loss)
+        if mask is not None:
+            quantized = torch.where(mask[..., None], quantized, 0.0 if self.zeros_for_padding else last)
+        if last is not x:
+            quantized = quantized.movedim(-1, 1)
+        if not return_loss_breakdown:
+            return quantized, out.indices, loss
+        weight, zero = self.options.commitment_weight, torch.zeros_like(loss)
+        return quantized, out.indices, loss, self.breakdown(loss / weight if weight else zero, zero, zero, zero)
+
+    @property
+    def freeze_codebook(self) -> bool:
+        """As the original's attribute, which may be set."""
+        return self.frozen
+
+    @freeze_codebook.setter
+    def freeze_codebook(self, frozen: bool) -> None:
+        self._set_frozen(frozen)
+
+    @property
+    def _codebook(self) -> SimpleNamespace:
+        """What ResidualVQ reads: embed [codebooks, K, D]."""
+        return SimpleNamespace(embed=self._state()["codebook"])
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """The codes of indices, those of several heads side by side."""
+        return self._outward(self.decode(indices))
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """What ``forward`` returned with these indices."""
+        return self._outward(self.project_out(self.decode(indices)))
+
+    def _outward(self, codes: Tensor) -> Tensor:
+        return codes.movedim(-1, 1) if self.channels_first and codes.dim() > 2 else codes
+
+
+class EmbeddingAdapter(nn.Module):
+    """For quantizers whose codes are the weight of an ``nn.Embedding`` ``embedding`` that learns by gradient.
+
+    diffusers' VectorQuantizer (in VQModel) and taming-transformers' VectorQuantizer2: Euclidean, [B, C, H, W] ->
+    (z_q, loss, (None, None, indices)), with their attributes beta, legacy, remap, unknown_index and sane_index_shape.
+    The parameter is the same object as before: names in checkpoints and optimisers keep their meaning.
+    """
+
+    def __init__(self, module: nn.Module, **options: Any):
+        super().__init__()
+        known = "embedding n_e e_dim vq_embed_dim beta legacy remap used re_embed unknown_index sane_index_shape"
+        _refuse_unknown(module, known)
+        table = module.embedding  # whose options change gradients or weights
+        _refuse({f"embedding.{name}": getattr(table, name) for name in ("max_norm", "scale_grad_by_freq", "sparse")})
+        _refuse({"embedding.padding_idx": table.padding_idx is not None})
+        self.embedding = module.embedding
+        self.beta, self.legacy, self.sane_index_shape = module.beta, module.legacy, module.sane_index_shape
+        self.n_e, self.re_embed = module.n_e, module.re_embed
+        self.remap = module.remap
+        if self.remap is not None:
+            self.register_buffer("used", module.used)
+            self.unknown_index = module.unknown_index
+            numbers = torch.arange(len(module.used), device=module.used.device)
+            table = torch.full((self.n_e,), len(numbers), device=numbers.device)
+            table.scatter_reduce_(0, module.used.long(), numbers, "amin")  # code -> its first place in used
+            self.register_buffer("table", table, persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"num_codes={self.n_e}, beta={self.beta}, legacy={self.legacy}"
+
+    def forward(
+        self, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False
+    ) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
+        _refuse({"temp": temp not in (None, 1.0), "rescale_logits": rescale_logits, "return_logits": return_logits})
+        last = z.movedim(1, -1)
+        # legacy: the published models were trained with beta on the other term.
+        weights = (1.0, self.beta) if self.legacy else (self.beta, 1.0)
+        with torch.autocast(z.device.type, enabled=False):
+            out = vector_quantize(
+                last.reshape(-1, last.shape[-1]),
+                self.embedding.weight,
+                metric="euclidean",
+                commitment_weight=weights[0],
+                codebook_weight=weights[1],
+            )
+        quantized = out.quantized.view(last.shape).movedim(-1, 1).to(z.dtype).contiguous()
+        indices = out.indices
+        if self.remap is not None:
+            indices = self._to_used(indices)[:, None]
+        if self.sane_index_shape:
+            indices = indices.reshape(last.shape[:-1])
+        return quantized, out.loss.to(z.dtype), (None, None, indices)
+
+    def get_codebook_entry(self, indices: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+        """The codes of indices; ``shape`` [B, H, W, C], if given, makes them [B, C, H, W]."""
+        if self.remap is not None:
+            indices = indices.reshape(-1)
+            indices = self.used[torch.where(indices >= len(self.used), 0, indices)]
+        codes = self.embedding(indices)
+        return codes if shape is None else codes.view(shape).movedim(-1, 1).contiguous()
+
+    def _to_used(self, indices: Tensor) -> Tensor:
+        """Numbers of codes -> their places in ``used``; others become unknown_index, or any place for "random"."""
+        places = self.table[indices]
+        if self.unknown_index == "random":
+            unknown = torch.randint_like(places, self.re_embed)
+        else:
+            unknown = torch.full_like(places, int(self.unknown_index))
+        return torch.where(places == len(self.used), unknown, places)

@@ -1,0 +1,143 @@
+"""Everything that a report tells: what the run folders say, and what the models do with the photographs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config.show import ReportConfig
+from ...data.check import check_images
+from ...data.dataset import ImageFolder
+from ...data.find import find_images, held_out_images, sample_images
+from ...data.images import ImageList
+from ...errors import UserError
+from ...models.student import Student
+from ...models.tokenizer import Tokenizer
+from ...pictures import code_colours
+from ...runs.logs import read_logs
+from ...teachers.base import Teacher
+from ...weights.build import load_teacher
+from ..codes import CodeUsage, encode_images
+from ..guesses import Guesses, guess_hidden, pretrain_view
+from .downstream import Downstream, read_downstream
+from .stages import Stage, read_results, read_stage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Findings:
+    """What is known; tensors are None where the model they come from is missing.
+
+    images: those of the codebook's statistics, a sample of ``total_images``; codes: theirs, [images, N]; colours:
+    [K, 3]. shown: those of the examples, which the trainings did not see if ``held_out``; guesses: of their hidden
+    patches, on the crops of ``pretrain_view``. teacher: the tokenizer's. compared: metrics by name of a run.
+    """
+
+    tokenizer: Stage
+    pretrain: Stage
+    results: dict[str, Any] | None
+    no_results: str | None
+    images: ImageList
+    total_images: int
+    held_out: bool = False
+    codes: Tensor | None = None
+    usage: CodeUsage | None = None
+    colours: Tensor | None = None
+    shown: ImageList | None = None
+    guesses: Guesses | None = None
+    teacher: Teacher | None = None
+    no_teacher: str | None = None
+    downstream: list[Downstream] = field(default_factory=list)
+    compared: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+
+    @property
+    def hidden_usage(self) -> CodeUsage | None:
+        """How often each code is asked for on the pre-training's crops: what a guess can know without looking."""
+        if self.guesses is None:
+            return None
+        counts = torch.bincount(self.guesses.codes[self.guesses.masks], minlength=self.usage.num_codes)
+        return CodeUsage(counts)
+
+    def problems(self) -> list[str]:
+        """What is missing, one sentence or two each."""
+        found = [self.tokenizer.problem, self.pretrain.problem, self.no_results, self.no_teacher]
+        found += [run.problem for run in self.downstream]
+        found += [f"{name} has no training log (metrics.jsonl)." for name, log in self.compared.items() if not log]
+        return [problem for problem in found if problem is not None]
+
+
+def gather(config: ReportConfig, device: torch.device) -> Findings:
+    """Read the runs, and run the models on the photographs.
+
+    Raises:
+        UserError: nothing to report on, runs of the wrong kind or that do not belong together, no images.
+    """
+    tokenizer, pretrain = read_stage(config.tokenizer, Tokenizer), read_stage(config.pretrain, Student)
+    results, no_results = read_results(config.probe)
+    anything = (tokenizer.config, tokenizer.metrics, pretrain.config, pretrain.metrics, results, config.downstream)
+    if not any(anything):
+        raise UserError(
+            f"There is nothing to report on. {tokenizer.problem} {pretrain.problem} {no_results} "
+            "Name run folders with --tokenizer, --pretrain and --probe."
+        )
+    images = find_images(config.data, "train")
+    log.info(images.summary)
+    found = Findings(tokenizer, pretrain, results, no_results, images, len(images))
+    found.downstream = [read_downstream(run) for run in config.downstream]
+    found.compared = read_logs(config.compare)
+    if tokenizer.model is not None:
+        _check_belong(tokenizer.model, pretrain.model)
+        _add_codes(found, config, device)
+        if pretrain.model is not None:
+            _add_guesses(found, config, device)
+        if config.teacher and config.examples:
+            _add_teacher(found, device)
+    return found
+
+
+def _add_codes(found: Findings, config: ReportConfig, device: torch.device) -> None:
+    model: Tokenizer = found.tokenizer.model.to(device)
+    found.images = _readable(found.images, config, model.patch_size)
+    found.codes = encode_images(model, found.images, device, config.batch_size, config.workers)
+    found.usage = CodeUsage(torch.bincount(found.codes.flatten(), minlength=model.num_codes))
+    found.colours = code_colours(model.quantize.codebook.cpu(), found.usage.counts)
+    held_out = held_out_images(config.data)
+    found.held_out = held_out is not None
+    found.shown = found.images if held_out is None else _readable(held_out, config, model.patch_size)
+
+
+def _add_guesses(found: Findings, config: ReportConfig, device: torch.device) -> None:
+    tokenizer, student, trained = found.tokenizer.model, found.pretrain.model.to(device), found.pretrain.config
+    view = pretrain_view(trained, trained.image_size, tokenizer.config.encoder.image_size)
+    dataset = ImageFolder(found.shown, view, config.seed)
+    found.guesses = guess_hidden(student, tokenizer, dataset, device, config.batch_size, config.workers)
+
+
+def _add_teacher(found: Findings, device: torch.device) -> None:
+    """A report does without a teacher whose weights are not there."""
+    try:
+        found.teacher = load_teacher(found.tokenizer.config, found.tokenizer.model).to(device)
+    except UserError as error:
+        found.no_teacher = f"The tokenizer's teacher cannot be loaded: {error}"
+
+
+def _readable(images: ImageList, config: ReportConfig, min_size: int) -> ImageList:
+    """At most ``max_images`` of them, without those that cannot be decoded."""
+    chosen = images.subset(sample_images(images, config.max_images, config.seed))
+    return check_images(chosen, cache=None, min_size=min_size, workers=config.workers)
+
+
+def _check_belong(tokenizer: Tokenizer, student: Student | None) -> None:
+    if student is None:
+        return
+    ours, theirs = (tokenizer.num_codes, tokenizer.grid), (student.config.num_codes, student.grid)
+    if ours != theirs:
+        raise UserError(
+            f"The tokenizer has {ours[0]} codes on a grid of {ours[1]}, the pre-training predicts {theirs[0]} on "
+            f"{theirs[1]}: they do not belong together. Name the tokenizer that the pre-training used."
+        )

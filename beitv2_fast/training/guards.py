@@ -1,0 +1,187 @@
+"""Steps whose loss or gradient is NaN or Inf: skipped, counted, reported, and the end of the training if they go on."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import World
+from ..errors import UserError
+from ..runs.checkpoints import save_weights
+from ..runs.folder import RunFolder
+
+Batch = dict[str, Tensor]
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """The loss; if it is NaN or Inf, its gradient is NaN everywhere, which the sum over ranks tells all of them.
+
+    So every rank skips the same steps, with no message beside the gradient.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+class Undo:
+    """The buffers that a forward changes (codebook, statistics), to put back after a step that did not count."""
+
+    def __init__(self, model: nn.Module):
+        stored = model.state_dict().keys()
+        self.model = model
+        self.buffers = {name: b.clone() for name, b in model.named_buffers() if name in stored}
+
+    def __call__(self) -> None:
+        # Through load_state_dict, which tells modules that keep a copy of a buffer's value elsewhere.
+        self.model.load_state_dict(self.buffers, strict=False)
+
+
+class BadSteps:
+    """Counts bad steps. All ranks see the same ones (see ``poisoned``).
+
+    Args:
+        limit: so many in a row end the training. skipped: how many there were before this process started.
+        paths: the images' names, by index.
+    """
+
+    def __init__(self, run: RunFolder, world: World, limit: int, skipped: int, paths: list[str]):
+        self.run, self.world, self.limit, self.paths = run, world, limit, paths
+        self.skipped, self.in_a_row = skipped, 0
+        self._first: tuple[int, float, Batch] | None = None
+
+    def good(self) -> None:
+        self.in_a_row, self._first = 0, None
+
+    def bad(self, step: int, loss: float, norm: float, batch: Batch) -> None:
+        """Count and report one; UserError if it was one too many. ``loss`` is this rank's."""
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        if self._first is None or (math.isfinite(self._first[1]) and not math.isfinite(loss)):
+            self._first = step, loss, batch
+        self.run.print(
+            f"step {step} skipped: the loss is {loss} on rank {self.world.rank}, the gradient's norm {norm}; weights "
+            f"and codebook stay as they were ({self.in_a_row} in a row, {self.skipped} in all)"
+        )
+        if self.in_a_row >= self.limit:
+            self.stop(step)
+
+    def stop(self, step: int) -> None:
+        """Write the first bad batch of the row, on the ranks where it was, and raise UserError. Every rank calls it."""
+        mine = not math.isfinite(self._first[1])
+        write = not self.world.any(mine) or mine  # the collective first: every rank has to take part
+        said = f"The first batch that did it, with its images' names, is in {self.write()}. " if write else ""
+        raise UserError(
+            f"the loss or its gradient was NaN or Inf in {self.in_a_row} steps in a row, the last being {step}. "
+            "Nothing was saved since they began: the last checkpoint is good, and the same command resumes from it. "
+            f"{said}Otherwise lower --lr, lengthen --warmup-epochs, or use --precision fp32."
+        )
+
+    def write(self) -> Path:
+        """That batch as safetensors, its images' names in the file's metadata."""
+        step, loss, batch = self._first
+        file = self.run.path / f"bad_batch_step_{step:08d}_rank_{self.world.rank}.safetensors"
+        names = [self.paths[i] for i in batch["index"].tolist()] if "index" in batch else []
+        save_weights(batch, file, {"step": str(step), "loss": str(loss), "images": json.dumps(names)})
+        return file
+
+
+def stopping_signals() -> list[signal.Signals]:
+    """What asks this process to stop: a hangup too, unless it was told to outlive that."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, signal.SIGINT, *hangup]
+
+
+class StopSignal:
+    """SIGTERM, SIGINT and SIGHUP ask for a stop after the current step; a second Ctrl-C is obeyed at once.
+
+    A second SIGTERM is not: launchers pass on what their process group has already got, and would end the save. SIGHUP
+    comes from a terminal that is closed; under ``nohup`` it stays without effect.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in stopping_signals():
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[number])
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+EXIT_HUNG = 75  # of sysexits.h: a temporary failure, worth another try
+GRACE = 10.0  # seconds that the other ranks have to write their traces before this one's end lets a launcher kill them
+
+
+class Watchdog:
+    """Inside, ``progress`` has to be called every so many seconds.
+
+    If it is not, every thread's stack goes to stderr and to hang_rank_R.txt in the folder, and the process ends with
+    code 75. A process whose interpreter is blocked too (native code that holds its lock) is ended by faulthandler's own
+    timer, a little later and with a trace on stderr alone. Time is that of the monotonic clock.
+    """
+
+    def __init__(self, folder: Path, rank: int, seconds: float):
+        self.file, self.rank, self.seconds = folder / f"hang_rank_{rank}.txt", rank, seconds
+        self.grace = min(GRACE, seconds)
+        self._closed = threading.Event()
+
+    def __enter__(self) -> Watchdog:
+        if self.seconds:
+            self.progress()
+            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closed.set()
+        if self.seconds:
+            faulthandler.cancel_dump_traceback_later()
+
+    def progress(self) -> None:
+        """The training lives."""
+        if not self.seconds:
+            return
+        self.last = time.monotonic()
+        faulthandler.dump_traceback_later(self.seconds + 2 * self.grace, exit=True, file=sys.__stderr__)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(max(self.last + self.seconds - time.monotonic(), 0.01)):
+            if time.monotonic() >= self.last + self.seconds:
+                self._end()
+
+    def _end(self) -> None:
+        said = (
+            f"rank {self.rank}: no step in {self.seconds:g} seconds, so this process ends with code {EXIT_HUNG}. The "
+            "stacks below, and those of the other ranks, show what it waits for. The same command resumes from the "
+            "last checkpoint; --hang-after changes the time.\n"
+        )
+        try:
+            with self.file.open("w") as file:
+                file.write(said)
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            said += f"({self.file} could not be written: {error})\n"
+        with contextlib.suppress(OSError):  # a console that is gone
+            print(said, file=sys.__stderr__, flush=True)
+            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        time.sleep(self.grace)
+        os._exit(EXIT_HUNG)

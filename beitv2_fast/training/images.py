@@ -1,0 +1,55 @@
+"""The images of a training: found, checked once for all ranks, and how they are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config.options import RunConfig
+from ..config.training import TrainConfig
+from ..data.check import check_images
+from ..data.dataset import ImageFolder
+from ..data.find import find_images
+from ..data.images import ImageList
+from ..data.loaders import choose_loader
+from ..data.views import View
+from ..distributed import World
+from ..runs.folder import RunFolder
+
+
+def checked_images(
+    data: Path,
+    split: str | None,
+    config: RunConfig,
+    run: RunFolder,
+    world: World,
+    *,
+    min_size: int,
+    name: str = "",
+    labelled: bool = False,
+) -> ImageList:
+    """The images of a folder, checked once: rank 0 decodes them all, the others read what it wrote beside the run.
+
+    The log says what was found. ``split``, ``labelled``: see ``find_images``. ``name``: of what is written, where a run
+    has several lists.
+    """
+
+    def checked() -> ImageList:
+        found = find_images(data, split, labelled=labelled, index=run.path / f"shards{name}.json")
+        run.print(found.summary)
+        return check_images(found, cache=run.path / f"images{name}.json", min_size=min_size, workers=config.workers)
+
+    if world.rank == 0:
+        images = checked()
+    world.barrier()
+    return images if world.rank == 0 else checked()
+
+
+def training_images(
+    config: TrainConfig, view: View, run: RunFolder, world: World, *, labelled: bool = False
+) -> ImageFolder:
+    """The images of --data and how they are loaded, which the log says. ``labelled``: see ``find_images``."""
+    loader, why = choose_loader(config.loader, in_memory=config.in_memory)
+    images = checked_images(config.data, "train", config, run, world, min_size=config.patch_size, labelled=labelled)
+    dataset = ImageFolder(images, view, config.seed, in_memory=config.in_memory, loader=loader, device=world.device)
+    run.print(f"images: {len(images):,} from {images.root}, loaded by {loader} on the {dataset.device.type} ({why})")
+    return dataset

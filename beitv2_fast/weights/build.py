@@ -1,0 +1,115 @@
+"""Models from configs and from run folders."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..config.downstream import FinetuneConfig
+from ..config.training import PretrainConfig, TokenizerConfig, TrainConfig
+from ..errors import UserError
+from ..models.classifier import Classifier
+from ..models.positions import resize_positions
+from ..models.student import Student, StudentConfig
+from ..models.tokenizer import Tokenizer, TokenizerModelConfig
+from ..models.vit import ViTConfig
+from ..runs.checkpoints import latest_weights, load_model, read_weights
+from ..runs.folder import read_config, stored_config
+from ..teachers import create_teacher
+from ..teachers.base import Teacher
+from .shapes import describe
+
+
+def vit_config(config: TrainConfig, **values: Any) -> ViTConfig:
+    """The ViT of a training config; a shape that cannot be built is the user's error."""
+    names = {f.name for f in dataclasses.fields(ViTConfig)} & {f.name for f in dataclasses.fields(config)}
+    try:
+        return ViTConfig(**{**{name: getattr(config, name) for name in names}, **values})
+    except ValueError as error:
+        raise UserError(f"{error}. Change one of these options.") from error
+
+
+def build_tokenizer(config: TokenizerConfig, teacher_dim: int) -> Tokenizer:
+    return Tokenizer(
+        TokenizerModelConfig(
+            encoder=vit_config(config, position="absolute"),
+            decoder_depth=config.decoder_depth,
+            num_codes=config.num_codes,
+            code_dim=config.code_dim,
+            teacher_dim=teacher_dim,
+            decay=config.decay,
+            commitment_weight=config.commitment_weight,
+            kmeans_init=config.kmeans_init,
+            dead_after=config.dead_after,
+        )
+    )
+
+
+def build_student(config: PretrainConfig, num_codes: int) -> Student:
+    try:
+        return Student(
+            StudentConfig(
+                vit=vit_config(config),
+                num_codes=num_codes,
+                early_layer=config.early_layer,
+                aggregation_depth=config.aggregation_depth,
+                shared_head=config.shared_head,
+            )
+        )
+    except ValueError as error:
+        raise UserError(f"{error}. Change one of these options.") from error
+
+
+def load_run_model(
+    run: Path, image_size: int | None = None, *, average: bool = False
+) -> tuple[nn.Module, TokenizerConfig | PretrainConfig | FinetuneConfig]:
+    """The model of a training's run folder, from its newest checkpoint, in eval mode.
+
+    Args:
+        image_size: that of the images it shall read, if not its training's; its positions are interpolated.
+        average: of a fine-tuning, the moving average of the weights.
+    """
+    config = read_config(_kind_of_run(run), run)
+    if image_size is not None:
+        config = dataclasses.replace(config, image_size=image_size)
+    path = latest_weights(run)
+    if average:
+        path = path.with_name("ema.safetensors")
+    state = read_weights(path)
+    if isinstance(config, TokenizerConfig):
+        model: nn.Module = build_tokenizer(config, state["decode_task_layer.2.weight"].shape[0])
+    elif isinstance(config, PretrainConfig):
+        model = build_student(config, state["lm_head.weight"].shape[0])
+    else:
+        found = describe(state, {"heads": config.heads})
+        shape = dataclasses.asdict(found.vit)
+        own = ("image_size", "drop_path", "attention", "checkpointing")
+        vit = vit_config(config, **{name: value for name, value in shape.items() if name not in own})
+        model = Classifier(dataclasses.replace(found, vit=vit))
+    load_model(model, resize_positions(state, model), str(path))
+    return model.eval(), config
+
+
+def _kind_of_run(run: Path) -> type[TokenizerConfig] | type[PretrainConfig] | type[FinetuneConfig]:
+    values = stored_config(run)
+    if "num_codes" in values:
+        return TokenizerConfig
+    return FinetuneConfig if "layer_decay" in values else PretrainConfig
+
+
+def load_teacher(config: TokenizerConfig, tokenizer: Tokenizer) -> Teacher:
+    """The teacher that a run's tokenizer was trained on.
+
+    Raises:
+        UserError: its weights cannot be had, or its features have another width: it was another one.
+    """
+    teacher = create_teacher(config.teacher, tokenizer.grid, config.teacher_weights)
+    if teacher.dim != tokenizer.config.teacher_dim:
+        raise UserError(
+            f"the teacher {config.teacher} has features of width {teacher.dim}, the tokenizer was trained on "
+            f"{tokenizer.config.teacher_dim}: it was another one"
+        )
+    return teacher

@@ -1,0 +1,193 @@
+"""Models by name: ``create_model("beitv2_base", checkpoint="FILE")``."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, UserError
+from ..models.classifier import Classifier, ClassifierConfig
+from ..models.positions import resize_positions
+from ..models.student import Student, StudentConfig
+from ..models.tokenizer import Tokenizer, TokenizerModelConfig
+from ..models.vit import SIZES, ViTConfig
+from ..runs.checkpoints import load_model
+from . import kind_of
+from .files import Loaded, read
+from .shapes import EARLY_LAYERS, ModelConfig, flatten, unflatten
+from .start import check_backbone, describe_new, start_classifier
+
+log = logging.getLogger(__name__)
+
+CLASSES = {TokenizerModelConfig: Tokenizer, StudentConfig: Student, ClassifierConfig: Classifier}
+KINDS = {TokenizerModelConfig: "tokenizer", StudentConfig: "student", ClassifierConfig: "classifier"}
+LAYER_SCALE = {"small": 0.1, "base": 0.1, "large": 1e-5, "huge": 1e-5}
+# what no weight depends on, or what loading adapts
+FREE = ("image_size", "num_classes", "layer_scale", "drop_path", "eps", "init_std", "early_layer", "decay")
+FREE += ("commitment_weight", "kmeans_init", "dead_after", "attention", "checkpointing")
+DEFINING = ("dim", "depth", "heads", "patch_size")  # what a name stands for; the rest a checkpoint may have otherwise
+
+
+def _tokenizer(decoder_depth: int, teacher_dim: int) -> TokenizerModelConfig:
+    return TokenizerModelConfig(ViTConfig(position="absolute"), decoder_depth, teacher_dim=teacher_dim)
+
+
+def _students() -> dict[str, StudentConfig]:
+    return {
+        f"beitv2_{size}": StudentConfig(
+            ViTConfig(**shape, layer_scale=LAYER_SCALE[size]), early_layer=EARLY_LAYERS[shape["depth"]]
+        )
+        for size, shape in SIZES.items()
+    }
+
+
+def _classifiers() -> dict[str, ClassifierConfig]:
+    return {
+        f"beitv2_{size}_classifier": ClassifierConfig(
+            ViTConfig(position="relative", **shape, layer_scale=LAYER_SCALE[size])
+        )
+        for size, shape in SIZES.items()
+    }
+
+
+MODELS: dict[str, ModelConfig] = {
+    "vqkd_base_clip": _tokenizer(3, 512),
+    "vqkd_base_clip_1": _tokenizer(1, 512),
+    "vqkd_base_dino": _tokenizer(1, 768),
+    "vqkd_base_dino_3": _tokenizer(3, 768),
+    **_students(),
+    **_classifiers(),
+}
+# the names of the reference's and timm's models
+ALIASES = {
+    "vqkd_encoder_base_decoder_3x768x12_clip": "vqkd_base_clip",
+    "vqkd_encoder_base_decoder_1x768x12_clip": "vqkd_base_clip_1",
+    "vqkd_encoder_base_decoder_1x768x12_dino": "vqkd_base_dino",
+    "beit_base_patch16_224_8k_vocab_cls_pt": "beitv2_base",
+    "beit_large_patch16_224_8k_vocab_cls_pt": "beitv2_large",
+    "beitv2_base_patch16_224": "beitv2_base_classifier",
+    "beitv2_large_patch16_224": "beitv2_large_classifier",
+}
+
+
+def list_models() -> list[str]:
+    """The names that ``create_model`` knows, without aliases."""
+    return list(MODELS)
+
+
+def model_config(name: str, **overrides: Any) -> ModelConfig:
+    """The config of a name, with some of its values replaced: those of its ViT and its own, all at one level.
+
+    Raises:
+        UserError: an unknown name or value, or values that make no model.
+    """
+    config = MODELS.get(ALIASES.get(name, name))
+    if config is None:
+        raise UserError(f"there is no model {name!r}. Choose one of: {', '.join((*MODELS, *ALIASES))}.")
+    return _replace(config, overrides, f"create_model({name!r})")
+
+
+def create_model(
+    name: str | None = None, checkpoint: str | Path | None = None, source: str | None = None, **overrides: Any
+) -> Tokenizer | Student | Classifier:
+    """A model, in eval mode; with a checkpoint, its weights.
+
+    With a checkpoint the model's shape is that of the checkpoint. The name has to agree with it in kind, width, depth,
+    heads and patch size. ``overrides`` that differ from the checkpoint are an error, but for ``image_size`` (positions
+    and bias tables are resized), values that no weight depends on (``drop_path``, ``eps``, ``early_layer``, ...) and a
+    classifier's ``num_classes`` (a new head). A classifier may start from a student's or a tokenizer's checkpoint, or
+    from a backbone's without a head: its bias table goes to every layer, head and norm are new. What is new is logged
+    as a warning.
+
+    Args:
+        name: see ``list_models``; None: whatever model the checkpoint holds.
+        checkpoint: a .safetensors, .pth or .pt file in any format of ``convert``, a folder of transformers, or a run
+            folder of this package.
+        source: the checkpoint's format, if it should not be recognised.
+        overrides: values of the config, e.g. ``image_size=384, drop_path=0.1, num_classes=10``.
+
+    Raises:
+        UserError: an unknown name or value. CheckpointError: weights that cannot be read or do not fit; it names every
+            missing, unexpected and reshaped entry.
+    """
+    if name is None and checkpoint is None:
+        raise UserError(f"create_model needs a name or a checkpoint. Names: {', '.join(MODELS)}.")
+    named = model_config(name, **overrides) if name is not None else None
+    if checkpoint is None:
+        return CLASSES[type(named)](named).eval()
+    loaded = read(checkpoint, source)
+    try:
+        return _load(name, named, loaded, str(checkpoint), overrides)
+    except CheckpointError as error:
+        raise error if str(checkpoint) in str(error) else CheckpointError(f"{checkpoint}: {error}") from error
+
+
+def _load(name: str | None, named: ModelConfig | None, loaded: Loaded, source: str, overrides: dict[str, Any]) -> Any:
+    weights = dict(loaded.ours)
+    kind = kind_of(weights)
+    if named is not None:
+        check_backbone(kind, KINDS[type(named)])
+    headless = kind == "classifier" and "head.weight" not in weights
+    if named is not None and (kind != KINDS[type(named)] or headless):
+        return _start(name, named, loaded, source, overrides)
+    hints = flatten(named) if named is not None else overrides
+    found = loaded.config(**hints)
+    if name is not None:
+        _check_name(name, named, found, source)
+    config = _replace(found, overrides, source)
+    _check_overrides(found, config, source)
+    model = CLASSES[type(config)](config).eval()
+    if isinstance(model, Classifier) and config.num_classes != found.num_classes:
+        log.warning("%s: %s", source, describe_new(start_classifier(model, weights, source)))
+    else:
+        load_model(model, resize_positions(weights, model), source)
+    return model
+
+
+def _start(name: str, named: ClassifierConfig, loaded: Loaded, source: str, overrides: dict[str, Any]) -> Classifier:
+    """A classifier from a student's or a tokenizer's weights, or from those of a backbone."""
+    backbone = loaded.backbone(heads=named.vit.heads, eps=named.vit.eps)
+    position = "relative" if backbone.position == "shared_relative" else backbone.position
+    config = ClassifierConfig(
+        dataclasses.replace(backbone, position=position, drop_path=named.vit.drop_path), named.num_classes
+    )
+    _check_name(name, named, config, source)
+    final = _replace(config, overrides, source)
+    _check_overrides(config, final, source)
+    model = Classifier(final).eval()
+    log.warning("%s: %s", source, describe_new(start_classifier(model, loaded.ours, source)))
+    return model
+
+
+def _replace(config: ModelConfig, overrides: dict[str, Any], where: str) -> ModelConfig:
+    values = flatten(config)
+    unknown = overrides.keys() - values.keys()
+    if unknown:
+        raise UserError(
+            f"{where}: a {KINDS[type(config)]} has no {', '.join(sorted(unknown))}. It has {', '.join(values)}."
+        )
+    try:
+        return unflatten(type(config), {**values, **overrides})
+    except ValueError as error:
+        raise UserError(f"{where}: {error}.") from error
+
+
+def _check_name(name: str, named: ModelConfig, found: ModelConfig, source: str) -> None:
+    wanted, there = flatten(named), flatten(found)
+    wrong = [f"{key} {there[key]}, not {wanted[key]}" for key in DEFINING if wanted[key] != there[key]]
+    if wrong:
+        raise CheckpointError(
+            f"{source} holds no {name}: it has {'; '.join(wrong)}. Name another model, or none to take what it is."
+        )
+
+
+def _check_overrides(found: ModelConfig, config: ModelConfig, source: str) -> None:
+    """Options that the weights decide can be given, but not otherwise than the weights have them."""
+    there, wanted = flatten(found), flatten(config)
+    wrong = [f"{key} {there[key]}, not {wanted[key]}" for key in there if key not in FREE and there[key] != wanted[key]]
+    if bool(there["layer_scale"]) != bool(wanted["layer_scale"]):
+        wrong.append("layer scales" if there["layer_scale"] else "no layer scales")
+    if wrong:
+        raise CheckpointError(f"{source} has {'; '.join(wrong)}. Leave the option out, or use other weights.")

@@ -1,0 +1,338 @@
+"""Fine-tuning from students, tokenizers and classifiers: it learns, resumes to the same bits, says what it measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from beitv2_fast import create_model
+from beitv2_fast.config.downstream import FinetuneConfig
+from beitv2_fast.config.options import parse
+from beitv2_fast.config.presets import FINETUNE
+from beitv2_fast.data.find import find_images
+from beitv2_fast.data.views import EvalView
+from beitv2_fast.downstream.classification import HEAD_SCALE, crop_share, start_model
+from beitv2_fast.models.inputs import normalise
+from beitv2_fast.models.positions import resize_bias_table, resize_embedding
+from beitv2_fast.train import evaluate as evaluate_command
+from beitv2_fast.weights.build import load_run_model
+from beitv2_fast.weights.start import reading_normalised
+
+from ..support.training import (
+    PRETRAIN,
+    ROOT,
+    TINY,
+    TOKENIZER,
+    assert_same_bits,
+    call,
+    checkpoints,
+    last_weights,
+    run,
+    write_images,
+)
+
+COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 30)}
+PLAIN = "--augment-ops 0 --erasing 0 --mixup 0 --cutmix 0 --smoothing 0".split()
+SHARP = "--epochs 12 --lr 2e-2 --lr-batch 4 --layer-decay 0.9".split()
+
+
+def write_colours(folder: Path, count: int, names=tuple(COLOURS)) -> Path:
+    """Noisy images of one colour a class."""
+    generator = torch.Generator().manual_seed(count)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            noise = torch.randint(-20, 21, (40, 40, 3), generator=generator)
+            pixels = (torch.tensor(COLOURS[name]) + noise).clamp(0, 255).to(torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder with data/train and data/val of three classes, a tokenizer, a pre-training and a fine-tuning of it."""
+    folder = tmp_path_factory.mktemp("finetune")
+    write_colours(folder / "data" / "train", 4)
+    write_colours(folder / "data" / "val", 3)
+    images = write_images(folder / "images", 8)
+    common = [*TINY, "--epochs", 1, "--data", images]
+    assert call("tokenizer", *common, *TOKENIZER, "--out", folder / "tokenizer") == 0
+    command = [*common, *PRETRAIN, "--tokenizer", folder / "tokenizer", "--out", folder / "pretrain"]
+    assert call("pretrain", *command, "--layer-scale", 0.1) == 0
+    assert finetune(folder, "tuned") == 0
+    return folder
+
+
+def finetune(runs: Path, out: str, *more: object, weights: str = "pretrain", data: str = "data") -> int:
+    return call("finetune", *TINY, "--data", runs / data, "--weights", runs / weights, "--out", runs / out, *more)
+
+
+def config(runs: Path, weights: str, *more: object) -> FinetuneConfig:
+    options = [*TINY, "--weights", runs / weights, *more]
+    return parse(FinetuneConfig, FINETUNE, [str(option) for option in options])[0]
+
+
+def results(run: Path) -> dict:
+    return json.loads((run / "results.json").read_text())
+
+
+def test_it_starts_as_the_student_with_its_bias_table_in_every_layer_and_a_small_new_head(runs):
+    said: list[str] = []
+    model = start_model(config(runs, "pretrain"), ["a", "b"], said.append).eval()
+    student = load_run_model(runs / "pretrain")[0]
+    assert model.rel_pos_bias is None and student.rel_pos_bias is not None
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model.forward_tokens(x), student.forward_tokens(x), rtol=1e-5, atol=1e-5)
+    assert 0 < model.head.weight.std() < 2 * HEAD_SCALE and "head.weight" in said[0]
+
+
+def test_the_tokenizers_encoder_is_fine_tuned_with_its_norm_and_sees_what_it_saw(runs):
+    model = start_model(config(runs, "tokenizer"), ["a", "b"], print).eval()
+    tokenizer = load_run_model(runs / "tokenizer")[0]
+    x = torch.rand(2, 3, 32, 32)
+    ours, theirs = model.forward_tokens(normalise(x)), tokenizer.encoder.forward_tokens(2 * x - 1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.fc_norm.weight, tokenizer.encoder.fc_norm.weight)
+
+
+def test_the_tokenizer_s_encoder_is_trained_from_its_weights_and_learns(runs):
+    assert finetune(runs, "still_tokenizer", *STILL, weights="tokenizer") == 0
+    encoder = {n.removeprefix("encoder."): w for n, w in last_weights(runs / "tokenizer").items() if "encoder." in n}
+    assert_starts_from(reading_normalised(encoder), runs / "still_tokenizer")
+    assert finetune(runs, "tuned_tokenizer", *PLAIN, *SHARP, weights="tokenizer") == 0
+    assert results(runs / "tuned_tokenizer")["weights"]["top1"] == 1.0
+
+
+def test_it_learns_to_tell_colours(runs):
+    assert finetune(runs, "learnt", *PLAIN, *SHARP) == 0
+    found = results(runs / "learnt")
+    assert found["weights"]["top1"] == found["average"]["top1"] == 1.0
+    first = json.loads((runs / "learnt" / "evaluation.jsonl").read_text().splitlines()[0])
+    assert found["weights"]["loss"] < 0.5 * first["weights_loss"]
+
+
+def test_a_run_that_lost_its_last_checkpoint_ends_with_the_same_bits_of_weights_and_average(runs):
+    shutil.copytree(runs / "tuned", runs / "resumed")
+    shutil.rmtree(runs / "resumed" / "checkpoints" / checkpoints(runs / "resumed")[-1])
+    assert finetune(runs, "resumed") == 0
+    assert "resumed at step 6 of 9" in (runs / "resumed" / "log.txt").read_text()
+    assert_same_bits(runs / "resumed", runs / "tuned")
+    last = Path("checkpoints", checkpoints(runs / "tuned")[-1], "ema.safetensors")
+    ours, theirs = (load_file(runs / name / last) for name in ("resumed", "tuned"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+    assert any(not torch.equal(ours[name], value) for name, value in last_weights(runs / "tuned").items())
+    assert results(runs / "resumed") == results(runs / "tuned")
+
+
+def test_every_epoch_is_evaluated_or_every_few_and_the_last(runs):
+    def steps(run: str) -> list[int]:
+        return [json.loads(line)["step"] for line in (runs / run / "evaluation.jsonl").read_text().splitlines()]
+
+    assert steps("tuned") == [3, 6, 9]
+    assert finetune(runs, "seldom", "--eval-every", 2) == 0
+    assert steps("seldom") == [6, 9]
+    assert_same_bits(runs / "seldom", runs / "tuned")
+
+
+def test_evaluate_alone_repeats_the_last_numbers_and_trains_nothing(runs):
+    shutil.copytree(runs / "tuned", runs / "evaluated")
+    (runs / "evaluated" / "results.json").unlink()
+    assert finetune(runs, "evaluated", "--evaluate") == 0
+    assert results(runs / "evaluated") == results(runs / "tuned")
+    assert_same_bits(runs / "evaluated", runs / "tuned")
+
+
+STILL = "--lr 1e-12 --weight-decay 0 --epochs 1".split()  # the weights stay what they start from, but for 1e-9
+
+
+def assert_starts_from(weights: dict[str, torch.Tensor], run_folder: Path) -> None:
+    """A run that stood still has these weights."""
+    found = last_weights(run_folder)
+    for name, value in weights.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-9)
+
+
+def test_intermediate_fine_tuning_passes_all_but_the_head_on_to_the_next_label_set(runs):
+    write_colours(runs / "other" / "train", 3, ("blue", "green"))
+    for name in ("cyan", "white"):
+        shutil.copytree(runs / "other" / "train" / "blue", runs / "other" / "train" / name)
+    assert finetune(runs, "intermediate", *SHARP, data="other") == 0  # of four classes
+    assert not (runs / "intermediate" / "results.json").exists()  # nothing to evaluate on, as with ImageNet-21k
+    assert finetune(runs, "after", *STILL, weights="intermediate") == 0
+    passed = {name: w for name, w in last_weights(runs / "intermediate").items() if not name.startswith("head.")}
+    assert_starts_from(passed, runs / "after")
+    tables = [passed[f"blocks.{i}.attn.relative_position_bias_table"] for i in range(2)]
+    assert not torch.equal(*tables)  # each block has learnt its own
+    head = last_weights(runs / "after")["head.weight"]
+    assert head.shape == (3, 24) and head.abs().max() < 0.01
+    assert results(runs / "after")["classes"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [  # the commands of the reference's get_started_for_image_classification.md, for a batch of 1024 (4096)
+        ("base", (100, 5e-4, 1024, 20, 0.65, 0.1, 0.8, 1.0)),
+        ("base_1600", (100, 5e-4, 1024, 20, 0.6, 0.2, 0.8, 1.0)),
+        ("large", (50, 5e-4, 1024, 5, 0.8, 0.2, 0.8, 1.0)),
+        ("large_1600", (50, 2e-4, 1024, 5, 0.8, 0.2, 0.8, 1.0)),
+        ("base_intermediate", (90, 6e-4, 4096, 20, 0.75, 0.1, 0.8, 1.0)),
+        ("large_intermediate", (90, 6e-4, 4096, 20, 0.75, 0.2, 0.8, 1.0)),
+        ("base_after_intermediate", (30, 5e-5, 1024, 20, 0.75, 0.1, 0.0, 0.0)),
+        ("large_after_intermediate", (20, 7e-5, 1024, 5, 0.8, 0.25, 0.0, 0.0)),
+    ],
+)
+def test_presets_are_the_reference_s_commands(name, expected):
+    c = FINETUNE[name]
+    assert (c.epochs, c.lr, c.lr_batch, c.warmup_epochs, c.layer_decay, c.drop_path, c.mixup, c.cutmix) == expected
+    assert (c.min_lr, c.weight_decay, c.smoothing, c.erasing, HEAD_SCALE) == (1e-6, 0.05, 0.1, 0.25, 1e-3)
+    assert (c.dim, c.depth) == ((1024, 24) if name.startswith("large") else (768, 12))
+
+
+@pytest.mark.parametrize(("size", "given", "share"), [(224, None, 0.875), (384, None, 1.0), (224, 0.9, 0.9)])
+def test_the_centre_crop_grows_with_the_image_size_unless_it_is_given(size, given, share):
+    assert crop_share(given, size) == share
+
+
+def test_another_label_set_gets_a_new_head_and_the_same_one_keeps_it(runs):
+    write_colours(runs / "two" / "train", 4, ("blue", "red"))
+    tuned = load_run_model(runs / "tuned")[0]
+    same = start_model(config(runs, "tuned"), sorted(COLOURS), print)
+    assert torch.equal(same.head.weight, tuned.head.weight)
+    renamed = start_model(config(runs, "tuned"), ["a", "b", "c"], print)
+    assert not torch.equal(renamed.head.weight, tuned.head.weight)
+    assert torch.equal(renamed.fc_norm.weight, tuned.fc_norm.weight)
+    assert finetune(runs, "two_classes", weights="tuned", data="two") == 0
+    assert last_weights(runs / "two_classes")["head.weight"].shape == (2, 24)
+
+
+def test_at_another_resolution_it_starts_from_resized_positions_and_all_else_as_it_was(runs):
+    student, encoder = last_weights(runs / "pretrain"), last_weights(runs / "tokenizer")
+    assert finetune(runs, "larger", "--image-size", 48, *STILL) == 0
+    table = resize_bias_table(student["rel_pos_bias.relative_position_bias_table"], (6, 6))
+    wanted = {f"blocks.{i}.attn.relative_position_bias_table": table for i in range(2)}
+    wanted["blocks.1.mlp.fc1.weight"] = student["blocks.1.mlp.fc1.weight"]
+    assert_starts_from(wanted, runs / "larger")
+    assert finetune(runs, "larger_tokenizer", "--image-size", 48, *STILL, weights="tokenizer") == 0
+    assert_starts_from({"pos_embed": resize_embedding(encoder["encoder.pos_embed"], (6, 6))}, runs / "larger_tokenizer")
+
+
+def test_a_classifier_is_evaluated_at_another_resolution_with_resized_positions(runs):
+    assert finetune(runs, "sure", *SHARP) == 0
+    command = ["--model", runs / "sure", "--data", runs / "data" / "val", "--image-size", 48, "--crop-pct", 1.0]
+    options = ["--precision", "fp32", "--workers", 0, "--device", "cpu", "--out", runs / "evaluated_larger"]
+    assert call("evaluate", *command, *options) == 0
+    found = results(runs / "evaluated_larger")["rows"][0]
+    model = load_run_model(runs / "sure", 48)[0]
+    images = find_images(runs / "data" / "val")
+    x = torch.stack([EvalView(48, 1.0)(images.open(i))["image"] for i in range(len(images))])
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(normalise(x)), torch.tensor(images.labels))
+    assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert found["loss"] != pytest.approx(results(runs / "sure")["weights"]["loss"], rel=1e-5)
+
+
+def test_a_fine_tuned_run_is_read_by_create_model_and_converts(runs):
+    model = create_model(None, runs / "tuned")
+    assert model.config.num_classes == 3 and model.vit_config.position == "relative"
+    stored = last_weights(runs / "tuned")
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--dim", "48"], "another shape than these options: give it as --dim 24"),
+        (["--val", "{runs}/images"], "has no classes"),
+        (["--data", "{runs}/images"], "at least two class folders"),
+        (["--weights", "{runs}/nothing"], "nothing"),
+        (["--evaluate"], "no finished step"),
+    ],
+)
+def test_mistakes_end_with_one_paragraph_that_says_what_to_do(runs, tmp_path, capsys, options, said):
+    given = [option.format(runs=runs) for option in options]
+    assert finetune(runs, str(tmp_path / "run"), *given) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_other_classes_in_the_same_run_folder_are_refused(runs, capsys):
+    shutil.copytree(runs / "tuned", runs / "refused")
+    shutil.copytree(runs / "data", runs / "changing")
+    stored = runs / "refused" / "config.json"
+    stored.write_text(stored.read_text().replace(f"{runs}/data", f"{runs}/changing"))
+    (runs / "changing" / "train" / "blue").rename(runs / "changing" / "train" / "azure")
+    (runs / "refused" / "images.json").unlink()
+    assert finetune(runs, "refused", data="changing") == 2
+    assert "was trained for 3 classes (blue" in capsys.readouterr().err
+
+
+def test_folders_with_some_or_all_classes_are_evaluated_in_one_table(runs):
+    write_colours(runs / "some", 2, ("green", "red"))
+    command = ["--model", runs / "tuned", "--data", runs / "data" / "val", runs / "some", "--out", runs / "table"]
+    assert call("evaluate", *command, "--crop-pct", 1.0, "--precision", "fp32", "--workers", 0, "--device", "cpu") == 0
+    rows = json.loads((runs / "table" / "results.json").read_text())["rows"]
+    found = [(row["folder"], row["model"], row["classes"], row["images"]) for row in rows]
+    assert found == [(f, m, c, n) for f, c, n in (("val", 3, 9), ("some", 2, 4)) for m in ("weights", "average")]
+    tuned = results(runs / "tuned")
+    for row in rows[:2]:
+        assert {key: row[key] for key in ("top1", "top5", "loss")} == pytest.approx(
+            {key: tuned[row["model"]][key] for key in ("top1", "top5", "loss")}, rel=1e-5
+        )
+
+
+def test_an_interrupted_evaluation_goes_on_with_what_is_missing_unless_the_weights_have_changed(runs, monkeypatch):
+    command = ["--model", runs / "again", "--data", runs / "data" / "val", "--out", runs / "interrupted"]
+    command += ["--crop-pct", 1.0, "--precision", "fp32", "--workers", 0, "--device", "cpu"]
+    shutil.copytree(runs / "tuned", runs / "again")
+    assert call("evaluate", *command) == 0
+    whole = results(runs / "interrupted")
+    file, counted = runs / "interrupted" / "results.json", []
+    evaluate = evaluate_command.evaluate
+    monkeypatch.setattr(evaluate_command, "evaluate", lambda *a, **k: counted.append(0) or evaluate(*a, **k))
+    file.write_text(json.dumps({**whole, "rows": whole["rows"][:1]}))
+    assert call("evaluate", *command) == 0
+    assert results(runs / "interrupted") == whole and len(counted) == 1
+    assert call("evaluate", *command) == 0 and len(counted) == 1
+    last = runs / "again" / "checkpoints" / checkpoints(runs / "again")[-1] / "model.safetensors"
+    last.touch()
+    assert call("evaluate", *command) == 0 and len(counted) == 3
+
+
+def test_a_file_of_weights_needs_to_be_told_its_classes(runs, capsys):
+    file = runs / "tuned" / "checkpoints" / checkpoints(runs / "tuned")[-1] / "ema.safetensors"
+    command = ["--model", file, "--data", runs / "data" / "val", "--out", runs / "of_file", "--workers", 0]
+    assert call("evaluate", *command) == 2
+    assert "Give --classes" in capsys.readouterr().err
+    (runs / "two.txt").write_text("blue\nred\n")
+    assert call("evaluate", *command, "--classes", runs / "two.txt") == 2
+    assert "names 2 classes, the classifier has 3" in capsys.readouterr().err
+    options = ("--crop-pct", 1.0, "--precision", "fp32", "--device", "cpu", "--classes", runs / "data" / "train")
+    assert call("evaluate", *command, *options) == 0
+    loss = json.loads((runs / "of_file" / "results.json").read_text())["rows"][0]["loss"]
+    assert loss == pytest.approx(results(runs / "tuned")["average"]["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_zero_3_trains_averages_and_evaluates_as_plain_torch(runs):
+    pytest.importorskip("deepspeed")
+    from ..training.test_interruption import free_port
+
+    rank = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    options = [*TINY, "--data", runs / "data", "--weights", runs / "pretrain", "--out", runs / "zero3"]
+    done = run("finetune", *options, "--deepspeed-config", ROOT / "train" / "configs" / "zero3.json", **rank)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "DeepSpeed ZeRO 3" in done.stdout
+    last = checkpoints(runs / "zero3")[-1]
+    for file in ("model", "ema"):
+        ours, plain = (load_file(runs / r / "checkpoints" / last / f"{file}.safetensors") for r in ("zero3", "tuned"))
+        assert ours.keys() == plain.keys()
+        for name in plain:
+            torch.testing.assert_close(ours[name], plain[name], rtol=1e-4, atol=1e-6)
+    found, wanted = results(runs / "zero3"), results(runs / "tuned")
+    assert found["average"] == pytest.approx(wanted["average"], rel=1e-4)
+    assert found["weights"] == pytest.approx(wanted["weights"], rel=1e-4)

@@ -1,0 +1,135 @@
+"""codebook_update's and vector_quantize's Triton kernels, interpreted: the bits of the reference, no access outside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from beitv2_fast.kernels.codebook_update.reference import apply_statistics_reference, codebook_statistics_reference
+from beitv2_fast.kernels.vector_quantize.reference import backward_reference
+
+from ..support.codebook_states import METRICS, State, make_batch, make_state
+from ..support.triton_tools import guarded, untouched
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.interpreted
+
+SHAPES = [(100, 9, 5), (65, 300, 32), (70, 1, 33), (3, 2, 1), (9, 6, 200), (0, 4, 8)]  # N, K, D
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # relative: the rounding of the output
+
+
+def statistics(*arguments) -> torch.Tensor:
+    from beitv2_fast.kernels.codebook_update.triton_kernel import codebook_statistics_triton
+
+    return codebook_statistics_triton(*arguments)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "num_codes", "dim"), SHAPES)
+def test_statistics_have_the_bits_of_the_reference(count, num_codes, dim, dtype, metric):
+    x, indices = make_batch(count, num_codes, dim)
+    x = x.to(dtype)
+    x[::11] = 0
+    x[5::13, :1] = torch.nan
+    x[7::17, -1:] = -torch.inf
+    indices[3::19] = -1
+    actual = statistics(guarded(x), guarded(indices), num_codes, metric)
+    assert torch.equal(actual, codebook_statistics_reference(x, indices, num_codes, metric))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scale", [1e-45, 1e-38, 1e-12, 1e-6, 3e8, 1e38])
+def test_vectors_of_any_magnitude_have_the_bits_of_the_reference(metric, scale):
+    x = torch.randn(40, 33, generator=torch.Generator().manual_seed(3)) * scale
+    x[1, 5:] = 0
+    indices = torch.arange(40) % 3
+    assert torch.equal(statistics(x, indices, 3, metric), codebook_statistics_reference(x, indices, 3, metric))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_strided_vectors_have_the_bits_of_the_reference(metric):
+    x, indices = make_batch(60, 9, 24)
+    for rows, codes in ((x[::2], indices[::2]), (x.T.contiguous().T, indices), (x[:1].expand(60, -1), indices)):
+        assert torch.equal(statistics(rows, codes, 9, metric), codebook_statistics_reference(rows, codes, 9, metric))
+
+
+def test_a_column_may_lie_beyond_32_bits():
+    from beitv2_fast.kernels.vector_quantize.triton_kernel import vector_quantize_backward_triton
+
+    x, indices = make_batch(9, 4, 3)
+    rows = untouched(2**31 + 9, torch.float16).as_strided((9, 3), (1, 2**30)).copy_(x)
+    near = rows.contiguous()
+    expected = codebook_statistics_reference(near, indices, 4, "cosine")
+    assert torch.equal(statistics(rows, indices, 4, "cosine"), expected)
+    expected = vector_quantize_backward_triton(near, x, near, None, 1.0, "cosine")
+    assert torch.equal(vector_quantize_backward_triton(rows, x, near, None, 1.0, "cosine"), expected)
+    assert torch.equal(vector_quantize_backward_triton(near, x, rows, None, 1.0, "cosine"), expected)
+
+
+def test_one_popular_code_has_the_bits_of_the_reference():
+    x, indices = make_batch(300, 9, 8)
+    indices = torch.where(torch.arange(300) % 10 > 0, 7, indices)
+    assert torch.equal(statistics(x, indices, 9, "cosine"), codebook_statistics_reference(x, indices, 9, "cosine"))
+
+
+def test_vectors_outside_the_codebook_are_not_counted():
+    x, indices = make_batch(50, 4, 8)
+    indices[7], indices[9] = 4, -2
+    keep = (indices >= 0) & (indices < 4)
+    expected = codebook_statistics_reference(x[keep], indices[keep], 4, "cosine")
+    assert torch.equal(statistics(x, indices, 4, "cosine"), expected)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize(("num_codes", "dim"), [(70, 32), (1, 5), (300, 3)])
+def test_the_second_pass_has_the_bits_of_the_reference(num_codes, dim, metric, average):
+    from beitv2_fast.kernels.codebook_update.triton_apply import apply_statistics_triton
+
+    x, indices = make_batch(100, num_codes, dim)
+    expected = make_state(num_codes, dim, average=average or metric == "euclidean")
+    expected.codebook[0, 0] = torch.inf
+    sums = codebook_statistics_reference(x, indices, num_codes, metric)
+    actual = State(
+        *(None if t is None else guarded(t) for t in (expected.codebook, expected.cluster_size, expected.embed_avg)),
+        expected.idle,
+    )
+    options = (0.97, metric, 1e-5)
+    bins = [
+        apply(sums, state.codebook, state.cluster_size, state.embed_avg, *options)
+        for apply, state in ((apply_statistics_triton, actual), (apply_statistics_reference, expected))
+    ]
+    assert torch.equal(*bins)
+    for state in (actual, expected):
+        state.codebook.nan_to_num_(123)
+    assert actual.same_bits(expected)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("count", "dim"), [(100, 5), (65, 32), (3, 1), (9, 200), (0, 8)])
+def test_the_gradient_of_vector_quantize_agrees_with_the_reference(count, dim, dtype, metric):
+    from beitv2_fast.kernels.vector_quantize.triton_kernel import vector_quantize_backward_triton
+
+    generator = torch.Generator().manual_seed(0)
+    x, code, upstream = torch.randn(3, count, dim, generator=generator)
+    x = x.to(dtype)
+    x[:1] = 0
+    loss = torch.tensor(0.5)
+    gradients = [upstream, upstream[:1].expand(count, -1) if count else upstream, upstream.T.contiguous().T, None]
+    for gradient in (*gradients, upstream.bfloat16()):
+        for grad_loss in (loss, None):
+            arguments = (gradient, grad_loss, 0.25, metric)
+            if gradient is None and grad_loss is None:
+                continue
+            expected = backward_reference(x.double(), code.double(), *arguments)
+            for rows in (guarded(x), x.T.contiguous().T):
+                actual = vector_quantize_backward_triton(rows, guarded(code), *arguments)
+                assert actual.dtype == dtype
+                # x = 0 has a gradient of 1e12 times the others': compared on its own.
+                for part in (slice(0, 1), slice(1, None)):
+                    a, e = actual[part].double(), expected[part]
+                    limit = torch.finfo(dtype).max
+                    e = torch.where(e.abs() > limit, e.sign() * torch.inf, e)
+                    torch.testing.assert_close(a, e, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * dim**0.5)

@@ -1,0 +1,174 @@
+"""The Triton kernels of masked_cross_entropy, interpreted, against the steps in plain PyTorch; behind guard pages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from beitv2_fast.kernels.masked_cross_entropy import steps
+from beitv2_fast.kernels.masked_cross_entropy.chunked import Device, Head, Wanted, head_losses
+from beitv2_fast.kernels.masked_cross_entropy.gather import masked_positions
+
+from ..support.masked_problem import problem
+from ..support.triton_tools import guarded
+
+pytest.importorskip("triton")
+from beitv2_fast.kernels.masked_cross_entropy import triton_kernel as gpu
+
+pytestmark = pytest.mark.interpreted
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# One rounding to the dtype, of values that fp32 arithmetic in another order may put on the other side of a tie.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def assert_close(ours: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
+    assert ours.shape == exact.shape
+    scale = max(exact.double().abs().max().item(), 1e-3) if exact.numel() else 1.0
+    torch.testing.assert_close(ours.double(), exact.double(), rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+def rows_problem(dim: int, dtype: torch.dtype, layout: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """tokens [3, 5, dim] of the layout; positions of 9 of them; LayerNorm weight and bias as rows of one tensor."""
+    whole = torch.randn(3, 6, dim).mul(3).add(1).to(dtype)
+    tokens = {"slice": guarded(whole)[:, 1:], "columns first": whole[:, 1:].mT.contiguous().mT}[layout]
+    return tokens, guarded(torch.tensor([0, 2, 3, 4, 7, 9, 10, 13, 14])), torch.randn(2, dim)
+
+
+@pytest.mark.parametrize("layout", ["slice", "columns first"])
+@pytest.mark.parametrize("dim", [1, 24, 65])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gather_and_norm(dtype, dim, layout):
+    tokens, positions, (weight, bias) = rows_problem(dim, dtype, layout)
+    weight, bias = guarded(weight), guarded(bias)
+    ours = gpu.normalize_triton(tokens, positions, weight, bias, 1e-6, dtype)
+    exact = steps.normalize(tokens.double(), positions, weight.double(), bias.double(), 1e-6, torch.float64)
+    assert ours.hidden.dtype == dtype
+    assert_close(ours.hidden, exact.hidden, dtype)
+    assert_close(ours.mean, exact.mean.flatten(), torch.float32)
+
+
+@pytest.mark.parametrize("wanted", ["rows", "norm", "both"])
+@pytest.mark.parametrize("dim", [24, 65])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_of_gather_and_norm(dtype, dim, wanted):
+    tokens, positions, (weight, bias) = rows_problem(dim, dtype, "slice")
+    upstream = torch.randn(9, dim).to(dtype)
+    exact_norm, exact_rows = torch.ones(2, dim).double(), torch.zeros(9, dim).double()
+    exact = steps.normalize(tokens.double(), positions, weight.double(), bias.double(), 1e-6, torch.float64)
+    steps.normalize_backward(
+        upstream.double(), tokens.double(), positions, exact, weight.double(), exact_rows, exact_norm
+    )
+    ours = gpu.normalize_triton(tokens, positions, weight, bias, 1e-6, dtype)
+    rows = guarded(torch.zeros(9, dim)) if wanted != "norm" else None
+    norm = torch.ones(2, dim) if wanted != "rows" else None
+    gpu.normalize_backward_triton(guarded(upstream), tokens, positions, ours, guarded(weight), rows, norm)
+    if rows is not None:
+        assert_close(rows, exact_rows, torch.float32)
+    if norm is not None:
+        assert_close(norm, exact_norm, torch.float32)
+
+
+def test_a_missing_position_reads_the_last_token():
+    tokens, _, (weight, bias) = rows_problem(24, torch.float32, "slice")
+    last, missing = (gpu.normalize_triton(tokens, torch.tensor([p]), weight, bias, 1e-6, torch.float32).hidden
+                     for p in (14, -1))  # fmt: skip
+    assert torch.equal(last, missing)
+
+
+def softmax_problem(rows: int, classes: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits = guarded((torch.randn(rows, classes) * 4).to(dtype))
+    labels = torch.randint(classes, (rows,))
+    labels[0] = logits[0].argmax()
+    return logits, guarded(torch.randn(classes)), guarded(labels)
+
+
+@pytest.mark.parametrize("classes", [1, 7, 64, 100, 333])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax_in_place(monkeypatch, dtype, classes):
+    monkeypatch.setattr(gpu, "SOFTMAX_BLOCK", 64)
+    for bias_given in (True, False):
+        logits, bias, labels = softmax_problem(5, classes, dtype)
+        bias = bias if bias_given else None
+        exact, exact_sums = logits.double(), torch.ones(classes).double()
+        losses, correct = guarded(torch.zeros(5)), guarded(torch.zeros(5, dtype=torch.bool))
+        exact_losses, exact_correct, sums = torch.zeros(5).double(), torch.zeros_like(correct), torch.ones(classes)
+        steps.softmax_(exact, bias, labels, exact_losses, exact_correct, True, exact_sums)
+        before = logits.clone()
+        gpu.softmax_triton_(logits, bias, labels, losses, correct, False, None)
+        assert torch.equal(logits, before)
+        assert_close(losses, exact_losses, torch.float32)
+        assert torch.equal(correct, exact_correct)
+        gpu.softmax_triton_(logits, bias, labels, losses, correct, True, sums)
+        assert_close(losses, exact_losses, torch.float32)
+        assert_close(logits, exact, dtype)
+        assert_close(sums, exact_sums, dtype)
+
+
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_loss_without_logits(dtype, even):
+    rows, classes, dim = (64, 256, 32) if even else (37, 333, 27)
+    hidden, weight = guarded(torch.randn(rows, dim).to(dtype)), guarded(torch.randn(classes, dim).to(dtype))
+    for bias in (guarded(torch.randn(classes)), None):
+        labels = guarded(torch.randint(classes, (rows,)))
+        losses, correct = guarded(torch.zeros(rows)), guarded(torch.zeros(rows, dtype=torch.bool))
+        exact_losses, exact_correct = torch.zeros(rows).double(), torch.zeros_like(correct)
+        steps.softmax_(hidden.double() @ weight.double().T, bias, labels, exact_losses, exact_correct, False, None)
+        gpu.loss_triton(hidden, weight, bias, labels, losses, correct)
+        assert_close(losses, exact_losses, torch.float32)  # products of a low dtype are exact in fp32
+        assert torch.equal(correct, exact_correct)
+
+
+def both_losses(logits: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor):
+    """(losses, correct) by the softmax of logits [R, V] and by the loss of an identity layer with those logits."""
+    for fused in (False, True):
+        losses, correct = torch.zeros(len(labels)), torch.zeros(len(labels), dtype=torch.bool)
+        if fused:
+            weight = logits.t().contiguous()  # [V, R]: logits = I weight^T
+            gpu.loss_triton(torch.eye(len(labels)), weight, bias, labels, losses, correct)
+        else:
+            gpu.softmax_triton_(logits.clone(), bias, labels, losses, correct, False, None)
+        yield losses, correct
+
+
+def test_ties_excluded_classes_huge_logits_and_labels_outside():
+    logits = torch.zeros(6, 150)
+    logits[1, 100] = 1e38
+    bias = torch.zeros(150)
+    bias[:64] = -torch.inf  # a whole block is excluded
+    labels = torch.tensor([64, 100, 65, 3, 150, -1])
+    for losses, correct in both_losses(logits, bias, labels):
+        uniform = torch.tensor(86.0).log()
+        torch.testing.assert_close(losses[:3], torch.tensor([uniform, 0.0, uniform]))
+        assert losses[3] == torch.inf and losses[4:].isnan().all()
+        assert correct.tolist() == [True, True, False, False, False, False]
+
+
+def test_nan_logits_are_a_nan_loss_and_never_correct():
+    logits = torch.zeros(2, 70)
+    logits[0, 66] = torch.nan
+    losses, correct = torch.zeros(2), torch.zeros(2, dtype=torch.bool)
+    gpu.softmax_triton_(logits, None, torch.zeros(2, dtype=torch.int64), losses, correct, True, None)
+    assert losses.isnan().tolist() == [True, False] and correct.tolist() == [False, True]
+    gpu.loss_triton(
+        torch.tensor([[torch.nan], [1.0]]), torch.zeros(70, 1), None, torch.zeros(2, dtype=torch.int64), losses, correct
+    )
+    assert losses.isnan().tolist() == [True, False] and correct.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [(True, True, True), (False, False, True), (False, False, False)])
+def test_the_whole_op(dtype, wanted):
+    p = problem(3, 11, 5, dim=24, classes=83).to(torch.float32)
+    p.labels, p.bias = p.labels.repeat_interleave(2)[::2], p.bias.repeat_interleave(2)[::2]  # kernels know no strides
+    head = Head(p.norm_weight, p.norm_bias, 1e-6, p.weight, p.bias)
+    device = gpu.device_for(dtype)._replace(chunk_logits=1)  # 128 tokens a chunk
+    with torch.no_grad():
+        positions = masked_positions(p.mask, p.num_masked)
+        labels = p.labels.repeat_interleave(2)[::2]
+        ours = head_losses(p.branches, positions, labels, head, dtype, Wanted(*wanted), device)
+        plain = head_losses(p.branches, positions, p.labels, head, dtype, Wanted(*wanted), Device(1 << 22))
+    assert torch.equal(ours.correct, plain.correct)
+    floats = [[r.losses, *r.grad_rows, r.grad_norm, r.grad_weight, r.grad_bias] for r in (ours, plain)]
+    for a, b in zip(*floats, strict=True):
+        assert_close(a, b, dtype)

@@ -1,0 +1,107 @@
+"""The demo's photographs become an image folder: whole or not at all, and the same everywhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from beitv2_fast.data.find import find_images
+from beitv2_fast.errors import UserError
+from beitv2_fast.train.demo_images import write_demo_images
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    pytest.importorskip("elpv_dataset", reason="the extra 'demo' is not installed")
+    return write_demo_images(tmp_path_factory.mktemp("demo") / "cells")
+
+
+def test_all_photographs_are_split_three_to_one_with_equal_shares_of_defects(folder):
+    train, test = find_images(folder, "train"), find_images(folder, "test")
+    assert train.classes == test.classes == ["defective", "intact"]
+    assert (len(train), len(test)) == (1969, 655)
+    defective = [images.labels.count(0) / len(images) for images in (train, test)]
+    assert defective[0] == pytest.approx(defective[1], abs=0.001)
+    assert sum(images.labels.count(0) for images in (train, test)) == 56 + 50 + 313 + 402
+    names = [path.rpartition("/")[2] for images in (train, test) for path in images.paths]
+    assert len(set(names)) == 2624
+
+
+def test_labels_and_cell_types_of_the_files_are_those_of_the_package(folder):
+    utils = pytest.importorskip("elpv_dataset.utils")
+    data = Path(utils.__file__).parent / "data"
+    kinds = {"train": [], "test": []}
+    for line in (data / "labels.csv").read_text().splitlines():
+        path, probability, kind = line.split()
+        label = "defective" if float(probability) >= 0.5 else "intact"
+        copies = [folder / split / label / Path(path).name for split in kinds]
+        (copy,) = (file for file in copies if file.is_file())
+        assert copy.stat().st_size == (data / path).stat().st_size
+        kinds[copy.parts[-3]].append(kind)
+    shares = [kinds[split].count("mono") / len(kinds[split]) for split in kinds]
+    assert shares[0] == pytest.approx(shares[1], abs=0.001)
+
+
+def test_the_folder_says_where_the_photographs_are_from_and_their_licence(folder):
+    text = (folder / "README.md").read_text()
+    assert "elpv-dataset" in text and "CC BY-NC-SA 4.0" in text and "doi" in text
+
+
+def test_the_split_is_the_same_on_every_call(folder, tmp_path):
+    again = write_demo_images(tmp_path / "again")
+    assert find_images(again, "test").paths == find_images(folder, "test").paths
+
+
+def test_a_second_call_changes_nothing(folder, monkeypatch):
+    monkeypatch.setattr(shutil, "copyfile", lambda *_: pytest.fail("copied again"))
+    before = (folder / "README.md").stat().st_mtime_ns
+    assert write_demo_images(folder) == folder
+    assert (folder / "README.md").stat().st_mtime_ns == before
+
+
+def test_a_kill_in_the_middle_leaves_no_folder_and_the_next_call_cleans_up(folder, tmp_path):
+    program = (
+        "import os, shutil, signal, sys\n"
+        "from beitv2_fast.demo_images import write_demo_images\n"
+        "copy, calls = shutil.copyfile, []\n"
+        "def killed(*paths):\n"
+        "    calls.append(copy(*paths))\n"
+        "    if len(calls) == 100: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "shutil.copyfile = killed\n"
+        "write_demo_images(sys.argv[1])\n"
+    )
+    out = tmp_path / "cells"
+    assert subprocess.run([sys.executable, "-c", program, str(out)]).returncode == -9
+    assert not out.exists() and len(os.listdir(tmp_path)) == 1
+    write_demo_images(out)
+    assert os.listdir(tmp_path) == ["cells"]
+    assert find_images(out, "train").paths == find_images(folder, "train").paths
+
+
+def test_a_failure_in_the_middle_leaves_nothing(folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="no space"):
+        write_demo_images(tmp_path / "cells")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_with_something_else_in_it_is_not_touched(tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="something else"):
+        write_demo_images(tmp_path)
+    assert os.listdir(tmp_path) == ["mine.txt"]
+
+
+def test_without_the_package_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "elpv_dataset", None)
+    with pytest.raises(UserError, match=r"pip install 'beitv2-fast\[demo\]'"):
+        write_demo_images(tmp_path / "cells")
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,136 @@
+"""The table of backbones and the ablations: every step of a tiny one runs, and the tables have what it left."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from beitv2_fast.train.experiments import ablate, downstream
+from beitv2_fast.train.experiments.runner import Outcome, Step, record_file
+from beitv2_fast.train.experiments.stages import SmallScale, flags
+
+from ..downstream.test_finetune import write_colours
+from ..downstream.test_segment import write_scenes
+from ..support.training import MODULES, call
+
+TINY = SmallScale(
+    image_size=32, patch_size=8, dim=24, depth=4, heads=2, num_codes=16, early_layer=2, tokenizer_epochs=1,
+    pretrain_epochs=1, finetune_epochs=1, segment_epochs=1, probe_epochs=2, batch_size=8, quality_images=4,
+)  # fmt: skip
+OPTIONS = flags(**dataclasses.asdict(TINY))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("downstream")
+    write_colours(folder / "images" / "train", 8)
+    write_colours(folder / "images" / "val", 3)
+    write_scenes(folder / "scenes" / "train", 8)
+    write_scenes(folder / "scenes" / "val", 2, seed=1)
+    return folder
+
+
+def run_here(steps: Iterable[Step], root: Path, jobs: int = 0, **_: object) -> Outcome:
+    """``run_steps`` without processes, which take seconds each to import torch."""
+    for step in steps:
+        if record_file(root, step.name).is_file():
+            continue
+        assert step.command[0] == sys.executable
+        assert call(Path(step.command[1]).stem, *step.command[2:]) == 0, step.name
+        record_file(root, step.name).parent.mkdir(parents=True, exist_ok=True)
+        about = {"command": list(step.command), "done": True, "attempts": [{"seconds": 2.0, "cpu_seconds": 1.0}]}
+        record_file(root, step.name).write_text(json.dumps(about))
+    return Outcome()
+
+
+def test_one_command_gives_the_table_of_all_backbones(data, monkeypatch, capsys):
+    monkeypatch.setattr(downstream, "run_steps", run_here)
+    where = flags(images=data / "images", scenes=data / "scenes", out=data / "table", seeds=1)
+    assert downstream.main([*OPTIONS, *where]) == 0
+    found = json.loads((data / "table" / "results.json").read_text())
+    rows = found["backbones"]
+    assert list(rows) == list(downstream.ROWS.values())
+    everything = {column.key for column in downstream.COLUMNS}
+    assert rows[downstream.STUDENT].keys() == rows[downstream.RANDOM].keys() == everything
+    assert rows[downstream.ENCODER].keys() == rows[downstream.PLAIN].keys() == everything - {"segment"}
+    assert rows[downstream.TEACHER].keys() == {"probe_mean", "knn_mean"}
+    assert found["tokenizers"]["VQ-KD"].keys() == {column.key for column in downstream.TOKENIZER_COLUMNS}
+    assert found["cpu_seconds"] > 10
+    table = (data / "table" / "table.md").read_text()
+    assert "| student |" in table and "student > random weights, mIoU: " in table
+    assert (data / "table" / "table.png").stat().st_size > 10_000
+    # Shown again without running anything, the table is the same but for the time.
+    monkeypatch.setattr(downstream, "run_steps", None)
+    assert downstream.main([*OPTIONS, *where, "--show"]) == 0
+    again = json.loads((data / "table" / "results.json").read_text())
+    assert again["backbones"] == rows and again["wall_seconds"] >= found["wall_seconds"]
+    assert again["machine_after"] == found["machine_after"]  # of when it ran
+
+
+def test_an_ablation_trains_the_base_once_and_collects_with_the_others(data, monkeypatch):
+    ran = []
+
+    def note(steps, root, **how):
+        ran.extend(step.name for step in steps if not record_file(root, step.name).is_file())
+        return run_here(steps, root)
+
+    monkeypatch.setattr(ablate, "run_steps", note)
+    where = flags(images=data / "images", out=data / "ablations")
+    assert ablate.main(["masks", *OPTIONS, *where]) == 0
+    assert len(ran) == 1 + 2 * 4  # a tokenizer; a pre-training and a probe for each mask
+    assert ablate.main(["early_layer", "aggregation", *OPTIONS, *where]) == 0
+    assert ran[9:] == [
+        f"seed0/{stage}-{what}"
+        for what in ("early_layer_1", "early_layer_3", "aggregation_depth_0")
+        for stage in ("pretrain", "probe")
+    ]
+    found = json.loads((data / "ablations" / "results.json").read_text())
+    assert list(found) == ["masks", "early_layer", "aggregation"]
+    base = found["masks"]["rows"]["blocks, 40 %"]
+    assert found["early_layer"]["rows"]["l = 2"] == base == found["aggregation"]["rows"]["with"]
+    assert base.keys() == {"probe_cls", "probe_mean", "knn_cls", "knn_mean"}
+    # A tokenizer is judged by itself, too; without students by itself alone.
+    assert ablate.main(["decoder_depth", *OPTIONS, *where, "--no-students"]) == 0
+    stages = ("quality", "encoder", "tokenizer-decoder_depth_3", "quality-decoder_depth_3", "encoder-decoder_depth_3")
+    assert ran[15:] == [f"seed0/{stage}" for stage in stages]
+    judged = json.loads((data / "ablations" / "results.json").read_text())["decoder_depth"]["rows"]["depth 3"]
+    assert {"used_codes", "perplexity", "similarity", "encoder_knn_mean"} < judged.keys()
+    assert "probe_cls" not in judged
+    assert (data / "ablations" / "masks.png").is_file() and (data / "ablations" / "masks.md").is_file()
+
+
+@pytest.mark.parametrize("name", list(ablate.ABLATIONS))
+def test_every_command_of_an_ablation_is_understood(name, tmp_path):
+    """Each option exists and has a value that it may have; the variants' commands differ."""
+    from beitv2_fast.config import presets
+    from beitv2_fast.config.options import parse
+
+    config = dataclasses.replace(ablate.BASE, out=tmp_path)
+    made = ablate.plan([name], config, tmp_path)
+    known = {"tokenizer": presets.TOKENIZER, "pretrain": presets.PRETRAIN, "linear_probe": presets.PROBE}
+    for step in made.steps.values():
+        stage = Path(step.command[1]).stem
+        assert stage in MODULES
+        if stage in known:
+            parse(type(known[stage]["demo"]), known[stage], step.command[2:])
+    probes = [runs["probe"] for runs in made.runs.values()]
+    assert len(set(probes)) == len(probes) == len(ablate.ABLATIONS[name].variants)
+    assert any(runs["probe"] == "seed0/probe" for runs in made.runs.values())  # one of them is the base
+
+
+def test_an_unknown_ablation_is_refused_with_a_list_of_those_that_there_are():
+    with pytest.raises(ablate.UserError, match=r"no ablation colours(.|\n)*codebook_size"):
+        ablate.main(["colours"])
+
+
+@pytest.mark.parametrize(("device", "gpu", "jobs", "at_once"), [
+    ("auto", False, 0, 0), ("auto", True, 0, 1), ("cpu", True, 0, 0), ("cuda", True, 0, 1), ("auto", True, 3, 3),
+])  # fmt: skip
+def test_on_a_gpu_one_step_runs_at_a_time_unless_told(monkeypatch, device, gpu, jobs, at_once):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    assert SmallScale(device=device, jobs=jobs).steps_at_once == at_once

@@ -1,0 +1,111 @@
+"""Schedule and parameter groups agree with the reference's."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from beitv2_fast.downstream.segmentation.model import Segmenter, SegmenterConfig
+from beitv2_fast.models.classifier import Classifier, ClassifierConfig
+from beitv2_fast.training import loop
+from beitv2_fast.training.optim import cosine_schedule, no_weight_decay, parameter_groups
+
+from ..models.test_golden import vit_config
+from ..support import weights
+from ..support.golden import FOLDER, load, needs_golden
+from ..support.small_runs import small_runs
+from ..support.training import call
+
+
+@needs_golden
+def test_the_learning_rate_follows_the_reference_in_every_step():
+    golden = json.loads((FOLDER / "masks_and_schedules.json").read_text())["cosine_lr"]
+    args, values = golden["args"], golden["values"]
+    ours = [
+        cosine_schedule(
+            step,
+            peak=args["base"],
+            final=args["final"],
+            total_steps=args["epochs"] * args["steps_per_epoch"],
+            warmup_steps=args["warmup_epochs"] * args["steps_per_epoch"],
+            start=args["start"],
+        )
+        for step in range(len(values))
+    ]
+    assert ours == pytest.approx(values, rel=1e-12)
+
+
+@needs_golden
+def test_layer_decay_groups_are_the_reference_s():
+    golden = json.loads((FOLDER / "masks_and_schedules.json").read_text())["layer_decay"]
+    _, c = load("classifier")
+    model = Classifier(
+        ClassifierConfig(vit=vit_config(c, depth=c["depth"], position="relative"), num_classes=c["num_classes"])
+    )
+
+    def summary(groups):
+        return {(g["weight_decay"], round(g["lr_scale"], 12)): sorted(g["names"]) for g in groups}
+
+    groups = parameter_groups(model, 0.05, layer_decay=golden["layer_decay"])
+    assert summary(groups) == summary(golden["groups"])
+
+
+# the last parts of the names of parameters that decay; "weight" of layers with two dimensions or more
+DECAYED = {"weight", "mask_token", "relative_position_bias_table"}
+SPARED = {"bias", "cls_token", "pos_embed", "gamma_1", "gamma_2", "q_bias", "v_bias"}
+MODELS = {
+    **{f"student, {p}": (lambda p=p: weights.student(p)) for p in weights.POSITIONS},
+    "student without aggregation": lambda: weights.student(aggregation_depth=0),
+    "student with separate heads": lambda: weights.student("absolute", shared_head=False, layer_scale=0.0),
+    "tokenizer": weights.tokenizer,
+    **{f"classifier, {p}": (lambda p=p: weights.classifier(p)) for p in weights.POSITIONS},
+    **{
+        f"segmenter, {p}": (lambda p=p: Segmenter(SegmenterConfig(weights.vit(p), 5, (0, 1, 1, 2), 8, 8)))
+        for p in ("relative", "absolute", "none")
+    },
+}
+
+
+def assert_spared(decay: dict[str, float], model) -> None:
+    assert decay.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        leaf = name.rpartition(".")[2]
+        assert leaf in DECAYED | SPARED
+        norm = leaf == "weight" and parameter.dim() == 1
+        assert decay[name] == (0.0 if leaf in SPARED or norm else 0.05), name
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+@pytest.mark.parametrize("name", MODELS)
+def test_weight_decay_spares_cls_tokens_position_embeddings_and_what_has_one_dimension_in_every_model(
+    name, layer_decay
+):
+    model = MODELS[name]()
+    if layer_decay < 1 and name == "tokenizer":
+        pytest.skip("its blocks are the encoder's and the decoder's")
+    groups = parameter_groups(model, 0.05, layer_decay=layer_decay, skip=no_weight_decay(model))
+    assert_spared({n: g["weight_decay"] for g in groups for n in g["names"]}, model)
+
+
+STAGES = {
+    "tokenizer": "--teacher-image-size 128 --num-codes 16 --code-dim 8 --decoder-depth 1",
+    "pretrain": "--position absolute --early-layer 1 --num-masked 6 --min-mask-patches 2",
+    "finetune": "--weights none",
+}
+SHAPE = "--image-size 32 --patch-size 8 --dim 16 --depth 2 --heads 2 --batch-size 4 --workers 0 --weight-decay 0.05"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_commands_train_with_these_groups(stage, tmp_path, monkeypatch):
+    root, seen = small_runs(tmp_path), []
+
+    def backend(model, groups, *_):
+        seen.append((model, {name: g["weight_decay"] for g in groups for name in g["names"]}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "TorchBackend", backend)
+    tokenizer = ["--tokenizer", root / "tokenizer"] if stage == "pretrain" else []
+    options = [*SHAPE.split(), *STAGES[stage].split(), *tokenizer, "--data", root / "data", "--out", tmp_path / "run"]
+    assert call(stage, "--preset", "demo", *options) == 130
+    assert_spared(seen[0][1], seen[0][0])

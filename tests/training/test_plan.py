@@ -1,0 +1,61 @@
+"""A training sees every image in every epoch, whatever the number of images a step and how it is divided."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beitv2_fast.config.training import TrainConfig
+from beitv2_fast.data.images import DataError
+from beitv2_fast.training.log import TrainingLog
+from beitv2_fast.training.optim import Plan
+
+from ..support.training import TINY, TOKENIZER, call, write_images
+
+IMAGES, EPOCHS = 11, 3
+
+
+@given(st.integers(1, 300), st.integers(1, 7), st.integers(1, 3), st.integers(1, 4), st.integers(1, 9))
+def test_the_steps_are_as_many_as_all_epochs_need_and_each_epoch_ends_once(images, batch, accumulate, ranks, epochs):
+    config = TrainConfig(batch_size=batch, accumulate=accumulate, epochs=epochs)
+    step = batch * accumulate * ranks
+    if step > images:
+        with pytest.raises(DataError, match="larger than the data set"):
+            Plan.of(config, images, ranks)
+        return
+    plan = Plan.of(config, images, ranks)
+    assert 0 <= plan.total_steps * step - epochs * images < step
+    ends = {plan.ended_epoch(k): k for k in range(1, plan.total_steps + 1) if plan.ended_epoch(k)}
+    assert list(ends) == list(range(1, epochs + 1))
+    assert all(0 <= k * step - epoch * images < step for epoch, k in ends.items())
+    assert plan.epoch(plan.total_steps) == epochs
+
+
+def test_the_warm_up_takes_its_epochs_and_never_more_than_there_are():
+    plan = Plan.of(replace(TrainConfig(), batch_size=4, epochs=10, warmup_epochs=2.5), 10, 1)
+    assert (plan.total_steps, plan.warmup_steps) == (25, 6)
+    assert Plan.of(replace(TrainConfig(), batch_size=4, epochs=1, warmup_epochs=9), 10, 1).warmup_steps == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(4, 1), (2, 2), (3, 1)], ids="batch {0[0]}, accumulated {0[1]}".format)
+def test_a_training_sees_every_image_once_in_every_epoch(tmp_path, monkeypatch, options):
+    seen, add = Counter(), TrainingLog.add
+
+    def count(self, step, lr, metrics, batch):
+        add(self, step, lr, metrics, batch)
+        seen.update(zip(batch["view"].tolist(), batch["index"].tolist(), strict=True))
+
+    monkeypatch.setattr(TrainingLog, "add", count)
+    batch, accumulate = options
+    given = [*TINY, *TOKENIZER, "--views", 0, "--epochs", EPOCHS, "--batch-size", batch, "--accumulate", accumulate]
+    assert (
+        call("tokenizer", *given, "--data", write_images(tmp_path / "images", IMAGES), "--out", tmp_path / "run") == 0
+    )
+    whole = {(epoch, image): 1 for epoch in range(EPOCHS) for image in range(IMAGES)}
+    assert {key: count for key, count in seen.items() if key[0] < EPOCHS} == whole
+    assert sum(seen.values()) - len(whole) < batch * accumulate  # images of the next epoch fill the last step

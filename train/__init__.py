@@ -1,0 +1,1 @@
+"""The commands: each stage's Task and main."""

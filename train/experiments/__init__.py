@@ -1,0 +1,1 @@
+"""Experiments of several trainings: tables and ablations at small scale."""

@@ -1,0 +1,275 @@
+"""The paper's ablations, small: `python -m beitv2_fast.train.experiments.ablate NAME ...` (no NAME: what there is).
+
+Each is a short list of option values. What an option does not touch is trained once for all of them: the tokenizer of
+the masks, the base that every ablation compares with. Stopped and started again, a run goes on where it was; the
+results of all ablations collect in results.json of --out, with a table and a plot for each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from beitv2_fast.config.options import option, parse
+from beitv2_fast.distributed import run_main
+from beitv2_fast.errors import UserError
+from beitv2_fast.runs.files import write_atomically
+from beitv2_fast.train.experiments.packed_images import unpacked
+from beitv2_fast.train.experiments.runner import Step, is_done, machine, run_steps, times
+from beitv2_fast.train.experiments.stages import SmallScale, Stages, probe_numbers, result
+from beitv2_fast.train.experiments.tables import Column, Table, markdown, plot
+
+Options = dict[str, Any]
+COLUMNS = (
+    Column("used_codes", "codes used"),
+    Column("perplexity", "perplexity", percent=False, digits=0),
+    Column("similarity", "similarity to teacher", percent=False, digits=3),
+    Column("encoder_probe_mean", "encoder: probe"),
+    Column("encoder_knn_mean", "encoder: 10-NN"),
+    Column("probe_cls", "student: probe, CLS"),
+    Column("probe_mean", "student: probe, mean"),
+    Column("knn_cls", "student: 10-NN, CLS"),
+    Column("knn_mean", "student: 10-NN, mean"),
+)
+OF_TOKENIZERS = ("used_codes", "perplexity", "similarity")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row: options of the tokenizer's training and of the pre-training that differ from the base."""
+
+    title: str
+    tokenizer: Options = field(default_factory=dict)
+    pretrain: Options = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    title: str
+    variants: tuple[Variant, ...]
+
+    @property
+    def about_tokenizers(self) -> bool:
+        return any(variant.tokenizer for variant in self.variants)
+
+
+def _of(title: str, stage: str, name: str, values: Sequence[Any], says: str = "{}") -> Ablation:
+    """One option of a stage, value by value."""
+    return Ablation(title, tuple(Variant(says.format(v), **{stage: {name: v}}) for v in values))
+
+
+# The base is 256 codes of width 32, a decoder of 1 block, k-means and EMA 0.97; blocks over 40 % of the patches, early
+# layer 3 of 4, 2 aggregation blocks with the shared head. A variant equal to it is the base: it is trained once.
+ABLATIONS = {
+    "codebook_size": _of("Size of the codebook", "tokenizer", "num_codes", (64, 256, 1024), "{} codes"),
+    "code_dim": _of("Width of the codes", "tokenizer", "code_dim", (8, 32, 128), "width {}"),
+    "decoder_depth": _of("Depth of the tokenizer's decoder", "tokenizer", "decoder_depth", (1, 3), "depth {}"),
+    "teacher": _of(
+        "Teacher (clip and dino: with the weights that their packages fetch)", "tokenizer", "teacher",
+        ("efficientnet_lite0", "clip", "dino"),
+    ),
+    "codebook_update": Ablation(
+        "k-means start and moving average of the codebook",
+        (
+            Variant("k-means, EMA 0.97", {"kmeans_init": True, "decay": 0.97}),
+            Variant("random start, EMA 0.97", {"kmeans_init": False}),
+            Variant("k-means, no EMA", {"decay": 0.0}),
+            Variant("random start, no EMA", {"kmeans_init": False, "decay": 0.0}),
+            Variant("random start, EMA 0.97, dead codes stay", {"kmeans_init": False, "dead_after": 0.0}),
+        ),
+    ),
+    "early_layer": _of("Early layer l of the aggregation", "pretrain", "early_layer", (1, 2, 3), "l = {}"),
+    "aggregation_depth": _of("Depth of the aggregation", "pretrain", "aggregation_depth", (1, 2, 3), "depth {}"),
+    "head": _of("Head of the two branches", "pretrain", "shared_head", (True, False), "shared: {}"),
+    "aggregation": Ablation(
+        "Patch aggregation", (Variant("with"), Variant("without", pretrain={"aggregation_depth": 0}))
+    ),
+    "loss_on": _of("Branches with a loss", "pretrain", "loss_on", ("both", "last", "aggregation")),
+    "mask_ratio": _of("Share of masked patches", "pretrain", "masked", (0.2, 0.4, 0.6, 0.75), "{}"),
+    "masks": Ablation(
+        "Masks: shape and share",
+        (
+            Variant("blocks, 40 %"),
+            Variant("blocks, 20 %", pretrain={"masked": 0.2}),
+            Variant("blocks, 60 %", pretrain={"masked": 0.6}),
+            Variant("random, 40 %", pretrain={"mask": "random"}),
+        ),
+    ),
+}  # fmt: skip
+
+
+FIXED: Options = {
+    "code_dim": 32, "decoder_depth": 1, "teacher": "efficientnet_lite0", "kmeans_init": True, "decay": 0.97,
+    "aggregation_depth": 2, "shared_head": True, "loss_on": "both", "mask": "block",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AblateConfig(SmallScale):
+    """Ablations on small photographs; each row differs from the base in what it names."""
+
+    out: Path = option(Path("runs/ablations"), "folder of all runs, of results.json and of NAME.md and NAME.png")
+    images: Path = option(Path("data"), "photographs: a folder with train/CLASS and val/CLASS, or a packed file")
+    teacher_cache: Path | None = option(
+        None,
+        "folder of the teacher's features, which another experiment on these images may have filled; none: in --out",
+    )
+    students: bool = option(
+        True, "also pre-train and probe a student for each tokenizer of an ablation that is about tokenizers; else "
+        "these are judged by themselves: codes, similarity, probe and k-NN of their encoder's patches",
+    )  # fmt: skip
+    seeds: int = option(1, "repetitions of the whole, from the tokenizer on", at_least=1)
+    show: bool = option(False, "run nothing: write the tables of what is there")
+
+
+BASE = AblateConfig(tokenizer_epochs=3, pretrain_epochs=3)
+
+
+@dataclass
+class Plan:
+    """steps: of all ablations, each once. runs: by (ablation, variant's title, seed) the names of its steps."""
+
+    steps: dict[str, Step] = field(default_factory=dict)
+    runs: dict[tuple[str, str, int], dict[str, str]] = field(default_factory=dict)
+
+    def add(self, step: Step) -> str:
+        self.steps.setdefault(step.name, step)
+        return step.name
+
+
+def plan(names: Sequence[str], config: AblateConfig, images: Path) -> Plan:
+    scale = SmallScale(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SmallScale)})
+    stages, made = Stages(config.out.resolve(), images.resolve(), scale, config.teacher_cache), Plan()
+    for name in names:
+        for variant in ABLATIONS[name].variants:
+            for seed in range(config.seeds):
+                about = ABLATIONS[name].about_tokenizers
+                made.runs[name, variant.title, seed] = _runs(
+                    made, stages, variant, seed, encoder=about, student=config.students or not about
+                )
+    return made
+
+
+def _runs(made: Plan, stages: Stages, variant: Variant, seed: int, *, encoder: bool, student: bool) -> dict[str, str]:
+    """The steps of a variant. Their names tell all that differs from the base, so equal ones are the same step."""
+    scale = stages.scale
+    base = {**FIXED, "num_codes": scale.num_codes, "early_layer": scale.early_layer, "masked": scale.masked}
+    given, own = (
+        {key: value for key, value in options.items() if base.get(key) != value}
+        for options in (variant.tokenizer, variant.pretrain)
+    )
+    of_tokenizer, whole = _slug(given), _slug(given) + _slug(own)
+    tokenizer = made.add(stages.tokenizer(f"seed{seed}/tokenizer{of_tokenizer}", seed, **given))
+    runs = {"tokenizer": tokenizer}
+    if encoder:
+        runs["quality"] = made.add(stages.quality(f"seed{seed}/quality{of_tokenizer}", tokenizer))
+        runs["encoder"] = made.add(stages.probe(f"seed{seed}/encoder{of_tokenizer}", tokenizer, seed))
+    if student:
+        masks = dataclasses.replace(stages, scale=dataclasses.replace(scale, masked=own.pop("masked", scale.masked)))
+        runs["pretrain"] = made.add(masks.pretrain(f"seed{seed}/pretrain{whole}", tokenizer, seed, **own))
+        runs["probe"] = made.add(stages.probe(f"seed{seed}/probe{whole}", runs["pretrain"], seed))
+    return runs
+
+
+def _slug(options: Options) -> str:
+    return "".join(f"-{key}_{value}" for key, value in sorted(options.items()))
+
+
+def collect(name: str, made: Plan, config: AblateConfig) -> Table:
+    """What the steps of an ablation have left, by variant."""
+    table: Table = {}
+    for variant in ABLATIONS[name].variants:
+        row = table.setdefault(variant.title, {})
+        for seed in range(config.seeds):
+            runs = made.runs[name, variant.title, seed]
+            found = {kind: result(config.out, step) for kind, step in runs.items()}
+            numbers: dict[str, float] = {}
+            if (quality := found.get("quality")) is not None:
+                numbers |= {key: quality[key] for key in OF_TOKENIZERS}
+            if (encoder := found.get("encoder")) is not None:
+                numbers |= {f"encoder_{key}": value for key, value in probe_numbers(encoder).items()}
+            if (student := found.get("probe")) is not None:
+                numbers |= probe_numbers(student)
+            for key, value in numbers.items():
+                row.setdefault(key, []).append(value)
+    return table
+
+
+def write(names: Sequence[str], made: Plan, config: AblateConfig, started: float, before: dict[str, Any]) -> None:
+    """results.json, in which other ablations stay, and a table and a plot of each of these."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    file = config.out / "results.json"
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    for name in names:
+        table = collect(name, made, config)
+        used = {step for key, runs in made.runs.items() if key[0] == name for step in runs.values()}
+        seconds, cpu = times(config.out, [made.steps[step] for step in used])
+        columns = [c for c in COLUMNS if any(row.get(c.key) for row in table.values())]
+        text = markdown(ABLATIONS[name].title, table, columns) if columns else f"{name}: nothing is done yet\n"
+        state = {"last_call_seconds": round(time.monotonic() - started, 1), "machine": [before, machine()]}
+        if config.show and name in content:  # nothing ran now
+            state = {key: content[name][key] for key in state}
+        content[name] = {
+            "title": ABLATIONS[name].title,
+            "rows": table,
+            "seeds": config.seeds,
+            "steps_done": sum(is_done(config.out, made.steps[step]) for step in used),
+            "steps": len(used),
+            "step_seconds": round(seconds, 1),  # with those that other ablations share
+            "cpu_seconds": round(cpu, 1),
+            **state,
+            "config": {f.name: str(getattr(config, f.name)) for f in dataclasses.fields(config)},
+        }
+        write_atomically(config.out / f"{name}.md", text)
+        if columns:
+            plot(table, columns, config.out / f"{name}.png", title=ABLATIONS[name].title)
+        print(text)
+    write_atomically(file, json.dumps(content, indent=1) + "\n")
+
+
+def listing() -> str:
+    lines = []
+    for name, ablation in ABLATIONS.items():
+        lines.append(f"{name:<18}{ablation.title}: {'; '.join(v.title for v in ablation.variants)}")
+    return "\n".join(lines)
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(names of ablations, options): the names come first."""
+    argv = list(argv)
+    first = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    names = list(ABLATIONS) if argv[:first] == ["all"] else argv[:first]
+    unknown = [name for name in names if name not in ABLATIONS]
+    if unknown:
+        raise UserError(f"there is no ablation {', '.join(unknown)}. There are:\n{listing()}")
+    return list(dict.fromkeys(names)), argv[first:]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    names, options = split(sys.argv[1:] if argv is None else argv)
+    config, _ = parse(AblateConfig, {"base": BASE}, options)
+    if not names:
+        print(
+            f"{listing()}\n\npython -m beitv2_fast.train.experiments.ablate NAME [NAME ...] [options]; all: every one of them"
+        )
+        return 0
+    started, before = time.monotonic(), machine()
+    made = plan(names, config, unpacked(config.images, config.out / "images"))
+    code = 0
+    if not config.show:
+        outcome = run_steps(list(made.steps.values()), config.out, jobs=config.steps_at_once)
+        code = outcome.code
+        for name in outcome.failed:
+            print(f"failed: {name}; see {config.out / 'logs' / name}.txt. The same command tries again.")
+    write(names, made, config, started, before)
+    return code
+
+
+if __name__ == "__main__":
+    run_main(main)
