@@ -37,7 +37,8 @@ def commands(root: Path, data: Path) -> list[tuple[str, list[str]]]:
         ),
         (
             "2/4  pre-training: masked image modelling with patch aggregation",
-            [*deepspeed, "--module", f"{STAGES}.pretrain", *common, "--tokenizer", str(tokenizer), "--out", str(pretrain)],
+            [*deepspeed, "--module", f"{STAGES}.pretrain", *common, "--tokenizer", str(tokenizer),
+             "--out", str(pretrain)],
         ),
         (
             "3/4  linear probe of the frozen backbone",

@@ -255,9 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names, options = split(sys.argv[1:] if argv is None else argv)
     config, _ = parse(AblateConfig, {"base": BASE}, options)
     if not names:
-        print(
-            f"{listing()}\n\npython -m beitv2_fast.train.experiments.ablate NAME [NAME ...] [options]; all: every one of them"
-        )
+        print(f"{listing()}\n\npython -m beitv2_fast.train.experiments.ablate [NAME ... or all] [options]")
         return 0
     started, before = time.monotonic(), machine()
     made = plan(names, config, unpacked(config.images, config.out / "images"))
