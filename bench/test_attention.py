@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from beitv2_fast.kernels.attention.reference import attention_reference
 from torch import Tensor
 
+from beitv2_fast.kernels.attention.reference import attention_reference
 from beitv2_fast.models.attention import attention, choose_attention
 from beitv2_fast.models.classifier import Classifier, ClassifierConfig
 from beitv2_fast.models.vit import ViTConfig

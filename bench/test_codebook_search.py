@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from beitv2_fast.kernels import codebook_search
 
+from beitv2_fast.kernels import codebook_search
 from bench.harness import DEVICE, OURS, Unavailable, measure
 
 N, K, D = 12_544, 8192, 32  # 64 images of 196 patches; the default codebook

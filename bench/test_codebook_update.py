@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from beitv2_fast.kernels import codebook_search, codebook_update
 from torch import Tensor
 
+from beitv2_fast.kernels import codebook_search, codebook_update
 from bench.harness import DEVICE, OURS, measure
 from bench.test_codebook_search import D, K, N, problem
 

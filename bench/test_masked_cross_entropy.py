@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from beitv2_fast.kernels import masked_cross_entropy, masked_gather
-from beitv2_fast.kernels.masked_cross_entropy.reference import masked_cross_entropy_reference
 from torch import Tensor
 
+from beitv2_fast.kernels import masked_cross_entropy, masked_gather
+from beitv2_fast.kernels.masked_cross_entropy.reference import masked_cross_entropy_reference
 from bench.harness import DEVICE, OURS, measure
 
 B, N, MASKED, C, V = 64, 196, 75, 768, 8192

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+
 from beitv2_fast.kernels import block_masks
 from beitv2_fast.kernels.block_masks.batched import block_masks_batched
 from beitv2_fast.kernels.block_masks.reference import block_masks_reference
-
 from bench.harness import DEVICE, OURS, measure
 
 BATCH, GRID, NUM_MASKED, MIN_PATCHES, MIN_ASPECT = 256, 14, 75, 16, 0.3

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from beitv2_fast.kernels import codebook_update, vector_quantize
 from torch import Tensor
 
 from beitv2_fast import FusedVectorQuantizer
+from beitv2_fast.kernels import codebook_update, vector_quantize
 from bench.harness import DEVICE, OURS, measure
 from bench.test_codebook_search import D, K, N, problem
 from bench.test_codebook_update import DECAY, one_hot_update

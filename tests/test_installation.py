@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from beitv2_fast.kernels import native
 from beitv2_fast.kernels.native import native_ops
 

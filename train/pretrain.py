@@ -6,7 +6,6 @@ Also under `torchrun` and plain `python`. Stopped and started again with the sam
 from __future__ import annotations
 
 import torch
-from beitv2_fast.kernels import masked_gather
 from torch import Tensor, nn
 
 from beitv2_fast.config.options import parse
@@ -16,6 +15,7 @@ from beitv2_fast.data.masks import patch_masks
 from beitv2_fast.data.views import PretrainView
 from beitv2_fast.distributed import run_main, start
 from beitv2_fast.errors import UserError
+from beitv2_fast.kernels import masked_gather
 from beitv2_fast.models.student import Student
 from beitv2_fast.models.tokenizer import Tokenizer
 from beitv2_fast.pictures import masked_picture, token_map

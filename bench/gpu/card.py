@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from beitv2_fast.kernels.native import native_ops
 
+from beitv2_fast.kernels.native import native_ops
 from bench.gpu.run import Run
 from bench.harness import DEVICE
 

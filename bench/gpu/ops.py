@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from beitv2_fast.kernels import codebook_search, masked_gather
 from torch import Tensor
 
+from beitv2_fast.kernels import codebook_search, masked_gather
 from bench import scaling as axes
 from bench import test_codebook_update, test_masks, test_quantizer_step
 from bench.gpu import clocks

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from beitv2_fast.kernels import codebook_search
 from torch import Tensor, nn
 
 from beitv2_fast.config.presets import TOKENIZER
+from beitv2_fast.kernels import codebook_search
 from beitv2_fast.quantize.kmeans import kmeans
 from beitv2_fast.weights.build import build_tokenizer
 from bench.harness import DEVICE

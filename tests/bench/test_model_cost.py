@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from beitv2_fast.kernels.native import native_ops
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from beitv2_fast.kernels.native import native_ops
 from beitv2_fast.models.student import Student, StudentConfig
 from beitv2_fast.models.tokenizer import Tokenizer, TokenizerModelConfig
 from beitv2_fast.models.vit import ViTConfig

@@ -8,10 +8,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from beitv2_fast.kernels.block_masks import block_masks
 
 from beitv2_fast.data.draws import image_keys
 from beitv2_fast.data.masks import random_masks
+from beitv2_fast.kernels.block_masks import block_masks
 
 SAMPLES = 8000
 # The largest deviation, in standard errors of the difference of two samples, that chance may cause: each test looks at

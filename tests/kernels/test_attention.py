@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
 from beitv2_fast.kernels import attention
 from beitv2_fast.kernels.attention.ops import attention_backward_op, attention_op
 from beitv2_fast.kernels.attention.reference import attention_reference
 from beitv2_fast.kernels.native import native_ops
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 from ..support.memory import peak_allocation
 

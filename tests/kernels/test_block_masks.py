@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from beitv2_fast.kernels import block_masks
 from beitv2_fast.kernels.block_masks.batched import block_masks_batched, random_bits
 from beitv2_fast.kernels.block_masks.reference import MAX_ATTEMPTS, block_masks_reference
 from beitv2_fast.kernels.block_masks.reference import random_bits as reference_bits
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 KEYS = torch.randint(-(2**63), 2**63 - 1, (400,), generator=torch.Generator().manual_seed(0))
 

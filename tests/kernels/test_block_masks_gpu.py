@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from beitv2_fast.kernels.block_masks import block_masks
 
 from beitv2_fast.data.masks import patch_masks
+from beitv2_fast.kernels.block_masks import block_masks
 
 from ..support.gpu import HERE, here, no_waiting
 from .test_block_masks import KEYS

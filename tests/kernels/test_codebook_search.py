@@ -9,12 +9,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from beitv2_fast.kernels import codebook_search, native
-from beitv2_fast.kernels.codebook_search import reference
-from beitv2_fast.kernels.native import native_ops
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from beitv2_fast.kernels import codebook_search, native
+from beitv2_fast.kernels.codebook_search import reference
+from beitv2_fast.kernels.native import native_ops
 from bench.harness import peak_memory
 
 from ..support.memory import peak_allocation

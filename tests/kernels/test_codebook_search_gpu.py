@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from beitv2_fast.kernels import codebook_search
 from torch.nn.functional import normalize
+
+from beitv2_fast.kernels import codebook_search
 
 from ..support.gpu import DRY, HERE, cuda_only, launches, no_waiting, pick
 from ..support.search_oracle import PROBLEMS, exact_indices

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from beitv2_fast.kernels.codebook_search.reference import codebook_search_reference
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from beitv2_fast.kernels.codebook_search.reference import codebook_search_reference
 
 from ..support.triton_tools import guarded
 

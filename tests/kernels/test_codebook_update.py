@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from beitv2_fast.kernels import codebook_update
 from beitv2_fast.kernels.codebook_update.dead_codes import restart_dead_codes
 from beitv2_fast.kernels.codebook_update.ops import apply_statistics, codebook_statistics

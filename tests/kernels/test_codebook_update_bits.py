@@ -9,6 +9,10 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
 from beitv2_fast.kernels import codebook_update
 from beitv2_fast.kernels.codebook_update.ops import apply_statistics, codebook_statistics
 from beitv2_fast.kernels.codebook_update.reference import (
@@ -16,9 +20,6 @@ from beitv2_fast.kernels.codebook_update.reference import (
     codebook_statistics_reference,
 )
 from beitv2_fast.kernels.native import native_ops
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 from ..support.codebook_states import METRICS, make_batch, make_state, update
 

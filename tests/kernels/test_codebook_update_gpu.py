@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from beitv2_fast.kernels.codebook_update.ops import codebook_statistics
 from torch import Tensor
+
+from beitv2_fast.kernels.codebook_update.ops import codebook_statistics
 
 from ..support.codebook_states import METRICS, State, make_batch, make_state, update
 from ..support.gpu import DRY, HERE, cuda_only, here, no_waiting, pick

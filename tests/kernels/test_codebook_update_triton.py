@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from beitv2_fast.kernels.codebook_update.reference import apply_statistics_reference, codebook_statistics_reference
 from beitv2_fast.kernels.vector_quantize.reference import backward_reference
 

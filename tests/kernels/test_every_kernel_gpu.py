@@ -9,9 +9,10 @@ import ast
 from dataclasses import replace
 from pathlib import Path
 
-import beitv2_fast.kernels as kernels
 import pytest
 import torch
+
+import beitv2_fast.kernels as kernels
 from beitv2_fast.kernels.codebook_search.reference import codebook_search_reference
 from beitv2_fast.kernels.codebook_update.reference import apply_statistics_reference, codebook_statistics_reference
 from beitv2_fast.kernels.masked_cross_entropy import steps

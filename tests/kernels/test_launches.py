@@ -11,8 +11,9 @@ from functools import cache
 
 import pytest
 import torch
-from beitv2_fast.kernels.masked_cross_entropy.chunked import Head, Wanted, head_losses
 from torch import Tensor
+
+from beitv2_fast.kernels.masked_cross_entropy.chunked import Head, Wanted, head_losses
 
 from ..support.launches import Launch, launching
 

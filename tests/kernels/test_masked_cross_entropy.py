@@ -11,6 +11,10 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from beitv2_fast.kernels.masked_cross_entropy.chunked import Device, Head, Wanted, head_losses
 from beitv2_fast.kernels.masked_cross_entropy.gather import masked_positions
 from beitv2_fast.kernels.masked_cross_entropy.ops import (
@@ -21,9 +25,6 @@ from beitv2_fast.kernels.masked_cross_entropy.ops import (
 )
 from beitv2_fast.kernels.masked_cross_entropy.steps import softmax_ as softmax_reference_
 from beitv2_fast.kernels.native import native_ops
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..support.counting import allocations, peak_of_backward
 from ..support.masked_problem import Problem, problem

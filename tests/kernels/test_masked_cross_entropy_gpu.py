@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from beitv2_fast.kernels import masked_cross_entropy
 from torch import Tensor
+
+from beitv2_fast.kernels import masked_cross_entropy
 
 from ..support.gpu import DRY, HERE, autocast, cuda_only, distance, here, no_waiting, pick
 from ..support.masked_problem import Problem, problem

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from beitv2_fast.kernels.masked_cross_entropy import steps
 from beitv2_fast.kernels.masked_cross_entropy.chunked import Device, Head, Wanted, head_losses
 from beitv2_fast.kernels.masked_cross_entropy.gather import masked_positions

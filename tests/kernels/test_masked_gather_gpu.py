@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from beitv2_fast.kernels import masked_gather
 
 from ..support.gpu import DRY, HERE, no_waiting

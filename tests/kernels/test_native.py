@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from beitv2_fast.kernels import native
-from beitv2_fast.kernels.native import native_ops
 
 from beitv2_fast import kernels
+from beitv2_fast.kernels import native
+from beitv2_fast.kernels.native import native_ops
 
 LIBRARIES = sorted(Path(kernels.__file__).parent.glob("_cpu*.so"))
 pytestmark = [

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
 from beitv2_fast.kernels import codebook_search, vector_quantize
 from beitv2_fast.kernels.native import native_ops
 from beitv2_fast.kernels.vector_quantize.ops import quantize, quantize_backward
 from beitv2_fast.kernels.vector_quantize.reference import backward_reference, vector_quantize_reference
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 from ..support.golden import assert_close, load, needs_golden
 from ..support.memory import peak_allocation

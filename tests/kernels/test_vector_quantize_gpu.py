@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from beitv2_fast.kernels import vector_quantize
-from beitv2_fast.kernels.vector_quantize.reference import vector_quantize_reference
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from beitv2_fast.kernels import vector_quantize
+from beitv2_fast.kernels.vector_quantize.reference import vector_quantize_reference
 
 from ..support.codebook_states import METRICS
 from ..support.gpu import HERE, autocast, distance, no_waiting, pick

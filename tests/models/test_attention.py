@@ -7,10 +7,10 @@ import types
 
 import pytest
 import torch
-from beitv2_fast.kernels.attention.reference import attention_reference
 from torch import Tensor
 
 from beitv2_fast.errors import UserError
+from beitv2_fast.kernels.attention.reference import attention_reference
 from beitv2_fast.models import attention as module
 from beitv2_fast.models.attention import attention, choose_attention, prepare_bias
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from beitv2_fast.kernels.attention.reference import attention_reference
 from torch import Tensor
 
+from beitv2_fast.kernels.attention.reference import attention_reference
 from beitv2_fast.models.attention import attention, choose_attention, prepare_bias, xformers_problem
 
 from ..support.gpu import HERE, autocast, cuda_only, distance, no_waiting, pick

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from beitv2_fast.kernels.sampling import sample_rows
 
 from beitv2_fast import FusedVectorQuantizer
+from beitv2_fast.kernels.sampling import sample_rows
 from beitv2_fast.quantize import collapse as dead_codes
 from beitv2_fast.quantize.kmeans import kmeans
 

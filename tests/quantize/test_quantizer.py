@@ -8,9 +8,9 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from beitv2_fast.kernels.checks import METRICS
 
 from beitv2_fast import FusedVectorQuantizer
+from beitv2_fast.kernels.checks import METRICS
 from beitv2_fast.quantize.options import LEARNING
 
 from ..support.golden import load, needs_golden

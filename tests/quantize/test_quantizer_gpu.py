@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from beitv2_fast.kernels.checks import METRICS
 from torch import Tensor, nn
 
 from beitv2_fast import FusedVectorQuantizer, ResidualVectorQuantizer
+from beitv2_fast.kernels.checks import METRICS
 from beitv2_fast.quantize.adapters import EmbeddingAdapter
 from beitv2_fast.quantize.kmeans import kmeans
 from beitv2_fast.quantize.options import LEARNING

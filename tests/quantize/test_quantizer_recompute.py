@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from beitv2_fast.kernels.snapshot import MOST
 from torch.utils.checkpoint import checkpoint
 
 from beitv2_fast import FusedVectorQuantizer, ResidualVectorQuantizer
+from beitv2_fast.kernels.snapshot import MOST
 
 CASES = {
     "code_ema": {"dead_after": 1.0},

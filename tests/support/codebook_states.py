@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
-from beitv2_fast.kernels import codebook_update
 from torch import Tensor
+
+from beitv2_fast.kernels import codebook_update
 
 METRICS = ["cosine", "euclidean"]
 

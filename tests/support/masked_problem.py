@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 import torch
+from torch import Tensor
+
 from beitv2_fast.kernels import masked_cross_entropy
 from beitv2_fast.kernels.masked_cross_entropy.reference import masked_cross_entropy_reference
-from torch import Tensor
 
 
 @dataclass
