@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from ..models.vit import SIZES
 from .options import OUT, RunConfig, option
@@ -14,6 +15,7 @@ from .training import TrainConfig
 class ProbeConfig(RunConfig):
     """Probes of a frozen backbone."""
 
+    stage: ClassVar[str] = "probe"
     out: Path = option(Path("runs/probe"), "run folder for results.json and the log")
     data: Path = option(Path("data"), "folder of FOLDER/train/CLASS and FOLDER/test/CLASS (or val) with images")
     run: Path = option(
@@ -60,6 +62,7 @@ class ProbeConfig(RunConfig):
 class FinetuneConfig(TrainConfig):
     """Fine-tuning of a classifier (arXiv 2208.06366 section 3.2)."""
 
+    stage: ClassVar[str] = "finetune"
     out: Path = option(Path("runs/finetune"), OUT)
     weights: Path | None = option(
         Path("runs/pretrain"),
@@ -118,6 +121,7 @@ class EvaluateConfig(RunConfig):
     A folder may have some of the classifier's classes alone: it then chooses among these.
     """
 
+    stage: ClassVar[str] = "evaluate"
     out: Path = option(Path("runs/evaluate"), "run folder for results.json and the log")
     model: Path = option(
         Path("runs/finetune"),
@@ -150,6 +154,7 @@ class EvaluateConfig(RunConfig):
 class SegmentConfig(TrainConfig):
     """Semantic segmentation with UPerNet (arXiv 2208.06366 section 3.3)."""
 
+    stage: ClassVar[str] = "segment"
     data: Path = option(
         Path("data"),
         "folder with FOLDER/train/images and FOLDER/train/masks (also annotations or labels), or as ADE20K has them, "
@@ -259,6 +264,7 @@ SEGMENT = {
 class TokenizerQualityConfig(RunConfig):
     """Codebook usage and reconstruction similarity of a trained tokenizer (arXiv 2208.06366 section 3.4, table 6)."""
 
+    stage: ClassVar[str] = "tokenizer_quality"
     out: Path = option(Path("runs/tokenizer_quality"), "run folder for results.json and the log")
     run: Path = option(Path("runs/tokenizer"), "run folder of the tokenizer", holds="start")
     data: Path = option(Path("data"), "folder of images; FOLDER/test or FOLDER/val is used if there is one")

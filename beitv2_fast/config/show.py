@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from .options import RunConfig, option
 
@@ -12,6 +13,7 @@ from .options import RunConfig, option
 class ReportConfig(RunConfig):
     """The report: one HTML file and its pictures, from the run folders of the other commands."""
 
+    stage: ClassVar[str] = "report"
     out: Path = option(Path("runs/report"), "folder of the report: report.html and PNG files; replaced if there is one")
     data: Path = option(Path("data"), "the image folder; examples come from FOLDER/test or FOLDER/val, if there is one")
     tokenizer: Path = option(Path("runs/tokenizer"), "run folder of the tokenizer")

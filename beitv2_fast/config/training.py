@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from ..models.attention import IMPLEMENTATIONS
 from ..quantize.options import DEAD_AFTER
@@ -107,6 +108,7 @@ class TrainConfig(RunConfig):
 class TokenizerConfig(TrainConfig):
     """VQ-KD tokenizer training (arXiv 2208.06366 section 2.2)."""
 
+    stage: ClassVar[str] = "tokenizer"
     out: Path = option(Path("runs/tokenizer"), OUT)
     teacher: str = option(
         "clip", "frozen network whose features the tokenizer learns to predict: clip, dino, timm:NAME or "
@@ -151,6 +153,7 @@ class TokenizerConfig(TrainConfig):
 class PretrainConfig(TrainConfig):
     """Masked image modelling with patch aggregation (arXiv 2208.06366 sections 2.3 and 2.4)."""
 
+    stage: ClassVar[str] = "pretrain"
     out: Path = option(Path("runs/pretrain"), OUT)
     tokenizer: Path = option(Path("runs/tokenizer"), "run folder of the trained tokenizer", holds="weights")
     tokenizer_image_size: int | None = option(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..errors import DataError
 from .forks import kept_from_the_collector
-from .images import DataError
 
 PATIENCE = 30.0  # seconds for a batch that nobody wants any more, before the workers are ended; storage may hang
 

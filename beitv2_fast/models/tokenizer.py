@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from ..quantize.options import DEAD_AFTER
 from ..quantize.quantizer import FusedVectorQuantizer
-from .linear import FullPrecisionLinear, Linear
-from .vit import ViT, ViTConfig, init_weights, rescale_outputs
+from .vit import FullPrecisionLinear, Linear, ViT, ViTConfig, init_weights, rescale_outputs
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from beitv2_fast.data.check import check_images
-from beitv2_fast.data.dataset import ImageFolder
 from beitv2_fast.data.find import find_images
+from beitv2_fast.data.images import ImageFolder
 from beitv2_fast.data.loaders import choose_loader, keyed_loader, train_loader
 from beitv2_fast.data.views import EvalView, FinetuneView, PretrainView, TokenizerView
 from beitv2_fast.errors import UserError

@@ -6,16 +6,13 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from ..support.training import (
-    ENVIRONMENT,
     PRETRAIN,
-    ROOT,
     TINY,
     TOKENIZER,
     TORCHRUN,
@@ -23,6 +20,7 @@ from ..support.training import (
     assert_same_bits,
     call,
     run,
+    run_jobs,
     write_images,
 )
 from ..training.test_distributed import settings
@@ -143,7 +141,7 @@ def test_a_hang_of_one_rank_ends_with_the_stacks_of_all(options, tmp_path):
     given = [*options["pretrain"], "--out", tmp_path / "run", "--hang-after", 8]
     training = Halted("pretrain", 3, *given, launcher=TORCHRUN, HALTED_RANK="1")
     training.output += training.process.stdout.read()
-    training._watchdog.cancel()
+    training.watchdog.cancel()
     assert training.process.wait() != 0
     hung, waiting = ((tmp_path / "run" / f"hang_rank_{rank}.txt").read_text() for rank in (1, 0))
     assert "no step in 8 seconds" in hung and "no step in 8 seconds" in waiting
@@ -158,10 +156,7 @@ def test_nan_on_one_rank_is_skipped_by_all_under_every_zero_stage(options, tmp_p
     for name in names:
         zero = settings(name, tmp_path) if name[-1] not in "h0" else ["--deepspeed-config", tmp_path / "zero0.json"]
         jobs.append(("pretrain", [*options["pretrain"], "--out", tmp_path / name, *(zero if name != "torch" else [])]))
-    (tmp_path / "jobs.json").write_text(json.dumps([(job, list(map(str, given))) for job, given in jobs]))
-    command = [*TORCHRUN, str(ROOT / "tests" / "ranks.py"), str(tmp_path / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-5000:]
+    run_jobs(tmp_path, jobs)
     for name in names:
         about = json.loads((tmp_path / name / "checkpoints" / "step_00000012" / "training.json").read_text())
         assert about["skipped_steps"] == 1, name

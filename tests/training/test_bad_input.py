@@ -97,7 +97,7 @@ MISTAKES = [
     (("pretrain",), "--tokenizer cut", "cannot be read as a checkpoint"),
     (("linear_probe",), "--run missing", "missing is no run folder"),
     (("linear_probe",), "--tokenizer missing", "missing is no run folder"),
-    (("linear_probe",), "--tokenizer pretrain", "that a TokenizerConfig does not know"),
+    (("linear_probe",), "--tokenizer pretrain", "is a run folder of pretrain, but tokenizer's is needed"),
     (("linear_probe",), "--data missing", "needs the folders train/CLASS and test/CLASS"),
     (("linear_probe",), "--data images", "needs the folders train/CLASS and test/CLASS"),
     (("linear_probe",), "--data one_class", "needs at least two class folders"),

@@ -9,7 +9,6 @@ Offload is slow on the CPU: faults/test_offload.py.
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
@@ -22,15 +21,14 @@ from beitv2_fast.runs.checkpoints import read_weights
 from beitv2_fast.weights.build import load_run_model
 
 from ..support.training import (
-    ENVIRONMENT,
     PRETRAIN,
     ROOT,
     TINY,
     TOKENIZER,
-    TORCHRUN,
     assert_same_bits,
     call,
     last_weights,
+    run_jobs,
     write_images,
 )
 
@@ -86,8 +84,8 @@ def make_runs(
     def folder(stage: str, name: str) -> Path:
         return root / f"{stage}_{name}"
 
-    def options(stage: str, name: str, *more: object) -> list[str]:
-        return list(map(str, [*OPTIONS[stage], *given[stage], "--out", folder(stage, name), *more]))
+    def options(stage: str, name: str, *more: object) -> list[object]:
+        return [*OPTIONS[stage], *given[stage], "--out", folder(stage, name), *more]
 
     for stage in OPTIONS:
         assert call(stage, *options(stage, "micro", *micro)) == 0
@@ -105,13 +103,10 @@ def make_runs(
             jobs.append((stage, options(stage, name, "--batch-size", 2, *more)))
         for source, target in moves:
             moved = f"{source}_to_{target}"
-            jobs.append(("copy", [str(folder(stage, source)), str(folder(stage, moved)), HALF]))
+            jobs.append(("copy", [folder(stage, source), folder(stage, moved), HALF]))
             if target != "one":
                 jobs.append((stage, options(stage, moved, "--batch-size", 2, *zero.get(target, []))))
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    command = [*TORCHRUN, str(ROOT / "tests" / "ranks.py"), str(root / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-5000:]
+    run_jobs(root, jobs)
     for stage, (source, target) in product(OPTIONS, moves):
         if target == "one":
             assert call(stage, *options(stage, f"{source}_to_one", *micro)) == 0

@@ -9,7 +9,7 @@ import pytest
 from beitv2_fast.downstream.segmentation.model import Segmenter, SegmenterConfig
 from beitv2_fast.models.classifier import Classifier, ClassifierConfig
 from beitv2_fast.training import loop
-from beitv2_fast.training.optim import cosine_schedule, no_weight_decay, parameter_groups
+from beitv2_fast.training.optim import cosine_schedule, parameter_groups
 
 from ..models.test_golden import vit_config
 from ..support import weights
@@ -84,7 +84,7 @@ def test_weight_decay_spares_cls_tokens_position_embeddings_and_what_has_one_dim
     model = MODELS[name]()
     if layer_decay < 1 and name == "tokenizer":
         pytest.skip("its blocks are the encoder's and the decoder's")
-    groups = parameter_groups(model, 0.05, layer_decay=layer_decay, skip=no_weight_decay(model))
+    groups = parameter_groups(model, 0.05, layer_decay=layer_decay)
     assert_spared({n: g["weight_decay"] for g in groups for n in g["names"]}, model)
 
 
