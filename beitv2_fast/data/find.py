@@ -30,7 +30,7 @@ SYSTEM_FOLDERS += ("system volume information", "__pycache__")
 def find_images(
     root: str | Path, split: str | None = None, *, labelled: bool = False, index: Path | None = None
 ) -> ImageList:
-    """Lists the image files of a split of a data set, or with `split` None all below `root`, by their names alone.
+    """Lists the image files of a split of a data set, or with `split` None all below `root`, only by their names.
 
     A split is the folder `root/split` in any of its usual spellings (`SPLITS`), or the shards in `root` that are named
     so, or all of `root` where nothing is named as a split. If .tar files lie there, or `root` is one or a pattern of

@@ -183,7 +183,7 @@ class ImageFolder(Dataset):
 
     `folder[epoch, index]` is the dict of the view's tensors, with "index", "view" (the epoch, or its remainder) and, if
     the list has labels, "label" (ints); `folder.__getitems__(keys)` is the same for a batch.
-    Randomness comes from (seed, epoch, index) alone.
+    Randomness comes only from (seed, epoch, index).
 
     Args:
         images: the images, as `check_images` returned them.

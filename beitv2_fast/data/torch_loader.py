@@ -150,7 +150,7 @@ def _start_worker(worker_id: int) -> None:
 
 
 def _end_when_told_by(parent: int) -> None:
-    """Obey SIGTERM, which this process blocks, from the parent alone."""
+    """Obey SIGTERM, which this process blocks, only from the parent."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

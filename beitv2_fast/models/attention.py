@@ -115,7 +115,7 @@ def choose_attention(implementation: str, device_type: str) -> str:
 choose_attention._dynamo_marked_constant = True
 
 
-@functools.cache  # once a process: the look at xformers imports it
+@functools.cache  # once per process: the look at xformers imports it
 def _choose(implementation: str, device_type: str) -> str:
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"attention must be one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
@@ -131,6 +131,9 @@ def _choose(implementation: str, device_type: str) -> str:
     if implementation == "xformers" and (problem := xformers_problem(device_type)):
         raise UserError(f"attention 'xformers' cannot run here: {problem} Or use auto or sdpa.")
     return implementation
+
+
+choose_attention.cache_clear = _choose.cache_clear  # for tests
 
 
 def _xformers_runs() -> bool:

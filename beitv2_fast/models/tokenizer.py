@@ -121,7 +121,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def similarity(self, images: Tensor, teacher_features: Tensor) -> Tensor:
-        """Cosine of what the decoder makes of the codes alone and of the teacher's feature, by patch: [B, N] fp32.
+        """Cosine of what the decoder makes of only the codes and of the teacher's feature, by patch: [B, N] fp32.
 
         Args:
             images: [B, 3, H, W] in [0, 1]. teacher_features: [B, N, teacher_dim].

@@ -16,11 +16,11 @@ from .deepspeed import DeepSpeedBackend
 from .optim import TorchBackend
 from .task import AfterEpoch
 
-C = TypeVar("C", bound=TrainConfig)
+Own = TypeVar("Own", bound=TrainConfig)
 Backend = type[TorchBackend] | type[DeepSpeedBackend]
 
 
-def launched(cls: type[C], presets: Mapping[str, C], argv: Sequence[str] | None) -> tuple[C, World, Backend]:
+def launched(cls: type[Own], presets: Mapping[str, Own], argv: Sequence[str] | None) -> tuple[Own, World, Backend]:
     """The config, this rank among the others, and the backend: DeepSpeed if its launcher started this process or its
     JSON is given; else torch, with DDP where there are several ranks."""
     config, local_rank = parse(cls, presets, argv)

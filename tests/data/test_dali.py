@@ -140,7 +140,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def odd_files() -> dict[str, bytes]:
-    """Files that PIL reads, turned by what PIL alone reads or not as whole as DALI wants them; the plain ones first."""
+    """Files that PIL reads, turned by what only PIL reads or not as whole as DALI wants them; the plain ones first."""
     image, encoded = next(photographs()).resize((96, 80)), {}
     exif = Image.Exif()
     exif[0x0112] = 6

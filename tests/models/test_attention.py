@@ -19,9 +19,9 @@ LOST_LIBRARY = "libcudart.so.12: cannot open shared object file: No such file or
 
 @pytest.fixture(autouse=True)
 def fresh_choice():
-    module._choose.cache_clear()
+    choose_attention.cache_clear()
     yield
-    module._choose.cache_clear()
+    choose_attention.cache_clear()
 
 
 def memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None) -> Tensor:
@@ -121,7 +121,7 @@ def test_an_xformers_that_is_too_old_for_the_gpu_or_absent_is_refused_when_asked
 def test_the_cpu_gets_the_native_kernel_or_without_a_compiler_the_definition(monkeypatch):
     monkeypatch.setattr(module, "native_ops", lambda: True)
     assert choose_attention("auto", "cpu") == "native"
-    module._choose.cache_clear()
+    choose_attention.cache_clear()
     monkeypatch.setattr(module, "native_ops", lambda: False)
     assert choose_attention("auto", "cpu") == "math"
     with pytest.raises(UserError, match="was not compiled"):

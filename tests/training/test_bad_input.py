@@ -151,8 +151,8 @@ def test_a_first_try_that_failed_before_training_does_not_hold_the_folder(world,
 def test_a_run_folder_in_use_is_refused_and_free_again_when_its_process_ends(tmp_path):
     program = (
         "import sys, pathlib\n"
-        "from beitv2_fast.downstream_config import ProbeConfig\n"
-        "from beitv2_fast.run import RunFolder\n"
+        "from beitv2_fast.config.downstream import ProbeConfig\n"
+        "from beitv2_fast.runs.folder import RunFolder\n"
         "run = RunFolder(ProbeConfig(out=pathlib.Path(sys.argv[1])))\n"
         "print('open', flush=True)\n"
         "sys.stdin.read()\n"
@@ -235,7 +235,7 @@ def test_diverged_losses_end_the_training_and_save_nothing(world, tmp_path, monk
 def test_help_explains_every_option_and_shows_the_preset_s_values(capsys, stage, config):
     assert call(stage, "--preset", "demo", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    for f in config.__dataclass_fields__.values():
+    for f in dataclasses.fields(config):
         assert "--" + f.name.replace("_", "-") in text
         assert len(f.metadata["help"]) > 15 and " ".join(f.metadata["help"].split()) in text.replace("- ", "-")
     assert "[runs/demo/" in text

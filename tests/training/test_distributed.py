@@ -234,11 +234,11 @@ def test_a_zero_3_checkpoint_is_one_safetensors_file_that_the_plain_model_loads(
         assert stored["quantize.codebook"].norm(dim=1).allclose(torch.ones(16))  # neither lost nor zeros
 
 
-def test_another_number_of_images_a_step_is_refused(runs, tmp_path, capsys):
+def test_another_number_of_images_per_step_is_refused(runs, tmp_path, capsys):
     run = runs("tokenizer", "micro")
     before = read_weights(run / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors")
     options = [*OPTIONS["tokenizer"], "--data", run.parent / "images", "--out", run, "--batch-size", 2]
     assert call("tokenizer", *options) == 2
-    assert "was trained with 4 images a step, these options give 2" in capsys.readouterr().err
+    assert "was trained with 4 images per step, these options give 2" in capsys.readouterr().err
     after = read_weights(run / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -1,4 +1,4 @@
-"""A training sees every image in every epoch, whatever the number of images a step and how it is divided."""
+"""A training sees every image in every epoch, whatever the number of images per step and how it is divided."""
 
 from __future__ import annotations
 
