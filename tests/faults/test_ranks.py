@@ -19,6 +19,7 @@ from ..support.training import (
     Halted,
     assert_same_bits,
     call,
+    losses,
     run,
     run_jobs,
     write_images,
@@ -160,12 +161,7 @@ def test_nan_on_one_rank_is_skipped_by_all_under_every_zero_stage(options, tmp_p
     for name in names:
         about = json.loads((tmp_path / name / "checkpoints" / "step_00000012" / "training.json").read_text())
         assert about["skipped_steps"] == 1, name
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        assert lines[-1]["loss"] == pytest.approx(losses_end(tmp_path / "torch"), rel=1e-5), name
-
-
-def losses_end(run_folder: Path) -> float:
-    return json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+        assert losses(tmp_path / name)[-1] == pytest.approx(losses(tmp_path / "torch")[-1], rel=1e-5), name
 
 
 def test_fifty_runs_of_two_ranks_in_a_row_end_with_exit_code_0(options, tmp_path):

@@ -140,12 +140,14 @@ def test_bad_files_are_listed_once_and_left_out(world, tmp_path, caplog, capsys)
     assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [warning]
 
 
-def test_a_first_try_that_failed_before_training_does_not_hold_the_folder(world, tmp_path, capsys):
+def test_a_failed_first_try_does_not_hold_the_folder_but_a_run_of_another_config_does(world, tmp_path, capsys):
     options = [*TINY, *TOKENIZER, "--epochs", 1, "--out", tmp_path / "run"]
     assert call("tokenizer", *options, "--data", world / "missing") == 2
     assert call("tokenizer", *options, "--data", world / "images", "--in-memory") == 0
+    before = contents(tmp_path / "run")
     assert call("tokenizer", *options, "--data", world / "images", "--lr", 1) == 2
     assert "another config (lr: 0.001 there, 1.0 now)" in capsys.readouterr().err
+    assert contents(tmp_path / "run") == before
 
 
 def test_a_run_folder_in_use_is_refused_and_free_again_when_its_process_ends(tmp_path):

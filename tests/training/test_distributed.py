@@ -28,6 +28,7 @@ from ..support.training import (
     assert_same_bits,
     call,
     last_weights,
+    losses,
     run_jobs,
     write_images,
 )
@@ -111,10 +112,6 @@ def make_runs(
         if target == "one":
             assert call(stage, *options(stage, f"{source}_to_one", *micro)) == 0
     return folder
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def quantizer_state(run: Path) -> dict[str, torch.Tensor]:

@@ -231,7 +231,7 @@ def test_a_start_that_came_to_nothing_does_not_refuse_the_corrected_command(fini
             return (value if len(calls) == 1 else value * float("nan")), metrics
 
         patch.setattr(FinetuneTask, "loss", nan_from_the_second)
-        wrong = ["--lr", 1, "--log-every", 1, "--stop-after-bad", 2, "--save-every", 100]
+        wrong = ["--lr", 1, "--log-every", 1, "--stop-after-bad", 1, "--save-every", 100]
         assert go("finetune", *command, *wrong) == 2
     assert "Otherwise lower --lr" in capsys.readouterr().err and (world / "new" / "metrics.jsonl").is_file()
     assert not (world / "new" / "checkpoints").exists()

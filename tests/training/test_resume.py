@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,16 @@ import pytest
 
 from ..downstream.test_finetune import write_colours
 from ..downstream.test_segment import SMALL, write_scenes
-from ..support.training import PRETRAIN, TINY, TOKENIZER, assert_resumes_to_the_same_bits, call, last_weights
+from ..support.training import (
+    PRETRAIN,
+    TINY,
+    TOKENIZER,
+    assert_resumes_to_the_same_bits,
+    assert_same_bits,
+    call,
+    checkpoints,
+    last_weights,
+)
 
 # nine steps of four images, a checkpoint after every third
 STAGES = {
@@ -53,3 +63,14 @@ def test_a_run_that_lost_its_last_checkpoint_ends_with_the_same_bits(trained, st
     if stage == "finetune":
         average = last_weights(whole, "ema")
         assert any((average[name] != value).any() for name, value in last_weights(whole).items())
+
+
+def test_a_cut_checkpoint_falls_back_to_the_one_before(trained, capsys):
+    whole = trained("pretrain")
+    shutil.copytree(whole, cut := whole.with_name("cut"))
+    newest = cut / "checkpoints" / checkpoints(cut)[-1] / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert go("pretrain", cut) == 0
+    said = capsys.readouterr().out
+    assert "step_00000009 cannot be used" in said and "resumed at step 6 of 9" in said
+    assert_same_bits(cut, whole)

@@ -32,6 +32,7 @@ from ..support.training import (
     call,
     checkpoints,
     last_weights,
+    losses,
     run,
     write_images,
 )
@@ -81,10 +82,6 @@ def finetune(folder: Path, out: str, *more: object, weights: str = "pretrain") -
     return call(
         "finetune", *OPTIONS, "--data", folder / "data", "--weights", folder / weights, "--out", folder / out, *more
     )
-
-
-def losses(run_folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def slug(options: str) -> str:
