@@ -19,7 +19,7 @@ from beitv2_fast.downstream.segmentation.model import Segmenter
 from beitv2_fast.downstream.segmentation.overlays import overlay
 from beitv2_fast.downstream.segmentation.training import Validation, load_segmenter, start_segmenter, training_folder
 from beitv2_fast.errors import UserError
-from beitv2_fast.models.inputs import normalise
+from beitv2_fast.models.vit import normalise
 from beitv2_fast.training.launch import evaluate_newest, launched, open_run
 from beitv2_fast.training.loop import train
 from beitv2_fast.training.optim import Schedule
