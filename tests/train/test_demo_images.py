@@ -67,7 +67,7 @@ def test_a_second_call_changes_nothing(folder, monkeypatch):
 def test_a_kill_in_the_middle_leaves_no_folder_and_the_next_call_cleans_up(folder, tmp_path):
     program = (
         "import os, shutil, signal, sys\n"
-        "from beitv2_fast.demo_images import write_demo_images\n"
+        "from beitv2_fast.train.demo_images import write_demo_images\n"
         "copy, calls = shutil.copyfile, []\n"
         "def killed(*paths):\n"
         "    calls.append(copy(*paths))\n"

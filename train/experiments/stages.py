@@ -141,7 +141,7 @@ class Stages:
         return self._step("segment", name, () if run is None else (run,), "demo", {**values, **options})
 
 
-def result(root: Path, name: str) -> dict[str, Any] | None:
+def step_result(root: Path, name: str) -> dict[str, Any] | None:
     """results.json of a step; None if there is none."""
     file = root / name / "results.json"
     return json.loads(file.read_text()) if file.is_file() else None
