@@ -173,7 +173,7 @@ def _until(seconds: float, steps: Sequence[Step], root: Path, jobs: int) -> Any:
 
 def _report(run: Run, root: Path, steps: Sequence[Step], outcome: Any) -> None:
     """The tables of train.downstream, of what is done."""
-    tokenizers, backbones = downstream.collect(root, 1)
+    tokenizers, backbones = downstream.tables_of(root, 1)
     for name, numbers in tokenizers.items():
         run.say(name, table="tokenizer", **{key: values[0] for key, values in numbers.items()})
     for name, numbers in backbones.items():
