@@ -52,7 +52,7 @@ def _options(run: Run, *, tokenizer: bool) -> list[str]:
 
 
 def _train(run: Run, what: str, command: list[object], out: Path, limit: float, **about: object) -> bool:
-    """Run a training; its images a second, once it runs evenly, and how it ended."""
+    """Run a training; its images per second, once it runs evenly, and how it ended."""
     started = time.monotonic()
     env = {} if run.on_gpu else {"DS_ACCELERATOR": "cpu"}
     done = run.command(what, [*map(str, command), "--out", str(out)], limit=limit, env=env, **about)
@@ -112,7 +112,7 @@ def files(run: Run) -> None:
 
 
 def dali(run: Run) -> None:
-    """Batches of pre-training views: pixels of the GPU's decoder against the CPU's, images a second of each loader."""
+    """Batches of pre-training views: pixels of the GPU's decoder against the CPU's, images/s of each loader."""
     if "dali" not in _loaders():
         return run.say("dali", skipped="DALI is not installed (extra: dali)")
     size, grid, masked = (32, (4, 4), 6) if run.tiny else (224, (14, 14), 75)

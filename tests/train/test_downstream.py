@@ -101,7 +101,7 @@ def test_an_ablation_trains_the_base_once_and_collects_with_the_others(data, mon
     base = found["masks"]["rows"]["blocks, 40 %"]
     assert found["early_layer"]["rows"]["l = 2"] == base == found["aggregation"]["rows"]["with"]
     assert base.keys() == {"probe_cls", "probe_mean", "knn_cls", "knn_mean"}
-    # A tokenizer is judged by itself, too; without students by itself alone.
+    # A tokenizer is judged by itself, too; without students only by itself.
     assert ablate.main(["decoder_depth", *OPTIONS, *where, "--no-students"]) == 0
     stages = ("quality", "encoder", "tokenizer-decoder_depth_3", "quality-decoder_depth_3", "encoder-decoder_depth_3")
     assert ran[15:] == [f"seed0/{stage}" for stage in stages]
