@@ -68,8 +68,7 @@ class DownstreamConfig(SmallScale):
 
 def steps_of(config: DownstreamConfig, images: Path, scenes: Path | None) -> list[Step]:
     """All steps, a seed after the other, so that what is stopped early has whole seeds."""
-    scale = SmallScale(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SmallScale)})
-    stages, found = Stages(config.out.resolve(), images.resolve(), scale), []
+    stages, found = Stages(config.out.resolve(), images.resolve(), config), []
     for seed in range(config.seeds):
         at = f"seed{seed}"
         run = {row: f"{at}/{row}" for row in ("tokenizer", "pretrain_plain", "pretrain")}
@@ -165,10 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     steps = steps_of(config, images, scenes)
     code = 0
     if not config.show:
-        outcome = run_steps(steps, config.out, jobs=config.steps_at_once)
-        code = outcome.code
-        for name in outcome.failed:
-            print(f"failed: {name}; see {config.out / 'logs' / name}.txt. The same command tries again.")
+        code = run_steps(steps, config.out, jobs=config.steps_at_once).code
     print(write_tables(config, steps, before, started))
     return code
 
