@@ -115,7 +115,7 @@ def search_cases(
 
 
 def head_cases(target: str, *, m: int = 9600, v: int = 8192, c: int = 768, processors: int = 132) -> Iterator[Case]:
-    """masked_cross_entropy in bf16: the loss, then the kernels around the library's products with gradients."""
+    """masked_cross_entropy in bf16: the loss alone, then the kernels around the library's products with gradients."""
     from beitv2_fast.kernels.masked_cross_entropy import triton_kernel as host
     from beitv2_fast.kernels.masked_cross_entropy import triton_loss, triton_norm, triton_softmax
 
