@@ -159,7 +159,7 @@ def test_nan_on_one_rank_is_skipped_by_all_under_every_zero_stage(options, tmp_p
         zero = settings(name, tmp_path) if name[-1] not in "h0" else ["--deepspeed-config", tmp_path / "zero0.json"]
         jobs.append(("pretrain", [*options["pretrain"], "--out", tmp_path / name, *(zero if name != "torch" else [])]))
     (tmp_path / "jobs.json").write_text(json.dumps([(job, list(map(str, given))) for job, given in jobs]))
-    command = [*TORCHRUN, str(ROOT / "tests" / "ranks.py"), str(tmp_path / "jobs.json")]
+    command = [*TORCHRUN, str(ROOT / "tests" / "support" / "ranks.py"), str(tmp_path / "jobs.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-5000:]
     for name in names:
