@@ -12,7 +12,8 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from ..kernels.codebook_update.dead_codes import count_idle, find_dead, restart_dead_codes
+from ..kernels.codebook_update.dead_codes import find_dead, restart_dead_codes
+from ..kernels.codebook_update.ops import count_idle
 from ..kernels.sampling import salt
 from .kmeans import kmeans
 
@@ -32,13 +33,13 @@ def look(clock: Tensor, initialized: Tensor, steps: Tensor) -> bool:
     step (compiled code advances it in every step, by the same number each time). Writes through ``.data``, which count
     no version, are noticed on the CPU alone.
     """
-    if not _waits_for(initialized):
+    if not host_waits_for(initialized):
         clock[STARTED], clock[STEPS] = initialized, steps
         return bool(clock[STARTED])
     address, version = initialized.data_ptr(), 0 if initialized.is_inference() else initialized._version
     stride = version - int(clock[VERSION])
     started_here = bool(clock[STARTED]) and address == clock[ADDRESS]
-    if _capturing(initialized):
+    if is_capturing(initialized):
         if not started_here:
             raise RuntimeError(
                 "a CUDA graph is being captured, and the host does not know whether the codebook is started. Run two "
@@ -50,10 +51,10 @@ def look(clock: Tensor, initialized: Tensor, steps: Tensor) -> bool:
     return bool(clock[STARTED])
 
 
-STATE = ("codebook", "cluster_size", "embed_avg", "idle", "recent", "clock")
+_CHANGED = ("codebook", "cluster_size", "embed_avg", "idle", "recent", "clock")
 
 
-@torch.library.custom_op("beitv2_fast::start_codebook", mutates_args=(*STATE, "initialized"))
+@torch.library.custom_op("beitv2_fast::start_codebook", mutates_args=(*_CHANGED, "initialized"))
 def start_codebook(
     codebook: Tensor,
     cluster_size: Tensor,
@@ -81,7 +82,7 @@ def start_codebook(
     """
     started, count = look(clock, initialized, steps), int(clock[STEPS])
     due = [not started] * len(codebook)
-    if restart_below > 0 and _capturing(x):
+    if restart_below > 0 and is_capturing(x):
         raise RuntimeError("restart_below looks at the device, which a CUDA graph cannot: use 0 to capture this step")
     if restart_below > 0 and count and count % restart_after == 0:
         possible = recent.sum(-1).clamp(max=recent.shape[-1])
@@ -102,7 +103,7 @@ def start_codebook(
         clock[STARTED] = 1
 
 
-@torch.library.custom_op("beitv2_fast::replace_dead_codes", mutates_args=(*STATE, "replaced", "steps"))
+@torch.library.custom_op("beitv2_fast::replace_dead_codes", mutates_args=(*_CHANGED, "replaced", "steps"))
 def replace_dead_codes(
     codebook: Tensor,
     cluster_size: Tensor,
@@ -134,7 +135,7 @@ def replace_dead_codes(
         recent += bins
     if dead_after <= 0 and dead_below <= 0:
         return
-    captured = _capturing(x)  # then the device decides, in every replay, and the host knows no more what step it is
+    captured = is_capturing(x)  # then the device decides, in every replay, and the host knows no more what step it is
     if not captured and int(clock[STEPS]) % REPLACE_EVERY:
         return
     dead = find_dead(cluster_size, idle, dead_after * idle.shape[-1], dead_below)
@@ -142,7 +143,7 @@ def replace_dead_codes(
     if captured:
         dead, count = dead & (steps % REPLACE_EVERY == 0), steps
         clock[STRIDE] = -1  # look again
-    elif not _waits_for(dead) and not dead.any():
+    elif not host_waits_for(dead) and not dead.any():
         return  # the same answer on every rank; on a GPU the question would cost more than the work
     for g in range(len(codebook)):
         average = embed_avg[g] if embed_avg.numel() else None
@@ -151,13 +152,13 @@ def replace_dead_codes(
         replaced += restart_dead_codes(dead[g], x[g], *state, **options).sum()
 
 
-def _waits_for(x: Tensor) -> bool:
+def host_waits_for(x: Tensor) -> bool:
     """Whether the host has to wait for its device to read it."""
     return x.device.type != "cpu"
 
 
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+def is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_streamis_capturing()
 
 
 @start_codebook.register_fake

@@ -10,6 +10,8 @@ import torch
 from beitv2_fast import FusedVectorQuantizer, ResidualVectorQuantizer
 from beitv2_fast.quantize.quantizer import Quantized
 
+from ..support.quantizers import noise
+
 CASES = {  # a covering set: rule, metric, gradient, heads, restarts, with a mask (True) and without
     "code_ema": ({}, True),
     "code_ema, quick": ({"decay": 0.5, "dead_after": 1.0}, False),
@@ -32,10 +34,6 @@ def compiled_anew(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed))
 
 
 def narrow(step: int) -> torch.Tensor:

@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from beitv2_fast import FusedVectorQuantizer, ResidualVectorQuantizer
 from beitv2_fast.kernels.snapshot import MOST
 
+from ..support.quantizers import noise
+
 CASES = {
     "code_ema": {"dead_after": 1.0},
     "sum_ema": {"metric": "euclidean", "decay": 0.5, "dead_after": 1.0},
@@ -16,10 +18,6 @@ CASES = {
     "heads": {"heads": 2, "gradient": "rotation", "restart_below": 0.9, "restart_after": 3},
     "residual": {"num_quantizers": 3, "share_stages": True},
 }
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed))
 
 
 def quantizer(**options: object) -> torch.nn.Module:
@@ -97,12 +95,12 @@ def test_codebooks_of_forwards_are_kept_only_until_they_were_recomputed(reentran
     region = Region()
     train(region, reentrant, False, forwards=3)
     checkpoint(region, noise(3, 20, 8).requires_grad_(), use_reentrant=reentrant)
-    assert len(region.quantizer._snapshots.kept) == 1
+    assert len(region.quantizer.snapshots.kept) == 1
     plain = Region()
     train(plain, None, False)
     with torch.no_grad():
         plain(noise(3, 20, 8))
-    assert plain.quantizer._snapshots.kept == []
+    assert plain.quantizer.snapshots.kept == []
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

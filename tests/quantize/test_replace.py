@@ -19,11 +19,9 @@ from beitv2_fast import (
     replace_quantizers,
 )
 
+from ..support.quantizers import noise
+
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # fp32, sums in another order
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed))
 
 
 def assert_same_step(theirs: nn.Module, ours: nn.Module, z: Tensor, *args: object, **kwargs: object) -> None:
@@ -353,13 +351,16 @@ def test_the_references_quantizer_agrees_over_training_steps_and_its_checkpoints
     theirs = NormEMAVectorQuantizer(32, 8, beta=0.5)
     model = replace_quantizers(nn.Sequential(copy.deepcopy(theirs)), {NormEMAVectorQuantizer: NormEMAAdapter})
     ours = model[0]
-    assert isinstance(ours, FusedVectorQuantizer) and ours.options.dead_after == 0
+    assert isinstance(ours, FusedVectorQuantizer) and ours.dead_after == 0
     for step in range(5):
         z = noise(2, 8, 4, 5, seed=step)
         assert_same_step_without_parameters(theirs, ours, z)
         torch.testing.assert_close(ours.codebook, theirs.embedding.weight.data, **TOLERANCE)
         torch.testing.assert_close(ours.cluster_size, theirs.cluster_size, **TOLERANCE)
     assert_same_step_without_parameters(theirs.eval(), ours.eval(), noise(2, 8, 4, 5, seed=6))
+    assert ours.cluster_size.sum() > 0
+    ours.reset_cluster_size(ours.cluster_size.device)
+    assert (ours.cluster_size == 0).all()
     ours.codebook.zero_()
     model.load_state_dict({f"0.{name}": value for name, value in theirs.state_dict().items()})
     assert torch.equal(ours.codebook, theirs.embedding.weight)
@@ -401,7 +402,7 @@ def test_codes_of_other_lengths_are_found_by_distance_as_the_references_quantize
     theirs.embedding.update = update
     if loaded:
         ours.load_state_dict(theirs.state_dict())
-        ours._set_frozen(not update)
+        ours.freeze(not update)
     else:
         ours = replace_quantizers(copy.deepcopy(theirs), swap)
     z = noise(2, 8, 4, 5)
@@ -437,8 +438,12 @@ def test_what_a_copied_class_has_beside_the_known_options_is_refused_by_name(cls
 
 def test_options_of_the_caller_win_over_those_of_the_replaced_module():
     model = nn.Sequential(NormEMAVectorQuantizer(32, 8))
-    replace_quantizers(model, {NormEMAVectorQuantizer: NormEMAAdapter}, dead_after=50.0, restart_below=0.2)
-    assert model[0].options.dead_after == 50 and model[0].options.restart_below == 0.2
+    given = {"dead_after": 50.0, "restart_below": 0.2, "decay": 0.5, "commitment_weight": 0.25}
+    replace_quantizers(model, {NormEMAVectorQuantizer: NormEMAAdapter}, **given)
+    assert {name: getattr(model[0], name) for name in given} == given
+    averages = NormEMAAdapter(NormEMAVectorQuantizer(32, 8), learning="sum_ema")
+    with pytest.raises(RuntimeError, match="cannot be forgotten"):
+        averages.reset_cluster_size()
 
 
 @pytest.mark.parametrize("legacy", [True, False])
