@@ -1,9 +1,9 @@
 """The codebook as one forward searched it: a copy that no later change reaches.
 
 Two kinds of readers come after the change. Compiled code: inductor may read a tensor again, in the backward too, after
-an op wrote to it, and may lend to the backward the memory of what a mutating op returned, a parameter's memory
-included; only what an opaque op returned is nobody else's. And checkpointed regions, which run their forward a second
-time, inside the backward: that one must find the codes of the first.
+an op wrote to it, and may give the memory of what a mutating op returned, even a parameter's, to the backward; only
+what an opaque op returned belongs to nobody else. And checkpointed regions, which run their forward a second
+time, inside the backward: the second must find the codes of the first.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Against codebook collapse: codes that nobody chooses start again at vectors of the batch; at worst, k-means does.
+"""Against codebook collapse: codes that no vector chooses restart at vectors of the batch, at worst all by k-means.
 
-In compiled code both are opaque ops, so that a training step has no graph break although the host decides here. What it
-decides by are the buffers ``initialized`` and ``steps``. On the CPU it reads them. Elsewhere that would wait for the
-device, so it goes by what it knows of them, ``clock``, as long as nobody else wrote to them: see ``look``.
+In compiled code both are opaque ops, so that a training step has no graph break although the host decides here. It
+decides by the buffers ``initialized`` and ``steps``. On the CPU it reads them. Elsewhere it would have to wait for the
+device, so it goes by its own copy, ``clock``, as long as nobody else wrote to them: see ``look``.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ STARTED, STEPS, ADDRESS, VERSION, STRIDE = range(CLOCK := 5)
 
 
 def look(clock: Tensor, initialized: Tensor, steps: Tensor) -> bool:
-    """Whether k-means has started the codebook; brings the clock up to date. Once a step, before anything changes.
+    """Whether k-means has started the codebook; brings the clock up to date. Called once per step, before any change.
 
-    The device is asked, and the host waits, where the clock does not know it to be started, and where ``initialized``
-    is another tensor than at the last look or was written to: its version counter went on otherwise than from step to
+    The host reads the device, and waits, if the clock does not say that it is started, or if ``initialized`` is another
+    tensor than at the last look or was written to: its version counter went on otherwise than from step to
     step (compiled code advances it in every step, by the same number each time). Writes through ``.data``, which count
-    no version, are noticed on the CPU alone.
+    no version, are noticed on the CPU only.
     """
     if not host_waits_for(initialized):
         clock[STARTED], clock[STEPS] = initialized, steps
@@ -125,8 +125,8 @@ def replace_dead_codes(
     Args: as in ``start_codebook``, and
         bins: [G, K], how often each code was chosen in this step, over all ranks.
         replaced: scalar, counts the codes that were restarted. steps: scalar, the device's copy of the clock.
-        dead_after: dead is who was not chosen for this many times K vectors; 0: nobody.
-        dead_below: dead is whose cluster size fell under this; 0: nobody.
+        dead_after: codes that this many times K vectors did not choose are dead; 0: none.
+        dead_below: codes whose cluster size fell under this are dead; 0: none.
     """
     steps += 1
     clock[STEPS] += 1
@@ -135,7 +135,7 @@ def replace_dead_codes(
         recent += bins
     if dead_after <= 0 and dead_below <= 0:
         return
-    captured = is_capturing(x)  # then the device decides, in every replay, and the host knows no more what step it is
+    captured = is_capturing(x)  # then the device decides, in every replay, and the host no longer knows what step it is
     if not captured and int(clock[STEPS]) % REPLACE_EVERY:
         return
     dead = find_dead(cluster_size, idle, dead_after * idle.shape[-1], dead_below)
@@ -216,7 +216,7 @@ class CollapseWatch:
         self.below, self.steps, self.low = below, steps, 0
 
     def look(self, used: float, steps: int) -> str | None:
-        """``used``: the share of the codes that were chosen in the last so many steps. Returns a warning, or None."""
+        """``used``: the share of the codes that were chosen in the last ``steps`` steps. Returns a warning, or None."""
         self.low = self.low + steps if used < self.below else 0
         if self.low < self.steps:
             return None

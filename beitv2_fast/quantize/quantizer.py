@@ -82,7 +82,7 @@ class FusedVectorQuantizer(QuantizerState):
         decay: of the moving averages. eps: Laplace smoothing of sum_ema's counts.
         commitment_weight: beta. codebook_weight: see "gradient".
         gradient: how it passes to the vectors: "straight_through", or by "rotation" (arXiv 2410.06424).
-        heads: the width is cut into so many parts with a code for each. share_codebook: one codebook for all heads
+        heads: the width is cut into this many parts, each with its own code. share_codebook: one codebook for all heads
             instead of one each.
         channel_last: vectors lie along the last dimension; otherwise along dimension 1, as in [B, C, H, W].
         kmeans_init: the first training batch initializes the codebook by k-means over all ranks, in
@@ -90,7 +90,7 @@ class FusedVectorQuantizer(QuantizerState):
         dead_after: a code that was not chosen for ``dead_after * num_codes`` vectors (the average code would have been
             chosen ``dead_after`` times) starts again at a vector of the batch, with all of its state; 0: never, as the
             reference.
-        dead_below: with sum_ema, a code whose cluster size (EMA of its uses per step) fell under this restarts, too.
+        dead_below: with sum_ema, a code also restarts when its cluster size (EMA of its uses per step) is under this.
         restart_below: if fewer than this share of the codes were chosen in ``restart_after`` steps, k-means starts the
             codebook again; 0: never.
         track_eval_usage: forwards in eval mode count for ``usage()`` and ``cluster_size``, summed over ranks, so all
@@ -163,9 +163,9 @@ class FusedVectorQuantizer(QuantizerState):
         # For the logs, no part of a checkpoint: how often each code was chosen, and how many restarted, in the window.
         self.register_buffer("window_counts", torch.empty(each, dtype=torch.int64), persistent=False)
         self.register_buffer("window_replaced", torch.empty((), dtype=torch.int64), persistent=False)
-        # What the host knows of the buffers that decide, which spares it a look at the device in every step.
+        # What the host knows of ``initialized`` and ``steps``, so that it need not read them from the device.
         self.clock = torch.zeros(CLOCK, dtype=torch.int64, device="cpu")
-        # Gradient accumulation: so many training forwards make one step, and the codebook moves in the last of them.
+        # Gradient accumulation: this many training forwards make one step, and the codebook moves in the last of them.
         self.forwards_per_step = 1
         self.reset_parameters()
 
@@ -225,7 +225,7 @@ class FusedVectorQuantizer(QuantizerState):
         with torch.autocast(z.device.type, enabled=False):
             if keep is not None:
                 x = torch.where(keep[:, None], x, 1.0)  # padding may hold NaN, and zeros have no direction
-            # The update leaves out vectors of NaN: that is how it is told which ones do not count.
+            # The update leaves out vectors of NaN: so padding does not count.
             seen = x.detach() if keep is None else x.detach().masked_fill(~keep[:, None], torch.nan)
             again, snapshot = not compiling and recomputing(), None
             if again and self._learns:

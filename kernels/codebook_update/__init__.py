@@ -46,13 +46,13 @@ def codebook_update(
 
     Bit-reproducible: the state after the call is the same bits whatever the number of threads, the instruction set,
     the order of the rows and the split of the batch over ranks (which vectors are drawn for restarts depends on the
-    number of a row in the whole batch). The sums are integers: multiples of 2^-36 for cosine, exact to 2^27 vectors in
-    a code; multiples of 2^-40 for euclidean, exact to 2^27 vectors and |x| < 2^32. Ranks do one all-reduce of one int64
-    buffer, [K, 1 + D] for cosine and [K, 1 + 2 D] for euclidean; restarts exchange what they draw, [K, D], besides.
+    number of a row in the whole batch). The sums are integers: multiples of 2^-36 for cosine, exact to 2^27 vectors
+    per code; multiples of 2^-40 for euclidean, exact to 2^27 vectors and |x| < 2^32. Ranks do one all-reduce of one
+    int64 buffer, [K, 1 + D] for cosine and [K, 1 + 2 D] for euclidean; restarts also exchange what they draw, [K, D].
 
     Not counted: vectors with NaN or Inf (or |x| >= 2^32 for euclidean), and vectors with index -1, which marks padding.
-    Any other index outside 0..K-1 raises on the CPU. A GPU is not asked, to spare the host a wait: such a vector is not
-    counted, and with TRITON_DEBUG=1 it trips an assertion.
+    Any other index outside 0..K-1 raises on the CPU. On a GPU nothing checks it, which would make the host wait: such a
+    vector is not counted, and with TRITON_DEBUG=1 it trips an assertion.
 
     Args:
         codebook: [K, D] fp32. cluster_size: [K] fp32.

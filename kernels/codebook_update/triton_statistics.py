@@ -1,4 +1,4 @@
-"""The first pass of codebook_update on a GPU: counts and fixed-point sums of the vectors of every code.
+"""The first pass of codebook_update on a GPU: counts and fixed-point sums of the vectors that chose each code.
 
 FLOPs about 6 N D in fp64. Bytes: N (D + 2) elements read, and N (D + 1) integer additions made by the second-level
 cache into the [K, 1 + D] result; these bound it. When many vectors chose one code, its additions queue up at one
@@ -65,8 +65,8 @@ def add_rows(out, rows_out, counted, shared, shared_out, values, offs_d, D: tl.c
     tl.atomic_add(
         out + shared_out + offs_d, together, mask=mask_d & (tl.max(shared.to(tl.int32), axis=0) > 0), sem="relaxed"
     )
-    alone = (counted & (shared == 0))[:, None] & mask_d[None, :]
-    tl.atomic_add(out + rows_out[:, None] + offs_d[None, :], values, mask=alone, sem="relaxed")
+    single = (counted & (shared == 0))[:, None] & mask_d[None, :]
+    tl.atomic_add(out + rows_out[:, None] + offs_d[None, :], values, mask=single, sem="relaxed")
 
 
 @triton.jit

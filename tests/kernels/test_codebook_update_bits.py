@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from beitv2_fast.kernels import codebook_update
 from beitv2_fast.kernels.codebook_update.ops import apply_statistics, codebook_statistics
 from beitv2_fast.kernels.codebook_update.reference import (
     apply_statistics_reference,

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 
 import beitv2_fast
-from beitv2_fast import FusedVectorQuantizer, ResidualVectorQuantizer
+from beitv2_fast import FusedVectorQuantizer
 from beitv2_fast.kernels.checks import METRICS
 from beitv2_fast.quantize.options import LEARNING, QuantizerOptions
 
 from ..support.golden import load, needs_golden
 from ..support.quantizers import assert_same, noise, state
+from ..support.quantizers import quantizer as make
 
 
 def plain(num_codes: int = 16, dim: int = 8, **options) -> FusedVectorQuantizer:
@@ -145,8 +146,7 @@ def test_a_vector_without_a_direction_passes_the_rotation_straight_through(dtype
 @pytest.mark.parametrize("options", [{}, {"heads": 2}, {"heads": 2, "share_codebook": True}, {"num_quantizers": 4}])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32])
 def test_indices_of_any_integer_type_are_decoded(options, dtype):
-    kind = ResidualVectorQuantizer if "num_quantizers" in options else FusedVectorQuantizer
-    quantizer = kind(16, 8, kmeans_init=False, **options).eval()
+    quantizer = make(kmeans_init=False, **options).eval()
     indices = quantizer.encode(noise(5, 8))
     assert torch.equal(quantizer.decode(indices.to(dtype)), quantizer.decode(indices))
     with pytest.raises(TypeError, match="integers"):

@@ -11,7 +11,7 @@ from beitv2_fast import FusedVectorQuantizer
 from beitv2_fast.quantize import collapse as dead_codes
 from beitv2_fast.quantize.kmeans import kmeans
 
-from ..support.quantizers import assert_same, everything, noise
+from ..support.quantizers import assert_same, everything, narrow, noise
 
 RULES = ({}, {"metric": "euclidean"}, {"learning": "gradient"}, {"restart_below": 0.5, "heads": 2})
 PRIVATE = ("window_counts", "window_replaced")
@@ -23,7 +23,7 @@ def quantizer(**options: object) -> FusedVectorQuantizer:
 
 def steps(q: FusedVectorQuantizer, start: int = 0, count: int = 10) -> dict[str, torch.Tensor]:
     for step in range(start, start + count):
-        q(noise(60, 8, seed=step) * torch.eye(8)[step % 2] + 0.1 * noise(60, 8, seed=step + 50))
+        q(narrow(step, (60, 8)))
     return everything(q)
 
 

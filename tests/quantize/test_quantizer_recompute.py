@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from beitv2_fast import FusedVectorQuantizer, ResidualVectorQuantizer
 from beitv2_fast.kernels.snapshot import MOST
 
-from ..support.quantizers import noise
+from ..support.quantizers import noise, quantizer
 
 CASES = {
     "code_ema": {"dead_after": 1.0},
@@ -18,11 +17,6 @@ CASES = {
     "heads": {"heads": 2, "gradient": "rotation", "restart_below": 0.9, "restart_after": 3},
     "residual": {"num_quantizers": 3, "share_stages": True},
 }
-
-
-def quantizer(**options: object) -> torch.nn.Module:
-    kind = ResidualVectorQuantizer if "num_quantizers" in options else FusedVectorQuantizer
-    return kind(16, 8, **options).train()
 
 
 class Region(torch.nn.Module):
