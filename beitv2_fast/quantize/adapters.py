@@ -50,7 +50,7 @@ class NormEMAAdapter(FusedVectorQuantizer):
     Different: statistics are always summed over ranks.
     """
 
-    any_length = True  # _look_at_lengths
+    any_length = True
 
     def __init__(self, module: nn.Module, **options: Unpack[QuantizerOptions]):
         known = "num_tokens codebook_dim beta decay embedding cluster_size statistic_code_usage all_reduce_fn"
@@ -118,7 +118,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
     through.
     """
 
-    any_length = True  # as the original's: searched as they are
+    any_length = True
 
     def __init__(self, module: nn.Module, **options: Unpack[QuantizerOptions]):
         book = module._codebook

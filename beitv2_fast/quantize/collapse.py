@@ -158,7 +158,7 @@ def host_waits_for(x: Tensor) -> bool:
 
 
 def is_capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_streamis_capturing()
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @start_codebook.register_fake

@@ -364,17 +364,17 @@ class FusedVectorQuantizer(QuantizerState):
 
     def _quantize(self, x: Tensor, codebook: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """One codebook: x [N, D] -> (quantized [N, D], indices [N], loss)."""
-        weights = (self.commitment_weight, self.codebook_weight if self._rule == "gradient" else 0.0)
+        codebook_weight = self.codebook_weight if self._rule == "gradient" else 0.0
         if keep is None and self.gradient == "straight_through":
-            return quantize(x, codebook, self.metric, *weights, False)[:3]
+            return quantize(x, codebook, self.metric, self.commitment_weight, codebook_weight, False)[:3]
         shortest = max(SHORTEST, torch.finfo(x.dtype).smallest_normal)  # of fp16, 6e-5: below, few bits are left
         x = x if x.dtype == torch.float64 else x.float()
         y = F.normalize(x, dim=-1) if self.metric == "cosine" else x
         indices = self._nearest(x, codebook)
         codes = F.embedding(indices, codebook).to(y.dtype)
-        loss = weights[0] * _mean_square(codes.detach() - y, keep)
-        if weights[1]:
-            loss = loss + weights[1] * _mean_square(codes - y.detach(), keep)
+        loss = self.commitment_weight * _mean_square(codes.detach() - y, keep)
+        if codebook_weight:
+            loss = loss + codebook_weight * _mean_square(codes - y.detach(), keep)
         codes = codes.detach()
         quantized = rotate_to(y, codes, shortest) if self.gradient == "rotation" else y + (codes - y).detach()
         return quantized if keep is None else torch.where(keep[:, None], quantized, 0.0), indices, loss
@@ -403,8 +403,8 @@ class FusedVectorQuantizer(QuantizerState):
             counts = []
             for g in range(self.groups):
                 average = None if self.embed_avg is None else state["embed_avg"][g]
-                moved, vectors = (state["codebook"][g], state["cluster_size"][g], average), (seen[g], indices[g])
-                counts.append(ema_step(*moved, *vectors, self.decay, self.metric, self.eps))
+                book, size = state["codebook"][g], state["cluster_size"][g]
+                counts.append(ema_step(book, size, average, seen[g], indices[g], self.decay, self.metric, self.eps))
             counts = _stack(counts)
         else:
             counts = self._count(indices, keep)
@@ -413,9 +413,8 @@ class FusedVectorQuantizer(QuantizerState):
             if tracked and self.learning != "sum_ema" and not (self.training and self.frozen):
                 state["cluster_size"].lerp_(counts.to(torch.float32), 1 - self.decay)
         if self._learns:
-            state["replaced"], given = self.window_replaced, {"metric": self.metric, "seed": self.seed}
-            options = {"dead_after": self.dead_after, "dead_below": self.dead_below}
-            replace_dead_codes(**state, x=seen, bins=counts, **given, **options)
+            options = dict(metric=self.metric, seed=self.seed, dead_after=self.dead_after, dead_below=self.dead_below)
+            replace_dead_codes(**state, replaced=self.window_replaced, x=seen, bins=counts, **options)
         counts = counts.view(self.window_counts.shape)
         if tracked:
             self.window_counts.add_(counts)  # += also assigns, which torch.export of a root module records
@@ -433,9 +432,9 @@ class FusedVectorQuantizer(QuantizerState):
         if look_here and look(self.clock, self.initialized, self.steps):
             return
         below = 0.0 if self._rule == "frozen" else self.restart_below
-        options = {"iterations": self.kmeans_iterations, "restart_below": below, "restart_after": self.restart_after}
-        state, given = self._state() | {"initialized": self.initialized}, {"metric": self.metric, "seed": self.seed}
-        start_codebook(**state, x=seen, **given, **options)
+        options = dict(seed=self.seed, iterations=self.kmeans_iterations, restart_below=below)
+        options |= dict(metric=self.metric, restart_after=self.restart_after)
+        start_codebook(**self._state(), initialized=self.initialized, x=seen, **options)
 
     def _state(self) -> dict[str, Tensor]:
         """What a step changes; views with a leading dimension for the codebook, absent ones empty."""

@@ -56,10 +56,10 @@ def check_state(codebook: Tensor, **state: Tensor | None) -> None:
             )
 
 
-def sum_over_ranks(counts: Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """All-reduce in place, if there are several ranks."""
+def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """In place, if there are several ranks."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
-        dist.all_reduce(counts, group=group)
+        dist.all_reduce(tensor, group=group)
 
 
 def count_idle(idle: Tensor, bins: Tensor) -> None:
