@@ -113,13 +113,6 @@ def test_from_pretrained_of_transformers_brings_back_the_state_and_an_empty_wind
     assert_same(steps(loaded.quantizer, 10), steps(twin, 10))
 
 
-def test_loading_resets_the_window_of_the_usage():
-    q = quantizer()
-    steps(q)
-    q.load_state_dict(quantizer().state_dict())
-    assert q.usage() == {"used_codes": 0.0, "perplexity": 1.0, "replaced_codes": 0.0}
-
-
 @pytest.mark.parametrize("on_a_device", [False, True])
 def test_k_means_follows_the_state_that_functional_call_brings(on_a_device, monkeypatch, k_means):
     monkeypatch.setattr(dead_codes, "host_waits_for", lambda x: on_a_device)
