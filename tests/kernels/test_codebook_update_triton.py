@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from beitv2_fast.kernels.codebook_update.reference import apply_statistics_reference, codebook_statistics_reference
-from beitv2_fast.kernels.vector_quantize.reference import backward_reference
+from beitv2_fast.kernels.vector_quantize.reference import vector_quantize_backward_reference
 
 from ..support.codebook_states import METRICS, State, make_batch, make_state
 from ..support.triton_tools import guarded, untouched
@@ -20,7 +20,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # 
 
 
 def statistics(*arguments) -> torch.Tensor:
-    from beitv2_fast.kernels.codebook_update.triton_kernel import codebook_statistics_triton
+    from beitv2_fast.kernels.codebook_update.triton import codebook_statistics_triton
 
     return codebook_statistics_triton(*arguments)
 
@@ -56,7 +56,7 @@ def test_strided_vectors_have_the_bits_of_the_reference(metric):
 
 
 def test_a_column_may_lie_beyond_32_bits():
-    from beitv2_fast.kernels.vector_quantize.triton_kernel import vector_quantize_backward_triton
+    from beitv2_fast.kernels.vector_quantize.triton import vector_quantize_backward_triton
 
     x, indices = make_batch(9, 4, 3)
     rows = untouched(2**31 + 9, torch.float16).as_strided((9, 3), (1, 2**30)).copy_(x)
@@ -86,7 +86,7 @@ def test_vectors_outside_the_codebook_are_not_counted():
 @pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize(("num_codes", "dim"), [(70, 32), (1, 5), (300, 3)])
 def test_the_second_pass_has_the_bits_of_the_reference(num_codes, dim, metric, average):
-    from beitv2_fast.kernels.codebook_update.triton_apply import apply_statistics_triton
+    from beitv2_fast.kernels.codebook_update.triton import apply_statistics_triton
 
     x, indices = make_batch(100, num_codes, dim)
     expected = make_state(num_codes, dim, average=average or metric == "euclidean")
@@ -111,7 +111,7 @@ def test_the_second_pass_has_the_bits_of_the_reference(num_codes, dim, metric, a
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("count", "dim"), [(100, 5), (65, 32), (3, 1), (9, 200), (0, 8)])
 def test_the_gradient_of_vector_quantize_agrees_with_the_reference(count, dim, dtype, metric):
-    from beitv2_fast.kernels.vector_quantize.triton_kernel import vector_quantize_backward_triton
+    from beitv2_fast.kernels.vector_quantize.triton import vector_quantize_backward_triton
 
     generator = torch.Generator().manual_seed(0)
     x, code, upstream = torch.randn(3, count, dim, generator=generator)
@@ -124,7 +124,7 @@ def test_the_gradient_of_vector_quantize_agrees_with_the_reference(count, dim, d
             arguments = (gradient, grad_loss, 0.25, metric)
             if gradient is None and grad_loss is None:
                 continue
-            expected = backward_reference(x.double(), code.double(), *arguments)
+            expected = vector_quantize_backward_reference(x.double(), code.double(), *arguments)
             for rows in (guarded(x), x.T.contiguous().T):
                 actual = vector_quantize_backward_triton(rows, guarded(code), *arguments)
                 assert actual.dtype == dtype
