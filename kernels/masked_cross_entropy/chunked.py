@@ -18,8 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import steps
-
 
 class Head(NamedTuple):
     """LayerNorm and linear layer: norm_weight, norm_bias [C]; weight [V, C]; bias [V] or None."""
@@ -39,18 +37,88 @@ class Wanted(NamedTuple):
     head: bool
 
 
+def rows_at(tokens: Tensor, positions: Tensor) -> Tensor:
+    """tokens [B, N, C] at positions [M] of the flattened [B, N]; by image and patch: flattening a slice copies it."""
+    patches = tokens.shape[1]
+    return tokens[positions // patches, positions % patches].contiguous()
+
+
+class Normalized(NamedTuple):
+    """hidden [R, C]: the operand of the products; mean and rstd (of any shape with R elements): for the backward."""
+
+    hidden: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+def normalize(
+    tokens: Tensor, positions: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> Normalized:
+    """LayerNorm of the tokens at the positions, in the dtype of weight (fp32 or fp64), then rounded to ``dtype``."""
+    x = rows_at(tokens, positions).to(weight.dtype)
+    hidden, mean, rstd = torch.native_layer_norm(x, x.shape[1:], weight, bias, eps)
+    return Normalized(hidden.to(dtype), mean, rstd)
+
+
+def normalize_backward(
+    grad_hidden: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    normalized: Normalized,
+    weight: Tensor,
+    grad_rows: Tensor | None,
+    grad_norm: Tensor | None,
+) -> None:
+    """Writes the gradient by the rows into grad_rows [R, C] and adds those by weight and bias to grad_norm [2, C]."""
+    x = rows_at(tokens, positions).to(weight.dtype)
+    wanted = [grad_rows is not None, grad_norm is not None, grad_norm is not None]
+    grad_x, *grad_parameters = torch.ops.aten.native_layer_norm_backward(
+        grad_hidden.to(weight.dtype), x, x.shape[1:], normalized.mean, normalized.rstd, weight, weight, wanted
+    )
+    if grad_rows is not None:
+        grad_rows.copy_(grad_x)
+    if grad_norm is not None:
+        grad_norm += torch.stack(grad_parameters)
+
+
+def softmax_(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    losses: Tensor,
+    correct: Tensor,
+    gradient: bool,
+    grad_bias: Tensor | None,
+) -> None:
+    """Cross entropy of logits + bias into losses [R] and correct [R]; with ``gradient``, softmax - one_hot replaces the
+    logits and its column sums are added to grad_bias [V]."""
+    wide = logits if logits.dtype == losses.dtype else logits.to(losses.dtype)
+    if bias is not None:
+        wide += bias
+    target = labels[:, None]
+    torch.sub(wide.logsumexp(1), wide.gather(1, target)[:, 0], out=losses)
+    correct.copy_((wide.argmax(1) == labels) & ~losses.isnan())
+    if gradient:
+        torch.softmax(wide, 1, out=wide)
+        wide.scatter_add_(1, target, -torch.ones_like(wide[:, :1]))
+        if grad_bias is not None:
+            grad_bias += wide.sum(0)
+        if wide is not logits:
+            logits.copy_(wide)
+
+
 class Device(NamedTuple):
     """What differs between devices.
 
-    chunk_logits: logits in a chunk. softmax_, normalize, normalize_backward: see steps.py. widen: compute low-precision
-    products in fp32 (of rounded operands: each product is exact, and so are more of the sums' digits). loss: the losses
-    alone, without logits in memory: ``(hidden, weight, bias, labels, losses, correct)``, or None.
+    chunk_logits: logits in a chunk. softmax_, normalize, normalize_backward: see the functions above. widen: compute
+    low-precision products in fp32 (of rounded operands: each product is exact, and so are more of the sums' digits).
+    loss: only the losses, without logits in memory: ``(hidden, weight, bias, labels, losses, correct)``, or None.
     """
 
     chunk_logits: int
-    softmax_: Callable[..., None] = steps.softmax_
-    normalize: Callable[..., steps.Normalized] = steps.normalize
-    normalize_backward: Callable[..., None] = steps.normalize_backward
+    softmax_: Callable[..., None] = softmax_
+    normalize: Callable[..., Normalized] = normalize
+    normalize_backward: Callable[..., None] = normalize_backward
     widen: bool = False
     loss: Callable[..., None] | None = None
 

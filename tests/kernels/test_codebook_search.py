@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beitv2_fast.kernels import codebook_search, native
-from beitv2_fast.kernels.codebook_search import reference
+from beitv2_fast.kernels.codebook_search import ops, reference
 from beitv2_fast.kernels.native import native_ops
 from bench.harness import peak_memory
 
@@ -29,7 +29,7 @@ INF, NAN = torch.inf, torch.nan
 def version(request, monkeypatch):
     """Each version that runs on a CPU: the C++ op on each instruction set of this machine, and the reference."""
     if request.param == "reference":
-        monkeypatch.setattr(sys.modules["beitv2_fast.kernels.codebook_search"], "native_ops", lambda: False)
+        monkeypatch.setattr(ops, "native_ops", lambda: False)
         yield request.param
         return
     if not native_ops():

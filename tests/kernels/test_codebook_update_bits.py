@@ -127,7 +127,7 @@ def test_bits_do_not_depend_on_the_split_over_ranks(metric, ranks):
 
 RANK = """
 import os, sys, torch, torch.distributed as dist
-from tests.kernels.codebook_states import make_batch, make_state, update
+from tests.support.codebook_states import make_batch, make_state, update
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 for metric in ("cosine", "euclidean"):

@@ -7,19 +7,18 @@ import pytest
 from bench.aot import TARGETS, Binary, compile_kernel
 
 pytest.importorskip("triton")
-from beitv2_fast.kernels.masked_cross_entropy.triton_kernel import (
+from beitv2_fast.kernels.masked_cross_entropy.triton import (
     LOSS_CONFIGS,
     NORM_ROWS,
     SOFTMAX_BLOCK,
     SOFTMAX_WARPS,
     norm_launch,
 )
-from beitv2_fast.kernels.masked_cross_entropy.triton_loss import combine_parts, linear_loss
+from beitv2_fast.kernels.masked_cross_entropy.triton_loss import combine_parts, linear_loss, softmax_gradient
 from beitv2_fast.kernels.masked_cross_entropy.triton_norm import (
     normalize_rows,
     normalize_rows_backward,
 )
-from beitv2_fast.kernels.masked_cross_entropy.triton_softmax import softmax_gradient
 
 TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "v_mfma"}
 PARTS = {"tops": "*fp32", "indices": "*i32", "sums": "*fp32", "targets": "*fp32"}

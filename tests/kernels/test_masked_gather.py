@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beitv2_fast.kernels import masked_gather
-from beitv2_fast.kernels.masked_cross_entropy.gather import gather_rows, masked_positions, scatter_rows
+from beitv2_fast.kernels.masked_cross_entropy.ops import gather_rows, masked_positions, scatter_rows
 from beitv2_fast.kernels.masked_cross_entropy.reference import masked_gather_reference
 
 from ..support.counting import allocations
