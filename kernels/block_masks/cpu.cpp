@@ -1,4 +1,4 @@
-// block_masks on the CPU: the definition of reference.py with a row of the grid in 64-bit words.
+// block_masks on the CPU: the definition of reference.py with a row of the grid in 64-bit words. It has no other C++ file.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros.h>
