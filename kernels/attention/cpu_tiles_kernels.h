@@ -9,7 +9,7 @@ constexpr int ROWS = WIDTH == 16 ? 14 : WIDTH == 8 ? 6 : 5, VECTORS = 2;  // a t
 
 typedef float Register __attribute__((vector_size(4 * WIDTH)));
 
-// a[r * row] for r < R <= 14, in bytes, from few registers: the processor multiplies an index by 1, 2, 4 or 8 alone.
+// a[r * row] for r < R <= 14, in bytes, from few registers: the processor multiplies an index by 1, 2, 4 or 8 only.
 struct Column {
   const char *low, *high;  // rows 0 and 7
   int64_t row, row3, row5;

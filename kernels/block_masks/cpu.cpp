@@ -90,7 +90,7 @@ class MaskPainter {
   }
 
   const Settings s;
-  const int64_t words;          // 64-bit words a row
+  const int64_t words;          // 64-bit words per row
   std::vector<uint64_t> grid;   // [height, words]
   std::vector<uint64_t> block;  // a row of the block
   std::vector<std::pair<uint64_t, int64_t>> visible;

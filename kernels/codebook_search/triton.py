@@ -66,7 +66,7 @@ def row_chunks(d: int) -> tuple[int, int]:
 
 
 def resolve_warps(codebook: Tensor) -> int:
-    """Codes that cannot be read 16 bytes at a time need an address an element: more than the registers of 4 warps."""
+    """Codes that cannot be read 16 bytes at a time need one address per element: more than the registers of 4 warps."""
     aligned = codebook.stride(1) == 1 and not any(
         size % 16 for size in (codebook.shape[1], codebook.stride(0), codebook.data_ptr())
     )

@@ -1,8 +1,8 @@
 """The head's losses and gradients, chunk by chunk over the masked tokens: one chunk of logits exists at a time.
 
-    hidden = LayerNorm(tokens[chunk]); logits = hidden W^T + c              2 C V FLOPs a token
+    hidden = LayerNorm(tokens[chunk]); logits = hidden W^T + c              2 C V FLOPs per token
     losses, logits <- softmax(logits) - one_hot(labels)                     in place, by the device's kernel
-    dhidden = logits W; dW += logits^T hidden; dtokens = LayerNorm'(dhidden)    4 C V FLOPs a token
+    dhidden = logits W; dW += logits^T hidden; dtokens = LayerNorm'(dhidden)    4 C V FLOPs per token
 
 A loss function's gradient can be had in the forward pass, up to the upstream factor, which is a scalar for each branch.
 So no logit is kept or computed twice: 6 M C V FLOPs, as with all logits in memory (computing them again in the backward
@@ -209,7 +209,7 @@ def head_losses(
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b: one product a chunk is rounded to a low dtype, its sum over chunks is not."""
+    """out += a b: each chunk's product is rounded to a low dtype, its sum over chunks is not."""
     if out.dtype == a.dtype:
         out.addmm_(a, b)
     else:

@@ -71,7 +71,7 @@ void softmax_cross_entropy_(const at::Tensor& logits, const std::optional<at::Te
   const Chunk chunk = {softmax::kernels(), logits.mutable_data_ptr<float>(),
                        bias ? bias->const_data_ptr<float>() : nullptr, labels.const_data_ptr<int64_t>(),
                        losses.mutable_data_ptr<float>(), correct.mutable_data_ptr<bool>(), classes, gradient};
-  // A row of column sums a thread, added in order: the result does not depend on which thread is first.
+  // One row of column sums per thread, added in order: the result does not depend on which thread is first.
   const int64_t threads = at::get_num_threads(), per_thread = (rows + threads - 1) / threads;
   const at::Tensor partial = grad_bias ? at::zeros({threads, classes}, logits.options()) : at::Tensor();
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {

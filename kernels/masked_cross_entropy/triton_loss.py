@@ -37,7 +37,7 @@ def softmax_gradient(
     logits, bias, labels, losses, correct, V,
     HAS_BIAS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: loss = logsumexp - target, correct = (argmax is the label), logits <- softmax - one_hot.
+    """One program per row: loss = logsumexp - target, correct = (argmax is the label), logits <- softmax - one_hot.
 
     Each lane keeps a running maximum and sum of its own columns; lanes meet once, after the row. A label outside [0, V)
     meets no column: its target stays NaN, and so does the loss.

@@ -109,7 +109,7 @@ def cut(bias: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return bias.index_select(2, rest).index_select(3, rest), grad.index_select(1, rest)
 
 
-def test_not_a_number_spreads_to_its_rows_alone():
+def test_not_a_number_spreads_to_its_rows_only():
     qkv, bias, _ = make(2, 20, 2, 8)
     qkv[1, 3, 0, 1, 2] = torch.nan  # a query
     out = attention(qkv, bias)

@@ -53,7 +53,7 @@ def test_the_generator_is_splitmix64_of_tensors_and_of_numpy_s_arrays():
     assert torch.equal(random_bits(torch.from_numpy(keys), torch.from_numpy(k)), torch.from_numpy(random_bits(keys, k)))
 
 
-def test_a_mask_follows_from_its_own_key_alone():
+def test_a_mask_follows_from_its_own_key_only():
     masks = block_masks(KEYS, (14, 14), 75)
     order = torch.randperm(len(KEYS), generator=torch.Generator().manual_seed(1))
     assert torch.equal(masks[order], block_masks(KEYS[order], (14, 14), 75))

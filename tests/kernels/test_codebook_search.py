@@ -215,7 +215,7 @@ def test_memory_does_not_grow_with_vectors_times_codes(rows):
     peak = peak_memory(lambda: codebook_search(x, codebook))
     if peak is None:
         pytest.skip("nobody counts this process's memory")
-    assert peak < 8 * rows + 10e6  # the indices, the packed codes, a thread's buffers; one byte a score would be 1.6 GB
+    assert peak < 8 * rows + 10e6  # indices, packed codes, a thread's buffers; one byte per score would be 1.6 GB
 
 
 def test_the_references_memory_does_not_grow_with_vectors_times_codes():

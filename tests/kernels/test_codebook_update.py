@@ -227,7 +227,7 @@ def test_memory_does_not_grow_with_vectors_times_codes():
     state = make_state(8192, 8, average=True)
     x = x.bfloat16()
     peak = peak_allocation(lambda: update(state, x, indices, metric="euclidean"))
-    assert peak < 8192 * (1 + 2 * 8) * 8 + 8192 * 64  # the statistics, and less than one byte a vector and code
+    assert peak < 8192 * (1 + 2 * 8) * 8 + 8192 * 64  # the statistics, and less than one byte per vector and code
 
 
 def test_state_that_is_a_view_is_updated_in_place():

@@ -83,7 +83,7 @@ def test_the_loss_fits_and_runs_on_tensor_cores(target, dtype):
 
 @pytest.mark.parametrize("compile_one", MEMORY_BOUND, ids=lambda f: f.__name__.removeprefix("compile_"))
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_memory_bound_kernels_fit_and_read_16_bytes_a_lane(target, compile_one):
+def test_the_memory_bound_kernels_fit_and_read_16_bytes_per_lane(target, compile_one):
     binary = compile_one(target)
     assert binary.fits, binary.summary()
     assert binary.wide_loads >= 1, binary.summary()

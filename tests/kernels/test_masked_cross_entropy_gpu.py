@@ -149,7 +149,7 @@ def test_huge_logits_and_a_class_that_a_bias_excludes(gradients):
 
 
 @pytest.mark.parametrize("gradients", [True, False])
-def test_a_nan_token_is_a_nan_loss_of_its_branch_alone(gradients):
+def test_a_nan_token_is_a_nan_loss_of_its_branch_only(gradients):
     p = middle_sized()
     tokens = [t.detach().clone() for t in p.tokens]
     tokens[0][0, 1:, 3] = torch.nan

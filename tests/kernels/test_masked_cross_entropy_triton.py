@@ -163,7 +163,7 @@ def test_the_whole_op(dtype, wanted):
     p = problem(3, 11, 5, dim=24, classes=83).to(torch.float32)
     p.labels, p.bias = p.labels.repeat_interleave(2)[::2], p.bias.repeat_interleave(2)[::2]  # kernels know no strides
     head = Head(p.norm_weight, p.norm_bias, 1e-6, p.weight, p.bias)
-    device = gpu.device_for(dtype)._replace(chunk_logits=1)  # 128 tokens a chunk
+    device = gpu.device_for(dtype)._replace(chunk_logits=1)  # 128 tokens per chunk
     with torch.no_grad():
         positions = masked_positions(p.mask, p.num_masked)
         labels = p.labels.repeat_interleave(2)[::2]
