@@ -10,12 +10,10 @@ from torch import Tensor
 from ..native import native_ops
 from .reference import codebook_search_reference
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
-
 
 def _by_definition(
     x: Tensor, codebook: Tensor, metric: str, return_normalized: bool, return_codes: bool, return_distances: bool
-) -> Outputs:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     indices, normalized = codebook_search_reference(x, codebook, metric)
     codes = codebook[indices] if return_codes or return_distances else codebook.new_empty(0)
     distances = normalized.new_empty(0)
