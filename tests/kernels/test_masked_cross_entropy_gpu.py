@@ -110,13 +110,6 @@ def test_with_a_frozen_part_the_others_get_their_gradients(frozen, dtype):
         assert_near(a, b, 1e-6 if dtype == torch.float32 else TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_separate_heads_are_each_near_fp64(dtype):
-    """As a student with two heads calls it: once for each branch."""
-    for seed in range(2):
-        assert_near_fp64(middle_sized(branches=1, seed=seed), dtype)
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_many_chunks_are_near_fp64(dtype, monkeypatch):
     if not DRY:
