@@ -1,4 +1,4 @@
-"""Random rows of a batch that is spread over ranks: the same bits on every rank, and no look at the device."""
+"""Random rows of a batch that is spread over ranks: the same bits on every rank, and the host never waits for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
 
 
 def salt(*numbers: int | Tensor) -> int | Tensor:
-    """One int64 from several, such that neighbours do not collide; a tensor if one of them is, with the same bits."""
+    """One int64 from several, such that neighbors do not collide; a tensor if one of them is, with the same bits."""
     value: int | Tensor = 0
     for number in numbers:
         value = wrapped(wrapped(value * 6364136223846793005) + number + 1442695040888963407)

@@ -39,9 +39,8 @@ def search_cases(processors: int, tiny: bool) -> Iterator[Case]:
 
 
 def quantizer_cases(tiny: bool) -> Iterator[Case]:
-    from beitv2_fast.kernels.codebook_update.triton_apply import apply_statistics_triton
-    from beitv2_fast.kernels.codebook_update.triton_kernel import codebook_statistics_triton
-    from beitv2_fast.kernels.vector_quantize.triton_kernel import vector_quantize_backward_triton
+    from beitv2_fast.kernels.codebook_update.triton import apply_statistics_triton, codebook_statistics_triton
+    from beitv2_fast.kernels.vector_quantize.triton import vector_quantize_backward_triton
 
     n, k, d = (300, 64, 32) if tiny else (12_544, 8192, 32)
     x, codebook = torch.zeros(n, d), torch.zeros(k, d)

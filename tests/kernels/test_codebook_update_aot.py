@@ -13,9 +13,10 @@ FLAGS = {"COSINE": True, "AVERAGE": False}
 
 
 def compile_statistics(target: str, dim: int, dtype: str = "fp32", cosine: bool = True) -> Binary:
-    from beitv2_fast.kernels.codebook_update.triton_kernel import statistics_kernel, tile
+    from beitv2_fast.kernels.codebook_update.triton import tile_shape
+    from beitv2_fast.kernels.codebook_update.triton_statistics import statistics_kernel
 
-    block_n, block_d = tile(dim)
+    block_n, block_d = tile_shape(dim)
     signature = {"x": f"*{dtype}", "indices": "*i64", "out": "*i64", "N": "i32", "K": "i32", "stride_n": "i32"}
     blocks = {"D": dim, "COSINE": cosine, "BLOCK_N": block_n, "BLOCK_D": block_d}
     return compile_kernel(
@@ -24,11 +25,11 @@ def compile_statistics(target: str, dim: int, dtype: str = "fp32", cosine: bool 
 
 
 def compile_codes(target: str, dim: int, **flags: bool) -> Binary:
-    from beitv2_fast.kernels.codebook_update.triton_apply import TILE, codes_kernel
-    from beitv2_fast.kernels.codebook_update.triton_kernel import tile
+    from beitv2_fast.kernels.codebook_update.triton import APPLY_TILE, tile_shape
+    from beitv2_fast.kernels.codebook_update.triton_apply import codes_kernel
 
     flags = {**FLAGS, **flags}
-    block_k, block_d = tile(dim, TILE)
+    block_k, block_d = tile_shape(dim, APPLY_TILE)
     signature = {"statistics": "*i64", "totals": "*i64", "codebook": "*fp32", "cluster_size": "*fp32", "K": "i32"}
     signature |= {"decay": "fp32", "rest": "fp32", "eps": "fp32"} | ({"embed_avg": "*fp32"} if flags["AVERAGE"] else {})
     absent = {} if flags["AVERAGE"] else {"embed_avg": None}

@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
 def statistics(*arguments) -> torch.Tensor:
-    from beitv2_fast.kernels.codebook_update.triton_kernel import codebook_statistics_triton
+    from beitv2_fast.kernels.codebook_update.triton import codebook_statistics_triton
 
     return codebook_statistics_triton(*arguments)
 
@@ -79,7 +79,7 @@ def test_vectors_outside_the_codebook_are_not_counted():
 @pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize(("num_codes", "dim"), [(70, 32), (1, 5), (300, 3)])
 def test_the_second_pass_has_the_bits_of_the_reference(num_codes, dim, metric, average):
-    from beitv2_fast.kernels.codebook_update.triton_apply import apply_statistics_triton
+    from beitv2_fast.kernels.codebook_update.triton import apply_statistics_triton
 
     x, indices = make_batch(100, num_codes, dim)
     expected = make_state(num_codes, dim, average=average or metric == "euclidean")

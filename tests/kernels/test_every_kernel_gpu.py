@@ -16,7 +16,7 @@ import beitv2_fast.kernels as kernels
 from beitv2_fast.kernels.codebook_search.reference import codebook_search_reference
 from beitv2_fast.kernels.codebook_update.reference import apply_statistics_reference, codebook_statistics_reference
 from beitv2_fast.kernels.masked_cross_entropy.chunked import Device, Head, Wanted, head_losses
-from beitv2_fast.kernels.vector_quantize.reference import backward_reference
+from beitv2_fast.kernels.vector_quantize.reference import vector_quantize_backward_reference
 
 from ..support.codebook_states import make_batch, make_state
 from ..support.gpu import DRY, HERE, here, launches
@@ -57,8 +57,7 @@ def search_codes(monkeypatch) -> None:
 
 
 def update_codebook() -> None:
-    from beitv2_fast.kernels.codebook_update.triton_apply import apply_statistics_triton
-    from beitv2_fast.kernels.codebook_update.triton_kernel import codebook_statistics_triton
+    from beitv2_fast.kernels.codebook_update.triton import apply_statistics_triton, codebook_statistics_triton
 
     for metric, average in (("cosine", False), ("cosine", True), ("euclidean", True)):
         for count, num_codes, dim in ((157, 123, 33), (1, 1, 1)):
@@ -75,14 +74,14 @@ def update_codebook() -> None:
 
 
 def quantize_backward() -> None:
-    from beitv2_fast.kernels.vector_quantize.triton_kernel import vector_quantize_backward_triton
+    from beitv2_fast.kernels.vector_quantize.triton import vector_quantize_backward_triton
 
     for metric in METRICS:
         for given in ((True, True), (True, False), (False, True)):
             x, quantized, grad = (torch.randn(57, 33, device=HERE) for _ in range(3))
             gradients = (grad if given[0] else None, torch.ones((), device=HERE) if given[1] else None)
             ours = vector_quantize_backward_triton(x, quantized, *gradients, 0.25, metric)
-            theirs = backward_reference(x, quantized, *gradients, 0.25, metric)
+            theirs = vector_quantize_backward_reference(x, quantized, *gradients, 0.25, metric)
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 

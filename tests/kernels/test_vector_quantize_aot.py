@@ -9,11 +9,12 @@ from bench.aot import TARGETS, Binary, compile_kernel
 from .test_codebook_update_aot import DIMS, check
 
 pytest.importorskip("triton")
-from beitv2_fast.kernels.vector_quantize.triton_kernel import backward_kernel, tile
+from beitv2_fast.kernels.codebook_update.triton import tile_shape
+from beitv2_fast.kernels.vector_quantize.triton_backward import backward_kernel
 
 
 def compile_backward(target: str, dim: int, dtype: str = "fp32") -> Binary:
-    block_n, block_d = tile(dim)
+    block_n, block_d = tile_shape(dim)
     signature = {"x": f"*{dtype}", "quantized": "*fp32", "grad": "*fp32", "grad_loss": "*fp32", "out": f"*{dtype}"}
     signature |= {"N": "i32", "weight": "fp32", "stride_xn": "i32", "stride_gn": "i32"}
     flags = {"COSINE": True, "HAS_GRAD": True, "HAS_LOSS": True, "stride_xd": 1, "stride_gd": 1}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from beitv2_fast.kernels.vector_quantize.reference import backward_reference
+from beitv2_fast.kernels.vector_quantize.reference import vector_quantize_backward_reference
 
 from ..support.codebook_states import METRICS
 from ..support.triton_tools import guarded, untouched
 
 pytest.importorskip("triton")
-from beitv2_fast.kernels.vector_quantize.triton_kernel import vector_quantize_backward_triton
+from beitv2_fast.kernels.vector_quantize.triton import vector_quantize_backward_triton
 
 pytestmark = pytest.mark.interpreted
 
@@ -33,7 +33,7 @@ def test_the_gradient_agrees_with_the_reference(count, dim, dtype, metric):
             arguments = (gradient, grad_loss, 0.25, metric)
             if gradient is None and grad_loss is None:
                 continue
-            expected = backward_reference(x.double(), code.double(), *arguments)
+            expected = vector_quantize_backward_reference(x.double(), code.double(), *arguments)
             for rows in (guarded(x), x.T.contiguous().T):
                 actual = vector_quantize_backward_triton(rows, guarded(code), *arguments)
                 assert actual.dtype == dtype
