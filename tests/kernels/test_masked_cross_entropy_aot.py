@@ -15,10 +15,7 @@ from beitv2_fast.kernels.masked_cross_entropy.triton import (
     norm_launch,
 )
 from beitv2_fast.kernels.masked_cross_entropy.triton_loss import combine_parts, linear_loss, softmax_gradient
-from beitv2_fast.kernels.masked_cross_entropy.triton_norm import (
-    normalize_rows,
-    normalize_rows_backward,
-)
+from beitv2_fast.kernels.masked_cross_entropy.triton_norm import normalize_rows, normalize_rows_backward
 
 TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "v_mfma"}
 PARTS = {"tops": "*fp32", "indices": "*i32", "sums": "*fp32", "targets": "*fp32"}
