@@ -53,7 +53,7 @@ def search_cases(
     outputs: bool = True,
 ) -> Iterator[Case]:
     """codebook_search: the kernels of one call; the screening once for every configuration autotuning may pick."""
-    from beitv2_fast.kernels.codebook_search import triton_kernel as host
+    from beitv2_fast.kernels.codebook_search import triton as host
     from beitv2_fast.kernels.codebook_search import triton_resolve, triton_screen
 
     plan, size, x_type = host.PLANS[target], 4 if dtype == "fp32" else 2, TRITON_TYPE[dtype]
@@ -116,8 +116,8 @@ def search_cases(
 
 def head_cases(target: str, *, m: int = 9600, v: int = 8192, c: int = 768, processors: int = 132) -> Iterator[Case]:
     """masked_cross_entropy in bf16: the loss alone, then the kernels around the library's products with gradients."""
-    from beitv2_fast.kernels.masked_cross_entropy import triton_kernel as host
-    from beitv2_fast.kernels.masked_cross_entropy import triton_loss, triton_norm, triton_softmax
+    from beitv2_fast.kernels.masked_cross_entropy import triton as host
+    from beitv2_fast.kernels.masked_cross_entropy import triton_loss, triton_norm
 
     config, norm = host.LOSS_CONFIGS[target], host.norm_launch(c)
     row_blocks, blocks = -(-m // config.block_m), -(-v // config.block_v)
@@ -149,7 +149,7 @@ def head_cases(target: str, *, m: int = 9600, v: int = 8192, c: int = 768, proce
         written=2 * m * c + 8 * m, l2=m * c * 12,
     )  # fmt: skip
     yield Case(
-        op, "softmax_gradient", triton_softmax.softmax_gradient, {**labels, "logits": "*bf16", "bias": "*fp32"},
+        op, "softmax_gradient", triton_loss.softmax_gradient, {**labels, "logits": "*bf16", "bias": "*fp32"},
         {"HAS_BIAS": True, "GRADIENT": True, "BLOCK_V": host.SOFTMAX_BLOCK}, host.SOFTMAX_WARPS, 3, aligned,
         programs=m, steps=v / host.SOFTMAX_BLOCK, units=host.SOFTMAX_BLOCK, flops=10 * m * v, read=2 * m * v,
         written=2 * m * v, l2=m * v * 14,

@@ -31,7 +31,7 @@ def copy_codebook(codebook: Tensor, searched: Tensor | None) -> Tensor:
 
 
 @copy_codebook.register_fake
-def _(codebook: Tensor, searched: Tensor | None) -> Tensor:
+def _copy_codebook_fake(codebook: Tensor, searched: Tensor | None) -> Tensor:
     return torch.empty_like(codebook, dtype=torch.float32)
 
 

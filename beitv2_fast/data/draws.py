@@ -1,12 +1,12 @@
 """The random numbers of an image: a function of (seed, epoch, index), for a whole batch at once.
 
-Number k of an image is splitmix64 (Steele et al. 2014) entered at key + k * GAMMA, so that any of them can be had
-without those before it, and no state has to be saved to resume a run.
+Number k of an image is had from its key without those before it (``kernels/counter_random.py``), so no state has to be
+saved to resume a run.
 """
 
 import numpy as np
 
-GAMMA, MIX1, MIX2 = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+from ..kernels.counter_random import random_bits, wrapped
 
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
@@ -18,25 +18,23 @@ MASK_STREAM = 1
 Draws = dict[str, np.ndarray]  # by name, an entry an image
 
 
-def mixed(z: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser, uint64 to uint64."""
-    z = (z ^ z >> np.uint64(30)) * MIX1
-    z = (z ^ z >> np.uint64(27)) * MIX2
-    return z ^ z >> np.uint64(31)
-
-
 def image_keys(seed: int, epochs: np.ndarray, indices: np.ndarray, stream: int = 0) -> np.ndarray:
     """One uint64 for each (epoch, index) [B]; neighbouring seeds, epochs, indices and streams share nothing."""
-    key = np.full(len(indices), seed % 2**64, np.uint64)
+    key = np.full(len(indices), wrapped(seed))
     for part in (epochs, indices, stream):
-        key = mixed(key * GAMMA + GAMMA + np.asarray(part).astype(np.uint64))
-    return key
+        key = random_bits(np.asarray(part).astype(np.int64), key + 1)
+    return key.view(np.uint64)
+
+
+def mask_keys(keys: np.ndarray) -> np.ndarray:
+    """The keys of the images' masks, uint64 [B] -> int64 [B]."""
+    return random_bits(keys.view(np.int64) + MASK_STREAM, 0)
 
 
 def uniform(keys: np.ndarray, first: int, count: int) -> np.ndarray:
     """Numbers first .. first + count - 1 of each key, in [0, 1): [B] -> [B, count] float64."""
-    k = np.arange(first, first + count, dtype=np.uint64)
-    return (mixed(keys[:, None] + k * GAMMA) >> np.uint64(11)) * 2.0**-53
+    bits = random_bits(keys.view(np.int64)[:, None], np.arange(first, first + count))
+    return (bits.view(np.uint64) >> np.uint64(11)) * 2.0**-53
 
 
 def random_crops(sizes: np.ndarray, scale: tuple[float, float], keys: np.ndarray) -> np.ndarray:

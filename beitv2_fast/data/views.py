@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..models.inputs import normalise
-from .draws import AUGMENT, MASK_STREAM, Draws, jitter_steps, mixed, random_crops, random_flips, uniform
+from .draws import AUGMENT, Draws, jitter_steps, mask_keys, random_crops, random_flips, uniform
 from .jitter import color_jitter
 from .masks import patch_masks
 
@@ -151,8 +151,8 @@ class PretrainView(_View):
 
     def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
         draws = {"box": random_crops(sizes, self.crop_scale, keys), "flip": random_flips(keys)}
-        mask_keys = mixed(keys + np.uint64(MASK_STREAM)).view(np.int64)
-        mask = {"mask": self._masks(mask_keys)} if self.masks == "loader" else {"mask_key": mask_keys}
+        keys_of_masks = mask_keys(keys)
+        mask = {"mask": self._masks(keys_of_masks)} if self.masks == "loader" else {"mask_key": keys_of_masks}
         return {**draws, **jitter_steps(keys, self.color_jitter), **mask}
 
     def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:

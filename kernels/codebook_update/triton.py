@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 from torch import Tensor
 
+from ..gpu import device_of
 from .reference import fp32
 from .triton_apply import codes_kernel, sizes_kernel
 from .triton_statistics import statistics_kernel
@@ -20,11 +19,6 @@ def tile_shape(dim: int, elements: int = 1024) -> tuple[int, int]:
     """Rows and columns of a program's tile. More elements than 1024 would cost occupancy."""
     block_d = triton.next_power_of_2(dim)
     return min(32, max(1, elements // block_d)), block_d
-
-
-def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def codebook_statistics_triton(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:

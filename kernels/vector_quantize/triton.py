@@ -6,7 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..codebook_update.triton import device_of, tile_shape
+from ..codebook_update.triton import tile_shape
+from ..gpu import device_of
 from .triton_backward import backward_kernel
 
 

@@ -14,10 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from beitv2_fast.kernels.codebook_update.ops import apply_statistics, codebook_statistics
-from beitv2_fast.kernels.codebook_update.reference import (
-    apply_statistics_reference,
-    codebook_statistics_reference,
-)
+from beitv2_fast.kernels.codebook_update.reference import apply_statistics_reference, codebook_statistics_reference
 from beitv2_fast.kernels.native import native_ops
 
 from ..support.codebook_states import METRICS, make_batch, make_state, update

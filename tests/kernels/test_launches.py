@@ -7,7 +7,6 @@ its arguments give it: sizes of 1, strides, absent tensors, addresses that are n
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import pytest
 import torch
@@ -18,9 +17,9 @@ from beitv2_fast.kernels.masked_cross_entropy.chunked import Head, Wanted, head_
 from ..support.launches import Launch, launching
 
 pytest.importorskip("triton")
-from beitv2_fast.kernels.codebook_search import triton_kernel as search
+from beitv2_fast.kernels.codebook_search import triton as search
 from beitv2_fast.kernels.codebook_update import triton as update
-from beitv2_fast.kernels.masked_cross_entropy import triton_kernel as head
+from beitv2_fast.kernels.masked_cross_entropy import triton as head
 from beitv2_fast.kernels.vector_quantize import triton as quantize
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -34,10 +33,11 @@ def target(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def launches(target: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
-    monkeypatch.setattr(search, "_autotuned", cache(search._autotuned.__wrapped__))  # what it times here is nothing
+    search.autotuned.cache_clear()
     monkeypatch.setattr(update, "NUM_WARPS", 2 if target == "gfx942" else 4)
     with launching(target) as launches:
         yield launches
+    search.autotuned.cache_clear()  # what it timed here is nothing
     assert launches and not [launch for launch in launches if not launch.fits]
 
 

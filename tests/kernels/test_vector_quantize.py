@@ -269,5 +269,5 @@ def test_memory_does_not_grow_with_vectors_times_codes():
         torch.autograd.grad([result.quantized, result.loss], x, [upstream, torch.ones(())])
 
     step()
-    # Codes, indices, distances and the gradient are 76 bytes a vector; an N x K matrix would be 1024.
+    # Codes, indices, distances and the gradient are 76 bytes per vector; an N x K matrix would be 1024.
     assert peak_allocation(step) < 100 * 200_000
