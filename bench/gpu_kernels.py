@@ -53,7 +53,7 @@ def search_cases(
     outputs: bool = True,
 ) -> Iterator[Case]:
     """codebook_search: the kernels of one call; the screening once for every configuration autotuning may pick."""
-    from beitv2_fast.kernels.codebook_search import triton_kernel as host
+    from beitv2_fast.kernels.codebook_search import triton as host
     from beitv2_fast.kernels.codebook_search import triton_resolve, triton_screen
 
     plan, size, x_type = host.PLANS[target], 4 if dtype == "fp32" else 2, TRITON_TYPE[dtype]
@@ -116,8 +116,8 @@ def search_cases(
 
 def head_cases(target: str, *, m: int = 9600, v: int = 8192, c: int = 768, processors: int = 132) -> Iterator[Case]:
     """masked_cross_entropy in bf16: the loss alone, then the kernels around the library's products with gradients."""
-    from beitv2_fast.kernels.masked_cross_entropy import triton_kernel as host
-    from beitv2_fast.kernels.masked_cross_entropy import triton_loss, triton_norm, triton_softmax
+    from beitv2_fast.kernels.masked_cross_entropy import triton as host
+    from beitv2_fast.kernels.masked_cross_entropy import triton_loss, triton_norm
 
     config, norm = host.LOSS_CONFIGS[target], host.norm_launch(c)
     row_blocks, blocks = -(-m // config.block_m), -(-v // config.block_v)
@@ -149,7 +149,7 @@ def head_cases(target: str, *, m: int = 9600, v: int = 8192, c: int = 768, proce
         written=2 * m * c + 8 * m, l2=m * c * 12,
     )  # fmt: skip
     yield Case(
-        op, "softmax_gradient", triton_softmax.softmax_gradient, {**labels, "logits": "*bf16", "bias": "*fp32"},
+        op, "softmax_gradient", triton_loss.softmax_gradient, {**labels, "logits": "*bf16", "bias": "*fp32"},
         {"HAS_BIAS": True, "GRADIENT": True, "BLOCK_V": host.SOFTMAX_BLOCK}, host.SOFTMAX_WARPS, 3, aligned,
         programs=m, steps=v / host.SOFTMAX_BLOCK, units=host.SOFTMAX_BLOCK, flops=10 * m * v, read=2 * m * v,
         written=2 * m * v, l2=m * v * 14,
@@ -165,12 +165,14 @@ def head_cases(target: str, *, m: int = 9600, v: int = 8192, c: int = 768, proce
 
 def update_cases(target: str, *, n: int = 12_544, k: int = 8192, d: int = 32, processors: int = 132) -> Iterator[Case]:
     """codebook_update (cosine, as the tokenizer uses it) and the backward of vector_quantize, in fp32."""
-    from beitv2_fast.kernels.codebook_update import triton_apply, triton_kernel
-    from beitv2_fast.kernels.vector_quantize import triton_kernel as quantize
+    from beitv2_fast.kernels.codebook_update.triton import APPLY_TILE, tile_shape
+    from beitv2_fast.kernels.codebook_update.triton_apply import codes_kernel
+    from beitv2_fast.kernels.codebook_update.triton_statistics import statistics_kernel
+    from beitv2_fast.kernels.vector_quantize.triton_backward import backward_kernel
 
-    (block_n, block_d), (block_k, _) = triton_kernel.tile(d), triton_kernel.tile(d, triton_apply.TILE)
+    (block_n, block_d), (block_k, _) = tile_shape(d), tile_shape(d, APPLY_TILE)
     yield Case(
-        "codebook_update", "statistics", triton_kernel.statistics_kernel,
+        "codebook_update", "statistics", statistics_kernel,
         {"x": "*fp32", "indices": "*i64", "out": "*i64", "N": "i32", "K": "i32", "stride_n": "i32"},
         {"stride_d": 1, "stride_i": 1, "D": d, "COSINE": True, "BLOCK_N": block_n, "BLOCK_D": block_d},
         4, 3, ("stride_n",), programs=-(-n // block_n), steps=1, units=block_n * block_d, flops=6 * n * d,
@@ -178,15 +180,14 @@ def update_cases(target: str, *, n: int = 12_544, k: int = 8192, d: int = 32, pr
     )  # fmt: skip
     state = {"codebook": "*fp32", "cluster_size": "*fp32"}
     yield Case(
-        "codebook_update", "codes", triton_apply.codes_kernel,
+        "codebook_update", "codes", codes_kernel,
         {**state, "statistics": "*i64", "totals": "*i64", "K": "i32", "decay": "fp32", "rest": "fp32", "eps": "fp32"},
         {"embed_avg": None, "D": d, "COSINE": True, "AVERAGE": False, "BLOCK_K": block_k, "BLOCK_D": block_d},
         2 if target == "gfx942" else 4, 3, programs=-(-k // block_k), steps=1, units=block_k * block_d,
         flops=20 * k * d, read=k * (8 + 12 * d), written=k * 4 * d, l2=k * (16 * d + 8),
     )  # fmt: skip
-    block_n, block_d = quantize.tile(d)
     yield Case(
-        "vector_quantize", "backward", quantize.backward_kernel,
+        "vector_quantize", "backward", backward_kernel,
         {"x": "*fp32", "quantized": "*fp32", "grad": "*fp32", "grad_loss": "*fp32", "out": "*fp32", "N": "i32",
          "weight": "fp32", "stride_xn": "i32", "stride_gn": "i32"},
         {"stride_xd": 1, "stride_gd": 1, "D": d, "COSINE": True, "HAS_GRAD": True, "HAS_LOSS": True,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from beitv2_fast.kernels import block_masks
-from beitv2_fast.kernels.block_masks.batched import block_masks_batched
+from beitv2_fast.kernels.block_masks.ops import block_masks_batched
 from beitv2_fast.kernels.block_masks.reference import block_masks_reference
 from bench.harness import DEVICE, OURS, measure
 

@@ -1,6 +1,6 @@
 """The ops of beitv2_fast, one folder each: public function, reference definition, fast versions side by side.
 
-Imported as ``beitv2_fast.kernels``. They depend on torch alone.
+Imported as ``beitv2_fast.kernels``. They need torch only, and Triton on GPUs.
 """
 
 if __name__ == "kernels":

@@ -5,7 +5,7 @@
 //   const Rows& op_rows() { return BEITV2_FAST_PICK(rows); }
 //
 // The header has no include guard and includes nothing but more of the same kind (see cpu_target.h). REGISTER_FLOATS tells
-// it how many floats a register holds. One such file a source file.
+// it how many floats a register holds. A source file has one such header.
 #include <stdint.h>
 #include <string.h>
 

@@ -1,4 +1,4 @@
-"""Random rows of a batch that is spread over ranks: the same bits on every rank, and no look at the device."""
+"""Random rows of a batch that is spread over ranks: the same bits on every rank, and the host never waits for them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .counter_random import as_uniform, random_bits
+from .counter_random import as_uniform, random_bits, wrapped
 
 
 def world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
@@ -17,16 +17,11 @@ def world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
 
 
 def salt(*numbers: int | Tensor) -> int | Tensor:
-    """One int64 from several, such that neighbours do not collide; a tensor if one of them is, with the same bits."""
+    """One int64 from several, such that neighbors do not collide; a tensor if one of them is, with the same bits."""
     value: int | Tensor = 0
     for number in numbers:
-        value = _wrapped(_wrapped(value * 6364136223846793005) + number + 1442695040888963407)
+        value = wrapped(wrapped(value * 6364136223846793005) + number + 1442695040888963407)
     return value ^ -(2**63)
-
-
-def _wrapped(value: int | Tensor) -> int | Tensor:
-    """What int64 arithmetic makes of it."""
-    return value if isinstance(value, Tensor) else (value + 2**63) % 2**64 - 2**63
 
 
 def directed(x: Tensor) -> Tensor:

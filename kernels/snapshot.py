@@ -1,9 +1,9 @@
 """The codebook as one forward searched it: a copy that no later change reaches.
 
 Two kinds of readers come after the change. Compiled code: inductor may read a tensor again, in the backward too, after
-an op wrote to it, and may lend to the backward the memory of what a mutating op returned, a parameter's memory
-included; only what an opaque op returned is nobody else's. And checkpointed regions, which run their forward a second
-time, inside the backward: that one must find the codes of the first.
+an op wrote to it, and may give the memory of what a mutating op returned, even a parameter's, to the backward; only
+what an opaque op returned belongs to nobody else. And checkpointed regions, which run their forward a second
+time, inside the backward: the second must find the codes of the first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 MOST = 32  # forwards of one quantizer whose recomputation may be outstanding
-SAME = 1e-3  # marks of the same vectors differ by less, relative to their size
+SAME_VECTORS = 1e-3  # marks of the same vectors differ by less, relative to their size
 
 
 @torch.library.custom_op("beitv2_fast::copy_codebook", mutates_args=())
@@ -31,7 +31,7 @@ def copy_codebook(codebook: Tensor, searched: Tensor | None) -> Tensor:
 
 
 @copy_codebook.register_fake
-def _(codebook: Tensor, searched: Tensor | None) -> Tensor:
+def _copy_codebook_fake(codebook: Tensor, searched: Tensor | None) -> Tensor:
     return torch.empty_like(codebook, dtype=torch.float32)
 
 
@@ -102,7 +102,7 @@ class Snapshots:
             mark = _mark(x)
             apart = torch.stack([(s.mark - mark).norm() for s in self.kept]).tolist()
             nearest = min(range(len(apart)), key=lambda i: (apart[i], self.kept[i].recomputed, -i))
-            if not apart[nearest] <= SAME * (1 + mark.norm().item()):
+            if not apart[nearest] <= SAME_VECTORS * (1 + mark.norm().item()):
                 raise RuntimeError(
                     f"a checkpointed forward is recomputed whose codebook is no longer kept: more than {MOST} forwards "
                     "of one quantizer came before the backward, or the region does not give the same vectors again"

@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 
 from ..errors import DataError
 from ..kernels.block_masks import block_masks, check_count
-from ..kernels.counter_random import as_uniform, random_bits
+from ..kernels.counter_random import random_bits, wrapped
 
 CROP_RATIO = (3 / 4, 4 / 3)
 _CROP_ATTEMPTS = 10
@@ -30,21 +30,21 @@ Draws = dict[str, np.ndarray]  # by name, an entry per image
 
 def image_keys(seed: int, epochs: np.ndarray, indices: np.ndarray, stream: int = 0) -> np.ndarray:
     """One uint64 for each (epoch, index) [B]; neighboring seeds, epochs, indices and streams share nothing."""
-    key = torch.from_numpy(np.full(len(indices), seed % 2**64, np.uint64).view(np.int64))
+    key = np.full(len(indices), wrapped(seed))
     for part in (epochs, indices, stream):
-        key = random_bits(torch.from_numpy(np.array(part, np.int64)), key + 1)
-    return key.numpy().view(np.uint64)
+        key = random_bits(np.asarray(part).astype(np.int64), key + 1)
+    return key.view(np.uint64)
 
 
 def mask_keys(keys: np.ndarray) -> np.ndarray:
-    """The keys of ``patch_masks``, int64 [B], of the images' keys."""
-    return random_bits(torch.from_numpy(keys.view(np.int64)) + MASK_STREAM, torch.tensor(0)).numpy()
+    """The keys of ``patch_masks`` for images, uint64 [B] -> int64 [B]."""
+    return random_bits(keys.view(np.int64) + MASK_STREAM, 0)
 
 
 def uniforms(keys: np.ndarray, first: int, count: int) -> np.ndarray:
     """Numbers first .. first + count - 1 of each key, in [0, 1): uint64 [B] -> [B, count] float64."""
-    k = torch.arange(first, first + count)
-    return as_uniform(random_bits(torch.from_numpy(keys.view(np.int64))[:, None], k)).numpy()
+    bits = random_bits(keys.view(np.int64)[:, None], np.arange(first, first + count))
+    return (bits.view(np.uint64) >> np.uint64(11)) * 2.0**-53
 
 
 def random_crops(sizes: np.ndarray, scale: tuple[float, float], keys: np.ndarray) -> np.ndarray:

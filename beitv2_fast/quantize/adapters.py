@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,11 @@ from torch import Tensor, nn
 
 from ..kernels import codebook_search, vector_quantize
 from ..kernels.sampling import world
+from .options import QuantizerOptions
 from .quantizer import FusedVectorQuantizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 SAME_LENGTH = 1e-5  # a code's length differs from 1 by less when it was normalised in fp32
 
@@ -46,9 +50,9 @@ class NormEMAAdapter(FusedVectorQuantizer):
     Different: statistics are always summed over ranks.
     """
 
-    has_unit_codes = False  # loading leaves the codes' lengths as they are
+    any_length = True
 
-    def __init__(self, module: nn.Module, **options: Any):
+    def __init__(self, module: nn.Module, **options: Unpack[QuantizerOptions]):
         known = "num_tokens codebook_dim beta decay embedding cluster_size statistic_code_usage all_reduce_fn"
         _refuse_unknown(module, known)
         known = "num_tokens codebook_dim decay eps weight cluster_size embed_avg initted update"
@@ -61,12 +65,7 @@ class NormEMAAdapter(FusedVectorQuantizer):
             "kmeans_init": not bool(module.embedding.initted),
         }
         super().__init__(module.num_tokens, module.codebook_dim, **{**kept, **options})
-        self.beta, self.decay, self.num_tokens, self.codebook_dim = (
-            module.beta,
-            module.decay,
-            module.num_tokens,
-            module.codebook_dim,
-        )
+        self.beta, self.num_tokens, self.codebook_dim = module.beta, module.num_tokens, module.codebook_dim
         self.to(module.embedding.weight.device)
         with torch.no_grad():
             self.codebook.copy_(module.embedding.weight)
@@ -100,8 +99,12 @@ class NormEMAAdapter(FusedVectorQuantizer):
         out = super().forward(z)
         return out.quantized, out.loss, out.indices.flatten()
 
+    @torch.no_grad()
     def reset_cluster_size(self, device: torch.device | None = None) -> None:
-        super().reset_cluster_size()
+        """Forget the usage statistics, as the reference does at the start of every epoch and before evaluation."""
+        if self.embed_avg is not None:
+            raise RuntimeError("with learning='sum_ema' the codes are embed_avg / cluster_size: it cannot be forgotten")
+        self.cluster_size.zero_()
 
 
 class VectorQuantizeAdapter(FusedVectorQuantizer):
@@ -115,9 +118,9 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
     through.
     """
 
-    has_unit_codes = False  # as the original's: searched as they are
+    any_length = True
 
-    def __init__(self, module: nn.Module, **options: Any):
+    def __init__(self, module: nn.Module, **options: Unpack[QuantizerOptions]):
         book = module._codebook
         gumbel = getattr(book.gumbel_sample, "keywords", {})
         _refuse(
@@ -159,7 +162,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         }
         super().__init__(module.codebook_size, book.embed.shape[-1] * module.heads, **{**kept, **options})
         self.project_in, self.project_out = module.project_in, module.project_out
-        self.codebook_size, self.heads = module.codebook_size, module.heads
+        self.codebook_size = module.codebook_size
         self.separate_codebook_per_head, self.ema_update = module.separate_codebook_per_head, book.ema_update
         self.channels_first = not module.channel_last or module.accept_image_fmap or module.accept_3d_fmap
         self.zeros_for_padding = module.return_zeros_for_masked_padding
@@ -205,7 +208,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             quantized = quantized.movedim(-1, 1)
         if not return_loss_breakdown:
             return quantized, out.indices, loss
-        weight, zero = self.options.commitment_weight, torch.zeros_like(loss)
+        weight, zero = self.commitment_weight, torch.zeros_like(loss)
         return quantized, out.indices, loss, self.breakdown(loss / weight if weight else zero, zero, zero, zero)
 
     @property
@@ -215,7 +218,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
 
     @freeze_codebook.setter
     def freeze_codebook(self, frozen: bool) -> None:
-        self._set_frozen(frozen)
+        self.freeze(frozen)
 
     @property
     def _codebook(self) -> SimpleNamespace:
@@ -242,7 +245,7 @@ class EmbeddingAdapter(nn.Module):
     The parameter is the same object as before: names in checkpoints and optimisers keep their meaning.
     """
 
-    def __init__(self, module: nn.Module, **options: Any):
+    def __init__(self, module: nn.Module, **options: Unpack[QuantizerOptions]):
         super().__init__()
         known = "embedding n_e e_dim vq_embed_dim beta legacy remap used re_embed unknown_index sane_index_shape"
         _refuse_unknown(module, known)

@@ -1,8 +1,8 @@
-"""Against codebook collapse: codes that nobody chooses start again at vectors of the batch; at worst, k-means does.
+"""Against codebook collapse: codes that no vector chooses restart at vectors of the batch, at worst all by k-means.
 
-In compiled code both are opaque ops, so that a training step has no graph break although the host decides here. What it
-decides by are the buffers ``initialized`` and ``steps``. On the CPU it reads them. Elsewhere that would wait for the
-device, so it goes by what it knows of them, ``clock``, as long as nobody else wrote to them: see ``look``.
+In compiled code both are opaque ops, so that a training step has no graph break although the host decides here. It
+decides by the buffers ``initialized`` and ``steps``. On the CPU it reads them. Elsewhere it would have to wait for the
+device, so it goes by its own copy, ``clock``, as long as nobody else wrote to them: see ``look``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from ..kernels.codebook_update.dead_codes import count_idle, find_dead, restart_dead_codes
+from ..kernels.codebook_update.dead_codes import find_dead, restart_dead_codes
+from ..kernels.codebook_update.ops import count_idle
 from ..kernels.sampling import salt
 from .kmeans import kmeans
 
@@ -25,20 +26,20 @@ STARTED, STEPS, ADDRESS, VERSION, STRIDE = range(CLOCK := 5)
 
 
 def look(clock: Tensor, initialized: Tensor, steps: Tensor) -> bool:
-    """Whether k-means has started the codebook; brings the clock up to date. Once a step, before anything changes.
+    """Whether k-means has started the codebook; brings the clock up to date. Called once per step, before any change.
 
-    The device is asked, and the host waits, where the clock does not know it to be started, and where ``initialized``
-    is another tensor than at the last look or was written to: its version counter went on otherwise than from step to
+    The host reads the device, and waits, if the clock does not say that it is started, or if ``initialized`` is another
+    tensor than at the last look or was written to: its version counter went on otherwise than from step to
     step (compiled code advances it in every step, by the same number each time). Writes through ``.data``, which count
-    no version, are noticed on the CPU alone.
+    no version, are noticed on the CPU only.
     """
-    if not _waits_for(initialized):
+    if not host_waits_for(initialized):
         clock[STARTED], clock[STEPS] = initialized, steps
         return bool(clock[STARTED])
     address, version = initialized.data_ptr(), 0 if initialized.is_inference() else initialized._version
     stride = version - int(clock[VERSION])
     started_here = bool(clock[STARTED]) and address == clock[ADDRESS]
-    if _capturing(initialized):
+    if is_capturing(initialized):
         if not started_here:
             raise RuntimeError(
                 "a CUDA graph is being captured, and the host does not know whether the codebook is started. Run two "
@@ -50,10 +51,10 @@ def look(clock: Tensor, initialized: Tensor, steps: Tensor) -> bool:
     return bool(clock[STARTED])
 
 
-STATE = ("codebook", "cluster_size", "embed_avg", "idle", "recent", "clock")
+_CHANGED = ("codebook", "cluster_size", "embed_avg", "idle", "recent", "clock")
 
 
-@torch.library.custom_op("beitv2_fast::start_codebook", mutates_args=(*STATE, "initialized"))
+@torch.library.custom_op("beitv2_fast::start_codebook", mutates_args=(*_CHANGED, "initialized"))
 def start_codebook(
     codebook: Tensor,
     cluster_size: Tensor,
@@ -81,7 +82,7 @@ def start_codebook(
     """
     started, count = look(clock, initialized, steps), int(clock[STEPS])
     due = [not started] * len(codebook)
-    if restart_below > 0 and _capturing(x):
+    if restart_below > 0 and is_capturing(x):
         raise RuntimeError("restart_below looks at the device, which a CUDA graph cannot: use 0 to capture this step")
     if restart_below > 0 and count and count % restart_after == 0:
         possible = recent.sum(-1).clamp(max=recent.shape[-1])
@@ -102,7 +103,7 @@ def start_codebook(
         clock[STARTED] = 1
 
 
-@torch.library.custom_op("beitv2_fast::replace_dead_codes", mutates_args=(*STATE, "replaced", "steps"))
+@torch.library.custom_op("beitv2_fast::replace_dead_codes", mutates_args=(*_CHANGED, "replaced", "steps"))
 def replace_dead_codes(
     codebook: Tensor,
     cluster_size: Tensor,
@@ -124,8 +125,8 @@ def replace_dead_codes(
     Args: as in ``start_codebook``, and
         bins: [G, K], how often each code was chosen in this step, over all ranks.
         replaced: scalar, counts the codes that were restarted. steps: scalar, the device's copy of the clock.
-        dead_after: dead is who was not chosen for this many times K vectors; 0: nobody.
-        dead_below: dead is whose cluster size fell under this; 0: nobody.
+        dead_after: codes that this many times K vectors did not choose are dead; 0: none.
+        dead_below: codes whose cluster size fell under this are dead; 0: none.
     """
     steps += 1
     clock[STEPS] += 1
@@ -134,7 +135,7 @@ def replace_dead_codes(
         recent += bins
     if dead_after <= 0 and dead_below <= 0:
         return
-    captured = _capturing(x)  # then the device decides, in every replay, and the host knows no more what step it is
+    captured = is_capturing(x)  # then the device decides, in every replay, and the host no longer knows what step it is
     if not captured and int(clock[STEPS]) % REPLACE_EVERY:
         return
     dead = find_dead(cluster_size, idle, dead_after * idle.shape[-1], dead_below)
@@ -142,7 +143,7 @@ def replace_dead_codes(
     if captured:
         dead, count = dead & (steps % REPLACE_EVERY == 0), steps
         clock[STRIDE] = -1  # look again
-    elif not _waits_for(dead) and not dead.any():
+    elif not host_waits_for(dead) and not dead.any():
         return  # the same answer on every rank; on a GPU the question would cost more than the work
     for g in range(len(codebook)):
         average = embed_avg[g] if embed_avg.numel() else None
@@ -151,12 +152,12 @@ def replace_dead_codes(
         replaced += restart_dead_codes(dead[g], x[g], *state, **options).sum()
 
 
-def _waits_for(x: Tensor) -> bool:
+def host_waits_for(x: Tensor) -> bool:
     """Whether the host has to wait for its device to read it."""
     return x.device.type != "cpu"
 
 
-def _capturing(x: Tensor) -> bool:
+def is_capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -215,7 +216,7 @@ class CollapseWatch:
         self.below, self.steps, self.low = below, steps, 0
 
     def look(self, used: float, steps: int) -> str | None:
-        """``used``: the share of the codes that were chosen in the last so many steps. Returns a warning, or None."""
+        """``used``: the share of the codes that were chosen in the last ``steps`` steps. Returns a warning, or None."""
         self.low = self.low + steps if used < self.below else 0
         if self.low < self.steps:
             return None

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..kernels import codebook_search, codebook_update
 from ..kernels.sampling import directed, salt, sample_rows
 
-SAME = 1e-10  # a squared distance below this, relative to the vectors' mean square, is rounding
+ROUNDING = 1e-10  # a squared distance below this, relative to the vectors' mean square, is rounding
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def _iterate(x: Tensor, codebook: Tensor, metric: str, scale: Tensor, salt: int)
     bins = codebook_update(moved, sizes, x, search.indices, decay=0.0, metric=metric, embed_avg=sums, eps=1e-12)
     empty = bins == 0
     weights = search.distances.double()
-    weights = torch.where(weights > SAME * scale.double().square() * x.shape[1], weights, 0.0)
+    weights = torch.where(weights > ROUNDING * scale.double().square() * x.shape[1], weights, 0.0)
     if metric == "cosine":
         weights = weights * directed(x)
     rows, found = sample_rows(x, len(codebook), salt, weights)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .adapters import EmbeddingAdapter, Unsupported, VectorQuantizeAdapter
+from .options import QuantizerOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Makes the replacement for a module; raises Unsupported for options that it cannot keep.
 Adapter = Callable[..., nn.Module]
@@ -25,7 +29,7 @@ def replace_quantizers(
     adapters: Mapping[type, Adapter] | None = None,
     *,
     unsupported: str = "error",
-    **options: Any,
+    **options: Unpack[QuantizerOptions],
 ) -> nn.Module:
     """Swap the quantizers of a model, in place, for ones on the fused ops; weights and call signatures stay.
 

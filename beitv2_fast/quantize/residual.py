@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from .options import QuantizerOptions
 from .quantizer import FusedVectorQuantizer, Quantized
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class ResidualVectorQuantizer(nn.Module):
@@ -23,10 +27,10 @@ class ResidualVectorQuantizer(nn.Module):
     Args:
         num_codes: K. dim: D. num_quantizers: Q, the number of stages.
         share_stages: one codebook for all stages, which then takes Q steps in one forward; its k-means start sees the
-            first stage's vectors alone.
+            first stage's vectors only.
         dropout: in training, the share of samples (the first dimension) of which only the first 1 to Q - 1 stages take
             part, so that a decoder learns to do with fewer. The indices of the others are -1.
-        options: of each stage, see ``QuantizerOptions``. The metric is Euclidean: a residual is no direction.
+        options: of each stage, those of ``FusedVectorQuantizer``. The metric is Euclidean: a residual is no direction.
     """
 
     def __init__(
@@ -37,7 +41,7 @@ class ResidualVectorQuantizer(nn.Module):
         *,
         share_stages: bool = False,
         dropout: float = 0.0,
-        **options: Any,
+        **options: Unpack[QuantizerOptions],
     ):
         super().__init__()
         if num_quantizers < 1 or not 0 <= dropout <= 1:
@@ -73,7 +77,7 @@ class ResidualVectorQuantizer(nn.Module):
             residual, total = residual - code, total + code
         quantized = z + (total.to(z.dtype) - z).detach()
         if mask is not None:
-            axis = self.stages[0].layout.axis(z)
+            axis = self.stages[0].channel_axis(z)
             quantized = torch.where(mask.unsqueeze(axis), quantized, 0.0)
         return Quantized(
             quantized,
@@ -123,7 +127,7 @@ class ResidualVectorQuantizer(nn.Module):
         """The mask of stage i."""
         if depth is None:
             return mask
-        shape = self.stages[0].layout.index_shape(z)
+        shape = z.select(self.stages[0].channel_axis(z), 0).shape
         deep = (depth > i).view(-1, *[1] * (len(shape) - 1)).expand(shape)
         return deep if mask is None else deep & mask
 

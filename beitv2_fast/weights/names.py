@@ -6,7 +6,7 @@ format has in pieces, joined along dimension 0. A name of ours that a format's t
 
 from __future__ import annotations
 
-from ..quantize import published
+from ..quantize.states import REFERENCE_NAMES, REFERENCE_UNUSED
 
 Names = dict[str, str | tuple[str, ...]]  # ours -> theirs
 
@@ -27,10 +27,10 @@ TOKENIZER = (
     *(f"{part}_task_layer.{layer}.*" for part in ("encode", "decode") for layer in (0, 2)),
 )
 # ours -> published. An EMA of a code's uses and whether k-means has run; both keep counters that the other lacks.
-QUANTIZER = {f"quantize.{ours}": f"quantize.{theirs}" for theirs, ours in published.NAMES.items()}
+QUANTIZER = {f"quantize.{ours}": f"quantize.{theirs}" for theirs, ours in REFERENCE_NAMES.items()}
 OUR_COUNTERS = ("quantize.idle", "quantize.steps")
 # What published files hold and no model reads: statistics that the reference never uses, and parts of its training.
-PUBLISHED_COUNTERS = tuple(f"quantize.{name}" for name in published.UNUSED)
+PUBLISHED_COUNTERS = tuple(f"quantize.{name}" for name in REFERENCE_UNUSED)
 PUBLISHED_UNUSED = (*PUBLISHED_COUNTERS, "teacher_model.", "scaling_layer.", "loss.")
 
 # transformers' files, which every version of its from_pretrained reads

@@ -65,11 +65,11 @@ def _forward(implementation: Callable[[Head], Tensor], p: Head, dtype: torch.dty
 @contextmanager
 def _chunk(logits: int) -> Iterator[None]:
     """The GPU's host code reads how many logits it builds at once."""
-    from beitv2_fast.kernels.masked_cross_entropy import triton_kernel
+    from beitv2_fast.kernels.masked_cross_entropy import triton as host
 
-    before = triton_kernel.CHUNK_LOGITS
-    triton_kernel.CHUNK_LOGITS = logits
+    before = host.CHUNK_LOGITS
+    host.CHUNK_LOGITS = logits
     try:
         yield
     finally:
-        triton_kernel.CHUNK_LOGITS = before
+        host.CHUNK_LOGITS = before

@@ -23,7 +23,7 @@ Case = tuple[str, Callable[[], object]]
 
 
 def search_cases(processors: int, tiny: bool) -> Iterator[Case]:
-    from beitv2_fast.kernels.codebook_search import triton_kernel as host
+    from beitv2_fast.kernels.codebook_search import triton as host
 
     dtypes, widths = ((torch.float32,), (32,)) if tiny else ((torch.float32, torch.bfloat16), (32, 8, 64, 256))
     n, k = (300, 64) if tiny else (12_544, 8192)
@@ -31,7 +31,7 @@ def search_cases(processors: int, tiny: bool) -> Iterator[Case]:
         for d in widths:
             x, codebook = torch.zeros(n, d, dtype=dtype), torch.zeros(k, d)
             blocks = -(-k // host.BLOCK_K)
-            plan = host.PLANS[host.plan_name()]
+            plan = host.PLANS[host.target_name()]
             split = host.choose_split(-(-n // plan.configs_for(d)[0].block_n), blocks, processors)
             for outputs in ((True, True, True), (False, False, False)):
                 call = partial(host.codebook_search_triton, x, codebook, "cosine", *outputs, split=split)
@@ -39,9 +39,8 @@ def search_cases(processors: int, tiny: bool) -> Iterator[Case]:
 
 
 def quantizer_cases(tiny: bool) -> Iterator[Case]:
-    from beitv2_fast.kernels.codebook_update.triton_apply import apply_statistics_triton
-    from beitv2_fast.kernels.codebook_update.triton_kernel import codebook_statistics_triton
-    from beitv2_fast.kernels.vector_quantize.triton_kernel import vector_quantize_backward_triton
+    from beitv2_fast.kernels.codebook_update.triton import apply_statistics_triton, codebook_statistics_triton
+    from beitv2_fast.kernels.vector_quantize.triton import vector_quantize_backward_triton
 
     n, k, d = (300, 64, 32) if tiny else (12_544, 8192, 32)
     x, codebook = torch.zeros(n, d), torch.zeros(k, d)
@@ -57,7 +56,7 @@ def quantizer_cases(tiny: bool) -> Iterator[Case]:
 
 
 def head_cases(tiny: bool) -> Iterator[Case]:
-    from beitv2_fast.kernels.masked_cross_entropy import triton_kernel as host
+    from beitv2_fast.kernels.masked_cross_entropy import triton as host
     from beitv2_fast.kernels.masked_cross_entropy.chunked import Head, Wanted, head_losses
 
     # Of images a quarter: a kernel is the same for every multiple of 16, and the products run here on the CPU.

@@ -1,4 +1,4 @@
-"""Attention with an additive bias that learns: the CPU's own, where SDPA leaves its fused path."""
+"""attention with an additive bias that learns: a kernel for CPUs, where SDPA leaves its fused path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def attention(qkv: Tensor, bias: Tensor | None = None, *, scale: float | None = 
     """``softmax(scale q k^T + bias) v`` for queries, keys and values that lie side by side.
 
     FLOPs: 4 B H N^2 d forward, 10 B H N^2 d backward, which computes the scores again: besides the result only two
-    numbers a row are kept. On the CPU a few rows of scores exist at a time, in fp32 whatever the dtype of qkv;
+    numbers per row are kept. On the CPU a few rows of scores exist at a time, in fp32 whatever the dtype of qkv;
     elsewhere, and where the C++ ops are not compiled, the definition in plain PyTorch runs. The bits of all gradients
     are independent of the number of threads.
 

@@ -1,7 +1,12 @@
 // Attention on the CPU: for each head of each image a few rows of scores at a time, which stay in the cache from the
 // product that makes them to the product that reads them. All arithmetic is fp32; inputs of 16 bits are widened as they
 // are packed. FLOPs 4 B H N^2 d forward and 10 B H N^2 d backward, where the scores are computed again. Beside inputs and
-// outputs it holds a few rows of scores a thread.
+// outputs it holds a few rows of scores per thread.
+//
+//   cpu.cpp              the op: packs what each thread needs and calls the kernels
+//   cpu_tiles.h          the kernels' table
+//   cpu_tiles_kernels.h  the kernels: products of small matrices, rows of softmax
+//   cpu_tiles.cpp        compiles them for each instruction set and picks (../cpu_variants.h)
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -12,7 +17,7 @@
 #include <optional>
 #include <vector>
 
-#include "cpu_tile_kernels.h"
+#include "cpu_tiles.h"
 
 namespace beitv2_fast {
 namespace {

@@ -1,7 +1,7 @@
-// The kernels of cpu_tiles.h for each instruction set.
-#include "cpu_tile_kernels.h"
+// The kernels of cpu_tiles_kernels.h for each instruction set.
+#include "cpu_tiles.h"
 
-#define BEITV2_FAST_VARIANTS "attention/cpu_tiles.h"
+#define BEITV2_FAST_VARIANTS "attention/cpu_tiles_kernels.h"
 #include "../cpu_variants.h"
 
 namespace beitv2_fast {

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..native import native_ops
-from .reference import attention_reference, backward_reference
+from .reference import attention_backward_reference, attention_reference
 
 
 @torch.library.custom_op("beitv2_fast::attention", mutates_args=())
@@ -18,7 +18,7 @@ def attention_op(qkv: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor
 
 
 @attention_op.register_fake
-def _(qkv, bias, scale):
+def _attention_fake(qkv, bias, scale):
     B, N, _, H, d = qkv.shape
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     return qkv.new_empty(B, N, H, d), qkv.new_empty(2, B, H, N, dtype=dtype)
@@ -33,12 +33,12 @@ def attention_backward_op(
         tensors = (_unit_stride(grad), _unit_stride(qkv), _for_kernel(bias), sums.contiguous())
         grad_qkv, grad_bias = torch.ops.beitv2_fast_cpu.attention_backward(*tensors, scale, of_bias)
         return grad_qkv, grad_bias if bias is None else grad_bias.to(bias.dtype)
-    grad_qkv, grad_bias = backward_reference(grad, qkv, bias, scale)
+    grad_qkv, grad_bias = attention_backward_reference(grad, qkv, bias, scale)
     return grad_qkv.contiguous(), grad_bias.to(bias.dtype) if of_bias else sums.new_empty(0)
 
 
 @attention_backward_op.register_fake
-def _(grad, qkv, bias, sums, scale, of_bias):
+def _attention_backward_fake(grad, qkv, bias, sums, scale, of_bias):
     return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape) if of_bias else sums.new_empty(0)
 
 
@@ -54,18 +54,18 @@ def _for_kernel(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float().contiguous()
 
 
-def _setup_context(ctx, inputs, output):
+def _save_for_backward(ctx, inputs, output):
     qkv, bias, ctx.scale = inputs
     _, sums = output
     ctx.mark_non_differentiable(sums)
     ctx.save_for_backward(qkv, bias, sums)
 
 
-def _backward(ctx, grad, _):
+def _gradients(ctx, grad, _):
     qkv, bias, sums = ctx.saved_tensors
     of_bias = ctx.needs_input_grad[1]
     grad_qkv, grad_bias = attention_backward_op(grad, qkv, bias, sums, ctx.scale, of_bias)
     return grad_qkv, grad_bias if of_bias else None, None
 
 
-attention_op.register_autograd(_backward, setup_context=_setup_context)
+attention_op.register_autograd(_gradients, setup_context=_save_for_backward)

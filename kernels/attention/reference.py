@@ -22,7 +22,7 @@ def attention_reference(qkv: Tensor, bias: Tensor | None, scale: float) -> tuple
     return out.transpose(1, 2), torch.stack([largest[..., 0], inverse])
 
 
-def backward_reference(grad: Tensor, qkv: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def attention_backward_reference(grad: Tensor, qkv: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """The gradients of qkv and of the bias [H, N, N].
 
     With p = softmax(s) and dp = grad v^T: ``ds = p (dp - sum_j p_j dp_j)``.

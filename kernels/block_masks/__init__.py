@@ -1,4 +1,4 @@
-"""block_masks: which patches of each image are hidden, as a function of one key an image, on any device.
+"""block_masks: which patches of each image are hidden, as a function of one key per image, on any device.
 
     u(k) = the k-th uniform number of the image's key (splitmix64 in counter mode)
     while fewer than num_masked patches are masked: lay down a block of random area, aspect ratio and place
@@ -11,9 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native import native_ops
-from .batched import block_masks_batched
-from .reference import MAX_ATTEMPTS, block_masks_reference
+from .ops import block_masks_op
+from .reference import MAX_ATTEMPTS
 
 __all__ = ["MAX_ATTEMPTS", "block_masks"]
 
@@ -58,7 +57,7 @@ def block_masks(
     if keys.dtype != torch.int64 or keys.dim() != 1:
         raise ValueError(f"block_masks: keys must be int64 [B]; got {keys.dtype} of shape {list(keys.shape)}")
     most = num_masked if max_patches is None else max_patches
-    return _block_masks(keys, *grid, num_masked, min_patches, min_aspect, most)
+    return block_masks_op(keys, *grid, num_masked, min_patches, min_aspect, most)
 
 
 def check_settings(
@@ -81,23 +80,3 @@ def check_count(grid: tuple[int, int], num_masked: int) -> None:
         raise ValueError(f"the mask's grid is {height}x{width} patches; both sides must be at least 1")
     if not 0 <= num_masked <= height * width:
         raise ValueError(f"num_masked is {num_masked}; a grid of {height}x{width} has 0 .. {height * width} to mask")
-
-
-@torch.library.custom_op("beitv2_fast::block_masks", mutates_args=())
-def _block_masks(
-    keys: Tensor, height: int, width: int, num_masked: int, min_patches: int, min_aspect: float, max_patches: int
-) -> Tensor:
-    return block_masks_batched(keys, height, width, num_masked, min_patches, min_aspect, max_patches)
-
-
-@_block_masks.register_kernel("cpu")
-def _(keys, height, width, num_masked, min_patches, min_aspect, max_patches):
-    settings = (height, width, num_masked, min_patches, min_aspect, max_patches)
-    if native_ops():
-        return torch.ops.beitv2_fast_cpu.block_masks(keys, *settings)
-    return block_masks_reference(keys, *settings)
-
-
-@_block_masks.register_fake
-def _(keys, height, width, num_masked, min_patches, min_aspect, max_patches):
-    return keys.new_empty(len(keys), height, width, dtype=torch.bool)

@@ -1,4 +1,4 @@
-// block_masks on the CPU: the definition of reference.py with a row of the grid in 64-bit words.
+// block_masks on the CPU: the definition of reference.py with a row of the grid in 64-bit words. It has no other C++ file.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros.h>
@@ -90,7 +90,7 @@ class MaskPainter {
   }
 
   const Settings s;
-  const int64_t words;          // 64-bit words a row
+  const int64_t words;          // 64-bit words per row
   std::vector<uint64_t> grid;   // [height, words]
   std::vector<uint64_t> block;  // a row of the block
   std::vector<std::pair<uint64_t, int64_t>> visible;

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..checks import check_metric, check_vectors
-from ..native import native_ops
-from .reference import codebook_search_reference
+from .ops import codebook_search_op
 
 
 class CodebookSearch(NamedTuple):
@@ -57,7 +54,7 @@ def codebook_search(
     check_metric(metric)
     check_vectors("codebook_search", x, codebook)
     # Detached, and not under no_grad(), which torch.export makes a region of its own that it cannot save.
-    indices, normalized, codes, distances = _search(
+    indices, normalized, codes, distances = codebook_search_op(
         x.detach(), codebook.detach(), metric, return_normalized, return_codes, return_distances
     )
     return CodebookSearch(
@@ -65,58 +62,4 @@ def codebook_search(
         normalized if return_normalized else None,
         codes if return_codes else None,
         distances if return_distances else None,
-    )
-
-
-# An output that was not asked for is a tensor of size 0.
-@torch.library.custom_op("beitv2_fast::codebook_search", mutates_args=())
-def _search(
-    x: Tensor, codebook: Tensor, metric: str, return_normalized: bool, return_codes: bool, return_distances: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    indices, normalized = codebook_search_reference(x, codebook, metric)
-    codes = codebook[indices] if return_codes or return_distances else codebook.new_empty(0)
-    distances = normalized.new_empty(0)
-    if return_distances:
-        distances = (normalized - codes.float()).square().sum(-1)
-        distances.masked_fill_(~x.isfinite().all(-1), torch.nan)
-    return (
-        indices,
-        normalized if return_normalized else normalized.new_empty(0),
-        codes if return_codes else codebook.new_empty(0),
-        distances,
-    )
-
-
-@_search.register_kernel("cpu")
-def _search_cpu(
-    x: Tensor, codebook: Tensor, metric: str, return_normalized: bool, return_codes: bool, return_distances: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wanted = (return_normalized, return_codes, return_distances)
-    if torch.float64 in (x.dtype, codebook.dtype) or not native_ops():
-        return _search._init_fn(x, codebook, metric, *wanted)
-    return torch.ops.beitv2_fast_cpu.codebook_search(x, codebook, metric == "cosine", *wanted)
-
-
-@_search.register_kernel("cuda")
-def _search_cuda(
-    x: Tensor, codebook: Tensor, metric: str, return_normalized: bool, return_codes: bool, return_distances: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wanted = (return_normalized, return_codes, return_distances)
-    if torch.float64 in (x.dtype, codebook.dtype) or find_spec("triton") is None:
-        return _search._init_fn(x, codebook, metric, *wanted)
-    from .triton_kernel import codebook_search_triton  # only here: the package imports without triton
-
-    return codebook_search_triton(x, codebook, metric, *wanted)
-
-
-@_search.register_fake
-def _search_fake(
-    x: Tensor, codebook: Tensor, metric: str, return_normalized: bool, return_codes: bool, return_distances: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = x.shape[0]
-    return (
-        x.new_empty(rows, dtype=torch.int64),
-        x.new_empty(x.shape if return_normalized else 0, dtype=torch.float32),
-        codebook.new_empty((rows, codebook.shape[1]) if return_codes else 0),
-        x.new_empty(rows if return_distances else 0, dtype=torch.float32),
     )

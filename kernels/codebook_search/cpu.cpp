@@ -1,7 +1,15 @@
-// codebook_search on the CPU, as an op. How it searches: cpu_search.h.
+// codebook_search on the CPU. FLOPs 2 N K D in the screening. Memory: the codes once more in fp32 and in bytes, 1.25
+// times the codebook; at most a few MB per thread; the outputs. Nothing grows with N K.
 //
-// FLOPs 2 N K D in the screening. Memory: the codes once more in fp32 and in bytes, 1.25 times the codebook; at most
-// a few MB a thread; the outputs. Nothing grows with N K.
+//   cpu.cpp               the op: outputs, choice of the instruction set, threads
+//   cpu_search.h          how a search goes, its error bounds, and what its pieces hand each other
+//   cpu_codes.h, .cpp     packs the codebook, once per call
+//   cpu_block.h, .cpp     one thread's part: blocks of vectors, screened, then resolved
+//   cpu_exact.h           near ties in twice double precision
+//   cpu_pack.h            the kernels that pack codes and vectors
+//   cpu_kernels.h         the kernels that screen in fp32, filter and resolve
+//   cpu_portable.cpp, cpu_avx2.cpp, cpu_avx512.cpp (and .h)  both for each instruction set
+//   cpu_avx512_vnni.cpp   the same, screening in bytes
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>

@@ -1,4 +1,4 @@
-// The search screened with byte dot products (vpdpbusd): four products an instruction and lane, sums exact in int32.
+// The search screened with byte dot products (vpdpbusd): four products per instruction and lane, sums exact in int32.
 //
 // Twice as fast as bf16 dot products can be and four times as fast as fp32. Rounding to bytes leaves about one group more
 // than the best to resolve in fp32 for each vector at D = 32: about a fifth of the time.

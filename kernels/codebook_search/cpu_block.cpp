@@ -14,9 +14,9 @@
 namespace beitv2_fast {
 namespace {
 
-// Bytes screen more than twice as many codes a second as fp32, but a group that they leave costs a read of its fp32 codes,
+// Bytes screen more than twice as many codes per second as fp32, but a group that they leave costs a read of its fp32 codes,
 // mostly from beyond the caches. Measured at K = 8192: as fast as fp32 when a sixteenth of the groups is left (D = 512).
-constexpr int64_t GROUPS_A_CANDIDATE = 16;
+constexpr int64_t GROUPS_PER_CANDIDATE = 16;
 constexpr int64_t FEWEST_GROUPS = 4;  // with fewer, resolving costs what screening saves
 
 template <class T>
@@ -64,7 +64,7 @@ void Block::run(int64_t first, int64_t count) {
     found = screen(count);
   }
   for (int64_t i = 0; i < count; ++i) finish(first + i, codes_.groups ? nearest(first + i, i) : 0);
-  if (found > (2 + codes_.groups / GROUPS_A_CANDIDATE) * count) bytes_ = false;
+  if (found > (2 + codes_.groups / GROUPS_PER_CANDIDATE) * count) bytes_ = false;
 }
 
 // A row as it was given, in fp32.

@@ -1,4 +1,4 @@
-// Packs a codebook for the CPU search: once a call, in parallel.
+// Packs a codebook for the CPU search: once per call, in parallel.
 #pragma once
 
 #include <ATen/core/Tensor.h>

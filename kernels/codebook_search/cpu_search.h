@@ -62,7 +62,7 @@ struct Kernels {
   // Adds the groups whose maximum reaches best - 2 error.
   void (*filter)(const float* group_max, const float* best, const Row* info, int64_t begin, int64_t end, Candidates&);
   // The codes of these groups within twice the fp32 bound of the best, in ascending order, and how many. Groups whose
-  // maximum does not reach least are passed over. scores: room for 32 a group; kept: for 33 a group.
+  // maximum does not reach least are passed over. scores: room for 32 per group; kept: for 33 per group.
   int64_t (*resolve)(const Codes&, const float* row, const Row& info, const int32_t* group, const float* screened,
                      int64_t count, float least, float* scores, int32_t* kept);
 };

@@ -5,8 +5,8 @@ BLOCK_K / LANES codes of one block that share a lane (index modulo LANES). For e
 survive, as a score whose low mantissa bits hold the block's number, and the third best score bounds what was dropped.
 ``triton_resolve`` scores the groups that may hold the nearest code again, exactly.
 
-Costs of ``screen`` for N rows, K codes, D dimensions: 2 N K D tensor-core FLOPs; 1 + 4 / group size maxima a score
-(no index is carried along); reads the packed codebook (2 K D bytes, from L2) once a block of rows, writes
+Costs of ``screen`` for N rows, K codes, D dimensions: 2 N K D tensor-core FLOPs; 1 + 4 / group size maxima per score
+(no index is carried along); reads the packed codebook (2 K D bytes, from L2) once per block of rows, writes
 4 N SPLIT (2 LANES + 1) bytes. Bound by the maxima for D <= 64, by the tensor cores above.
 """
 

@@ -7,11 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checks import check_indices, check_metric, check_vectors
-from ..sampling import world
-from .dead_codes import count_idle, find_dead, restart_dead_codes
-from .ops import apply_statistics, codebook_statistics
-
-MAX_DIM = 32768  # of the fixed-point squares
+from .dead_codes import find_dead, restart_dead_codes
+from .ops import check_state, count_idle, ema_step
 
 
 @torch.no_grad()
@@ -49,13 +46,13 @@ def codebook_update(
 
     Bit-reproducible: the state after the call is the same bits whatever the number of threads, the instruction set,
     the order of the rows and the split of the batch over ranks (which vectors are drawn for restarts depends on the
-    number of a row in the whole batch). The sums are integers: multiples of 2^-36 for cosine, exact to 2^27 vectors in
-    a code; multiples of 2^-40 for euclidean, exact to 2^27 vectors and |x| < 2^32. Ranks do one all-reduce of one int64
-    buffer, [K, 1 + D] for cosine and [K, 1 + 2 D] for euclidean; restarts exchange what they draw, [K, D], besides.
+    number of a row in the whole batch). The sums are integers: multiples of 2^-36 for cosine, exact to 2^27 vectors
+    per code; multiples of 2^-40 for euclidean, exact to 2^27 vectors and |x| < 2^32. Ranks do one all-reduce of one
+    int64 buffer, [K, 1 + D] for cosine and [K, 1 + 2 D] for euclidean; restarts also exchange what they draw, [K, D].
 
     Not counted: vectors with NaN or Inf (or |x| >= 2^32 for euclidean), and vectors with index -1, which marks padding.
-    Any other index outside 0..K-1 raises on the CPU. A GPU is not asked, to spare the host a wait: such a vector is not
-    counted, and with TRITON_DEBUG=1 it trips an assertion.
+    Any other index outside 0..K-1 raises on the CPU. On a GPU nothing checks it, which would make the host wait: such a
+    vector is not counted, and with TRITON_DEBUG=1 it trips an assertion.
 
     Args:
         codebook: [K, D] fp32. cluster_size: [K] fp32.
@@ -78,7 +75,7 @@ def codebook_update(
     check_metric(metric)
     check_vectors("codebook_update", x, codebook)
     check_indices("codebook_update", indices, x.shape[0])
-    _check_state(codebook, cluster_size, embed_avg, idle)
+    check_state(codebook, cluster_size=cluster_size, embed_avg=embed_avg, idle=idle)
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"codebook_update: decay must lie in [0, 1]; got {decay}")
     if eps < 0 or dead_after < 0 or dead_below < 0:
@@ -89,10 +86,7 @@ def codebook_update(
         raise ValueError("codebook_update: metric='euclidean' needs embed_avg, the moving average of the sums [K, D]")
     if dead_after > 0 and idle is None:
         raise ValueError("codebook_update: dead_after needs idle, an int64 buffer [K] that counts idle vectors")
-    statistics = codebook_statistics(x, indices, codebook.shape[0], metric)
-    if world(process_group)[1] > 1:
-        dist.all_reduce(statistics, group=process_group)
-    bins = apply_statistics(statistics, codebook, cluster_size, embed_avg, decay, metric, eps)
+    bins = ema_step(codebook, cluster_size, embed_avg, x, indices, decay, metric, eps, process_group)
     if idle is not None:
         count_idle(idle, bins)
     if restart_seed is not None:
@@ -101,27 +95,3 @@ def codebook_update(
         options = {"metric": metric, "salt": restart_seed, "least_size": dead_below}
         restart_dead_codes(dead, x, *state, **options, process_group=process_group)
     return bins
-
-
-def _check_state(codebook: Tensor, cluster_size: Tensor, embed_avg: Tensor | None, idle: Tensor | None) -> None:
-    count, dim = codebook.shape
-    if dim > MAX_DIM:
-        raise ValueError(f"codebook_update: D must be at most {MAX_DIM}; got {dim}")
-    for name, tensor, shape, dtype in (
-        ("codebook", codebook, (count, dim), torch.float32),
-        ("cluster_size", cluster_size, (count,), torch.float32),
-        ("embed_avg", embed_avg, (count, dim), torch.float32),
-        ("idle", idle, (count,), torch.int64),
-    ):
-        if tensor is None:
-            continue
-        if tensor.dtype != dtype:
-            raise TypeError(
-                f"codebook_update: {name} must be {dtype}; got {tensor.dtype}. The steps of a moving average vanish in "
-                "a shorter type: keep the buffer as it is when the model is cast."
-            )
-        if tensor.shape != shape or tensor.device != codebook.device:
-            raise ValueError(
-                f"codebook_update: {name} must be {list(shape)} on {codebook.device}; "
-                f"got {list(tensor.shape)} on {tensor.device}"
-            )

@@ -1,7 +1,12 @@
 // codebook_update on the CPU: vectors sorted by code and summed run by run, then one pass over the codes.
 //
-// Statistics read N (D + 1) elements and write K (1 + D) integers; no buffer a thread. The second pass reads these and
+// Statistics read N (D + 1) elements and write K (1 + D) integers; no buffer per thread. The second pass reads these and
 // reads and writes the state once. Integers are added, so neither the threads' shares nor their order show in the bits.
+//
+//   cpu.cpp             the two ops, one for each pass
+//   cpu_rows.h          the kernels' table
+//   cpu_rows_kernels.h  the kernels: the arithmetic of reference.py on one row
+//   cpu_rows.cpp        compiles them for each instruction set and picks (../cpu_variants.h)
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

@@ -10,11 +10,6 @@ from ..sampling import directed, sample_rows
 from .reference import fp32, l2, total_size
 
 
-def count_idle(idle: Tensor, bins: Tensor) -> None:
-    """idle [..., K] int64, in place: vectors seen since a code was last chosen; bins [..., K]: of this step."""
-    idle.add_(bins.sum(-1, keepdim=True)).masked_fill_(bins > 0, 0)
-
-
 def find_dead(cluster_size: Tensor, idle: Tensor | None, dead_after: float, dead_below: float) -> Tensor:
     """Which codes have a size under dead_below or, with dead_after > 0, are idle for more than dead_after vectors."""
     dead = cluster_size < fp32(dead_below)

@@ -1,14 +1,70 @@
-"""The two passes of codebook_update as custom ops; the dispatcher picks the version for the tensors' device."""
+"""The EMA step of a codebook: its two passes as custom ops, of which the dispatcher picks the version for the tensors'
+device, and the exchange between ranks in the middle.
+
+For callers that know their vectors and indices to fit, as the quantizer does; ``codebook_update`` checks them first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..native import native_ops
 from .reference import apply_statistics_reference, codebook_statistics_reference
+
+MAX_DIM = 32768  # of the fixed-point squares
+
+
+def ema_step(
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_avg: Tensor | None,
+    x: Tensor,
+    indices: Tensor,
+    decay: float,
+    metric: str,
+    eps: float,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """``codebook_update`` without dead codes, in place on its first three arguments; returns bins [K]."""
+    check_state(codebook, cluster_size=cluster_size, embed_avg=embed_avg)
+    statistics = codebook_statistics(x, indices, codebook.shape[0], metric)
+    sum_over_ranks(statistics, group)
+    return apply_statistics(statistics, codebook, cluster_size, embed_avg, decay, metric, eps)
+
+
+def check_state(codebook: Tensor, **state: Tensor | None) -> None:
+    """Raise if the codebook [K, D], or cluster_size, embed_avg or idle beside it, is not what an update writes to."""
+    count, dim = codebook.shape
+    if dim > MAX_DIM:
+        raise ValueError(f"codebook_update: D must be at most {MAX_DIM}; got {dim}")
+    for name, tensor in (("codebook", codebook), *state.items()):
+        if tensor is None:
+            continue
+        dtype = torch.int64 if name == "idle" else torch.float32
+        shape = (count, dim) if name in ("codebook", "embed_avg") else (count,)
+        if tensor.dtype != dtype:
+            raise TypeError(
+                f"codebook_update: {name} must be {dtype}; got {tensor.dtype}. The steps of a moving average vanish in "
+                "a shorter type: keep the buffer as it is when the model is cast."
+            )
+        if tensor.shape != shape or tensor.device != codebook.device:
+            raise ValueError(
+                f"codebook_update: {name} must be {list(shape)} on {codebook.device}; "
+                f"got {list(tensor.shape)} on {tensor.device}"
+            )
+
+
+def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """In place, if there are several ranks."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(tensor, group=group)
+
+
+def count_idle(idle: Tensor, bins: Tensor) -> None:
+    """idle [..., K] int64, in place: vectors seen since a code was last chosen; bins [..., K]: of this step."""
+    idle.add_(bins.sum(-1, keepdim=True)).masked_fill_(bins > 0, 0)
 
 
 @torch.library.custom_op("beitv2_fast::codebook_statistics", mutates_args=())
@@ -17,32 +73,28 @@ def codebook_statistics(x: Tensor, indices: Tensor, num_codes: int, metric: str)
 
 
 @codebook_statistics.register_fake
-def _(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:
+def _codebook_statistics_fake(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:
     limbs = 1 if metric == "cosine" else 2
     return x.new_empty(num_codes, 1 + limbs * x.shape[1], dtype=torch.int64)
 
 
 @codebook_statistics.register_kernel("cpu")
-def _(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:
-    if not native_ops():
-        _check_range(indices, num_codes)
-        return codebook_statistics_reference(x, indices, num_codes, metric)
-    return torch.ops.beitv2_fast_cpu.codebook_statistics(x, indices, num_codes, metric == "cosine")
-
-
-@codebook_statistics.register_kernel("cuda")
-def _(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:
-    from .triton_kernel import codebook_statistics_triton
-
-    return codebook_statistics_triton(x, indices, num_codes, metric)
-
-
-def _check_range(indices: Tensor, num_codes: int) -> None:
+def _codebook_statistics_cpu(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:
+    if native_ops():
+        return torch.ops.beitv2_fast_cpu.codebook_statistics(x, indices, num_codes, metric == "cosine")
     if len(indices) and (indices.min() < -1 or indices.max() >= num_codes):
         raise IndexError(
             f"codebook_update: indices must lie in 0..{num_codes - 1}, or be -1 for vectors not to be counted; "
             f"got {indices.min().item()}..{indices.max().item()}"
         )
+    return codebook_statistics_reference(x, indices, num_codes, metric)
+
+
+@codebook_statistics.register_kernel("cuda")
+def _codebook_statistics_cuda(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:
+    from .triton import codebook_statistics_triton  # only here: the package imports without Triton
+
+    return codebook_statistics_triton(x, indices, num_codes, metric)
 
 
 @torch.library.custom_op(
@@ -61,26 +113,27 @@ def apply_statistics(
 
 
 @apply_statistics.register_fake
-def _(statistics, codebook, cluster_size, embed_avg, decay, metric, eps):
+def _apply_statistics_fake(statistics, codebook, cluster_size, embed_avg, decay, metric, eps):
     return statistics.new_empty(statistics.shape[0])
 
 
 @apply_statistics.register_kernel("cpu")
-def _(statistics, *state_and_options):
-    *state, decay, metric, eps = state_and_options
-    if not native_ops() or not _all_contiguous(state):
-        return apply_statistics_reference(statistics, *state_and_options)
-    return torch.ops.beitv2_fast_cpu.move_codebook(statistics.contiguous(), *state, decay, metric == "cosine", eps)
+def _apply_statistics_cpu(statistics, codebook, cluster_size, embed_avg, decay, metric, eps):
+    if not native_ops() or not _all_contiguous(codebook, cluster_size, embed_avg):
+        return apply_statistics_reference(statistics, codebook, cluster_size, embed_avg, decay, metric, eps)
+    return torch.ops.beitv2_fast_cpu.move_codebook(
+        statistics.contiguous(), codebook, cluster_size, embed_avg, decay, metric == "cosine", eps
+    )
 
 
 @apply_statistics.register_kernel("cuda")
-def _(statistics, *state_and_options):
-    if not _all_contiguous(state_and_options[:3]):
-        return apply_statistics_reference(statistics, *state_and_options)
-    from .triton_apply import apply_statistics_triton
+def _apply_statistics_cuda(statistics, codebook, cluster_size, embed_avg, decay, metric, eps):
+    if not _all_contiguous(codebook, cluster_size, embed_avg):
+        return apply_statistics_reference(statistics, codebook, cluster_size, embed_avg, decay, metric, eps)
+    from .triton import apply_statistics_triton
 
-    return apply_statistics_triton(statistics.contiguous(), *state_and_options)
+    return apply_statistics_triton(statistics.contiguous(), codebook, cluster_size, embed_avg, decay, metric, eps)
 
 
-def _all_contiguous(state: Sequence[Tensor | None]) -> bool:
+def _all_contiguous(*state: Tensor | None) -> bool:
     return all(tensor is None or tensor.is_contiguous() for tensor in state)

@@ -6,17 +6,12 @@ bound it. The arithmetic is reference.py's, bit for bit.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .reference import fp32
-from .triton_kernel import INTEGER_ROUND, device_of, tile, unit_factors
+from .triton_statistics import INTEGER_ROUND, unit_factors
 
 EXACT = tl.constexpr(1099511627776.0)  # 2^40: an fp32 number of steps beyond is a whole number
-TILE = 512  # elements of a program: 4 a lane
-NUM_WARPS = 2 if torch.version.hip else 4  # 4 elements a lane: loads of 16 bytes
 
 
 @triton.jit
@@ -42,14 +37,14 @@ def sizes_kernel(statistics, cluster_size, bins, totals, K, WIDTH, decay, rest, 
 
 
 @triton.jit
-def l2(rows):
+def l2_rows(rows):
     """fp32 rows [R, C], NaN where a row is not finite."""
     factor, finite = unit_factors(rows)
     return tl.where(finite[:, None], (rows.to(tl.float64) * factor[:, None]).to(tl.float32), float("nan"))
 
 
 @triton.jit
-def mix(old, new, decay, rest):
+def mix_rows(old, new, decay, rest):
     return (old.to(tl.float64) * wide(decay) + new.to(tl.float64) * wide(rest)).to(tl.float32)
 
 
@@ -87,55 +82,16 @@ def codes_kernel(
     if AVERAGE:
         size = tl.load(cluster_size + offs_k, mask=mask_k, other=0.0)
         total = tl.load(totals).to(tl.float64) * (1.0 / 1073741824.0)
-        average = mix(tl.load(embed_avg + at, mask=mask, other=0.0), sums.to(tl.float32), decay, rest)
+        average = mix_rows(tl.load(embed_avg + at, mask=mask, other=0.0), sums.to(tl.float32), decay, rest)
         smoothed = (size.to(tl.float64) + wide(eps)) / (total + wide(K) * wide(eps)) * total
         moved = (average.to(tl.float64) * (1.0 / smoothed)[:, None]).to(tl.float32)
         if COSINE:
-            moved = l2(moved)
+            moved = l2_rows(moved)
         code = tl.where((smoothed > 0)[:, None], moved, code)
     else:
         inverse = 1.0 / tl.maximum(number, 1).to(tl.float64)
-        mean = l2((sums * inverse[:, None]).to(tl.float32))
-        code = l2(mix(code, tl.where((number > 0)[:, None], mean, code), decay, rest))
+        mean = l2_rows((sums * inverse[:, None]).to(tl.float32))
+        code = l2_rows(mix_rows(code, tl.where((number > 0)[:, None], mean, code), decay, rest))
     tl.store(codebook + at, code, mask=mask)
     if AVERAGE:
         tl.store(embed_avg + at, average, mask=mask)
-
-
-def apply_statistics_triton(
-    statistics: Tensor,
-    codebook: Tensor,
-    cluster_size: Tensor,
-    embed_avg: Tensor | None,
-    decay: float,
-    metric: str,
-    eps: float,
-) -> Tensor:
-    """All tensors contiguous."""
-    count, dim = codebook.shape
-    decay, rest, eps = fp32(decay), fp32(1 - decay), fp32(eps)
-    bins = statistics.new_empty(count)
-    totals = statistics.new_zeros(1)
-    block_k, block_d = tile(dim, TILE)
-    with device_of(codebook):
-        sizes_kernel[(triton.cdiv(count, 256),)](
-            statistics, cluster_size, bins, totals, count, statistics.shape[1], decay, rest, BLOCK_K=256
-        )
-        codes_kernel[(triton.cdiv(count, block_k),)](
-            statistics,
-            totals,
-            codebook,
-            cluster_size,
-            embed_avg,
-            count,
-            decay,
-            rest,
-            eps,
-            D=dim,
-            COSINE=metric == "cosine",
-            AVERAGE=embed_avg is not None,
-            BLOCK_K=block_k,
-            BLOCK_D=block_d,
-            num_warps=NUM_WARPS * min(max(block_d // TILE, 1), 4),
-        )
-    return bins

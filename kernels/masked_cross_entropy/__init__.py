@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .gather import gather_rows, masked_positions
-from .ops import masked_cross_entropy_op, with_gradient
+from .ops import gather_rows, masked_cross_entropy_op, masked_positions, with_gradient
 
 
 def masked_gather(tokens: Tensor, mask: Tensor, *, num_masked: int | None = None) -> Tensor:

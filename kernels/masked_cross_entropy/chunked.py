@@ -1,8 +1,8 @@
 """The head's losses and gradients, chunk by chunk over the masked tokens: one chunk of logits exists at a time.
 
-    hidden = LayerNorm(tokens[chunk]); logits = hidden W^T + c              2 C V FLOPs a token
+    hidden = LayerNorm(tokens[chunk]); logits = hidden W^T + c              2 C V FLOPs per token
     losses, logits <- softmax(logits) - one_hot(labels)                     in place, by the device's kernel
-    dhidden = logits W; dW += logits^T hidden; dtokens = LayerNorm'(dhidden)    4 C V FLOPs a token
+    dhidden = logits W; dW += logits^T hidden; dtokens = LayerNorm'(dhidden)    4 C V FLOPs per token
 
 A loss function's gradient can be had in the forward pass, up to the upstream factor, which is a scalar for each branch.
 So no logit is kept or computed twice: 6 M C V FLOPs, as with all logits in memory (computing them again in the backward
@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from . import steps
 
 
 class Head(NamedTuple):
@@ -39,18 +37,88 @@ class Wanted(NamedTuple):
     head: bool
 
 
+def rows_at(tokens: Tensor, positions: Tensor) -> Tensor:
+    """tokens [B, N, C] at positions [M] of the flattened [B, N]; by image and patch: flattening a slice copies it."""
+    patches = tokens.shape[1]
+    return tokens[positions // patches, positions % patches].contiguous()
+
+
+class Normalized(NamedTuple):
+    """hidden [R, C]: the operand of the products; mean and rstd (of any shape with R elements): for the backward."""
+
+    hidden: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+def normalize(
+    tokens: Tensor, positions: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> Normalized:
+    """LayerNorm of the tokens at the positions, in the dtype of weight (fp32 or fp64), then rounded to ``dtype``."""
+    x = rows_at(tokens, positions).to(weight.dtype)
+    hidden, mean, rstd = torch.native_layer_norm(x, x.shape[1:], weight, bias, eps)
+    return Normalized(hidden.to(dtype), mean, rstd)
+
+
+def normalize_backward(
+    grad_hidden: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    normalized: Normalized,
+    weight: Tensor,
+    grad_rows: Tensor | None,
+    grad_norm: Tensor | None,
+) -> None:
+    """Writes the gradient by the rows into grad_rows [R, C] and adds those by weight and bias to grad_norm [2, C]."""
+    x = rows_at(tokens, positions).to(weight.dtype)
+    wanted = [grad_rows is not None, grad_norm is not None, grad_norm is not None]
+    grad_x, *grad_parameters = torch.ops.aten.native_layer_norm_backward(
+        grad_hidden.to(weight.dtype), x, x.shape[1:], normalized.mean, normalized.rstd, weight, weight, wanted
+    )
+    if grad_rows is not None:
+        grad_rows.copy_(grad_x)
+    if grad_norm is not None:
+        grad_norm += torch.stack(grad_parameters)
+
+
+def softmax_(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    losses: Tensor,
+    correct: Tensor,
+    gradient: bool,
+    grad_bias: Tensor | None,
+) -> None:
+    """Cross entropy of logits + bias into losses [R] and correct [R]; with ``gradient``, softmax - one_hot replaces the
+    logits and its column sums are added to grad_bias [V]."""
+    wide = logits if logits.dtype == losses.dtype else logits.to(losses.dtype)
+    if bias is not None:
+        wide += bias
+    target = labels[:, None]
+    torch.sub(wide.logsumexp(1), wide.gather(1, target)[:, 0], out=losses)
+    correct.copy_((wide.argmax(1) == labels) & ~losses.isnan())
+    if gradient:
+        torch.softmax(wide, 1, out=wide)
+        wide.scatter_add_(1, target, -torch.ones_like(wide[:, :1]))
+        if grad_bias is not None:
+            grad_bias += wide.sum(0)
+        if wide is not logits:
+            logits.copy_(wide)
+
+
 class Device(NamedTuple):
     """What differs between devices.
 
-    chunk_logits: logits in a chunk. softmax_, normalize, normalize_backward: see steps.py. widen: compute low-precision
-    products in fp32 (of rounded operands: each product is exact, and so are more of the sums' digits). loss: the losses
-    alone, without logits in memory: ``(hidden, weight, bias, labels, losses, correct)``, or None.
+    chunk_logits: logits in a chunk. softmax_, normalize, normalize_backward: see the functions above. widen: compute
+    low-precision products in fp32 (of rounded operands: each product is exact, and so are more of the sums' digits).
+    loss: only the losses, without logits in memory: ``(hidden, weight, bias, labels, losses, correct)``, or None.
     """
 
     chunk_logits: int
-    softmax_: Callable[..., None] = steps.softmax_
-    normalize: Callable[..., steps.Normalized] = steps.normalize
-    normalize_backward: Callable[..., None] = steps.normalize_backward
+    softmax_: Callable[..., None] = softmax_
+    normalize: Callable[..., Normalized] = normalize
+    normalize_backward: Callable[..., None] = normalize_backward
     widen: bool = False
     loss: Callable[..., None] | None = None
 
@@ -141,7 +209,7 @@ def head_losses(
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b: one product a chunk is rounded to a low dtype, its sum over chunks is not."""
+    """out += a b: each chunk's product is rounded to a low dtype, its sum over chunks is not."""
     if out.dtype == a.dtype:
         out.addmm_(a, b)
     else:

@@ -1,7 +1,12 @@
 // Cross entropy of a chunk of logits, and its gradient in their place, while each row is in the cache.
 //
-// Reads and writes the R x V logits once from beyond the L2 cache (three times within it); about 12 FLOPs a logit,
-// nothing beside the 4 C FLOPs a logit of the matrix products around it.
+// Reads and writes the R x V logits once from beyond the L2 cache (three times within it); about 12 FLOPs per logit,
+// nothing beside the 4 C FLOPs per logit of the matrix products around it.
+//
+//   cpu.cpp                the op: a chunk of logits, shared out to threads in groups of rows
+//   cpu_softmax.h          the kernels' table
+//   cpu_softmax_kernels.h  the kernels: what is done to one row or group of rows
+//   cpu_softmax.cpp        compiles them for each instruction set and picks (../cpu_variants.h)
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros.h>
@@ -10,7 +15,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu_softmax_kernels.h"
+#include "cpu_softmax.h"
 
 namespace beitv2_fast {
 namespace {
@@ -66,7 +71,7 @@ void softmax_cross_entropy_(const at::Tensor& logits, const std::optional<at::Te
   const Chunk chunk = {softmax::kernels(), logits.mutable_data_ptr<float>(),
                        bias ? bias->const_data_ptr<float>() : nullptr, labels.const_data_ptr<int64_t>(),
                        losses.mutable_data_ptr<float>(), correct.mutable_data_ptr<bool>(), classes, gradient};
-  // A row of column sums a thread, added in order: the result does not depend on which thread is first.
+  // One row of column sums per thread, added in order: the result does not depend on which thread is first.
   const int64_t threads = at::get_num_threads(), per_thread = (rows + threads - 1) / threads;
   const at::Tensor partial = grad_bias ? at::zeros({threads, classes}, logits.options()) : at::Tensor();
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {

@@ -1,7 +1,7 @@
-// The row kernels of cpu_softmax.h for each instruction set.
-#include "cpu_softmax_kernels.h"
+// The row kernels of cpu_softmax_kernels.h for each instruction set.
+#include "cpu_softmax.h"
 
-#define BEITV2_FAST_VARIANTS "masked_cross_entropy/cpu_softmax.h"
+#define BEITV2_FAST_VARIANTS "masked_cross_entropy/cpu_softmax_kernels.h"
 #include "../cpu_variants.h"
 
 namespace beitv2_fast {

@@ -1,4 +1,7 @@
-"""The custom ops of masked_cross_entropy: the losses with their gradients, and what hands those to autograd."""
+"""The custom ops of masked_gather and masked_cross_entropy: the masked positions and the rows of tokens at them, the
+losses with their gradients, and what hands those to autograd. None copies a branch; with num_masked none waits for a
+device.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,89 @@ import torch
 from torch import Tensor
 
 from ..native import native_ops
-from . import steps
-from .chunked import Device, Head, Results, Wanted, accumulation_dtype, empty_results, head_losses
-from .gather import scatter_rows
+from .chunked import Device, Head, Wanted, accumulation_dtype, empty_results, head_losses, rows_at, softmax_
 
 Outputs = tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("beitv2_fast::masked_positions", mutates_args=())
+def masked_positions(mask: Tensor, num_masked: int | None) -> Tensor:
+    """Row-major indices [M] of the True elements of mask [B, N]; with num_masked, M = B * num_masked is known before.
+
+    If the mask disagrees with num_masked: an error on the CPU. Elsewhere, where looking would mean waiting for the
+    device, surplus positions are left out and missing ones are -1, which reads the last token.
+    """
+    flat = mask.flatten()
+    if num_masked is None:
+        return flat.nonzero()[:, 0]
+    return torch.nonzero_static(flat, size=len(mask) * num_masked)[:, 0]
+
+
+@masked_positions.register_kernel("cpu")
+def _masked_positions_cpu(mask: Tensor, num_masked: int | None) -> Tensor:
+    positions = mask.flatten().nonzero()[:, 0]
+    if num_masked is not None:
+        wrong = (mask.sum(1) != num_masked).nonzero()[:, 0]
+        if len(wrong):
+            image = int(wrong[0])
+            raise ValueError(
+                f"num_masked = {num_masked}, but image {image} of the batch has {int(mask[image].sum())} masked "
+                f"patches ({len(wrong)} of {len(mask)} images differ). Make every mask hold num_masked patches, or "
+                "leave num_masked out."
+            )
+    return positions
+
+
+@masked_positions.register_fake
+def _masked_positions_fake(mask: Tensor, num_masked: int | None) -> Tensor:
+    count = torch.library.get_ctx().new_dynamic_size() if num_masked is None else mask.shape[0] * num_masked
+    return mask.new_empty(count, dtype=torch.int64)
+
+
+@torch.library.custom_op("beitv2_fast::masked_gather", mutates_args=())
+def gather_rows(tokens: Tensor, positions: Tensor) -> Tensor:
+    """tokens [B, N, C] of any strides at positions [M] of the flattened [B, N]: [M, C], contiguous."""
+    return rows_at(tokens, positions)
+
+
+@gather_rows.register_fake
+def _masked_gather_fake(tokens: Tensor, positions: Tensor) -> Tensor:
+    return tokens.new_empty(positions.shape[0], tokens.shape[2])
+
+
+@torch.library.custom_op("beitv2_fast::masked_scatter", mutates_args=())
+def scatter_rows(rows: Tensor, positions: Tensor, images: int, patches: int) -> Tensor:
+    """Zeros [B, N, C] with rows [M, C] at the positions, which all differ: nothing is summed, so no order matters."""
+    out = rows.new_zeros(images, patches, rows.shape[1])
+    out.view(images * patches, -1)[positions] = rows
+    return out
+
+
+@scatter_rows.register_fake
+def _masked_scatter_fake(rows: Tensor, positions: Tensor, images: int, patches: int) -> Tensor:
+    return rows.new_empty(images, patches, rows.shape[1])
+
+
+def _save_positions(ctx, inputs, output) -> None:
+    tokens, positions = inputs
+    ctx.save_for_backward(positions)
+    ctx.images, ctx.patches = tokens.shape[:2]
+
+
+def _scatter_gradient(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    (positions,) = ctx.saved_tensors
+    return scatter_rows(grad, positions, ctx.images, ctx.patches), None
+
+
+def _gather_gradient(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    (positions,) = ctx.saved_tensors
+    return gather_rows(grad, positions), None, None, None
+
+
+gather_rows.register_autograd(_scatter_gradient, setup_context=_save_positions)
+scatter_rows.register_autograd(
+    _gather_gradient, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1])
+)
 
 
 @torch.library.custom_op("beitv2_fast::masked_cross_entropy", mutates_args=())
@@ -31,34 +112,32 @@ def masked_cross_entropy_op(
     grad_head: bool,
 ) -> Outputs:
     """(losses, correct, gradients...) as in chunked.Results; ``dtype``: of the matrix products' operands."""
-    head, wanted = Head(norm_weight, norm_bias, eps, weight, bias), Wanted(grad_tokens, grad_norm, grad_head)
-    return _run(branches, positions, labels, head, dtype, wanted, Device(1 << 22))
+    arguments = (norm_weight, norm_bias, weight, bias, eps, dtype, grad_tokens, grad_norm, grad_head)
+    return _run(Device(1 << 22), branches, positions, labels, *arguments)
 
 
 @masked_cross_entropy_op.register_kernel("cpu")
-def _(branches, positions, labels, norm_weight, norm_bias, weight, bias, eps, dtype, grad_tokens, grad_norm, grad_head):
+def _masked_cross_entropy_cpu(branches, positions, labels, norm_weight, norm_bias, weight, *rest):
     check_labels(labels, len(positions), len(weight))
-    head, wanted = Head(norm_weight, norm_bias, eps, weight, bias), Wanted(grad_tokens, grad_norm, grad_head)
     # Without matrix units for bf16 (AMX), fp32 products are about twice as fast as the libraries' bf16 ones.
     device = Device(1 << 22, softmax_native_, widen=not torch.cpu._is_amx_tile_supported())
-    return _run(branches, positions, labels, head, dtype, wanted, device)
+    return _run(device, branches, positions, labels, norm_weight, norm_bias, weight, *rest)
 
 
 @masked_cross_entropy_op.register_kernel("cuda")
-def _(branches, positions, labels, norm_weight, norm_bias, weight, bias, eps, dtype, grad_tokens, grad_norm, grad_head):
-    from .triton_kernel import device_for  # here, so that the package imports without triton
+def _masked_cross_entropy_cuda(branches, positions, labels, norm_weight, norm_bias, weight, bias, eps, dtype, *wanted):
+    from .triton import device_for  # here, so that the package imports without triton
 
     if len(labels) != len(positions):
         raise ValueError(_wrong_label_count(labels, len(positions)))
-    head, wanted = Head(norm_weight, norm_bias, eps, weight, bias), Wanted(grad_tokens, grad_norm, grad_head)
-    return _run(branches, positions, labels, head, dtype, wanted, device_for(dtype))
+    head = (norm_weight, norm_bias, weight, bias)
+    return _run(device_for(dtype), branches, positions, labels, *head, eps, dtype, *wanted)
 
 
 @masked_cross_entropy_op.register_fake
-def _(branches, positions, labels, norm_weight, norm_bias, weight, bias, eps, dtype, grad_tokens, grad_norm, grad_head):
-    head, wanted = Head(norm_weight, norm_bias, eps, weight, bias), Wanted(grad_tokens, grad_norm, grad_head)
-    shapes = empty_results(branches, positions, head, dtype, wanted)
-    count = len(branches)
+def _masked_cross_entropy_fake(branches, positions, labels, norm_weight, norm_bias, weight, bias, eps, dtype, *wanted):
+    head = Head(norm_weight, norm_bias, eps, weight, bias)
+    shapes, count = empty_results(branches, positions, head, dtype, Wanted(*wanted)), len(branches)
     return tuple(
         shapes._replace(
             losses=branches[0].new_empty(count, dtype=accumulation_dtype(dtype)),
@@ -67,10 +146,13 @@ def _(branches, positions, labels, norm_weight, norm_bias, weight, bias, eps, dt
     )
 
 
-def _run(branches, positions, labels, head: Head, dtype: torch.dtype, wanted: Wanted, device: Device) -> Results:
+def _run(
+    device: Device, branches, positions, labels, norm_weight, norm_bias, weight, bias, eps, dtype, *wanted: bool
+) -> Outputs:
+    head = Head(norm_weight, norm_bias, eps, weight, bias)
     # Every cast is written out: an enclosing autocast has been heard already, when ``dtype`` was chosen.
     with torch.autocast(labels.device.type, enabled=False):
-        return tuple(head_losses(branches, positions, labels, head, dtype, wanted, device))
+        return tuple(head_losses(branches, positions, labels, head, dtype, Wanted(*wanted), device))
 
 
 def _wrong_label_count(labels: Tensor, rows: int) -> str:
@@ -91,9 +173,9 @@ def check_labels(labels: Tensor, rows: int, classes: int) -> None:
 
 
 def softmax_native_(logits, bias, labels, losses, correct, gradient, grad_bias) -> None:
-    """steps.softmax_ by the compiled op, which knows fp32: low-precision logits are widened and narrowed."""
+    """softmax_ by the compiled op, which knows fp32: low-precision logits are widened and narrowed."""
     if losses.dtype != torch.float32 or not native_ops():
-        return steps.softmax_(logits, bias, labels, losses, correct, gradient, grad_bias)
+        return softmax_(logits, bias, labels, losses, correct, gradient, grad_bias)
     wide = logits.float()
     torch.ops.beitv2_fast_cpu.softmax_cross_entropy_(wide, bias, labels, losses, correct, gradient, grad_bias)
     if gradient and wide is not logits:
@@ -108,7 +190,7 @@ def with_gradient(losses: Tensor, x: Tensor, gradient: Tensor, rows: int, positi
 
 
 @with_gradient.register_fake
-def _(losses, x, gradient, rows, positions):
+def _with_gradient_fake(losses, x, gradient, rows, positions):
     return torch.empty_like(losses)
 
 
@@ -123,7 +205,7 @@ def with_gradient_backward(upstream: Tensor, gradient: Tensor, rows: int, dtype:
 
 
 @with_gradient_backward.register_fake
-def _(upstream, gradient, rows, dtype):
+def _with_gradient_backward_fake(upstream, gradient, rows, dtype):
     return gradient.new_empty(gradient.shape[1:], dtype=dtype)
 
 

@@ -1,6 +1,6 @@
 """Kernels: gather with LayerNorm, and its backward, reading the tokens where they are.
 
-Bytes a masked token of width C: the token once and hidden once, forward; the token, dhidden and dtokens once, backward.
+Bytes per masked token of width C: the token and hidden once, forward; the token, dhidden and dtokens once, backward.
 Nothing but the memory bounds them; the row stays in registers.
 """
 
@@ -24,7 +24,7 @@ def normalize_rows(
     tokens, positions, weight, bias, hidden, means, rstds, images, patches, C, eps, stride_b, stride_n, stride_c,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """hidden[r] = LayerNorm(tokens[positions[r]]), one program a row; mean and 1/std for the backward."""
+    """hidden[r] = LayerNorm(tokens[positions[r]]), one program per row; mean and 1/std for the backward."""
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK_C)
     mask = columns < C

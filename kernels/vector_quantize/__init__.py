@@ -35,7 +35,7 @@ def vector_quantize(
     ``loss = commitment_weight * mean((y - sg(code))^2) + codebook_weight * mean((sg(y) - code)^2)``.
 
     Through the normalisation, with g the gradient for y: ``dx = (g - y <g, y>) / |x|``. The gradient for the codebook
-    comes from codebook_weight alone, and is the same bits whatever the order of the rows and the number of threads;
+    comes from codebook_weight only, and is the same bits whatever the order of the rows and the number of threads;
     with codebook_weight 0, for codebooks that move by EMA, there is none, and the codebook may change before backward.
 
     Args:

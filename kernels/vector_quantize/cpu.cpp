@@ -1,4 +1,9 @@
 // The derivative of vector_quantize on the CPU: reads x, the codes and the gradient once, writes the gradient for x.
+//
+//   cpu.cpp             the op
+//   cpu_rows.h          the kernels' table
+//   cpu_rows_kernels.h  the kernels: the derivative of one row
+//   cpu_rows.cpp        compiles them for each instruction set and picks (../cpu_variants.h)
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

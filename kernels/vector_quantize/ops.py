@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..codebook_search import codebook_search
 from ..codebook_update.ops import codebook_statistics
 from ..codebook_update.reference import unpack_statistics
 from ..native import native_ops
-from .reference import backward_reference, vector_quantize_reference
+from .reference import vector_quantize_backward_reference, vector_quantize_reference
 
 
 @torch.library.custom_op("beitv2_fast::vector_quantize", mutates_args=())
@@ -21,24 +20,19 @@ def quantize(
         x = x.contiguous()  # the results take its layout
         *results, compared = vector_quantize_reference(x, codebook, metric, commitment_weight, codebook_weight)
         return *results, compared.clone() if return_compared else x.new_empty(0)
-    found = codebook_search(
-        x,
-        codebook,
-        metric=metric,
-        return_codes=True,
-        return_distances=True,
-        return_normalized=return_compared and metric == "cosine",
-    )
-    loss = found.distances.sum() * ((commitment_weight + codebook_weight) / max(1, x.numel()))
+    unit = return_compared and metric == "cosine"
+    search = torch.ops.beitv2_fast.codebook_search  # without the checks, which x and codebook have passed
+    indices, normalized, codes, distances = search(x, codebook, metric, unit, True, True)
+    loss = distances.sum() * ((commitment_weight + codebook_weight) / max(1, x.numel()))
     compared = loss.new_empty(0)
     if return_compared:
         copy = {"copy": True, "memory_format": torch.contiguous_format}
-        compared = found.normalized if metric == "cosine" else x.to(torch.float32, **copy)
-    return found.codes.float(), found.indices, loss, compared
+        compared = normalized if unit else x.to(torch.float32, **copy)
+    return codes.float(), indices, loss, compared
 
 
 @quantize.register_fake
-def _(x, codebook, metric, commitment_weight, codebook_weight, return_compared):
+def _quantize_fake(x, codebook, metric, commitment_weight, codebook_weight, return_compared):
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
         x.new_empty(x.shape, dtype=dtype),
@@ -57,28 +51,28 @@ def quantize_backward(
     commitment_weight: float,
     metric: str,
 ) -> Tensor:
-    return backward_reference(x, quantized, grad_quantized, grad_loss, commitment_weight, metric)
+    return vector_quantize_backward_reference(x, quantized, grad_quantized, grad_loss, commitment_weight, metric)
 
 
 @quantize_backward.register_fake
-def _(x, quantized, grad_quantized, grad_loss, commitment_weight, metric):
+def _quantize_backward_fake(x, quantized, grad_quantized, grad_loss, commitment_weight, metric):
     return x.new_empty(x.shape)
 
 
 @quantize_backward.register_kernel("cpu")
-def _(x, quantized, grad_quantized, grad_loss, commitment_weight, metric):
+def _quantize_backward_cpu(x, quantized, grad_quantized, grad_loss, commitment_weight, metric):
     if x.dtype == torch.float64 or not native_ops():
-        return backward_reference(x, quantized, grad_quantized, grad_loss, commitment_weight, metric)
+        return vector_quantize_backward_reference(x, quantized, grad_quantized, grad_loss, commitment_weight, metric)
     weight = 0.0 if grad_loss is None else 2 * commitment_weight * grad_loss.item() / max(1, x.numel())
     return torch.ops.beitv2_fast_cpu.vector_quantize_backward(x, quantized, grad_quantized, weight, metric == "cosine")
 
 
 @quantize_backward.register_kernel("cuda")
-def _(x, quantized, grad_quantized, grad_loss, commitment_weight, metric):
+def _quantize_backward_cuda(x, quantized, grad_quantized, grad_loss, commitment_weight, metric):
     arguments = (x, quantized, grad_quantized, grad_loss, commitment_weight, metric)
     if x.dtype == torch.float64:
-        return backward_reference(*arguments)
-    from .triton_kernel import vector_quantize_backward_triton
+        return vector_quantize_backward_reference(*arguments)
+    from .triton import vector_quantize_backward_triton
 
     return vector_quantize_backward_triton(*arguments)
 

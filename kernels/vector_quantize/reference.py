@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..codebook_search import codebook_search
-
-EPS = 1e-12  # of l2(), as in torch.nn.functional.normalize
+from ..codebook_update.reference import EPS
 
 
 def vector_quantize_reference(
@@ -29,7 +28,7 @@ def _mean_square(difference: Tensor) -> Tensor:
     return difference.square().sum() / max(1, difference.numel())  # the mean over nothing is 0, not NaN
 
 
-def backward_reference(
+def vector_quantize_backward_reference(
     x: Tensor,
     quantized: Tensor,
     grad_quantized: Tensor | None,

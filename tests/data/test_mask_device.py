@@ -10,7 +10,7 @@ from beitv2_fast.data.find import find_images
 from beitv2_fast.data.images import ImageFolder
 from beitv2_fast.data.loaders import train_loader
 from beitv2_fast.data.views import PretrainView
-from beitv2_fast.kernels.block_masks.batched import block_masks_batched
+from beitv2_fast.kernels.block_masks.ops import block_masks_batched
 from beitv2_fast.train.pretrain import PretrainTask
 
 from ..support.training import PRETRAIN, TINY, TOKENIZER, assert_same_bits, call, write_images

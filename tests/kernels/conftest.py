@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import pytest
 
 CHILD = os.environ.get("TRITON_INTERPRET") == "1"
-REPORTS = "BEITV2_FAST_INTERPRETED_REPORTS"  # file descriptor on which the child writes one report a line
+REPORTS = "BEITV2_FAST_INTERPRETED_REPORTS"  # file descriptor on which the child writes one report per line
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -79,7 +79,7 @@ _CHILD_KEY = pytest.StashKey[InterpretedChild]()
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     if CHILD or item.get_closest_marker("interpreted") is None:
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
@@ -98,6 +98,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
         del item.session.stash[_CHILD_KEY]
         child.close()
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    item.session._setupstate.teardown_exact(nextitem)  # of the folders and modules that the tests before have set up
     return True
 
 

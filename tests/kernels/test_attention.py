@@ -77,16 +77,6 @@ def test_every_instruction_set_follows_the_definition(capability, shape):
         torch.ops.beitv2_fast_cpu.use_capability("")
 
 
-def test_qkv_and_gradients_of_any_strides_are_read():
-    qkv, bias, grad = make(3, 21, 2, 16)
-    for other in (qkv.transpose(1, 3).contiguous().transpose(1, 3), torch.stack([qkv, qkv], -1)[..., 0]):
-        assert torch.equal(attention(other, bias), attention(qkv, bias))
-    one = grad[:1, :1, :1, :1].expand(grad.shape)  # what sum().backward() hands over
-    assert_follows_the_definition(qkv, bias, one, 0.25)
-    transposed = bias.transpose(2, 3).contiguous().transpose(2, 3)
-    assert torch.equal(attention(qkv, transposed), attention(qkv, bias))
-
-
 def test_large_scores_neither_overflow_nor_lose_the_largest():
     qkv, bias, grad = (x.mul(10).round() for x in make(2, 30, 2, 8))  # whole numbers: fp32 scores are exact
     assert attention_reference(qkv, bias, 1.0)[1][0].max() > 500  # e^89 overflows
@@ -109,7 +99,7 @@ def cut(bias: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return bias.index_select(2, rest).index_select(3, rest), grad.index_select(1, rest)
 
 
-def test_not_a_number_spreads_to_its_rows_alone():
+def test_not_a_number_spreads_to_its_rows_only():
     qkv, bias, _ = make(2, 20, 2, 8)
     qkv[1, 3, 0, 1, 2] = torch.nan  # a query
     out = attention(qkv, bias)

@@ -38,9 +38,9 @@ def test_wide_codes_and_large_codebooks(target: str, d: int, k: int, dtype: str)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_hot_loop_costs_at_most_three_alu_instructions_a_score_on_sm_90(metric: str) -> None:
+def test_hot_loop_costs_at_most_three_alu_instructions_per_score_on_sm_90(metric: str) -> None:
     for case in search_cases("sm_90", metric=metric):
-        if case.tensor_core:  # 1 maximum a score and a share of the group's bookkeeping
+        if case.tensor_core:  # 1 maximum per score and a share of the group's bookkeeping
             assert estimate(case, "sm_90").alu_per_unit < 1.6, case.name
 
 

@@ -12,11 +12,11 @@ from beitv2_fast.kernels import codebook_search
 
 from ..support.gpu import DRY, HERE, cuda_only, launches, no_waiting, pick
 from ..support.search_oracle import PROBLEMS, exact_indices
-from .test_codebook_search_triton import METRICS, assert_lowest_of_equals, assert_nearest, triton_kernel
+from .test_codebook_search_triton import METRICS, assert_lowest_of_equals, assert_nearest, host
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-PLANS = {name: plan for name, plan in triton_kernel.PLANS.items() if name != "interpreter"}
+PLANS = {name: plan for name, plan in host.PLANS.items() if name != "interpreter"}
 # One of every shape that the screening kernel is compiled for.
 CONFIGS = sorted({config for plan in PLANS.values() for config in (*plan.configs, *plan.wide)}, key=str)
 
@@ -26,14 +26,14 @@ def randn(*shape: int) -> torch.Tensor:
 
 
 def search_by(plan: str, split: int | None, x, codebook, metric: str = "cosine") -> torch.Tensor:
-    return triton_kernel.codebook_search_triton(x, codebook, metric, False, False, False, plan=plan, split=split)[0]
+    return host.codebook_search_triton(x, codebook, metric, False, False, False, plan=plan, split=split)[0]
 
 
 def native_plans() -> list[str]:
     """Plans that this device can run: those of its own family's instructions, and mma's."""
     if DRY:
         return list(PLANS)
-    return ["gfx942"] if torch.version.hip else list(dict.fromkeys(["sm_80", triton_kernel.plan_name()]))
+    return ["gfx942"] if torch.version.hip else list(dict.fromkeys(["sm_80", host.target_name()]))
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -150,8 +150,8 @@ def test_every_plan_and_split_finds_the_nearest(split: int, d: int, metric: str)
 def test_every_configuration_finds_the_nearest(config, d: int, monkeypatch) -> None:
     x, codebook = randn(pick(1000, 70), d), randn(pick(5000, 300), d)
     for name in native_plans():
-        plan = triton_kernel.PLANS[name]
-        monkeypatch.setitem(triton_kernel.PLANS, name, replace(plan, configs=(config,), wide=(config,)))
+        plan = host.PLANS[name]
+        monkeypatch.setitem(host.PLANS, name, replace(plan, configs=(config,), wide=(config,)))
         for metric in METRICS:
             assert_nearest(x, codebook, metric, search_by(name, None, x, codebook, metric))
 

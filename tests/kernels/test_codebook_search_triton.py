@@ -11,8 +11,8 @@ from beitv2_fast.kernels.codebook_search.reference import codebook_search_refere
 
 from ..support.triton_tools import guarded
 
-triton_kernel = pytest.importorskip(
-    "beitv2_fast.kernels.codebook_search.triton_kernel", reason="triton is not installed", exc_type=ImportError
+host = pytest.importorskip(
+    "beitv2_fast.kernels.codebook_search.triton", reason="triton is not installed", exc_type=ImportError
 )
 
 pytestmark = pytest.mark.interpreted
@@ -23,7 +23,7 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def search(x: Tensor, codebook: Tensor, metric: str = "cosine", outputs: bool = False, **options) -> tuple[Tensor, ...]:
-    return triton_kernel.codebook_search_triton(x, codebook, metric, outputs, outputs, outputs, **options)
+    return host.codebook_search_triton(x, codebook, metric, outputs, outputs, outputs, **options)
 
 
 def exact_scores(x: Tensor, codebook: Tensor, metric: str) -> Tensor:

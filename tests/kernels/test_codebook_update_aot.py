@@ -1,4 +1,4 @@
-"""The kernels of codebook_update and vector_quantize, compiled for GPUs that are not here."""
+"""The kernels of codebook_update, compiled for GPUs that are not here."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ FLAGS = {"COSINE": True, "AVERAGE": False}
 
 
 def compile_statistics(target: str, dim: int, dtype: str = "fp32", cosine: bool = True) -> Binary:
-    from beitv2_fast.kernels.codebook_update.triton_kernel import statistics_kernel, tile
+    from beitv2_fast.kernels.codebook_update.triton import tile_shape
+    from beitv2_fast.kernels.codebook_update.triton_statistics import statistics_kernel
 
-    block_n, block_d = tile(dim)
+    block_n, block_d = tile_shape(dim)
     signature = {"x": f"*{dtype}", "indices": "*i64", "out": "*i64", "N": "i32", "K": "i32", "stride_n": "i32"}
     blocks = {"D": dim, "COSINE": cosine, "BLOCK_N": block_n, "BLOCK_D": block_d}
     return compile_kernel(
@@ -24,28 +25,17 @@ def compile_statistics(target: str, dim: int, dtype: str = "fp32", cosine: bool 
 
 
 def compile_codes(target: str, dim: int, **flags: bool) -> Binary:
-    from beitv2_fast.kernels.codebook_update.triton_apply import TILE, codes_kernel
-    from beitv2_fast.kernels.codebook_update.triton_kernel import tile
+    from beitv2_fast.kernels.codebook_update.triton import APPLY_TILE, tile_shape
+    from beitv2_fast.kernels.codebook_update.triton_apply import codes_kernel
 
     flags = {**FLAGS, **flags}
-    block_k, block_d = tile(dim, TILE)
+    block_k, block_d = tile_shape(dim, APPLY_TILE)
     signature = {"statistics": "*i64", "totals": "*i64", "codebook": "*fp32", "cluster_size": "*fp32", "K": "i32"}
     signature |= {"decay": "fp32", "rest": "fp32", "eps": "fp32"} | ({"embed_avg": "*fp32"} if flags["AVERAGE"] else {})
     absent = {} if flags["AVERAGE"] else {"embed_avg": None}
     blocks = {"D": dim, "BLOCK_K": block_k, "BLOCK_D": block_d}
     warps = 2 if target == "gfx942" else 4
     return compile_kernel(codes_kernel, signature, {**absent, **blocks, **flags}, target, num_warps=warps)
-
-
-def compile_backward(target: str, dim: int, dtype: str = "fp32") -> Binary:
-    from beitv2_fast.kernels.vector_quantize.triton_kernel import backward_kernel, tile
-
-    block_n, block_d = tile(dim)
-    signature = {"x": f"*{dtype}", "quantized": "*fp32", "grad": "*fp32", "grad_loss": "*fp32", "out": f"*{dtype}"}
-    signature |= {"N": "i32", "weight": "fp32", "stride_xn": "i32", "stride_gn": "i32"}
-    flags = {"COSINE": True, "HAS_GRAD": True, "HAS_LOSS": True, "stride_xd": 1, "stride_gd": 1}
-    blocks = {"D": dim, "BLOCK_N": block_n, "BLOCK_D": block_d}
-    return compile_kernel(backward_kernel, signature, {**flags, **blocks}, target, aligned=["stride_xn", "stride_gn"])
 
 
 def check(binary: Binary, wide_loads: int = 0) -> None:
@@ -80,13 +70,6 @@ def test_statistics_add_integers_without_waiting_for_the_sum(target):
 @pytest.mark.parametrize("flags", [{}, {"AVERAGE": True}, {"AVERAGE": True, "COSINE": False}])
 def test_the_second_pass_fits(target, dim, flags):
     check(compile_codes(target, dim, **flags), wide_loads=1)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dim", DIMS)
-def test_the_gradient_fits_and_loads_16_bytes(target, dim):
-    check(compile_backward(target, dim), wide_loads=3)
-    check(compile_backward(target, dim, "bf16"), wide_loads=2)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])

@@ -15,16 +15,15 @@ import torch
 import beitv2_fast.kernels as kernels
 from beitv2_fast.kernels.codebook_search.reference import codebook_search_reference
 from beitv2_fast.kernels.codebook_update.reference import apply_statistics_reference, codebook_statistics_reference
-from beitv2_fast.kernels.masked_cross_entropy import steps
 from beitv2_fast.kernels.masked_cross_entropy.chunked import Device, Head, Wanted, head_losses
-from beitv2_fast.kernels.vector_quantize.reference import backward_reference
+from beitv2_fast.kernels.vector_quantize.reference import vector_quantize_backward_reference
 
 from ..support.codebook_states import make_batch, make_state
 from ..support.gpu import DRY, HERE, here, launches
 from ..support.masked_problem import problem
 
 search = pytest.importorskip(
-    "beitv2_fast.kernels.codebook_search.triton_kernel", reason="triton is not installed", exc_type=ImportError
+    "beitv2_fast.kernels.codebook_search.triton", reason="triton is not installed", exc_type=ImportError
 )
 pytestmark = [pytest.mark.gpu, launches]
 INDIRECTLY = {"screen"}  # launched by an autotuner
@@ -34,7 +33,7 @@ METRICS = ("cosine", "euclidean")
 def launched_kernels() -> set[str]:
     """The names in the modules of ``kernels`` that are launched: ``name[grid](...)``."""
     names = set(INDIRECTLY)
-    for path in Path(kernels.__file__).parent.glob("*/triton_*.py"):
+    for path in Path(kernels.__file__).parent.glob("*/triton*.py"):
         calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
         launched = (func.value for func in calls if isinstance(func, ast.Subscript))
         names |= {value.id for value in launched if isinstance(value, ast.Name)}
@@ -43,7 +42,7 @@ def launched_kernels() -> set[str]:
 
 def search_codes(monkeypatch) -> None:
     """Every configuration of this device's plan, none of them timed."""
-    name = search.plan_name()
+    name = search.target_name()
     plan = search.PLANS[name]
     for config in (*plan.configs, *plan.wide):
         monkeypatch.setitem(search.PLANS, name, replace(plan, configs=(config,), wide=(config,)))
@@ -58,8 +57,7 @@ def search_codes(monkeypatch) -> None:
 
 
 def update_codebook() -> None:
-    from beitv2_fast.kernels.codebook_update.triton_apply import apply_statistics_triton
-    from beitv2_fast.kernels.codebook_update.triton_kernel import codebook_statistics_triton
+    from beitv2_fast.kernels.codebook_update.triton import apply_statistics_triton, codebook_statistics_triton
 
     for metric, average in (("cosine", False), ("cosine", True), ("euclidean", True)):
         for count, num_codes, dim in ((157, 123, 33), (1, 1, 1)):
@@ -76,19 +74,19 @@ def update_codebook() -> None:
 
 
 def quantize_backward() -> None:
-    from beitv2_fast.kernels.vector_quantize.triton_kernel import vector_quantize_backward_triton
+    from beitv2_fast.kernels.vector_quantize.triton import vector_quantize_backward_triton
 
     for metric in METRICS:
         for given in ((True, True), (True, False), (False, True)):
             x, quantized, grad = (torch.randn(57, 33, device=HERE) for _ in range(3))
             gradients = (grad if given[0] else None, torch.ones((), device=HERE) if given[1] else None)
             ours = vector_quantize_backward_triton(x, quantized, *gradients, 0.25, metric)
-            theirs = backward_reference(x, quantized, *gradients, 0.25, metric)
+            theirs = vector_quantize_backward_reference(x, quantized, *gradients, 0.25, metric)
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def head() -> None:
-    from beitv2_fast.kernels.masked_cross_entropy.triton_kernel import device_for
+    from beitv2_fast.kernels.masked_cross_entropy.triton import device_for
 
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01)):
         for has_bias in (True, False):
@@ -103,7 +101,7 @@ def head() -> None:
             )
             for wanted in (Wanted(True, True, True), Wanted(False, False, False)):
                 ours = head_losses(*given, dtype, wanted, device_for(dtype))
-                theirs = head_losses(*given, torch.float32, wanted, Device(1 << 22, steps.softmax_))
+                theirs = head_losses(*given, torch.float32, wanted, Device(1 << 22))
                 for a, b in zip((ours.losses, *ours.grad_rows), (theirs.losses, *theirs.grad_rows), strict=True):
                     assert (a - b).norm() <= tolerance * b.norm()
 

@@ -7,7 +7,6 @@ its arguments give it: sizes of 1, strides, absent tensors, addresses that are n
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import pytest
 import torch
@@ -18,11 +17,10 @@ from beitv2_fast.kernels.masked_cross_entropy.chunked import Head, Wanted, head_
 from ..support.launches import Launch, launching
 
 pytest.importorskip("triton")
-from beitv2_fast.kernels.codebook_search import triton_kernel as search
-from beitv2_fast.kernels.codebook_update import triton_apply
-from beitv2_fast.kernels.codebook_update import triton_kernel as update
-from beitv2_fast.kernels.masked_cross_entropy import triton_kernel as head
-from beitv2_fast.kernels.vector_quantize import triton_kernel as quantize
+from beitv2_fast.kernels.codebook_search import triton as search
+from beitv2_fast.kernels.codebook_update import triton as update
+from beitv2_fast.kernels.masked_cross_entropy import triton as head
+from beitv2_fast.kernels.vector_quantize import triton as quantize
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 METRICS = ("cosine", "euclidean")
@@ -35,10 +33,11 @@ def target(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def launches(target: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
-    monkeypatch.setattr(search, "_autotuned", cache(search._autotuned.__wrapped__))  # what it times here is nothing
-    monkeypatch.setattr(triton_apply, "NUM_WARPS", 2 if target == "gfx942" else 4)
+    search.autotuned.cache_clear()
+    monkeypatch.setattr(update, "NUM_WARPS", 2 if target == "gfx942" else 4)
     with launching(target) as launches:
         yield launches
+    search.autotuned.cache_clear()  # what it timed here is nothing
     assert launches and not [launch for launch in launches if not launch.fits]
 
 
@@ -75,7 +74,7 @@ def test_the_update_and_the_gradient_fit(n: int, k: int, d: int, dtype: torch.dt
     x, indices = torch.empty(n, d, dtype=dtype), torch.empty(n, dtype=torch.int64)
     statistics = update.codebook_statistics_triton(x, indices, k, metric)
     for average in (None, torch.empty(k, d)) if metric == "cosine" else (torch.empty(k, d),):
-        triton_apply.apply_statistics_triton(statistics, torch.empty(k, d), torch.empty(k), average, 0.99, metric, 1e-5)
+        update.apply_statistics_triton(statistics, torch.empty(k, d), torch.empty(k), average, 0.99, metric, 1e-5)
     quantized, loss = torch.empty(n, d), torch.ones(())
     for grad, grad_loss in ((quantized, loss), (None, loss), (loss.expand(n, d), None)):
         quantize.vector_quantize_backward_triton(x, quantized, grad, grad_loss, 1.0, metric)

@@ -7,19 +7,15 @@ import pytest
 from bench.aot import TARGETS, Binary, compile_kernel
 
 pytest.importorskip("triton")
-from beitv2_fast.kernels.masked_cross_entropy.triton_kernel import (
+from beitv2_fast.kernels.masked_cross_entropy.triton import (
     LOSS_CONFIGS,
     NORM_ROWS,
     SOFTMAX_BLOCK,
     SOFTMAX_WARPS,
     norm_launch,
 )
-from beitv2_fast.kernels.masked_cross_entropy.triton_loss import combine_parts, linear_loss
-from beitv2_fast.kernels.masked_cross_entropy.triton_norm import (
-    normalize_rows,
-    normalize_rows_backward,
-)
-from beitv2_fast.kernels.masked_cross_entropy.triton_softmax import softmax_gradient
+from beitv2_fast.kernels.masked_cross_entropy.triton_loss import combine_parts, linear_loss, softmax_gradient
+from beitv2_fast.kernels.masked_cross_entropy.triton_norm import normalize_rows, normalize_rows_backward
 
 TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "v_mfma"}
 PARTS = {"tops": "*fp32", "indices": "*i32", "sums": "*fp32", "targets": "*fp32"}
@@ -84,7 +80,7 @@ def test_the_loss_fits_and_runs_on_tensor_cores(target, dtype):
 
 @pytest.mark.parametrize("compile_one", MEMORY_BOUND, ids=lambda f: f.__name__.removeprefix("compile_"))
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_memory_bound_kernels_fit_and_read_16_bytes_a_lane(target, compile_one):
+def test_the_memory_bound_kernels_fit_and_read_16_bytes_per_lane(target, compile_one):
     binary = compile_one(target)
     assert binary.fits, binary.summary()
     assert binary.wide_loads >= 1, binary.summary()

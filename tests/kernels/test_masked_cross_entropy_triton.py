@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from beitv2_fast.kernels.masked_cross_entropy import steps
+from beitv2_fast.kernels.masked_cross_entropy import chunked
 from beitv2_fast.kernels.masked_cross_entropy.chunked import Device, Head, Wanted, head_losses
-from beitv2_fast.kernels.masked_cross_entropy.gather import masked_positions
+from beitv2_fast.kernels.masked_cross_entropy.ops import masked_positions
 
 from ..support.masked_problem import problem
 from ..support.triton_tools import guarded
 
 pytest.importorskip("triton")
-from beitv2_fast.kernels.masked_cross_entropy import triton_kernel as gpu
+from beitv2_fast.kernels.masked_cross_entropy import triton as gpu
 
 pytestmark = pytest.mark.interpreted
 
@@ -42,7 +42,7 @@ def test_gather_and_norm(dtype, dim, layout):
     tokens, positions, (weight, bias) = rows_problem(dim, dtype, layout)
     weight, bias = guarded(weight), guarded(bias)
     ours = gpu.normalize_triton(tokens, positions, weight, bias, 1e-6, dtype)
-    exact = steps.normalize(tokens.double(), positions, weight.double(), bias.double(), 1e-6, torch.float64)
+    exact = chunked.normalize(tokens.double(), positions, weight.double(), bias.double(), 1e-6, torch.float64)
     assert ours.hidden.dtype == dtype
     assert_close(ours.hidden, exact.hidden, dtype)
     assert_close(ours.mean, exact.mean.flatten(), torch.float32)
@@ -55,8 +55,8 @@ def test_backward_of_gather_and_norm(dtype, dim, wanted):
     tokens, positions, (weight, bias) = rows_problem(dim, dtype, "slice")
     upstream = torch.randn(9, dim).to(dtype)
     exact_norm, exact_rows = torch.ones(2, dim).double(), torch.zeros(9, dim).double()
-    exact = steps.normalize(tokens.double(), positions, weight.double(), bias.double(), 1e-6, torch.float64)
-    steps.normalize_backward(
+    exact = chunked.normalize(tokens.double(), positions, weight.double(), bias.double(), 1e-6, torch.float64)
+    chunked.normalize_backward(
         upstream.double(), tokens.double(), positions, exact, weight.double(), exact_rows, exact_norm
     )
     ours = gpu.normalize_triton(tokens, positions, weight, bias, 1e-6, dtype)
@@ -93,7 +93,7 @@ def test_softmax_in_place(monkeypatch, dtype, classes):
         exact, exact_sums = logits.double(), torch.ones(classes).double()
         losses, correct = guarded(torch.zeros(5)), guarded(torch.zeros(5, dtype=torch.bool))
         exact_losses, exact_correct, sums = torch.zeros(5).double(), torch.zeros_like(correct), torch.ones(classes)
-        steps.softmax_(exact, bias, labels, exact_losses, exact_correct, True, exact_sums)
+        chunked.softmax_(exact, bias, labels, exact_losses, exact_correct, True, exact_sums)
         before = logits.clone()
         gpu.softmax_triton_(logits, bias, labels, losses, correct, False, None)
         assert torch.equal(logits, before)
@@ -114,7 +114,7 @@ def test_loss_without_logits(dtype, even):
         labels = guarded(torch.randint(classes, (rows,)))
         losses, correct = guarded(torch.zeros(rows)), guarded(torch.zeros(rows, dtype=torch.bool))
         exact_losses, exact_correct = torch.zeros(rows).double(), torch.zeros_like(correct)
-        steps.softmax_(hidden.double() @ weight.double().T, bias, labels, exact_losses, exact_correct, False, None)
+        chunked.softmax_(hidden.double() @ weight.double().T, bias, labels, exact_losses, exact_correct, False, None)
         gpu.loss_triton(hidden, weight, bias, labels, losses, correct)
         assert_close(losses, exact_losses, torch.float32)  # products of a low dtype are exact in fp32
         assert torch.equal(correct, exact_correct)
@@ -163,7 +163,7 @@ def test_the_whole_op(dtype, wanted):
     p = problem(3, 11, 5, dim=24, classes=83).to(torch.float32)
     p.labels, p.bias = p.labels.repeat_interleave(2)[::2], p.bias.repeat_interleave(2)[::2]  # kernels know no strides
     head = Head(p.norm_weight, p.norm_bias, 1e-6, p.weight, p.bias)
-    device = gpu.device_for(dtype)._replace(chunk_logits=1)  # 128 tokens a chunk
+    device = gpu.device_for(dtype)._replace(chunk_logits=1)  # 128 tokens per chunk
     with torch.no_grad():
         positions = masked_positions(p.mask, p.num_masked)
         labels = p.labels.repeat_interleave(2)[::2]

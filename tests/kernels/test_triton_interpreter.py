@@ -110,7 +110,7 @@ def test_a_masked_kernel_stays_off_the_guard_page() -> None:
 
 def test_a_missing_mask_crashes() -> None:
     code = (
-        "import torch; from tests.kernels.triton_tools import guarded;"
+        "import torch; from tests.support.triton_tools import guarded;"
         "from tests.kernels.test_triton_interpreter import _copy;"
         "_copy[(1,)](guarded(torch.zeros(1000)), torch.zeros(1000), 1000, BLOCK=1024, MASKED=False)"
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from beitv2_fast.kernels import codebook_search, vector_quantize
 from beitv2_fast.kernels.native import native_ops
 from beitv2_fast.kernels.vector_quantize.ops import quantize, quantize_backward
-from beitv2_fast.kernels.vector_quantize.reference import backward_reference, vector_quantize_reference
+from beitv2_fast.kernels.vector_quantize.reference import vector_quantize_backward_reference, vector_quantize_reference
 
 from ..support.golden import assert_close, load, needs_golden
 from ..support.memory import peak_allocation
@@ -136,7 +136,7 @@ def test_gradients_of_any_strides_and_dtype_are_taken_as_they_are(metric, dtype)
         upstream.repeat(1, 2)[:, ::2],
     ):
         arguments = (quantized, gradient.to(dtype), loss, 0.25, metric)
-        expected = backward_reference(x.double(), quantized.double(), *arguments[1:])
+        expected = vector_quantize_backward_reference(x.double(), quantized.double(), *arguments[1:])
         assert_near(quantize_backward(x, *arguments), expected, 2e-6)
         assert_near(quantize_backward(x.T.contiguous().T, *arguments), expected, 2e-6)
         assert_near(quantize_backward(x.repeat(1, 2)[:, :20], *arguments), expected, 2e-6)
@@ -169,7 +169,7 @@ def test_long_and_short_vectors_neither_overflow_nor_vanish(scale):
     x, codebook, upstream = make(5, 4, 20)
     quantized = codebook[codebook_search(x, codebook).indices]
     arguments = (upstream, torch.tensor(0.5), 0.25, "cosine")
-    expected = backward_reference(x.double() * scale, quantized.double(), *arguments)
+    expected = vector_quantize_backward_reference(x.double() * scale, quantized.double(), *arguments)
     actual = quantize_backward(x * scale, quantized, *arguments)
     assert_near(actual / actual.abs().max(), expected / actual.abs().max(), 2e-6)
 
@@ -269,5 +269,5 @@ def test_memory_does_not_grow_with_vectors_times_codes():
         torch.autograd.grad([result.quantized, result.loss], x, [upstream, torch.ones(())])
 
     step()
-    # Codes, indices, distances and the gradient are 76 bytes a vector; an N x K matrix would be 1024.
+    # Codes, indices, distances and the gradient are 76 bytes per vector; an N x K matrix would be 1024.
     assert peak_allocation(step) < 100 * 200_000

@@ -15,12 +15,9 @@ from beitv2_fast.kernels.sampling import sample_rows
 from beitv2_fast.quantize import collapse as dead_codes
 from beitv2_fast.quantize.kmeans import kmeans
 
+from ..support.quantizers import noise
+
 METRICS = ("cosine", "euclidean")
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1000 + seed)  # not the codebook's
-    return torch.randn(*shape, generator=generator)
 
 
 def clusters(count: int, centres: int = 4, dim: int = 8) -> torch.Tensor:

@@ -11,33 +11,20 @@ from beitv2_fast import FusedVectorQuantizer
 from beitv2_fast.quantize import collapse as dead_codes
 from beitv2_fast.quantize.kmeans import kmeans
 
+from ..support.quantizers import assert_same, everything, narrow, noise
+
 RULES = ({}, {"metric": "euclidean"}, {"learning": "gradient"}, {"restart_below": 0.5, "heads": 2})
 PRIVATE = ("window_counts", "window_replaced")
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1000 + seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float32)
 
 
 def quantizer(**options: object) -> FusedVectorQuantizer:
     return FusedVectorQuantizer(16, 8, **{"dead_after": 1.0, **options}).train()
 
 
-def everything(q: FusedVectorQuantizer) -> dict[str, torch.Tensor]:
-    return {name: t.detach().clone() for name, t in (*q.named_parameters(), *q.named_buffers())}
-
-
 def steps(q: FusedVectorQuantizer, start: int = 0, count: int = 10) -> dict[str, torch.Tensor]:
     for step in range(start, start + count):
-        q(noise(60, 8, seed=step) * torch.eye(8)[step % 2] + 0.1 * noise(60, 8, seed=step + 50))
+        q(narrow(step, (60, 8)))
     return everything(q)
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
 
 
 @pytest.fixture
@@ -126,16 +113,9 @@ def test_from_pretrained_of_transformers_brings_back_the_state_and_an_empty_wind
     assert_same(steps(loaded.quantizer, 10), steps(twin, 10))
 
 
-def test_loading_resets_the_window_of_the_usage():
-    q = quantizer()
-    steps(q)
-    q.load_state_dict(quantizer().state_dict())
-    assert q.usage() == {"used_codes": 0.0, "perplexity": 1.0, "replaced_codes": 0.0}
-
-
 @pytest.mark.parametrize("on_a_device", [False, True])
 def test_k_means_follows_the_state_that_functional_call_brings(on_a_device, monkeypatch, k_means):
-    monkeypatch.setattr(dead_codes, "_waits_for", lambda x: on_a_device)
+    monkeypatch.setattr(dead_codes, "host_waits_for", lambda x: on_a_device)
     started, fresh = quantizer(), quantizer(seed=1)
     steps(started)
     own = everything(started)
@@ -143,7 +123,7 @@ def test_k_means_follows_the_state_that_functional_call_brings(on_a_device, monk
         functional = everything(fresh)
         torch.func.functional_call(started, functional, noise(60, 8))
         direct = copy.deepcopy(fresh)
-        direct.options = started.options
+        direct.seed = started.seed
         direct(noise(60, 8))
         assert_same(functional, everything(direct))
     assert len(k_means) == 5
@@ -155,7 +135,7 @@ def test_k_means_follows_the_state_that_functional_call_brings(on_a_device, monk
 
 @pytest.mark.parametrize("on_a_device", [False, True])
 def test_buffers_reset_by_hand_start_the_codebook_again(on_a_device, monkeypatch, k_means):
-    monkeypatch.setattr(dead_codes, "_waits_for", lambda x: on_a_device)
+    monkeypatch.setattr(dead_codes, "host_waits_for", lambda x: on_a_device)
     q, fresh = quantizer(), everything(quantizer())
     steps(q)
     for name, tensor in (*q.named_parameters(), *q.named_buffers()):
@@ -167,7 +147,7 @@ def test_buffers_reset_by_hand_start_the_codebook_again(on_a_device, monkeypatch
 
 
 def test_a_step_on_a_device_does_not_look_at_it(monkeypatch, k_means):
-    monkeypatch.setattr(dead_codes, "_waits_for", lambda x: True)
+    monkeypatch.setattr(dead_codes, "host_waits_for", lambda x: True)
     q = quantizer()
     expected = steps(quantizer(), 0, 20)
     steps(q, 0, 4)
@@ -180,12 +160,12 @@ def test_a_step_on_a_device_does_not_look_at_it(monkeypatch, k_means):
 def test_a_captured_step_restarts_dead_codes_in_every_replay(monkeypatch):
     """A replay runs what the device was told, and nothing of the host: its clock stands still."""
     q, expected = quantizer(), quantizer()
-    monkeypatch.setattr(dead_codes, "_waits_for", lambda x: True)
+    monkeypatch.setattr(dead_codes, "host_waits_for", lambda x: True)
     steps(q, 0, 2), steps(expected, 0, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(dead_codes, "_capturing", lambda x: True)
+        patch.setattr(dead_codes, "is_capturing", lambda x: True)
         for step in range(2, 30):
-            q._clock[dead_codes.STEPS] = 3
+            q.clock[dead_codes.STEPS] = 3
             steps(q, step, 1)
     assert_same(everything(q), steps(expected, 2, 28))
     assert q.window_replaced > 0
@@ -193,7 +173,7 @@ def test_a_captured_step_restarts_dead_codes_in_every_replay(monkeypatch):
 
 
 def test_a_capture_before_the_first_step_is_refused(monkeypatch):
-    monkeypatch.setattr(dead_codes, "_waits_for", lambda x: True)
-    monkeypatch.setattr(dead_codes, "_capturing", lambda x: True)
+    monkeypatch.setattr(dead_codes, "host_waits_for", lambda x: True)
+    monkeypatch.setattr(dead_codes, "is_capturing", lambda x: True)
     with pytest.raises(RuntimeError, match="training steps before the capture"):
         quantizer()(noise(60, 8))

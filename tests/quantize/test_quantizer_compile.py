@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from beitv2_fast import FusedVectorQuantizer, ResidualVectorQuantizer
 from beitv2_fast.quantize.quantizer import Quantized
+
+from ..support.quantizers import narrow, quantizer
 
 CASES = {  # a covering set: rule, metric, gradient, heads, restarts, with a mask (True) and without
     "code_ema": ({}, True),
@@ -34,20 +35,6 @@ def compiled_anew(tmp_path_factory):
         yield
 
 
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed))
-
-
-def narrow(step: int) -> torch.Tensor:
-    """Vectors near one axis, another one in the next step: codes die and restart."""
-    return noise(3, 20, 8, seed=step) * torch.eye(8)[step % 2] + 0.1 * noise(3, 20, 8, seed=step + 50)
-
-
-def quantizer(options: dict) -> torch.nn.Module:
-    kind = ResidualVectorQuantizer if "num_quantizers" in options else FusedVectorQuantizer
-    return kind(16, 8, **options).train()
-
-
 def train_step(
     run: Callable[..., Quantized], model: torch.nn.Module, x: torch.Tensor, mask: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
@@ -69,12 +56,15 @@ def train_step(
 @pytest.mark.parametrize("case", CASES)
 def test_a_compiled_training_step_has_eager_s_values_gradients_and_state(case):
     options, masked = CASES[case]
-    eager, model = quantizer(options), quantizer(options)
+    eager, model = quantizer(**options), quantizer(**options)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True)
     mask = torch.arange(20).expand(3, 20) < torch.tensor([[20], [15], [3]]) if masked else None
     for step in range(10):
-        expected, got = train_step(eager, eager, narrow(step), mask), train_step(compiled, model, narrow(step), mask)
+        expected, got = (
+            train_step(eager, eager, narrow(step), mask),
+            train_step(compiled, model, narrow(step), mask),
+        )
         for name, value in expected.items():
             torch.testing.assert_close(got[name], value, msg=f"step {step}, {name}")
     assert eager.usage() == pytest.approx(model.usage())
@@ -88,14 +78,14 @@ def test_a_compiled_quantizer_decodes_what_it_found_before_it_learnt_again():
         return first.quantized, found
 
     options = {"metric": "euclidean", "decay": 0.5}
-    eager, model = quantizer(options), quantizer(options)
+    eager, model = quantizer(**options), quantizer(**options)
     torch._dynamo.reset()
     expected = two_steps(eager, narrow(0))
     torch.testing.assert_close(torch.compile(two_steps, fullgraph=True)(model, narrow(0)), expected)
 
 
 def test_a_compiled_quantizer_starts_again_where_its_buffers_are_reset_by_hand():
-    eager, model = quantizer({}), quantizer({})
+    eager, model = quantizer(), quantizer()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True)
     for step in range(4):
@@ -106,14 +96,14 @@ def test_a_compiled_quantizer_starts_again_where_its_buffers_are_reset_by_hand()
             q(narrow(step))
         torch.testing.assert_close(model.codebook, eager.codebook)
         if step == 2:
-            anew = quantizer({})
+            anew = quantizer()
             anew.steps.fill_(2)
             anew(narrow(step))
             torch.testing.assert_close(model.codebook, anew.codebook)
 
 
 def test_a_compiled_quantizer_that_a_checkpoint_recomputes_is_refused():
-    model = quantizer({})
+    model = quantizer()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True)
     out = torch.utils.checkpoint.checkpoint(compiled, narrow(0).requires_grad_(), use_reentrant=False)

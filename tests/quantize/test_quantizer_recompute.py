@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from beitv2_fast import FusedVectorQuantizer, ResidualVectorQuantizer
 from beitv2_fast.kernels.snapshot import MOST
+
+from ..support.quantizers import noise, quantizer
 
 CASES = {
     "code_ema": {"dead_after": 1.0},
@@ -16,15 +17,6 @@ CASES = {
     "heads": {"heads": 2, "gradient": "rotation", "restart_below": 0.9, "restart_after": 3},
     "residual": {"num_quantizers": 3, "share_stages": True},
 }
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed))
-
-
-def quantizer(**options: object) -> torch.nn.Module:
-    kind = ResidualVectorQuantizer if "num_quantizers" in options else FusedVectorQuantizer
-    return kind(16, 8, **options).train()
 
 
 class Region(torch.nn.Module):
@@ -97,12 +89,12 @@ def test_codebooks_of_forwards_are_kept_only_until_they_were_recomputed(reentran
     region = Region()
     train(region, reentrant, False, forwards=3)
     checkpoint(region, noise(3, 20, 8).requires_grad_(), use_reentrant=reentrant)
-    assert len(region.quantizer._snapshots.kept) == 1
+    assert len(region.quantizer.snapshots.kept) == 1
     plain = Region()
     train(plain, None, False)
     with torch.no_grad():
         plain(noise(3, 20, 8))
-    assert plain.quantizer._snapshots.kept == []
+    assert plain.quantizer.snapshots.kept == []
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 from beitv2_fast import FusedVectorQuantizer, ResidualVectorQuantizer
 
+from ..support.quantizers import assert_same, noise, state
+
 RULES = [
     {},
     {"learning": "sum_ema"},
@@ -21,10 +23,6 @@ RULES = [
     {"gradient": "rotation", "heads": 2},
     {"restart_below": 1.0, "restart_after": 2},
 ]
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed))
 
 
 def train(quantizer: FusedVectorQuantizer, steps: range) -> None:
@@ -45,16 +43,6 @@ def trained(**options: object) -> FusedVectorQuantizer:
     if options.get("learning") == "gradient":  # long trainings give the codes of a parameter any length
         quantizer.codebook.data *= 0.5 + noise(16, 1, seed=40).sigmoid()
     return quantizer
-
-
-def state(quantizer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in quantizer.state_dict().items()}
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        assert torch.equal(value, b[name]), name
 
 
 @pytest.mark.parametrize("options", RULES, ids=str)

@@ -19,15 +19,13 @@ from beitv2_fast import (
     replace_quantizers,
 )
 
+from ..support.quantizers import noise
+
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # fp32, sums in another order
 
 
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed))
-
-
 def assert_same_step(theirs: nn.Module, ours: nn.Module, z: Tensor, *args: object, **kwargs: object) -> None:
-    """Outputs of any structure, and in training mode the gradients of the input and of all parameters."""
+    """Outputs of any structure, and the gradients of the input and of all parameters."""
     results = []
     for module in (theirs, ours):
         module.zero_grad()
@@ -35,9 +33,10 @@ def assert_same_step(theirs: nn.Module, ours: nn.Module, z: Tensor, *args: objec
         out = module(x, *args, **kwargs)
         quantized, *rest = out
         loss = next(t for t in rest if t.dim() == 0)
-        if module.training:
-            (loss + (quantized * noise(*quantized.shape, seed=9)).sum()).backward()
-        gradients = {name.rsplit(".", 1)[-1]: p.grad for name, p in module.named_parameters()}
+        total = loss + (quantized * noise(*quantized.shape, seed=9)).sum()
+        if total.requires_grad:
+            total.backward()
+        gradients = {name.rsplit(".", 1)[-1]: p.grad for name, p in module.named_parameters() if p.requires_grad}
         results.append((out, x.grad, gradients))
     (a, grad_a, params_a), (b, grad_b, params_b) = results
     torch.testing.assert_close(b, a, **TOLERANCE)
@@ -353,26 +352,19 @@ def test_the_references_quantizer_agrees_over_training_steps_and_its_checkpoints
     theirs = NormEMAVectorQuantizer(32, 8, beta=0.5)
     model = replace_quantizers(nn.Sequential(copy.deepcopy(theirs)), {NormEMAVectorQuantizer: NormEMAAdapter})
     ours = model[0]
-    assert isinstance(ours, FusedVectorQuantizer) and ours.options.dead_after == 0
+    assert isinstance(ours, FusedVectorQuantizer) and ours.dead_after == 0
     for step in range(5):
         z = noise(2, 8, 4, 5, seed=step)
-        assert_same_step_without_parameters(theirs, ours, z)
+        assert_same_step(theirs, ours, z)
         torch.testing.assert_close(ours.codebook, theirs.embedding.weight.data, **TOLERANCE)
         torch.testing.assert_close(ours.cluster_size, theirs.cluster_size, **TOLERANCE)
-    assert_same_step_without_parameters(theirs.eval(), ours.eval(), noise(2, 8, 4, 5, seed=6))
+    assert_same_step(theirs.eval(), ours.eval(), noise(2, 8, 4, 5, seed=6))
+    assert ours.cluster_size.sum() > 0
+    ours.reset_cluster_size(ours.cluster_size.device)
+    assert (ours.cluster_size == 0).all()
     ours.codebook.zero_()
     model.load_state_dict({f"0.{name}": value for name, value in theirs.state_dict().items()})
     assert torch.equal(ours.codebook, theirs.embedding.weight)
-
-
-def assert_same_step_without_parameters(theirs: nn.Module, ours: nn.Module, z: Tensor) -> None:
-    """The reference's codebook is a parameter without a gradient; ours is a buffer."""
-    inputs = [z.clone().requires_grad_() for _ in range(2)]
-    outputs = [module(x) for module, x in zip((theirs, ours), inputs, strict=True)]
-    torch.testing.assert_close(outputs[1], outputs[0], **TOLERANCE)
-    for quantized, loss, _ in outputs:
-        (loss + quantized.pow(3).sum()).backward()
-    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, **TOLERANCE)
 
 
 def test_a_frozen_codebook_of_the_references_quantizer_stays_and_can_be_thawed():
@@ -381,12 +373,12 @@ def test_a_frozen_codebook_of_the_references_quantizer_stays_and_can_be_thawed()
     ours = replace_quantizers(copy.deepcopy(theirs), {NormEMAVectorQuantizer: NormEMAAdapter})
     before = ours.codebook.clone()
     for step in range(3):
-        assert_same_step_without_parameters(theirs, ours, noise(2, 8, 4, 5, seed=step))
+        assert_same_step(theirs, ours, noise(2, 8, 4, 5, seed=step))
     assert torch.equal(ours.codebook, before) and torch.equal(theirs.embedding.weight, before)
     torch.testing.assert_close(ours.cluster_size, theirs.cluster_size)
     theirs.embedding.update = True
     ours.thaw()
-    assert_same_step_without_parameters(theirs, ours, noise(2, 8, 4, 5, seed=3))
+    assert_same_step(theirs, ours, noise(2, 8, 4, 5, seed=3))
     torch.testing.assert_close(ours.codebook, theirs.embedding.weight.data, **TOLERANCE)
     assert not torch.equal(ours.codebook, before)
 
@@ -401,7 +393,7 @@ def test_codes_of_other_lengths_are_found_by_distance_as_the_references_quantize
     theirs.embedding.update = update
     if loaded:
         ours.load_state_dict(theirs.state_dict())
-        ours._set_frozen(not update)
+        ours.freeze(not update)
     else:
         ours = replace_quantizers(copy.deepcopy(theirs), swap)
     z = noise(2, 8, 4, 5)
@@ -409,7 +401,7 @@ def test_codes_of_other_lengths_are_found_by_distance_as_the_references_quantize
     assert (ours.encode(z).flatten() != by_product).any()
     assert torch.equal(ours.encode(z).flatten(), copy.deepcopy(theirs).eval()(z)[2])
     for step in range(3):
-        assert_same_step_without_parameters(theirs, ours, noise(2, 8, 4, 5, seed=step))
+        assert_same_step(theirs, ours, noise(2, 8, 4, 5, seed=step))
         torch.testing.assert_close(ours.codebook, theirs.embedding.weight.data, **TOLERANCE)
 
 
@@ -437,8 +429,12 @@ def test_what_a_copied_class_has_beside_the_known_options_is_refused_by_name(cls
 
 def test_options_of_the_caller_win_over_those_of_the_replaced_module():
     model = nn.Sequential(NormEMAVectorQuantizer(32, 8))
-    replace_quantizers(model, {NormEMAVectorQuantizer: NormEMAAdapter}, dead_after=50.0, restart_below=0.2)
-    assert model[0].options.dead_after == 50 and model[0].options.restart_below == 0.2
+    given = {"dead_after": 50.0, "restart_below": 0.2, "decay": 0.5, "commitment_weight": 0.25}
+    replace_quantizers(model, {NormEMAVectorQuantizer: NormEMAAdapter}, **given)
+    assert {name: getattr(model[0], name) for name in given} == given
+    averages = NormEMAAdapter(NormEMAVectorQuantizer(32, 8), learning="sum_ema")
+    with pytest.raises(RuntimeError, match="cannot be forgotten"):
+        averages.reset_cluster_size()
 
 
 @pytest.mark.parametrize("legacy", [True, False])

@@ -8,9 +8,7 @@ import torch.nn.functional as F
 
 from beitv2_fast import ResidualVectorQuantizer
 
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed))
+from ..support.quantizers import assert_same, noise, state
 
 
 def residual(**options: object) -> ResidualVectorQuantizer:
@@ -78,8 +76,7 @@ def test_masked_vectors_influence_nothing():
     torch.testing.assert_close(padded.quantized[mask], bare.quantized)
     assert (padded.quantized[~mask] == 0).all()
     torch.testing.assert_close(padded.loss, bare.loss)
-    for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
-        assert torch.equal(p, q), name
+    assert_same(state(a), state(b))
 
 
 def test_shared_stages_have_one_codebook():
@@ -118,10 +115,3 @@ def test_fp64_is_computed_in_fp64():
     rest = z.detach().flatten() - torch.tensor([1.0, 0.0])
     expected = rest.square().mean() + (rest - torch.tensor([-0.25, 0.25])).square().mean()
     torch.testing.assert_close(out.loss, expected, rtol=1e-15, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32])
-def test_indices_of_any_integer_type_are_decoded(dtype):
-    quantizer = residual(kmeans_init=False).eval()
-    indices = quantizer.encode(noise(5, 8))
-    assert torch.equal(quantizer.decode(indices.to(dtype)), quantizer.decode(indices))

@@ -6,6 +6,9 @@ import sys
 import threading
 from pathlib import Path
 
+import torch
+
+from beitv2_fast import FusedVectorQuantizer
 from beitv2_fast.training.monitor import TrainingLog
 
 from ..support.training import PRETRAIN, ROOT, TINY, TOKENIZER, call, write_images
@@ -52,3 +55,14 @@ def test_a_pre_training_step_enters_at_most_25_files(tmp_path, monkeypatch):
     entered = files.of_the_project()
     assert {"beitv2_fast/training/loop.py", "train/pretrain.py", "beitv2_fast/data/views.py"} <= set(entered)
     assert len(entered) <= 25, "\n".join(entered)
+
+
+def test_a_quantizer_s_training_step_enters_at_most_7_files():
+    quantizer, vectors, files = FusedVectorQuantizer(64, 8), torch.randn(4, 16, 8, requires_grad=True), Files()
+    quantizer(vectors).loss.backward()
+    files.start()
+    quantizer(vectors).loss.backward()
+    files.stop()
+    entered = files.of_the_project()
+    assert "beitv2_fast/quantize/quantizer.py" in entered
+    assert len(entered) <= 7, "\n".join(entered)

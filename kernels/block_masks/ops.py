@@ -1,7 +1,4 @@
-"""block_masks in torch ops, for GPUs: all masks of the batch attempt their next block at once, and nobody waits.
-
-The number of rounds is fixed, so that nothing has to be read back: MAX_ATTEMPTS, after which every mask is through.
-"""
+"""block_masks as a custom op: the C++ op or the definition on the CPU, torch ops elsewhere."""
 
 from __future__ import annotations
 
@@ -11,12 +8,17 @@ import torch
 from torch import Tensor
 
 from ..counter_random import as_uniform, random_bits
-from .reference import ATTEMPTS_PER_BLOCK, DRAWS_PER_ATTEMPT, FIRST_FILL, MAX_ATTEMPTS
+from ..native import native_ops
+from .reference import ATTEMPTS_PER_BLOCK, DRAWS_PER_ATTEMPT, FIRST_FILL, MAX_ATTEMPTS, block_masks_reference
 
 
 def block_masks_batched(
     keys: Tensor, height: int, width: int, num_masked: int, min_patches: int, min_aspect: float, max_patches: int
 ) -> Tensor:
+    """For GPUs: all masks of the batch attempt their next block at once, and nobody waits.
+
+    The number of rounds is fixed, so that nothing has to be read back: MAX_ATTEMPTS, after which every mask is through.
+    """
     device, log_aspect = keys.device, math.log(min_aspect)
     k = torch.arange(FIRST_FILL + height * width, device=device)
     bits = random_bits(keys[:, None], k)  # [B, draws]
@@ -51,3 +53,19 @@ def _filled_up(mask: Tensor, bits: Tensor, missing: Tensor) -> Tensor:
     place = torch.empty_like(keys)
     place.scatter_(1, keys.argsort(dim=1), torch.arange(keys.shape[1], device=keys.device).expand_as(keys))
     return (flat | (place < missing[:, None])).view_as(mask)
+
+
+block_masks_op = torch.library.custom_op("beitv2_fast::block_masks", block_masks_batched, mutates_args=())
+
+
+@block_masks_op.register_kernel("cpu")
+def _block_masks_cpu(keys, height, width, num_masked, min_patches, min_aspect, max_patches):
+    settings = (height, width, num_masked, min_patches, min_aspect, max_patches)
+    if native_ops():
+        return torch.ops.beitv2_fast_cpu.block_masks(keys, *settings)
+    return block_masks_reference(keys, *settings)
+
+
+@block_masks_op.register_fake
+def _block_masks_fake(keys, height, width, num_masked, min_patches, min_aspect, max_patches):
+    return keys.new_empty(len(keys), height, width, dtype=torch.bool)

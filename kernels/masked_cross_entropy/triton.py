@@ -1,4 +1,4 @@
-"""masked_cross_entropy on NVIDIA and AMD GPUs: the launches of triton_norm, triton_softmax and triton_loss.
+"""masked_cross_entropy on NVIDIA and AMD GPUs: the launches of triton_norm and triton_loss.
 
 The products with gradients are cuBLAS's or hipBLASLt's, chunk by chunk (chunked.py says why); 2,048 x 8192 bf16 logits
 are 34 MB, within the L2 cache of an H100. In fp32 they use tf32 only if torch.set_float32_matmul_precision allows it.
@@ -6,18 +6,16 @@ are 34 MB, within the L2 cache of an H100. In fp32 they use tf32 only if torch.s
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from . import steps
-from .chunked import Device
-from .triton_loss import combine_parts, linear_loss
+from ..gpu import device_of, target_name
+from .chunked import Device, Normalized
+from .triton_loss import combine_parts, linear_loss, softmax_gradient
 from .triton_norm import normalize_rows, normalize_rows_backward
-from .triton_softmax import softmax_gradient
 
 CHUNK_LOGITS = 1 << 24
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -45,16 +43,6 @@ SOFTMAX_BLOCK, SOFTMAX_WARPS = 1024, 4
 NORM_ROWS = 8  # rows of a program of the LayerNorm's backward
 
 
-def plan_name() -> str:
-    """The key of ``LOSS_CONFIGS`` for the current device; mma, of sm_80, runs on every later one."""
-    if triton.knobs.runtime.interpret:
-        return "interpreter"
-    target = triton.runtime.driver.active.get_current_target()
-    if target.backend == "hip":
-        return "gfx942"
-    return {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "sm_80")
-
-
 def device_for(dtype: torch.dtype) -> Device:
     """The steps on a GPU for products of ``dtype``: fp64 has the plain ones, low precision a loss without logits."""
     if dtype == torch.float64:
@@ -70,34 +58,34 @@ def norm_launch(dim: int) -> dict[str, int]:
 
 def normalize_triton(
     tokens: Tensor, positions: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> steps.Normalized:
-    """steps.normalize in one kernel."""
+) -> Normalized:
+    """``normalize`` in one kernel."""
     rows, (images, patches, dim) = len(positions), tokens.shape
     hidden = tokens.new_empty(rows, dim, dtype=dtype)
     mean, rstd = (tokens.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    with _on(tokens):
+    with device_of(tokens):
         normalize_rows[(rows,)](
             tokens, positions, weight.contiguous(), bias.contiguous(), hidden, mean, rstd, images, patches, dim, eps,
             *tokens.stride(), **norm_launch(dim),
         )  # fmt: skip
-    return steps.Normalized(hidden, mean, rstd)
+    return Normalized(hidden, mean, rstd)
 
 
 def normalize_backward_triton(
     grad_hidden: Tensor,
     tokens: Tensor,
     positions: Tensor,
-    normalized: steps.Normalized,
+    normalized: Normalized,
     weight: Tensor,
     grad_rows: Tensor | None,
     grad_norm: Tensor | None,
 ) -> None:
-    """steps.normalize_backward in one kernel and a sum over its programs."""
+    """``normalize_backward`` in one kernel and a sum over its programs."""
     rows, (images, patches, dim) = len(positions), tokens.shape
     programs = triton.cdiv(rows, NORM_ROWS)
     wanted = grad_norm is not None
     partial = tokens.new_empty((programs, 2, dim) if wanted else 0, dtype=torch.float32)
-    with _on(tokens):
+    with device_of(tokens):
         normalize_rows_backward[(programs,)](
             grad_hidden, tokens, positions, weight.contiguous(), normalized.mean, normalized.rstd,
             partial if grad_rows is None else grad_rows, partial, rows, images, patches, dim, *tokens.stride(),
@@ -116,9 +104,9 @@ def softmax_triton_(
     gradient: bool,
     grad_bias: Tensor | None,
 ) -> None:
-    """steps.softmax_ in one kernel, and the column sums of what it wrote."""
+    """``softmax_`` in one kernel, and the column sums of what it wrote."""
     rows, classes = logits.shape
-    with _on(logits):
+    with device_of(logits):
         softmax_gradient[(rows,)](
             logits, labels if bias is None else bias.contiguous(), labels, losses, correct, classes,
             HAS_BIAS=bias is not None, GRADIENT=gradient,
@@ -133,14 +121,14 @@ def loss_triton(
 ) -> None:
     """losses and correct [M] of softmax(hidden W^T + bias): no logits in memory, ``parts`` x M x 16 bytes instead."""
     (rows, dim), classes = hidden.shape, len(weight)
-    config = LOSS_CONFIGS[plan_name()]
+    config = LOSS_CONFIGS[target_name()]
     row_blocks, blocks = triton.cdiv(rows, config.block_m), triton.cdiv(classes, config.block_v)
     processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 2
     blocks_of_part = triton.cdiv(blocks, min(max(4 * processors // row_blocks, 1), blocks))
     parts = triton.cdiv(blocks, blocks_of_part)
     tops, sums, targets = (hidden.new_empty(parts, rows, dtype=torch.float32) for _ in range(3))
     indices = hidden.new_empty(parts, rows, dtype=torch.int32)
-    with _on(hidden):
+    with device_of(hidden):
         linear_loss[(row_blocks * parts,)](
             hidden, weight.contiguous(), labels if bias is None else bias.contiguous(), labels,
             tops, indices, sums, targets, rows, classes, dim, parts, blocks_of_part,
@@ -151,7 +139,3 @@ def loss_triton(
         combine_parts[(triton.cdiv(rows, 128),)](
             tops, indices, sums, targets, labels, losses, correct, rows, classes, parts, BLOCK_M=128
         )
-
-
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..gpu import device_of, target_name
 from .triton_resolve import resolve
 from .triton_screen import codebook_magnitude, pack_codebook, screen
 
@@ -30,7 +30,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ScreenPlan:
     """How a family of GPUs screens. LANES follows the tensor core's accumulator: a group's scores lie in one thread."""
 
     lanes: int
@@ -46,22 +46,12 @@ class Plan:
 
 
 PLANS = {
-    "sm_80": Plan(16, False, (Config(128, 4, 3), Config(64, 4, 3)), wide=(Config(128, 8, 3), Config(64, 8, 3))),
-    "sm_90": Plan(8, False, (Config(128, 8, 3), Config(64, 4, 3)), wide=(Config(128, 8, 3), Config(64, 8, 3))),
-    "sm_100": Plan(8, False, (Config(128, 4, 3),)),
-    "gfx942": Plan(8, True, (Config(128, 4, 2), Config(64, 4, 2)), resolve_options={}),
-    "interpreter": Plan(8, False, (Config(256, 4, 1),), resolve_rows=64),
+    "sm_80": ScreenPlan(16, False, (Config(128, 4, 3), Config(64, 4, 3)), wide=(Config(128, 8, 3), Config(64, 8, 3))),
+    "sm_90": ScreenPlan(8, False, (Config(128, 8, 3), Config(64, 4, 3)), wide=(Config(128, 8, 3), Config(64, 8, 3))),
+    "sm_100": ScreenPlan(8, False, (Config(128, 4, 3),)),
+    "gfx942": ScreenPlan(8, True, (Config(128, 4, 2), Config(64, 4, 2)), resolve_options={}),
+    "interpreter": ScreenPlan(8, False, (Config(256, 4, 1),), resolve_rows=64),
 }
-
-
-def plan_name() -> str:
-    """The key of ``PLANS`` for the current device; wgmma exists on 9.x alone, tcgen05 on 10.x, mma everywhere."""
-    if triton.knobs.runtime.interpret:
-        return "interpreter"
-    target = triton.runtime.driver.active.get_current_target()
-    if target.backend == "hip":
-        return "gfx942"
-    return {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "sm_80")
 
 
 def screen_chunks(d: int) -> tuple[int, int]:
@@ -76,7 +66,7 @@ def row_chunks(d: int) -> tuple[int, int]:
 
 
 def resolve_warps(codebook: Tensor) -> int:
-    """Codes that cannot be read 16 bytes at a time need an address an element: more than the registers of 4 warps."""
+    """Codes that cannot be read 16 bytes at a time need one address per element: more than the registers of 4 warps."""
     aligned = codebook.stride(1) == 1 and not any(
         size % 16 for size in (codebook.shape[1], codebook.stride(0), codebook.data_ptr())
     )
@@ -97,7 +87,7 @@ def index_bits(num_blocks: int, split: int) -> int:
 
 
 @cache
-def _autotuned(configs: tuple[Config, ...]) -> Any:
+def autotuned(configs: tuple[Config, ...]) -> Any:
     choices = [triton.Config({"BLOCK_N": c.block_n}, num_warps=c.num_warps, num_stages=c.num_stages) for c in configs]
     return triton.autotune(configs=choices, key=["D", "num_blocks", "SPLIT", "EUCLIDEAN"])(screen)
 
@@ -127,8 +117,8 @@ def codebook_search_triton(
     if n == 0:
         return indices, normalized, codes, distances
 
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        plan = plan or plan_name()
+    with device_of(x):
+        plan = plan or target_name()
         lanes, num_blocks = PLANS[plan].lanes, triton.cdiv(k, BLOCK_K)
         if split is None:
             processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
@@ -187,4 +177,4 @@ def _screen(
         launch = {"BLOCK_N": config.block_n, "num_warps": config.num_warps, "num_stages": config.num_stages}
         screen[grid](*arguments, **constants, **launch)
     else:
-        _autotuned(configs)[lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), split)](*arguments, **constants)
+        autotuned(configs)[lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), split)](*arguments, **constants)

@@ -6,15 +6,10 @@ FLOPs 9 N D. Bytes: x, the codes and the gradient read once, the gradient for x 
 
 from __future__ import annotations
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-TILE = 1024  # elements of a program: more would cost occupancy
-EPS_BITS = tl.constexpr(0x3D719799812DEA11)  # 1e-12 in fp64
+from ..codebook_update.triton_statistics import EPS_BITS
 
 
 @triton.jit
@@ -62,43 +57,3 @@ def backward_kernel(
         along = tl.where(tiny, 0.0, tl.sum(g * y, axis=1))
         g = (g - y * along[:, None]) * inverse.to(tl.float32)[:, None]
     tl.store(out + at, g.to(out.dtype.element_ty), mask=mask)
-
-
-def tile(dim: int) -> tuple[int, int]:
-    """Rows and columns of the tile of a program."""
-    block_d = triton.next_power_of_2(dim)
-    return min(32, max(1, TILE // block_d)), block_d
-
-
-def vector_quantize_backward_triton(
-    x: Tensor,
-    quantized: Tensor,
-    grad_quantized: Tensor | None,
-    grad_loss: Tensor | None,
-    commitment_weight: float,
-    metric: str,
-) -> Tensor:
-    count, dim = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if count == 0:
-        return out
-    block_n, block_d = tile(dim)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        backward_kernel[(triton.cdiv(count, block_n),)](
-            x,
-            quantized.contiguous(),
-            grad_quantized,
-            grad_loss,
-            out,
-            count,
-            2 * commitment_weight / (count * dim),
-            *x.stride(),
-            *((0, 0) if grad_quantized is None else grad_quantized.stride()),
-            D=dim,
-            COSINE=metric == "cosine",
-            HAS_GRAD=grad_quantized is not None,
-            HAS_LOSS=grad_loss is not None,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-        )
-    return out

@@ -1,4 +1,4 @@
-"""The first pass of codebook_update on a GPU: counts and fixed-point sums of the vectors of every code.
+"""The first pass of codebook_update on a GPU: counts and fixed-point sums of the vectors that chose each code.
 
 FLOPs about 6 N D in fp64. Bytes: N (D + 2) elements read, and N (D + 1) integer additions made by the second-level
 cache into the [K, 1 + D] result; these bound it. When many vectors chose one code, its additions queue up at one
@@ -9,12 +9,8 @@ The arithmetic is reference.py's, bit for bit: integers are summed, and floating
 
 from __future__ import annotations
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 EPS_BITS = tl.constexpr(0x3D719799812DEA11)  # 1e-12 in fp64
 EXPONENT = tl.constexpr(2047 << 52)
@@ -23,7 +19,6 @@ NO_EXPONENT = tl.constexpr(0x7F800000)  # of fp32: NaN and Inf are at or above, 
 SQUARE_ROUND = tl.constexpr(96.0)  # 1.5 * 2^(52 - 46): added to a double, leaves a multiple of 2^-46 in its low bits
 UNIT_ROUND = tl.constexpr(98304.0)  # 1.5 * 2^(52 - 36)
 INTEGER_ROUND = tl.constexpr(6755399441055744.0)  # 1.5 * 2^52
-TILE = 1024  # elements of a program: more would cost occupancy
 
 
 @triton.jit
@@ -70,8 +65,8 @@ def add_rows(out, rows_out, counted, shared, shared_out, values, offs_d, D: tl.c
     tl.atomic_add(
         out + shared_out + offs_d, together, mask=mask_d & (tl.max(shared.to(tl.int32), axis=0) > 0), sem="relaxed"
     )
-    alone = (counted & (shared == 0))[:, None] & mask_d[None, :]
-    tl.atomic_add(out + rows_out[:, None] + offs_d[None, :], values, mask=alone, sem="relaxed")
+    single = (counted & (shared == 0))[:, None] & mask_d[None, :]
+    tl.atomic_add(out + rows_out[:, None] + offs_d[None, :], values, mask=single, sem="relaxed")
 
 
 @triton.jit
@@ -118,39 +113,3 @@ def statistics_kernel(
         fine = to_fixed((rows - coarse.to(tl.float64) * 0.0625) * 1099511627776.0, INTEGER_ROUND)
         add_rows(out, first + 1, counted, shared, common_first + 1, coarse, offs_d, D)
         add_rows(out, first + 1 + D, counted, shared, common_first + 1 + D, fine, offs_d, D)
-
-
-def tile(dim: int, elements: int = TILE) -> tuple[int, int]:
-    """Rows and columns of the tile of a program."""
-    block_d = triton.next_power_of_2(dim)
-    return min(32, max(1, elements // block_d)), block_d
-
-
-def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def codebook_statistics_triton(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:
-    count, dim = x.shape
-    cosine = metric == "cosine"
-    out = torch.zeros(num_codes, 1 + (dim if cosine else 2 * dim), dtype=torch.int64, device=x.device)
-    if count == 0:
-        return out
-    block_n, block_d = tile(dim)
-    with device_of(x):
-        statistics_kernel[(triton.cdiv(count, block_n),)](
-            x,
-            indices,
-            out,
-            count,
-            num_codes,
-            *x.stride(),
-            indices.stride(0),
-            D=dim,
-            COSINE=cosine,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-            num_warps=4,
-        )
-    return out

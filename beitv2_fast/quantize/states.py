@@ -1,0 +1,138 @@
+"""How a quantizer's tensors move, load and start anew, whatever library does it.
+
+Loaded are also states of quantizers that are not quite this one: published ones, and those of other options.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.snapshot import Snapshots
+
+if TYPE_CHECKING:
+    from .quantizer import FusedVectorQuantizer
+
+# names of the reference implementation's quantizer -> ours
+REFERENCE_NAMES = {"embedding.weight": "codebook", "embedding.initted": "initialized", "cluster_size": "cluster_size"}
+# statistics that the reference stores and never reads again
+REFERENCE_UNUSED = ("embedding.cluster_size", "embedding.embed_avg")
+NOT_UNIT = 2.0**-9  # a length further from 1 is no rounding, of bf16 either
+
+
+class QuantizerState(nn.Module):
+    """What ``FusedVectorQuantizer`` has beside the buffers that it registers."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedVectorQuantizer:
+        """Moves between devices, but not to another dtype: averages of small steps need fp32.
+
+        A codebook that learns by gradient is a parameter like any other and takes the dtype.
+        """
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype or isinstance(t, nn.Parameter) else t.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Also accepts the reference implementation's names, and states of quantizers with other options."""
+        fit_state(self, state, prefix, errors=args[-1])
+        super()._load_from_state_dict(state, prefix, *args)
+        self._reset_unsaved()
+
+    def _reset_unsaved(self) -> None:
+        """A new start for what no checkpoint holds, on the device of what it does hold."""
+        for name in ("window_counts", "window_replaced"):
+            if getattr(self, name).device == self.idle.device:
+                getattr(self, name).zero_()
+            else:
+                setattr(self, name, torch.zeros_like(getattr(self, name), device=self.idle.device))
+        self.clock.zero_()
+        self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self.snapshots = Snapshots()
+        self._made_on_meta = self.idle.is_meta
+
+    def _leave_meta(self) -> None:
+        """No counts yet in the memory that took the place of meta's, which transformers' loader leaves as it is."""
+        if not self.idle.is_meta:
+            self._reset_unsaved()
+
+
+def fit_state(quantizer: FusedVectorQuantizer, state: dict[str, Tensor], prefix: str, errors: list[str]) -> None:
+    """Make the entries under ``prefix`` those of the quantizer, in place: its names, options and dtypes."""
+    if prefix + "embedding.weight" in state:
+        _rename(state, prefix)
+    if prefix + "codebook" in state:
+        _fit_options(quantizer, state, prefix, errors)
+    for name, buffer in quantizer.named_buffers(recurse=False):
+        if isinstance(state.get(prefix + name), Tensor):  # assign=True would take any dtype
+            state[prefix + name] = state[prefix + name].to(buffer.dtype)
+
+
+def _rename(state: dict[str, Tensor], prefix: str) -> None:
+    """The reference's names become those of FusedVectorQuantizer."""
+    for name in REFERENCE_UNUSED:
+        state.pop(prefix + name, None)
+    for name, ours in REFERENCE_NAMES.items():
+        if prefix + name in state:
+            value = state.pop(prefix + name)
+            state[prefix + ours] = value.to(torch.bool).reshape(()) if ours == "initialized" else value
+
+
+def _fit_options(quantizer: FusedVectorQuantizer, state: dict[str, Tensor], prefix: str, errors: list[str]) -> None:
+    """What other options did not keep starts as it would start beside this codebook; what they kept besides is left
+    out. One warning says what is new."""
+    own = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+    news = []
+    if not _fit_heads(quantizer, own, news):
+        errors.append(
+            f"{prefix}codebook is {list(own['codebook'].shape)} in the state dict, for a quantizer of num_codes="
+            f"{quantizer.num_codes}, dim={quantizer.dim}, heads={quantizer.heads}, share_codebook="
+            f"{quantizer.share_codebook}. Build it with the options that the codebook was trained with."
+        )
+        return
+    codebook = own["codebook"]
+    counts = codebook.new_zeros(codebook.shape[:-1], dtype=torch.int64)
+    own.setdefault("initialized", torch.ones_like(counts.view(-1)[0], dtype=torch.bool))
+    unit = quantizer.metric == "cosine" and quantizer.learning != "gradient" and not quantizer.any_length
+    unit = unit and not codebook.is_meta and own["initialized"].any()
+    if unit and (codebook.float().norm(dim=-1) - 1).abs().max() > NOT_UNIT:
+        codebook = own["codebook"] = F.normalize(codebook.float(), dim=-1)
+        news.append("the codes, which have other lengths (as with learning='gradient'), are normalised")
+    own.setdefault("cluster_size", counts.float())
+    own.setdefault("idle", counts)
+    own.setdefault("steps", torch.zeros_like(counts.view(-1)[0]))
+    if quantizer.embed_avg is not None and "embed_avg" not in own:
+        own["cluster_size"] = own["cluster_size"].clamp(min=1)
+        own["embed_avg"] = codebook.float() * own["cluster_size"][..., None]
+        news.append("the moving averages of learning='sum_ema' start at this codebook")
+    if quantizer.recent is not None and "recent" not in own:
+        own["recent"] = counts.clone()  # loaded with assign=True, it is a buffer of its own
+        news.append("the counts of restart_below start at 0")
+    for name in ("embed_avg", "recent"):
+        if getattr(quantizer, name) is None and own.pop(name, None) is not None:
+            del state[prefix + name]
+            news.append(f"{name} is left out, which these options do not use")
+    state.update({prefix + name: value for name, value in own.items()})
+    if news:
+        where = f"{prefix}{type(quantizer).__name__}"
+        warnings.warn(f"{where}: the state dict is of a quantizer with other options: {'; '.join(news)}.", stacklevel=2)
+
+
+def _fit_heads(quantizer: FusedVectorQuantizer, own: dict[str, Tensor], news: list[str]) -> bool:
+    """Whether the codebook has this quantizer's shape; one codebook for all heads becomes one for each."""
+    groups, shape = quantizer.groups, (quantizer.num_codes, quantizer.code_dim)
+    if groups == 1 or own["codebook"].shape != shape:
+        return own["codebook"].shape == (shape if groups == 1 else (groups, *shape))
+    for name in ("codebook", "cluster_size", "embed_avg", "idle", "recent"):
+        if name in own:  # each head has its share of what was summed over all of them
+            value = own[name] / groups if name in ("cluster_size", "embed_avg") else own[name]
+            own[name] = value.expand(groups, *value.shape).contiguous()
+    news.append(f"the one codebook becomes that of each of the {groups} heads")
+    return True

@@ -1,0 +1,58 @@
+"""codebook_search as a custom op for CPUs and GPUs. An output that was not asked for is a tensor of size 0."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ..native import native_ops
+from .reference import codebook_search_reference
+
+
+def _by_definition(
+    x: Tensor, codebook: Tensor, metric: str, return_normalized: bool, return_codes: bool, return_distances: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    indices, normalized = codebook_search_reference(x, codebook, metric)
+    codes = codebook[indices] if return_codes or return_distances else codebook.new_empty(0)
+    distances = normalized.new_empty(0)
+    if return_distances:
+        distances = (normalized - codes.float()).square().sum(-1)
+        distances.masked_fill_(~x.isfinite().all(-1), torch.nan)
+    return (
+        indices,
+        normalized if return_normalized else normalized.new_empty(0),
+        codes if return_codes else codebook.new_empty(0),
+        distances,
+    )
+
+
+codebook_search_op = torch.library.custom_op("beitv2_fast::codebook_search", _by_definition, mutates_args=())
+
+
+@codebook_search_op.register_kernel("cpu")
+def _codebook_search_cpu(x, codebook, metric, *wanted):
+    if torch.float64 in (x.dtype, codebook.dtype) or not native_ops():
+        return _by_definition(x, codebook, metric, *wanted)
+    return torch.ops.beitv2_fast_cpu.codebook_search(x, codebook, metric == "cosine", *wanted)
+
+
+@codebook_search_op.register_kernel("cuda")
+def _codebook_search_cuda(x, codebook, metric, *wanted):
+    if torch.float64 in (x.dtype, codebook.dtype) or find_spec("triton") is None:
+        return _by_definition(x, codebook, metric, *wanted)
+    from .triton import codebook_search_triton  # here, so that the package imports without triton
+
+    return codebook_search_triton(x, codebook, metric, *wanted)
+
+
+@codebook_search_op.register_fake
+def _codebook_search_fake(x, codebook, metric, return_normalized, return_codes, return_distances):
+    rows = x.shape[0]
+    return (
+        x.new_empty(rows, dtype=torch.int64),
+        x.new_empty(x.shape if return_normalized else 0, dtype=torch.float32),
+        codebook.new_empty((rows, codebook.shape[1]) if return_codes else 0),
+        x.new_empty(rows if return_distances else 0, dtype=torch.float32),
+    )

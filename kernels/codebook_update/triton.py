@@ -1,0 +1,85 @@
+"""The launches of codebook_update's kernels."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ..gpu import device_of
+from .reference import fp32
+from .triton_apply import codes_kernel, sizes_kernel
+from .triton_statistics import statistics_kernel
+
+APPLY_TILE = 512  # elements per program of the second pass: 4 per lane
+NUM_WARPS = 2 if torch.version.hip else 4  # 4 elements per lane: loads of 16 bytes
+
+
+def tile_shape(dim: int, elements: int = 1024) -> tuple[int, int]:
+    """Rows and columns of a program's tile. More elements than 1024 would cost occupancy."""
+    block_d = triton.next_power_of_2(dim)
+    return min(32, max(1, elements // block_d)), block_d
+
+
+def codebook_statistics_triton(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:
+    count, dim = x.shape
+    cosine = metric == "cosine"
+    out = torch.zeros(num_codes, 1 + (dim if cosine else 2 * dim), dtype=torch.int64, device=x.device)
+    if count == 0:
+        return out
+    block_n, block_d = tile_shape(dim)
+    with device_of(x):
+        statistics_kernel[(triton.cdiv(count, block_n),)](
+            x,
+            indices,
+            out,
+            count,
+            num_codes,
+            *x.stride(),
+            indices.stride(0),
+            D=dim,
+            COSINE=cosine,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            num_warps=4,
+        )
+    return out
+
+
+def apply_statistics_triton(
+    statistics: Tensor,
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_avg: Tensor | None,
+    decay: float,
+    metric: str,
+    eps: float,
+) -> Tensor:
+    """All tensors contiguous."""
+    count, dim = codebook.shape
+    decay, rest, eps = fp32(decay), fp32(1 - decay), fp32(eps)
+    bins = statistics.new_empty(count)
+    totals = statistics.new_zeros(1)
+    block_k, block_d = tile_shape(dim, APPLY_TILE)
+    with device_of(codebook):
+        sizes_kernel[(triton.cdiv(count, 256),)](
+            statistics, cluster_size, bins, totals, count, statistics.shape[1], decay, rest, BLOCK_K=256
+        )
+        codes_kernel[(triton.cdiv(count, block_k),)](
+            statistics,
+            totals,
+            codebook,
+            cluster_size,
+            embed_avg,
+            count,
+            decay,
+            rest,
+            eps,
+            D=dim,
+            COSINE=metric == "cosine",
+            AVERAGE=embed_avg is not None,
+            BLOCK_K=block_k,
+            BLOCK_D=block_d,
+            num_warps=NUM_WARPS * min(max(block_d // APPLY_TILE, 1), 4),
+        )
+    return bins

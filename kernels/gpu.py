@@ -1,0 +1,25 @@
+"""What every launch of Triton kernels needs to know of the GPU. Imported by the launches only: it needs Triton."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+from torch import Tensor
+
+
+def target_name() -> str:
+    """The family of the current device, by which launches choose: wgmma exists on 9.x only, tcgen05 on 10.x, mma
+    everywhere."""
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "hip":
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "sm_80")
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,45 @@
+"""The launch of vector_quantize's kernel."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ..codebook_update.triton import tile_shape
+from ..gpu import device_of
+from .triton_backward import backward_kernel
+
+
+def vector_quantize_backward_triton(
+    x: Tensor,
+    quantized: Tensor,
+    grad_quantized: Tensor | None,
+    grad_loss: Tensor | None,
+    commitment_weight: float,
+    metric: str,
+) -> Tensor:
+    count, dim = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if count == 0:
+        return out
+    block_n, block_d = tile_shape(dim)
+    with device_of(x):
+        backward_kernel[(triton.cdiv(count, block_n),)](
+            x,
+            quantized.contiguous(),
+            grad_quantized,
+            grad_loss,
+            out,
+            count,
+            2 * commitment_weight / (count * dim),
+            *x.stride(),
+            *((0, 0) if grad_quantized is None else grad_quantized.stride()),
+            D=dim,
+            COSINE=metric == "cosine",
+            HAS_GRAD=grad_quantized is not None,
+            HAS_LOSS=grad_loss is not None,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+        )
+    return out
