@@ -17,7 +17,7 @@ from .models.tokenizer import TokenizerOutput
 from .quantize.quantizer import Quantized
 
 if TYPE_CHECKING:
-    from .data.views import read_images
+    from .data.images import read_images
     from .models.classifier import Classifier, ClassifierConfig
     from .models.features import Features, classify, features
     from .models.student import Student, StudentConfig
@@ -42,7 +42,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _MODULES = {
-    "data.views": ("read_images",),
+    "data.images": ("read_images",),
     "models.classifier": ("Classifier", "ClassifierConfig"),
     "models.features": ("Features", "classify", "features"),
     "models.student": ("Student", "StudentConfig"),

@@ -7,43 +7,48 @@ random decisions of a batch; the loader cuts the `pictures` out of the images; `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from ..models.inputs import normalise
-from .draws import AUGMENT, Draws, jitter_steps, mask_keys, random_crops, random_flips, uniform
-from .jitter import color_jitter
-from .masks import patch_masks
+from ..models.vit import normalise
+from .draws import AUGMENT, Draws, jitter_steps, mask_keys, patch_masks, random_crops, random_flips, uniforms
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 Pictures = dict[str, Tensor]  # uint8 [B, size, size, 3]
+LUMA = (0.299, 0.587, 0.114)
+ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+BRIGHTNESS, CONTRAST, SATURATION = range(3)
 
 
 @dataclass(frozen=True)
-class Picture:
+class Cut:
     """A square to be cut out of an image: its side in pixels and the filter that resizes it."""
 
     size: int
     resample: str = "bicubic"
 
 
-class View(Protocol):
-    """Makes named tensors of images.
+class View:
+    """Makes named tensors of images; by default of one square picture, "image".
 
     resizes_first: the whole image is resized before the box is cut out of it; else the box, before it is resized.
     """
 
-    resizes_first: bool
+    size: int
+    resizes_first = False
+
+    def __call__(self, image: Image.Image, key: int = 0) -> dict[str, Tensor]:
+        """The view of one image as the key, 64 random bits, wants it."""
+        draws = self.draw(np.array([image.size]), np.array([key % 2**64], dtype=np.uint64))
+        return {name: value[0] for name, value in self.finish(cut_out([image], self, draws), draws).items()}
 
     @property
-    def pictures(self) -> dict[str, Picture]: ...
+    def pictures(self) -> dict[str, Cut]:
+        return {"image": Cut(self.size)}
 
     def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
         """The random decisions for images of sizes [B, 2] (width, height) with keys [B] uint64, and the view's own:
@@ -51,38 +56,19 @@ class View(Protocol):
         "box" [B, 4], left, top, right and bottom in pixels of what is cut out; "flip" [B], whether the left becomes the
         right; if `resizes_first`, "resized" [B, 2], width and height of the resized image.
         """
+        raise NotImplementedError(f"{type(self).__name__} must have a method draw: what is random about its images.")
 
     def augment(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
         """What else happens to picture i of the batch once it is resized and flipped."""
-
-    def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
-        """Tensors [B, ...] on the pictures' device."""
-
-
-class _View:
-    """What the views share; by default the view is one square picture, "image"."""
-
-    size: int
-    resizes_first = False
-
-    @property
-    def pictures(self) -> dict[str, Picture]:
-        return {"image": Picture(self.size)}
-
-    def __call__(self, image: Image.Image, key: int = 0) -> dict[str, Tensor]:
-        """The view of one image as the key, 64 random bits, wants it."""
-        draws = self.draw(np.array([image.size]), np.array([key % 2**64], dtype=np.uint64))
-        return {name: value[0] for name, value in self.finish(pictures_of([image], self, draws), draws).items()}
-
-    def augment(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
         return image
 
     def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
+        """Tensors [B, ...] on the pictures' device."""
         return {"image": to_float(pictures["image"])}
 
 
 @dataclass(frozen=True)
-class TokenizerView(_View):
+class TokenizerView(View):
     """A random crop, flipped in half of the cases: {"image": float32 [3, size, size] in [0, 1]}.
 
     The crop covers a share of the image's area uniform in `crop_scale`, with an aspect ratio log-uniform in
@@ -100,7 +86,7 @@ class TokenizerView(_View):
 
 
 @dataclass(frozen=True)
-class PretrainView(_View):
+class PretrainView(View):
     """One crop and flip seen twice, and the student's mask:
 
     {"student": float32 [3, student_size, student_size], colours jittered, normalised by ImageNet's mean and deviation;
@@ -145,14 +131,14 @@ class PretrainView(_View):
         self._masks(np.zeros(1, np.int64))
 
     @property
-    def pictures(self) -> dict[str, Picture]:
-        student, tokenizer = Picture(self.student_size), Picture(self.tokenizer_size, self.tokenizer_resample)
+    def pictures(self) -> dict[str, Cut]:
+        student, tokenizer = Cut(self.student_size), Cut(self.tokenizer_size, self.tokenizer_resample)
         return {"student": student} if student == tokenizer else {"student": student, "tokenizer": tokenizer}
 
     def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
         draws = {"box": random_crops(sizes, self.crop_scale, keys), "flip": random_flips(keys)}
-        keys_of_masks = mask_keys(keys)
-        mask = {"mask": self._masks(keys_of_masks)} if self.masks == "loader" else {"mask_key": keys_of_masks}
+        key = mask_keys(keys)
+        mask = {"mask": self._masks(key)} if self.masks == "loader" else {"mask_key": key}
         return {**draws, **jitter_steps(keys, self.color_jitter), **mask}
 
     def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
@@ -172,7 +158,7 @@ class PretrainView(_View):
 
 
 @dataclass(frozen=True)
-class FinetuneView(_View):
+class FinetuneView(View):
     """A random crop, flipped in half of the cases, with RandAugment: {"image": float32 [3, size, size] in [0, 1]}.
 
     Erasing, mixup and cutmix come after it and for the whole batch: `beitv2_fast.downstream.augment.BatchAugment`.
@@ -200,7 +186,7 @@ class FinetuneView(_View):
     def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
         draws = {"box": random_crops(sizes, self.crop_scale, keys), "flip": random_flips(keys)}
         if self.ops:
-            u = uniform(keys, AUGMENT, 2 * self.ops)
+            u = uniforms(keys, AUGMENT, 2 * self.ops)
             draws["augment_op"] = u[:, : self.ops]
             draws["augment_sign"] = (u[:, self.ops :] < 0.5).astype(np.int32)
         return draws
@@ -219,7 +205,7 @@ class FinetuneView(_View):
 
 
 @dataclass(frozen=True)
-class EvalView(_View):
+class EvalView(View):
     """The centre of the image: {"image": float32 [3, size, size] in [0, 1]}, the same at every call.
 
     The shorter side is resized to size / crop_pct bicubically, the longer one in proportion, and the middle is cut out.
@@ -240,14 +226,14 @@ class EvalView(_View):
         return {"box": box, "resized": resized, "flip": np.zeros(len(sizes), bool)}
 
 
-def pictures_of(images: list[Image.Image], view: View, draws: Draws) -> Pictures:
+def cut_out(images: list[Image.Image], view: View, draws: Draws) -> Pictures:
     """The view's pictures of PIL images (mode "RGB" or "L")."""
     if not view.resizes_first:
         images = [image.crop(box) for image, box in zip(images, draws["box"].tolist(), strict=True)]
-    return pictures_of_cuts(images, view, draws)
+    return resized_cuts(images, view, draws)
 
 
-def pictures_of_cuts(cuts: list[Image.Image], view: View, draws: Draws) -> Pictures:
+def resized_cuts(cuts: list[Image.Image], view: View, draws: Draws) -> Pictures:
     """The view's pictures of what the boxes cut out, or of whole images if it resizes first."""
     found: dict[str, list[np.ndarray]] = {name: [] for name in view.pictures}
     for i, image in enumerate(cuts):
@@ -275,10 +261,40 @@ def _check_view(size: int, crop_scale: tuple[float, float]) -> None:
         raise ValueError(f"the share of the image to crop is {crop_scale}; expected numbers in (0, 1], the lower first")
 
 
-def read_images(paths: Sequence[str | Path], size: int, crop_pct: float = 1.0) -> Tensor:
-    """Image files -> [B, 3, size, size] in [0, 1]: the central square (``crop_pct`` of it), resized bicubically."""
-    from .images import open_image
-    from .views import EvalView
+def color_jitter(pixels: Tensor, steps: np.ndarray, factors: np.ndarray) -> Tensor:
+    """Scales brightness, contrast and saturation of each image by its factors, in its order, as PIL's enhancers (and so
+    torchvision and the reference) do.
 
-    view = EvalView(size, crop_pct)
-    return torch.stack([view(open_image(path))["image"] for path in paths])
+    With f the factor, truncated to whole levels after each step: brightness f*x; contrast m + f*(x - m), m the mean
+    luma of the image; saturation g + f*(x - g), g the luma of each pixel.
+
+    Args:
+        pixels: uint8 [B, H, W, 3]. steps: ints [B, S], 0 brightness, 1 contrast, 2 saturation. factors: floats [B, S].
+
+    Returns:
+        a new tensor like `pixels`. By PIL on the CPU, where it is twice as fast; by torch elsewhere, within a level
+        of it for each step.
+    """
+    if pixels.device.type != "cpu":
+        return jitter_batched(pixels, steps, factors)
+    jittered = []
+    for image, kinds, values in zip(pixels.numpy(), steps.tolist(), factors.tolist(), strict=True):
+        image = Image.fromarray(image)
+        for kind, factor in zip(kinds, values, strict=True):
+            image = ENHANCERS[kind](image).enhance(factor)
+        jittered.append(np.asarray(image))
+    return torch.from_numpy(np.stack(jittered))
+
+
+def jitter_batched(pixels: Tensor, steps: np.ndarray, factors: np.ndarray) -> Tensor:
+    """`color_jitter` in torch ops: every step is x <- base + f*(x - base), with base 0, m or g."""
+    x = pixels.float()
+    weights = torch.tensor(LUMA).to(x.device, non_blocking=True)
+    kinds, values = (torch.from_numpy(a).to(x.device, non_blocking=True) for a in (steps, factors.astype(np.float32)))
+    for step in range(steps.shape[1]):
+        kind, factor = (a[:, step, None, None, None] for a in (kinds, values))  # [B, 1, 1, 1]
+        luma = (x * weights).sum(-1, keepdim=True).round_()
+        base = torch.where(kind == CONTRAST, luma.mean((1, 2, 3), keepdim=True).round_(), luma)
+        base = torch.where(kind == BRIGHTNESS, 0, base)
+        x = (x - base).mul_(factor).add_(base).floor_().clamp_(0, 255)
+    return x.to(torch.uint8)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from ..quantize.options import DEAD_AFTER
 from ..quantize.quantizer import FusedVectorQuantizer
-from .linear import FullPrecisionLinear, Linear
-from .vit import ViT, ViTConfig, init_weights, rescale_outputs
+from .vit import Linear, ViT, ViTConfig, init_weights, rescale_outputs
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,15 @@ class PatchViT(ViT):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc_norm(self.forward_tokens(images)[:, 1:])
+
+
+class FullPrecisionLinear(nn.Linear):
+    """``nn.Linear`` in fp32, or fp64 for fp64 inputs, whatever autocast and the dtype of its weights are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if x.dtype == torch.float64 else x.float()
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class Tokenizer(nn.Module):
@@ -122,7 +130,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def similarity(self, images: Tensor, teacher_features: Tensor) -> Tensor:
-        """Cosine of what the decoder makes of the codes alone and of the teacher's feature, by patch: [B, N] fp32.
+        """Cosine of what the decoder makes of only the codes and of the teacher's feature, by patch: [B, N] fp32.
 
         Args:
             images: [B, 3, H, W] in [0, 1]. teacher_features: [B, N, teacher_dim].

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
+from ..models.attention import position_bias
 from ..models.classifier import Classifier
 from ..models.student import Student
 from ..models.tokenizer import Tokenizer
-from ..models.vit import Attention, ViT, position_bias
+from ..models.vit import Attention, ViT
 
 KEPT = 0.6  # the share of a head's attention that ``most_attended`` keeps, as the reference's visualize_attention.py
 
@@ -30,7 +31,7 @@ def attention_probabilities(
     Raises:
         UserError: a layer that the model does not have.
     """
-    from ..models.inputs import normalise
+    from ..models.vit import normalise
 
     vit, views = (model.encoder, 2 * images - 1) if isinstance(model, Tokenizer) else (model, normalise(images))
     depth = len(vit.blocks)

@@ -72,7 +72,7 @@ def load_run_model(
         image_size: that of the images it shall read, if not its training's; its positions are interpolated.
         average: of a fine-tuning, the moving average of the weights.
     """
-    config = read_config(_kind_of_run(run), run)
+    config = _config_of(run)
     if image_size is not None:
         config = dataclasses.replace(config, image_size=image_size)
     path = latest_weights(run)
@@ -93,11 +93,12 @@ def load_run_model(
     return model.eval(), config
 
 
-def _kind_of_run(run: Path) -> type[TokenizerConfig] | type[PretrainConfig] | type[FinetuneConfig]:
-    values = stored_config(run)
-    if "num_codes" in values:
-        return TokenizerConfig
-    return FinetuneConfig if "layer_decay" in values else PretrainConfig
+def _config_of(run: Path) -> TokenizerConfig | PretrainConfig | FinetuneConfig:
+    configs = {config.stage: config for config in (TokenizerConfig, PretrainConfig, FinetuneConfig)}
+    stage = str(stored_config(run)["stage"])
+    if stage not in configs:
+        raise UserError(f"{run} is a run folder of {stage}, but one of {', '.join(configs)} is needed.")
+    return read_config(configs[stage], run)
 
 
 def load_teacher(config: TokenizerConfig, tokenizer: Tokenizer) -> Teacher:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from beitv2_fast.data.dataset import ImageFolder
 from beitv2_fast.data.find import find_images
+from beitv2_fast.data.images import ImageFolder
 from beitv2_fast.data.views import EvalView
 from beitv2_fast.distributed import World
 from beitv2_fast.downstream.evaluation import class_columns, evaluate, listed_classes
@@ -53,7 +53,7 @@ def world(rank: int = 0, size: int = 1) -> World:
 
 
 def expected(model: Rows, dataset: ImageFolder, columns: torch.Tensor) -> dict[str, float]:
-    from beitv2_fast.models.inputs import normalise
+    from beitv2_fast.models.vit import normalise
 
     scores, labels = [], []
     for i in range(len(dataset)):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from ..support.training import ENVIRONMENT, ROOT, TORCHRUN, Halted, assert_same_bits, call, last_weights
+from ..support.training import (
+    Halted,
+    assert_same_bits,
+    call,
+    last_weights,
+    run_jobs,
+)
 from ..training.test_distributed import settings
 from .test_segment import SMALL, results, write_scenes
 
@@ -45,10 +50,7 @@ def runs(tmp_path_factory) -> Path:
         moved = f"torch_to_{target}"
         jobs.append(("copy", [str(root / "torch"), str(root / moved), 6]))
         jobs.append(("segment", options(moved, *ALONE, "--batch-size", 2, *zero.get(target, []))))
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    command = [*TORCHRUN, str(ROOT / "tests" / "ranks.py"), str(root / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-5000:]
+    run_jobs(root, jobs)
     return root
 
 

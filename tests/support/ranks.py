@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from beitv2_fast.distributed import run_main
 from beitv2_fast.train import evaluate, finetune, linear_probe, pretrain, segment, tokenizer
-from beitv2_fast.training.log import TrainingLog
+from beitv2_fast.training.monitor import TrainingLog
 
 
 def copy(run: str, other: str, step: str) -> int:
@@ -69,7 +69,7 @@ JOBS = {
 
 def main() -> int:
     jobs = json.loads(Path(next(a for a in sys.argv[1:] if not a.startswith("--local_rank"))).read_text())
-    return max(abs(JOBS[name](options)) for name, options in jobs)
+    return max(abs(JOBS[name](list(map(str, options)))) for name, options in jobs)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def load_backbone(model: Segmenter, state: dict[str, Tensor], source: str) -> li
 
 def is_segmentation(path: Path) -> bool:
     """Whether it is the run folder of a segmentation."""
-    return (path / "config.json").is_file() and "auxiliary_weight" in stored_config(path)
+    return (path / "config.json").is_file() and stored_config(path)["stage"] == SegmentConfig.stage
 
 
 def _check_shape(config: SegmentConfig, wrong: dict[str, object]) -> None:

@@ -11,11 +11,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...data.draws import image_keys
-from ...data.images import DataError, ImageList
-from ...data.sampler import Key
-from ...errors import require
-from ...models.inputs import IMAGENET_MEAN
+from ...data.draws import Key, image_keys
+from ...data.images import ImageList
+from ...errors import DataError, require
+from ...models.vit import IMAGENET_MEAN
 from .masks import IGNORED, MaskList
 
 LONGEST = 4  # an image's longer side is at most so many times the base size: the reference's 2048 for 512

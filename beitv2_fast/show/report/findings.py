@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ...config.show import ReportConfig
 from ...data.check import check_images
-from ...data.dataset import ImageFolder
 from ...data.find import find_images, held_out_images, sample_images
-from ...data.images import ImageList
+from ...data.images import ImageFolder, ImageList
 from ...errors import UserError
 from ...models.student import Student
 from ...models.tokenizer import Tokenizer
