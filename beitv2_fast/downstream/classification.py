@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,15 +23,13 @@ from ..runs.folder import RunFolder
 from ..training.images import checked_images
 from ..weights.build import vit_config
 from ..weights.files import read
-from ..weights.start import describe_new, start_classifier
+from ..weights.start import describe_new, start_config, start_from
 from .evaluation import columns_of, evaluate
 
 CLASSES = "classes.json"  # in the run folder: the names of the classes, in the order of the logits
 # a new head starts so small that the first gradients do not disturb the backbone (--init_scale of the reference's
 # run_class_finetuning.py)
 HEAD_SCALE = 1e-3
-POSITION = {"shared_relative": "relative"}  # the table that all blocks shared is copied into each
-SHAPE = ("dim", "depth", "heads", "patch_size")
 
 
 def start_model(config: FinetuneConfig, classes: list[str], say: Callable[[str], None]) -> Classifier:
@@ -48,23 +45,12 @@ def start_model(config: FinetuneConfig, classes: list[str], say: Callable[[str],
         model = Classifier(ClassifierConfig(vit_config(config, position="relative"), len(classes)))
         return _small_head(model)
     loaded = read(config.weights)
-    backbone = loaded.backbone(heads=config.heads)
-    wrong = [
-        f"--{n.replace('_', '-')} {getattr(backbone, n)}" for n in SHAPE if getattr(backbone, n) != getattr(config, n)
-    ]
-    if wrong:
-        raise UserError(
-            f"{config.weights} has another shape than these options: give it as {' '.join(wrong)}, choose the --preset "
-            "of that size, or name other weights."
-        )
-    position = POSITION.get(backbone.position, backbone.position)
-    own = ("image_size", "drop_path", "attention", "checkpointing", "init_std")
-    shape = {name: value for name, value in dataclasses.asdict(backbone).items() if name not in own}
-    model = Classifier(ClassifierConfig(vit_config(config, **{**shape, "position": position}), len(classes)))
+    vit = start_config(config, loaded.backbone(heads=config.heads))
+    model = Classifier(ClassifierConfig(vit, len(classes)))
     state = loaded.ours
     if (known := stored_classes(config.weights)) is not None and known != classes:
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
-    new = start_classifier(model, state, str(config.weights))
+    new = start_from(model, state, str(config.weights))
     say(f"weights from {config.weights}; {describe_new(new)}")
     return _small_head(model) if "head.weight" in new else model
 

@@ -3,7 +3,7 @@
     theirs = convert(model.state_dict(), "timm")  # and back: convert(theirs, "beitv2_fast")
 
 ``names`` has the tables of names, ``shapes`` reads a model's config off its tensors, ``files`` reads and writes files
-and folders, ``finetune`` makes the start of a classifier from pre-trained weights.
+and folders, ``start`` makes them the start of a training.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def convert(state: Mapping[str, Any], target: str, source: str | None = None) ->
     if kind == "tokenizer" and target not in ("beitv2_fast", "published"):
         raise CheckpointError(
             f"{target} has no tokenizer. Convert to beitv2_fast or published, or make a classifier's weights of its "
-            "encoder with beitv2_fast.convert.finetune.to_classifier."
+            "encoder with beitv2_fast.weights.start.to_classifier."
         )
     if "quantize.initialized" in ours:
         ours["quantize.initialized"] = ours["quantize.initialized"].to(torch.bool).reshape(())

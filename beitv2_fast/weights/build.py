@@ -32,6 +32,12 @@ def vit_config(config: TrainConfig, **values: Any) -> ViTConfig:
         raise UserError(f"{error}. Change one of these options.") from error
 
 
+def trained_vit(config: TrainConfig, found: ViTConfig) -> ViTConfig:
+    """A ViT of the shape that weights were found to have; what no weight depends on is as in the training's config."""
+    free = ("image_size", "drop_path", "attention", "checkpointing", "init_std")
+    return vit_config(config, **{name: v for name, v in dataclasses.asdict(found).items() if name not in free})
+
+
 def build_tokenizer(config: TokenizerConfig, teacher_dim: int) -> Tokenizer:
     return Tokenizer(
         TokenizerModelConfig(
@@ -85,10 +91,7 @@ def load_run_model(
         model = build_student(config, state["lm_head.weight"].shape[0])
     else:
         found = describe(state, {"heads": config.heads})
-        shape = dataclasses.asdict(found.vit)
-        own = ("image_size", "drop_path", "attention", "checkpointing")
-        vit = vit_config(config, **{name: value for name, value in shape.items() if name not in own})
-        model = Classifier(dataclasses.replace(found, vit=vit))
+        model = Classifier(dataclasses.replace(found, vit=trained_vit(config, found.vit)))
     load_model(model, resize_positions(state, model), str(path))
     return model.eval(), config
 

@@ -12,7 +12,7 @@ from beitv2_fast.models.vit import SIZES
 from beitv2_fast.weights import convert, detect, kind_of
 from beitv2_fast.weights.names import FORMATS
 from beitv2_fast.weights.shapes import describe
-from beitv2_fast.weights.start import start_classifier, to_classifier
+from beitv2_fast.weights.start import start_from, to_classifier
 
 from ..support.golden import load, needs_golden, under
 from ..support.weights import POSITIONS, assert_same_state, classifier, student, tokenizer, vit
@@ -180,7 +180,7 @@ def test_fine_tuning_starts_with_the_shared_table_in_every_layer():
 
 def test_fine_tuning_starts_with_the_backbones_features():
     model, start = student(), Classifier(ClassifierConfig(vit("relative"), 5))
-    new = start_classifier(start, model.state_dict(), "FILE")
+    new = start_from(start, model.state_dict(), "FILE")
     assert new == ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"]
     x = torch.randn(2, 3, 48, 48)
     torch.testing.assert_close(start.eval().forward_tokens(x), model.forward_tokens(x), rtol=1e-5, atol=1e-5)
@@ -188,15 +188,22 @@ def test_fine_tuning_starts_with_the_backbones_features():
 
 def test_the_tokenizers_encoder_keeps_its_norm_and_sees_the_same_in_normalised_images():
     model, start = tokenizer(), Classifier(ClassifierConfig(vit("absolute", 0.0), 5))
-    assert start_classifier(start, model.state_dict(), "FILE") == ["head.weight", "head.bias"]
+    assert start_from(start, model.state_dict(), "FILE") == ["head.weight", "head.bias"]
     x = torch.rand(2, 3, 48, 48)
     tokens = start.eval().forward_tokens(normalise(x))
     torch.testing.assert_close(tokens, model.encoder.forward_tokens(2 * x - 1), rtol=1e-4, atol=1e-4)
 
 
+def test_a_classifier_with_one_table_for_all_layers_starts_one_with_a_table_in_every_layer():
+    model, start = classifier("shared_relative"), Classifier(ClassifierConfig(vit("relative"), 7))
+    assert start_from(start, model.state_dict(), "FILE") == []
+    x = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(start.eval()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_a_head_for_other_classes_is_new_and_the_rest_loaded():
     model, start = classifier(num_classes=7), Classifier(ClassifierConfig(vit("relative"), 5))
-    assert start_classifier(start, model.state_dict(), "FILE") == ["head.weight", "head.bias"]
+    assert start_from(start, model.state_dict(), "FILE") == ["head.weight", "head.bias"]
     assert torch.equal(start.fc_norm.weight, model.fc_norm.weight)
 
 
