@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,17 @@ class UserError(ValueError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or made by another model or config."""
+
+
+def first_lines(lines: Sequence[str], most: int = 10) -> str:
+    """The first lines, indented, and how many more there are."""
+    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n".join(f"  {line}" for line in [*lines[:most], *more])
+
+
+def first_few(names: Sequence[object], most: int = 8, between: str = ", ") -> str:
+    """The first names, and dots if there are more."""
+    return between.join(map(str, [*names[:most], *(["..."] if len(names) > most else [])]))
 
 
 def require_floating(images: Tensor) -> None:

@@ -19,8 +19,8 @@ from beitv2_fast.config.presets import EVALUATE
 from beitv2_fast.data.find import find_images
 from beitv2_fast.data.views import EvalView
 from beitv2_fast.distributed import autocast_dtype, run_main, start
-from beitv2_fast.downstream.classification import crop_share, describe, labelled_images, stored_classes
-from beitv2_fast.downstream.evaluation import columns_of, evaluate, listed_classes
+from beitv2_fast.downstream.classification import crop_share, labelled_images, stored_classes, top1_line
+from beitv2_fast.downstream.evaluation import columns_of, evaluate_classifier, listed_classes
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.classifier import Classifier
 from beitv2_fast.runs.checkpoints import latest_weights
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
             if row.items() <= finished.get((name, kind), {}).items():
                 rows.append(finished[name, kind])
                 continue
-            result = evaluate(
+            result = evaluate_classifier(
                 model,
                 dataset,
                 columns,
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
             )
             rows.append({**row, **result})
             among = f"{len(columns)} of {len(classes)} classes"
-            run.print(f"evaluate  {name:<20} {kind:<8} {describe(result, len(columns))}, {among}")
+            run.print(f"evaluate  {name:<20} {kind:<8} {top1_line(result, len(columns))}, {among}")
             if run.writes:
                 content = {"model": str(config.model), "state": state, "rows": rows}
                 write_atomically(run.path / "results.json", json.dumps(content, indent=2) + "\n")

@@ -16,7 +16,7 @@ from beitv2_fast.data.views import FinetuneView
 from beitv2_fast.distributed import World, run_main, start
 from beitv2_fast.downstream.augment import BatchAugment
 from beitv2_fast.downstream.classification import (
-    Validation,
+    ClassifierValidation,
     start_model,
     store_classes,
     stored_classes,
@@ -63,7 +63,7 @@ def evaluate_only(config: FinetuneConfig, world: World) -> int:
     models = {kind: load_run_model(config.out, average=kind == "average")[0].to(world.device) for kind in kinds}
     run = RunFolder(config, world.rank)
     step = int(sorted(run.checkpoints.glob("step_*"))[-1].name.removeprefix("step_"))
-    Validation(config, classes, run, world)(step, models, lambda: None)
+    ClassifierValidation(config, classes, run, world)(step, models, lambda: None)
     run.close()
     return 0
 
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     validation = None
     if validation_images(config) is not None:
-        validation = Validation(config, classes, run, world)
+        validation = ClassifierValidation(config, classes, run, world)
     else:
         run.print("no images to evaluate on: neither --val nor a folder val or test in --data")
 

@@ -18,7 +18,12 @@ from beitv2_fast.downstream.segmentation.head import across_ranks, resize
 from beitv2_fast.downstream.segmentation.masks import IGNORED, validation_folders
 from beitv2_fast.downstream.segmentation.model import Segmenter
 from beitv2_fast.downstream.segmentation.overlays import overlay
-from beitv2_fast.downstream.segmentation.training import Validation, load_segmenter, start_segmenter, training_folder
+from beitv2_fast.downstream.segmentation.training import (
+    SegmenterValidation,
+    load_segmenter,
+    start_segmenter,
+    training_folder,
+)
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.inputs import normalise
 from beitv2_fast.runs.folder import RunFolder
@@ -88,7 +93,7 @@ def evaluate_only(config: SegmentConfig, world: World) -> int:
     model = load_segmenter(config.out)[0].to(world.device)
     run = RunFolder(config, world.rank)
     step = int(sorted(run.checkpoints.glob("step_*"))[-1].name.removeprefix("step_"))
-    Validation(config, folders, model.config.num_classes, run, world)(step, {"weights": model}, lambda: None)
+    SegmenterValidation(config, folders, model.config.num_classes, run, world)(step, {"weights": model}, lambda: None)
     run.close()
     return 0
 
@@ -109,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     model = across_ranks(start_segmenter(config, num_classes, run.print), world)
     validation, folders = None, validation_folders(config.data, config.val)
     if folders is not None:
-        validation = Validation(config, folders, num_classes, run, world)
+        validation = SegmenterValidation(config, folders, num_classes, run, world)
     else:
         run.print("no images to evaluate on: neither --val nor val, validation or test of --data")
     return train(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..weights import Weights, convert
-from ..weights.files import METADATA, SUFFIXES, read, write
+from ..weights.files import METADATA, WEIGHT_SUFFIXES, read, write
 from ..weights.shapes import flatten
 
 
@@ -35,7 +35,7 @@ def convert_file(
         try:
             config = loaded.config(**hints)
         except CheckpointError:  # weights alone can be written without
-            if Path(out).suffix not in SUFFIXES:
+            if Path(out).suffix not in WEIGHT_SUFFIXES:
                 raise
     write(out, state, target, config, force=force)
     return loaded.format, state

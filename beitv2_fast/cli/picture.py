@@ -100,7 +100,7 @@ class NearestConfig(PatchPicture):
     max_images: int = option(1000, "images of the data set that are looked at, drawn class by class", at_least=1)
 
 
-KINDS: dict[str, PictureConfig] = {
+PICTURES: dict[str, PictureConfig] = {
     "codes": CodesConfig(),
     "tokens": TokensConfig(),
     "nearest": NearestConfig(),
@@ -111,7 +111,7 @@ KINDS: dict[str, PictureConfig] = {
 
 
 def write_picture(kind: str, runs: list[Path], out: Path, config: PictureConfig) -> Path:
-    """Draw a picture of one of ``KINDS`` and write it as PNG; an existing file is replaced.
+    """Draw a picture of one of ``PICTURES`` and write it as PNG; an existing file is replaced.
 
     Args:
         runs: one; of "curves" several. See ``explore`` for what a run may be.

@@ -24,9 +24,9 @@ from ..training.images import checked_images
 from ..weights.build import vit_config
 from ..weights.files import read
 from ..weights.start import describe_new, start_config, start_from
-from .evaluation import columns_of, evaluate
+from .evaluation import columns_of, evaluate_classifier
 
-CLASSES = "classes.json"  # in the run folder: the names of the classes, in the order of the logits
+CLASSES_FILE = "classes.json"  # in the run folder: the names of the classes, in the order of the logits
 # a new head starts so small that the first gradients do not disturb the backbone (--init_scale of the reference's
 # run_class_finetuning.py)
 HEAD_SCALE = 1e-3
@@ -64,7 +64,7 @@ def _small_head(model: Classifier) -> Classifier:
 
 def stored_classes(run: Path) -> list[str] | None:
     """The classes that a fine-tuning wrote into its run folder; None if this is none."""
-    file = run / CLASSES
+    file = run / CLASSES_FILE
     return json.loads(file.read_text()) if file.is_file() else None
 
 
@@ -77,7 +77,7 @@ def store_classes(run: RunFolder, classes: list[str]) -> None:
             f"({', '.join(classes[:5])}, ...). Restore the class folders, or choose another --out."
         )
     if run.writes:
-        write_atomically(run.path / CLASSES, json.dumps(classes) + "\n")
+        write_atomically(run.path / CLASSES_FILE, json.dumps(classes) + "\n")
 
 
 def labelled_images(
@@ -111,7 +111,7 @@ def validation_images(config: FinetuneConfig) -> tuple[Path, str | None] | None:
     return None if split is None else (config.data, split)
 
 
-class Validation:
+class ClassifierValidation:
     """Evaluates at the ends of epochs: a line in the log, evaluation.jsonl and, in the end, results.json."""
 
     def __init__(self, config: FinetuneConfig, classes: list[str], run: RunFolder, world: World):
@@ -124,7 +124,7 @@ class Validation:
     def __call__(self, step: int, models: dict[str, nn.Module], progress: Callable[[], None]) -> dict[str, dict]:
         """The results by model, logged."""
         results = {
-            name: evaluate(
+            name: evaluate_classifier(
                 model,
                 self.dataset,
                 self.columns,
@@ -137,7 +137,7 @@ class Validation:
             for name, model in models.items()
         }
         for name, found in results.items():
-            self.run.print(f"evaluation  step {step}  {name:<8} {describe(found, len(self.columns))}")
+            self.run.print(f"evaluation  step {step}  {name:<8} {top1_line(found, len(self.columns))}")
         self.run.metrics(
             step,
             {f"{name}_{key}": v for name, found in results.items() for key, v in found.items()},
@@ -149,7 +149,7 @@ class Validation:
         return results
 
 
-def describe(found: dict[str, float], classes: int) -> str:
+def top1_line(found: dict[str, float], classes: int) -> str:
     """A line of the log. Top-5 is told of more than five classes, where it says something."""
     top5 = f"  top-5 {found['top5']:.2%}" if classes > 5 else ""
     return f"top-1 {found['top1']:.2%}{top5}  loss {found['loss']:.3f}  {found['images']:,} images"

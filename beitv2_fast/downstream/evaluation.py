@@ -17,7 +17,7 @@ from ..data.images import ImageList
 from ..data.loaders import keyed_loader
 from ..data.sampler import rank_share
 from ..distributed import World
-from ..errors import UserError
+from ..errors import UserError, first_few
 from ..models.inputs import normalise
 
 
@@ -76,18 +76,16 @@ def class_columns(folder_classes: Sequence[str], classes: Sequence[str], folder:
     number = {name: i for i, name in enumerate(classes)}
     unknown = [name for name in folder_classes if name not in number]
     if not folder_classes or unknown:
-        named = (
-            f"the classes {', '.join(unknown[:8])}{', ...' if len(unknown) > 8 else ''}" if unknown else "no classes"
-        )
+        named = f"the classes {first_few(unknown)}" if unknown else "no classes"
         raise UserError(
-            f"{folder} has {named}, but the classifier knows {len(classes)}: {', '.join(classes[:8])}"
-            f"{', ...' if len(classes) > 8 else ''}. Evaluation needs class folders under the training's names."
+            f"{folder} has {named}, but the classifier knows {len(classes)}: {first_few(classes)}. Evaluation needs "
+            "class folders under the training's names."
         )
     return torch.tensor([number[name] for name in folder_classes])
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_classifier(
     model: nn.Module,
     dataset: ImageFolder,
     columns: Tensor,

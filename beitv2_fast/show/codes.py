@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.dataset import ImageFolder
-from ..data.find import _in_turns
+from ..data.find import in_turns
 from ..data.images import ImageList
 from ..data.loaders import eval_loader
 from ..data.views import EvalView
@@ -28,7 +28,7 @@ def choose_patches(codes: Tensor, code: int, count: int, seed: int) -> list[tupl
     generator.shuffle(found)
     for patches in found:
         generator.shuffle(patches)
-    return _in_turns(found)[:count]
+    return in_turns(found)[:count]
 
 
 def choose_codes(usage: CodeUsage, rows: int) -> tuple[list[int], int]:

@@ -15,13 +15,13 @@ from .plots import stack
 from .sheets import Label, Sheet, cell_width, image_of, patch_picture
 from .theme import Theme
 
-COLUMNS = 6  # most pictures in a row
+MOST_COLUMNS = 6  # most pictures in a row
 OVER = 0.7  # share of the heat where it lies over a photograph
 
 
 def attention_columns(heads: int) -> int:
     """Columns of the sheet for so many heads."""
-    return min(COLUMNS, heads + 2)
+    return min(MOST_COLUMNS, heads + 2)
 
 
 def attention_sheet(

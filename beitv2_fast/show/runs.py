@@ -28,7 +28,7 @@ from ..teachers.base import Teacher
 from ..weights.build import load_run_model, load_teacher
 from ..weights.create import create_model
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 SAMPLES = 24
 NO_STUDENT = "There is no pre-training here, so there is no mask game: it needs a student that predicts hidden tokens."
@@ -178,7 +178,7 @@ def _images(
     if data is None:
         raise UserError(f"The run's images are not at {places[0]}. Name a folder of images with --data.")
     found = find_images(data, "train")
-    log.info(found.summary)
+    _log.info(found.summary)
     held_out = held_out_images(data)
     images = _readable(found, config.max_images, config.seed, tokenizer)
     samples = _readable(held_out or images, SAMPLES, config.seed, tokenizer)

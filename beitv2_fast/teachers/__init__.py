@@ -17,7 +17,6 @@ from .base import Teacher
 from .networks import CLIP, DINO_NAME, EfficientNetLite0, Timm, timm_source
 
 TAUGHT_BY = {"clip": "captions of images", "dino": "images alone", "efficientnet_lite0": "ImageNet's labels"}
-NAMES = "clip, dino, timm:NAME, timm:NAME@LAYER, efficientnet_lite0"
 
 
 def create_teacher(
@@ -55,7 +54,10 @@ def _build(name: str, grid: tuple[int, int], weights: str | None) -> Teacher:
         return EfficientNetLite0(grid, weights)
     model, at, layer = name.removeprefix("timm:").partition("@")
     if not name.startswith("timm:") or not model or (at and not layer.removeprefix("-").isdigit()):
-        raise UserError(f"unknown teacher {name!r}; there are {NAMES} (LAYER: from 0, or from the end if negative)")
+        raise UserError(
+            f"unknown teacher {name!r}; there are clip, dino, timm:NAME, timm:NAME@LAYER, efficientnet_lite0 (LAYER: "
+            "from 0, or from the end if negative)"
+        )
     return Timm(model, int(layer) if at else -1, grid, weights)
 
 

@@ -32,7 +32,6 @@ IMAGES_A_FILE = 512
 FORMAT = 2  # of the files and of their names
 STALE = 3600.0  # seconds after which a file that is being written belongs to nobody any more
 
-Teacher = Callable[[Tensor], Tensor]  # images [B, 3, S, S] in [0, 1] -> features [B, N, C]
 Part = tuple[int, int]  # view, first image
 
 
@@ -46,7 +45,7 @@ class TeacherFeatures:
     Args:
         folder: where the files are or will be; other runs may use it too.
         dataset: the views that the teacher sees; ``dataset.views`` of every image.
-        teacher: what turns images into features, on ``world.device``.
+        teacher: images [B, 3, S, S] in [0, 1] -> features [B, N, C], on ``world.device``.
         shape: (N, C) of an image's features.
         identity: what the features depend on beside the images and their crops, as JSON types: "teacher", its name;
             the hash of its weights; the grid; the precision.
@@ -60,7 +59,7 @@ class TeacherFeatures:
         self,
         folder: Path,
         dataset: ImageFolder,
-        teacher: Teacher,
+        teacher: Callable[[Tensor], Tensor],
         world: World,
         *,
         shape: tuple[int, int],
@@ -124,7 +123,7 @@ class TeacherFeatures:
         return features if whole and size == features.offset + features.nbytes else None
 
     def _compute(
-        self, parts: list[Part], dataset: ImageFolder, teacher: Teacher, world: World, batch_size: int, workers: int
+        self, parts: list[Part], dataset: ImageFolder, teacher: Callable, world: World, batch_size: int, workers: int
     ) -> None:
         if not parts:
             return

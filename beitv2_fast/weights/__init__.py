@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, UserError
+from ..errors import CheckpointError, UserError, first_few
 from ..models.vit import relative_position_index
 from .names import BIAS_INDEX, BIAS_TABLE, FORMATS, PUBLISHED_COUNTERS, PUBLISHED_UNUSED
 from .translate import from_ours, to_ours
 
 __all__ = ["FORMATS", "Weights", "convert", "detect", "from_published", "kind_of"]
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 # what torch.compile, FSDP and activation checkpointing put into the names, at any depth
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -125,7 +125,7 @@ def detect(state: Mapping[str, Tensor]) -> str:
         return "beitv2_fast"
     raise CheckpointError(
         f"these are no weights of a BEiT v2 model in a known format ({', '.join(FORMATS)}): their names are "
-        f"{', '.join(list(state)[:8])}{', ...' if len(state) > 8 else ''}."
+        f"{first_few(list(state))}."
     )
 
 
@@ -159,7 +159,7 @@ def without_wrapping(state: Mapping[str, Any]) -> dict[str, Tensor]:
     prefix = prefixes[0] if prefixes else ""
     beside = [name for name in plain if not name.startswith(prefix)]
     if beside:
-        log.warning("entries beside %s* are left out: %s", prefix, ", ".join(beside[:8]))
+        _log.warning("entries beside %s* are left out: %s", prefix, ", ".join(beside[:8]))
     return {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
 
 

@@ -19,7 +19,7 @@ from .files import Loaded, read
 from .shapes import EARLY_LAYERS, ModelConfig, flatten, unflatten
 from .start import describe_new, own_positions, start_from
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 MODEL_CLASSES = {TokenizerModelConfig: Tokenizer, StudentConfig: Student, ClassifierConfig: Classifier}
 LAYER_SCALE = {"small": 0.1, "base": 0.1, "large": 1e-5, "huge": 1e-5}
@@ -142,7 +142,7 @@ def _load(name: str | None, named: ModelConfig | None, loaded: Loaded, source: s
     _check_overrides(found, config, source)
     model = MODEL_CLASSES[type(config)](config).eval()
     if isinstance(model, Classifier) and config.num_classes != found.num_classes:
-        log.warning("%s: %s", source, describe_new(start_from(model, weights, source)))
+        _log.warning("%s: %s", source, describe_new(start_from(model, weights, source)))
     else:
         load_model(model, resize_positions(weights, model), source)
     return model
@@ -156,7 +156,7 @@ def _start(name: str, named: ClassifierConfig, loaded: Loaded, source: str, over
     final = _replace(config, overrides, source)
     _check_overrides(config, final, source)
     model = Classifier(final).eval()
-    log.warning("%s: %s", source, describe_new(start_from(model, loaded.ours, source)))
+    _log.warning("%s: %s", source, describe_new(start_from(model, loaded.ours, source)))
     return model
 
 

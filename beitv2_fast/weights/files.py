@@ -22,7 +22,7 @@ from .shapes import ModelConfig, describe, describe_backbone, flatten
 from .transformers_config import from_transformers, preprocessor, to_transformers
 
 METADATA = "beitv2_fast"  # key of the config in our files' metadata
-SUFFIXES = (".safetensors", ".pth", ".pt")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
 # in a folder of transformers, the first that is there; the second of each pair: of a variant, such as fp16
 FOLDER_WEIGHTS = (
     ("model.safetensors", r"model\.\w+\.safetensors"),
@@ -94,8 +94,8 @@ def write(
         UserError: something is there already, or the name has no suffix that says what to write.
     """
     path, extras = Path(path), dict(getattr(state, "extras", {}))
-    folder = target == "transformers" and path.suffix not in SUFFIXES
-    if not folder and path.suffix not in SUFFIXES:
+    folder = target == "transformers" and path.suffix not in WEIGHT_SUFFIXES
+    if not folder and path.suffix not in WEIGHT_SUFFIXES:
         raise UserError(f"{path} should end in .safetensors (or .pth), so that it is clear what to write.")
     if not folder:
         check_no_folder(path)

@@ -12,7 +12,7 @@ from ..models.tokenizer import TokenizerModelConfig
 from .shapes import ModelConfig
 
 # BeitConfig's name -> ours, for what has the same meaning
-SAME = {
+SAME_MEANING = {
     "hidden_size": "dim",
     "num_hidden_layers": "depth",
     "num_attention_heads": "heads",
@@ -24,7 +24,7 @@ SAME = {
     "drop_path_rate": "drop_path",
     "initializer_range": "init_std",
 }
-POSITIONS = {
+POSITION_FLAGS = {
     "use_absolute_position_embeddings": "absolute",
     "use_shared_relative_position_bias": "shared_relative",
     "use_relative_position_bias": "relative",
@@ -39,8 +39,8 @@ def to_transformers(config: ModelConfig) -> dict[str, Any]:
     values = {
         "architectures": ["BeitForMaskedImageModeling" if student else "BeitForImageClassification"],
         "model_type": "beit",
-        **{theirs: getattr(vit, ours) for theirs, ours in SAME.items()},
-        **{theirs: vit.position == ours for theirs, ours in POSITIONS.items()},
+        **{theirs: getattr(vit, ours) for theirs, ours in SAME_MEANING.items()},
+        **{theirs: vit.position == ours for theirs, ours in POSITION_FLAGS.items()},
         "intermediate_size": int(vit.dim * vit.mlp_ratio),
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
@@ -90,7 +90,7 @@ def from_transformers(file: Path) -> dict[str, Any]:
         raise CheckpointError(f'{file} is no config of a Beit model (its model_type is not "beit").')
     if values.get("hidden_act", "gelu") != "gelu":
         raise CheckpointError(f"{file}: hidden_act is {values['hidden_act']!r}, but the models here have gelu.")
-    known = {ours: values[theirs] for theirs, ours in SAME.items() if theirs in values}
+    known = {ours: values[theirs] for theirs, ours in SAME_MEANING.items() if theirs in values}
     known.setdefault("eps", 1e-12)  # BeitConfig's default
     sides = {name: known[name] for name in ("image_size", "patch_size") if isinstance(known.get(name), list)}
     for name, (height, width) in sides.items():

@@ -26,7 +26,7 @@ from ..support.weights import assert_same_state, classifier, images, student, to
 def command(*words: object) -> int:
     """The command in this process: its exit code."""
     with pytest.raises(SystemExit) as exit:
-        distributed.run_main(lambda: cli.run([str(word) for word in words]))
+        distributed.run_main(lambda: cli.run_command([str(word) for word in words]))
     return exit.value.code or 0
 
 

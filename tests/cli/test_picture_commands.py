@@ -13,7 +13,7 @@ from PIL import Image
 pytest.importorskip("matplotlib")
 
 from beitv2_fast import cli
-from beitv2_fast.cli.picture import KINDS
+from beitv2_fast.cli.picture import PICTURES
 from beitv2_fast.config.show import ExploreConfig
 from beitv2_fast.errors import UserError
 from beitv2_fast.pictures import HEAT, heat_map
@@ -35,7 +35,7 @@ def root(tmp_path_factory) -> Path:
 
 
 def picture(out: Path, *words: object) -> Image.Image:
-    assert cli.run(["picture", *map(str, words), "-o", str(out)]) == 0
+    assert cli.run_command(["picture", *map(str, words), "-o", str(out)]) == 0
     return Image.open(out).convert("RGB")
 
 
@@ -59,12 +59,12 @@ def test_the_same_command_draws_the_same_picture(root, tmp_path, kind):
 
 
 def test_help_explains_every_kind_and_option(capsys):
-    for kind in KINDS:
+    for kind in PICTURES:
         with pytest.raises(SystemExit) as ended:
-            cli.run(["picture", kind, "--help"])
+            cli.run_command(["picture", kind, "--help"])
         said = " ".join(capsys.readouterr().out.split())
         assert ended.value.code == 0 and "-o OUT" in said and "--scale" in said and "--theme" in said
-        assert " ".join(type(KINDS[kind]).__doc__.split())[:60] in said
+        assert " ".join(type(PICTURES[kind]).__doc__.split())[:60] in said
 
 
 def test_a_named_code_is_the_one_that_is_drawn(root, tmp_path, monkeypatch):

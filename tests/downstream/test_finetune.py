@@ -292,8 +292,8 @@ def test_an_interrupted_evaluation_goes_on_with_what_is_missing_unless_the_weigh
     assert call("evaluate", *command) == 0
     whole = results(runs / "interrupted")
     file, counted = runs / "interrupted" / "results.json", []
-    evaluate = evaluate_command.evaluate
-    monkeypatch.setattr(evaluate_command, "evaluate", lambda *a, **k: counted.append(0) or evaluate(*a, **k))
+    evaluate = evaluate_command.evaluate_classifier
+    monkeypatch.setattr(evaluate_command, "evaluate_classifier", lambda *a, **k: counted.append(0) or evaluate(*a, **k))
     file.write_text(json.dumps({**whole, "rows": whole["rows"][:1]}))
     assert call("evaluate", *command) == 0
     assert results(runs / "interrupted") == whole and len(counted) == 1

@@ -180,7 +180,7 @@ def test_a_probe_reads_its_features_on_the_device(runs, gpu, backbone):
 
 
 def test_a_folder_is_encoded_and_a_tokenizer_judged_on_the_device(runs, gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "_devices", lambda device: [GPU])
+    monkeypatch.setattr(encode, "devices_of", lambda device: [GPU])
     config = EncodeConfig(runs / "tokenizer", tmp_path / "codes.npz", batch_size=5, precision="fp32", workers=0)
     assert encode_folder(runs / "images", config) == (12, [])
     assert np.load(tmp_path / "codes.npz")["codes"].shape == (12, 4, 4)

@@ -22,14 +22,14 @@ from ...models.tokenizer import Tokenizer
 from ...runs.checkpoints import read_weights, save_weights
 from ...runs.files import atomically
 
-KINDS = {"cls": "CLS token", "mean": "mean of patches"}  # of the whole model, in the order of ``global_features``
-Features = dict[str, Tensor]  # by split
+POOLED = {"cls": "CLS token", "mean": "mean of patches"}  # of the whole model, in the order of ``global_features``
+SplitFeatures = dict[str, Tensor]  # by split
 
 
 def global_features(model: Student | Classifier | Tokenizer, layers: Sequence[int] = ()) -> Callable[[Tensor], Tensor]:
     """Images [B, 3, H, W] in [0, 1] -> global features [B, 2 + 2 layers, C].
 
-    First the CLS token and the mean of the patches that ``models.features`` gives, in the order of ``KINDS``: of a
+    First the CLS token and the mean of the patches that ``models.features`` gives, in the order of ``POOLED``: of a
     student the CLS token of the aggregation branch and the last layer's patches, both normed. Then for each block
     (counted from 1) its CLS token and the mean of its patches as they are. One forward gives them all.
     """
@@ -56,7 +56,7 @@ def global_features(model: Student | Classifier | Tokenizer, layers: Sequence[in
 
 def feature_names(layers: Sequence[int]) -> list[str]:
     """Of the columns of ``global_features``."""
-    return [*KINDS.values(), *(f"{title}, block {layer}" for layer in layers for title in KINDS.values())]
+    return [*POOLED.values(), *(f"{title}, block {layer}" for layer in layers for title in POOLED.values())]
 
 
 class Extractor:
@@ -73,7 +73,7 @@ class Extractor:
         self.device, self.batch_size, self.workers = world.device, batch_size, workers
 
     @torch.inference_mode()
-    def __call__(self, name: str, size: int, function: Callable[[Tensor], Tensor], key: str = "") -> Features:
+    def __call__(self, name: str, size: int, function: Callable[[Tensor], Tensor], key: str = "") -> SplitFeatures:
         """Features [N, ...] on the CPU by split, on rank 0; on the others nothing.
 
         Args:

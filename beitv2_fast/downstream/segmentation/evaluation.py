@@ -119,7 +119,7 @@ class Scores:
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_segmenter(
     model: nn.Module,
     folder: SegmentationFolder,
     num_classes: int,

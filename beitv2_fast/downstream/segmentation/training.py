@@ -21,7 +21,7 @@ from ...weights.build import trained_vit, vit_config
 from ...weights.files import read
 from ...weights.shapes import describe_backbone
 from ...weights.start import SHAPE, check_shape, describe_new, start_config, start_from
-from .evaluation import Slide, evaluate
+from .evaluation import Slide, evaluate_segmenter
 from .masks import MaskList, find_masks, label_table, training_folders
 from .model import Segmenter, SegmenterConfig
 from .overlays import write_overlays
@@ -120,7 +120,7 @@ def training_folder(config: SegmentConfig, run: RunFolder, world: World) -> tupl
     return folder, num_classes
 
 
-class Validation:
+class SegmenterValidation:
     """Evaluates at the ends of epochs: a line in the log, evaluation.jsonl, results.json, and overlays in the end."""
 
     def __init__(
@@ -147,12 +147,12 @@ class Validation:
             slides["multi_scale"] = dataclasses.replace(self.slide, scales=self.config.scales, flip=True)
         drawn = self._drawn()
         for name, slide in slides.items():
-            scores = evaluate(
+            scores = evaluate_segmenter(
                 model, self.folder, self.num_classes, slide, self.world, workers=self.config.workers,
                 amp=autocast_dtype(self.config.precision, self.world.device), keep=drawn, progress=progress,
             )  # fmt: skip
             numbers = scores.numbers()
-            self.run.print(f"evaluation  step {step}  {name:<11} {describe(numbers)}")
+            self.run.print(f"evaluation  step {step}  {name:<11} {miou_line(numbers)}")
             results[name] = {**numbers, "iou": [None if x != x else x for x in scores.iou().tolist()]}
             self.run.metrics(step, {f"{name}_{key}": v for key, v in numbers.items()}, "evaluation.jsonl")
         if self.run.writes:
@@ -167,7 +167,7 @@ class Validation:
         return [own[i * len(own) // count] for i in range(count)]
 
 
-def describe(numbers: dict[str, float]) -> str:
+def miou_line(numbers: dict[str, float]) -> str:
     return (
         f"mIoU {numbers['miou']:.2%}  mAcc {numbers['macc']:.2%}  aAcc {numbers['aacc']:.2%}  "
         f"{numbers['images']:,} images"

@@ -19,7 +19,7 @@ from ...models.inputs import IMAGENET_MEAN
 from .masks import IGNORED, MaskList
 
 LONGEST = 4  # an image's longer side is at most so many times the base size: the reference's 2048 for 512
-CROP_ATTEMPTS = 10
+PLACES_TRIED = 10
 DISTORTIONS = {"brightness": (0.875, 1.125), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.05, 0.05)}
 
 
@@ -77,7 +77,7 @@ class TrainView:
     def _crop(self, mask: Tensor) -> tuple[int, int, int, int]:
         """Top, left, height, width."""
         height, width = (min(side, self.size) for side in mask.shape)
-        for _ in range(CROP_ATTEMPTS):
+        for _ in range(PLACES_TRIED):
             top, left = (
                 int(torch.randint(side - cut + 1, ())) for side, cut in zip(mask.shape, (height, width), strict=True)
             )

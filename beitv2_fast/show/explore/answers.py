@@ -28,7 +28,7 @@ from ..theme import LIGHT
 
 MAX_UPLOAD = 24 << 20  # bytes
 MAX_PIXELS = 64_000_000  # of an upload: more is refused before it is decoded
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+UPLOADED_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 REMEMBERED = 32  # images
 SHOWN = 12  # patches of a sheet
 SIDE = 112  # pixels of a patch's picture
@@ -225,7 +225,7 @@ def _decode(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit on pixels here is the page's own, and lower
-            with Image.open(io.BytesIO(data), formats=FORMATS) as header:
+            with Image.open(io.BytesIO(data), formats=UPLOADED_FORMATS) as header:
                 pixels = header.width * header.height
             if pixels > MAX_PIXELS:
                 raise BadRequest(

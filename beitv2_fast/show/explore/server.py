@@ -31,7 +31,7 @@ STYLES = ("style.css",)
 SCRIPTS = ("server.js", "board.js", "patch.js", "game.js", "main.js")
 
 
-def page(nonce: str) -> str:
+def explore_page(nonce: str) -> str:
     """The page as one document, with its styles and scripts in it; ``nonce``: of its content security policy."""
     folder = files(__package__) / "page"
     themes = f":root {{ {LIGHT.css()} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {DARK.css()} }} }}\n"
@@ -101,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
         match path:
             case []:
                 nonce = secrets.token_urlsafe(16)
-                self._send(page(nonce).encode(), "text/html; charset=utf-8", nonce=nonce)
+                self._send(explore_page(nonce).encode(), "text/html; charset=utf-8", nonce=nonce)
             case ["api", "info"]:
                 self._json(answers.info())
             case ["api", "sample", number]:

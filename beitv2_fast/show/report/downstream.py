@@ -73,7 +73,7 @@ def panels(run: Downstream) -> list[Panel]:
     ]  # fmt: skip
 
 
-def pictures_of(runs: list[Downstream]) -> dict[str, tuple[str, list[Panel]]]:
+def curve_pictures(runs: list[Downstream]) -> dict[str, tuple[str, list[Panel]]]:
     """(alternative text, panels) by picture."""
     return {_picture(i): (f"Curves of {run.name}", panels(run)) for i, run in enumerate(runs)}
 

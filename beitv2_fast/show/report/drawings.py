@@ -24,7 +24,7 @@ from ..patch_sheets import attention_columns, attention_sheet, nearest_sheet, si
 from ..plots import codebook_panels, compared_panels, draw_panels, draw_rows, pretrain_panels, tokenizer_panels
 from ..sheets import code_sheet, display_size, mask_sheet, overlay_sheet, token_map_sheet
 from ..theme import Theme
-from .downstream import pictures_of
+from .downstream import curve_pictures
 from .findings import Findings
 
 MASK_EXAMPLES = 4
@@ -43,7 +43,7 @@ def drawings_of(found: Findings, config: ReportConfig, rows: list[int]) -> dict[
         ("codebook", "Use of the codebook", codebook_panels(found.tokenizer.metrics, found.usage)),
         ("pretraining", "Curves of the pre-training", pretrain_panels(found.pretrain.metrics, found.hidden_usage)),
     )
-    for name, alt, panels in (*curves, *((n, *picture) for n, picture in pictures_of(found.downstream).items())):
+    for name, alt, panels in (*curves, *((n, *picture) for n, picture in curve_pictures(found.downstream).items())):
         if any(p.curves or p.bars for p in panels):
             drawings[name] = alt, False, lambda theme, panels=panels: draw_panels(panels, theme, config.scale)
     if panels := compared_panels(found.compared):

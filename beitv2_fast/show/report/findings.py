@@ -26,7 +26,7 @@ from ..guesses import Guesses, guess_hidden, pretrain_view
 from .downstream import Downstream, read_downstream
 from .stages import Stage, read_results, read_stage
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Findings:
         """What is missing, one sentence or two each."""
         found = [self.tokenizer.problem, self.pretrain.problem, self.no_results, self.no_teacher]
         found += [run.problem for run in self.downstream]
-        found += [f"{name} has no training log (metrics.jsonl)." for name, log in self.compared.items() if not log]
+        found += [f"{name} has no training log (metrics.jsonl)." for name, lines in self.compared.items() if not lines]
         return [problem for problem in found if problem is not None]
 
 
@@ -86,7 +86,7 @@ def gather(config: ReportConfig, device: torch.device) -> Findings:
             "Name run folders with --tokenizer, --pretrain and --probe."
         )
     images = find_images(config.data, "train")
-    log.info(images.summary)
+    _log.info(images.summary)
     found = Findings(tokenizer, pretrain, results, no_results, images, len(images))
     found.downstream = [read_downstream(run) for run in config.downstream]
     found.compared = read_logs(config.compare)
