@@ -36,7 +36,7 @@ def attention_sheet(
     mean = heads.mean(0)
     kept = most_attended(torch.stack([mean, *heads]), share)
     heat = [_marked(_lit(photo, values / values.max()), patch, mean.shape, theme) for values in (mean, *heads)]
-    dark = [_marked(_kept(photo, k), patch, mean.shape, theme) for k in kept]
+    dark = [_marked(darkened(photo, k), patch, mean.shape, theme) for k in kept]
     names = ["mean of the heads", *(f"head {i + 1}" for i in range(len(heads)))]
     columns = attention_columns(len(heads))
     photograph = _marked(photo, patch, mean.shape, theme), "photograph"
@@ -108,7 +108,7 @@ def _lit(photo: Tensor, values: Tensor) -> Tensor:
     return torch.lerp(photo * (0.5 + 0.5 * share), heat_map(0.35 + 0.5 * values, cell), 0.1 + 0.65 * share)
 
 
-def _kept(photo: Tensor, kept: Tensor) -> Tensor:
+def darkened(photo: Tensor, kept: Tensor) -> Tensor:
     """The photograph, dark where a patch is not kept."""
     cell = photo.shape[1] // kept.shape[0]
     shown = kept.repeat_interleave(cell, 0).repeat_interleave(cell, 1)

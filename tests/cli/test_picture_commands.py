@@ -113,7 +113,7 @@ def test_the_attention_drawn_is_that_of_the_patch_layer_and_model_asked_for(root
 def test_the_kept_patches_stay_bright_and_the_others_go_dark():
     photo, heads = torch.ones(3, 40, 40), torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(0))
     kept = most_attended(heads[1])
-    shown = attention_sheets._kept(photo, kept)[0, ::10, ::10]
+    shown = attention_sheets.darkened(photo, kept)[0, ::10, ::10]
     assert torch.equal(shown == 1, kept) and torch.allclose(shown[~kept], torch.tensor(0.2))
 
 

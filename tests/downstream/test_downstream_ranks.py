@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,30 +14,26 @@ import torch
 from safetensors.torch import load_file
 
 from ..faults.test_ranks import ranks_of
+from ..support.downstream import EVALUATE, results, write_colours, write_starts
 from ..support.training import (
-    ENVIRONMENT,
-    PRETRAIN,
-    ROOT,
     TINY,
-    TOKENIZER,
+    TORCHRUN,
     Halted,
     assert_same_bits,
     call,
     checkpoints,
     last_weights,
+    on_two_ranks,
     run,
-    write_images,
 )
 from ..training.test_distributed import settings
-from .test_finetune import PLAIN, write_colours
+from .test_finetune import PLAIN
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed")
 STEPS, HALF = 12, 6  # 12 images, 4 a step
 TUNE = [*TINY, "--epochs", 4, "--log-every", 1, "--save-every", HALF, "--eval-every", 2]
 PROBE = "--preset demo --device cpu --workers 0 --epochs 3 --shots 1 --seeds 1 --no-exact --batch-size 4".split()
-EVALUATE = ["--crop-pct", 1.0, "--precision", "fp32", "--workers", 0, "--device", "cpu", "--batch-size", 4]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 # Flat buffers and gradients of halves of the batch are added in another order, over 12 steps of AdamW at 1e-3
 LOSS, WEIGHT = 1e-5, 1e-5
 
@@ -51,22 +45,18 @@ def runs(tmp_path_factory) -> Path:
     write_colours(root / "data" / "train", 4)
     write_colours(root / "data" / "val", 3)  # 9 images: the ranks have 5 and 4
     write_colours(root / "some", 2, ("green", "red"))
-    common = [*TINY, "--epochs", 1, "--data", write_images(root / "images", 8)]
-    assert call("tokenizer", *common, *TOKENIZER, "--out", root / "tokenizer") == 0
-    given = [*common, *PRETRAIN, "--tokenizer", root / "tokenizer", "--layer-scale", 0.1]
-    assert call("pretrain", *given, "--out", root / "pretrain") == 0
+    write_starts(root, "--layer-scale", 0.1)
     zero2 = settings("zero2", root)
 
-    def tune(out: str, *more: object) -> list[str]:
-        options = [*TUNE, "--data", root / "data", "--weights", root / "pretrain", "--out", root / out, *more]
-        return list(map(str, options))
+    def tune(out: str, *more: object) -> list[object]:
+        return [*TUNE, "--data", root / "data", "--weights", root / "pretrain", "--out", root / out, *more]
 
-    def probe(out: str) -> list[str]:
-        return list(map(str, [*PROBE, "--data", root / "data", "--run", root / "pretrain", "--out", root / out]))
+    def probe(out: str) -> list[object]:
+        return [*PROBE, "--data", root / "data", "--run", root / "pretrain", "--out", root / out]
 
-    def evaluate(out: str) -> list[str]:
-        given = ["--model", root / "micro", "--data", root / "data" / "val", root / "some", "--out", root / out]
-        return list(map(str, [*given, *EVALUATE]))
+    def evaluate(out: str) -> list[object]:
+        folders = root / "data" / "val", root / "some"
+        return ["--model", root / "micro", "--data", *folders, "--out", root / out, *EVALUATE, "--batch-size", 4]
 
     random = ("--drop-path", 0.2)
     assert call("finetune", *tune("micro", *random, "--batch-size", 2, "--accumulate", 2)) == 0
@@ -77,14 +67,11 @@ def runs(tmp_path_factory) -> Path:
     jobs.append(("finetune", tune("plain", *PLAIN, "--batch-size", 2)))
     jobs.append(("finetune", tune("zero2", *random, "--batch-size", 2, *zero2)))
     for name, more in (("two", ()), ("zero2", zero2)):
-        jobs.append(("copy", [str(root / name), str(root / f"{name}_resumed"), HALF]))
+        jobs.append(("copy", [root / name, root / f"{name}_resumed", HALF]))
         jobs.append(("finetune", tune(f"{name}_resumed", *random, "--batch-size", 2, *more)))
     jobs.append(("evaluate", evaluate("evaluated_by_two")))
     jobs.append(("linear_probe", probe("probed_by_two")))  # the last: its ranks part
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    command = [*TORCHRUN, str(ROOT / "tests" / "ranks.py"), str(root / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-5000:]
+    on_two_ranks(root, jobs)
     return root
 
 
@@ -94,10 +81,6 @@ def lines(file: Path) -> list[dict]:
 
 def average(run_folder: Path) -> dict[str, torch.Tensor]:
     return load_file(run_folder / "checkpoints" / checkpoints(run_folder)[-1] / "ema.safetensors")
-
-
-def results(run_folder: Path) -> dict:
-    return json.loads((run_folder / "results.json").read_text())
 
 
 def assert_close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:

@@ -22,8 +22,8 @@ from beitv2_fast.training import loop
 from beitv2_fast.training.backend import TorchBackend
 from beitv2_fast.training.optim import parameter_groups
 
-from ..downstream.test_segment import SMALL, write_scenes
 from ..quantize.test_quantizer_gpu import EMA, RULES
+from ..support.downstream import SMALL, write_scenes
 from ..support.model_cases import CASES
 from ..support.pretend_gpu import GPU, Placing, pretend_gpu
 from ..support.training import MODULES, call, last_weights

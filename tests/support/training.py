@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -80,6 +81,14 @@ def run(stage: str, *options: object, launcher: Sequence[str] = (sys.executable,
     skip_without_teacher(stage, options)
     command = [*launcher, str(ROOT / "train" / f"{stage}.py"), *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**ENVIRONMENT, **env})
+
+
+def on_two_ranks(folder: Path, jobs: Sequence[tuple[str, Sequence[object]]]) -> None:
+    """The jobs (see ranks.py) one after the other in two processes."""
+    (folder / "jobs.json").write_text(json.dumps([(name, list(map(str, options))) for name, options in jobs]))
+    command = [*TORCHRUN, str(Path(__file__).with_name("ranks.py")), str(folder / "jobs.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-5000:]
 
 
 class Halted:

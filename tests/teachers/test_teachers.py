@@ -348,4 +348,4 @@ def test_the_command_trains_from_a_timm_teacher_in_a_file(tmp_path):
 def test_a_weights_file_may_be_named_from_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     torch.save({"a": torch.ones(2)}, tmp_path / "w.pth")
-    assert torch.equal(teachers.base._read_file("~/w.pth", "clip", "")["a"], torch.ones(2))
+    assert torch.equal(teachers.base.read_file("~/w.pth", "clip", "")["a"], torch.ones(2))
