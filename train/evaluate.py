@@ -1,6 +1,6 @@
 """Top-1 and top-5 of a fine-tuned classifier: `python train/evaluate.py --model RUN --data FOLDER [FOLDER ...]`.
 
-A folder with some of the classes alone (ImageNet-A, ImageNet-R) is evaluated among these. Also under `torchrun` and
+A folder with only some of the classes (ImageNet-A, ImageNet-R) is evaluated among these. Also under `torchrun` and
 `deepspeed`, whose ranks share the images. Stopped and started again, it goes on with the next folder.
 """
 
@@ -56,7 +56,7 @@ def class_names(config: EvaluateConfig, model: Classifier) -> list[str]:
     if names is None:
         raise UserError(
             f"nothing says which classes {config.model} knows. Give --classes: the training's folder of class folders, "
-            "or a text file with a name a line."
+            "or a text file with one name per line."
         )
     if len(names) != model.config.num_classes:
         raise UserError(

@@ -34,7 +34,7 @@ def convert_file(
     if target in (METADATA, "transformers"):
         try:
             config = loaded.config(**hints)
-        except CheckpointError:  # weights alone can be written without
+        except CheckpointError:  # a file of only weights is written without
             if Path(out).suffix not in WEIGHT_SUFFIXES:
                 raise
     write(out, state, target, config, force=force)

@@ -48,7 +48,7 @@ class EncodeConfig:
     crop_pct: float = option(
         1.0, "side of the central square that is encoded, as a share of the shorter side", above=0, at_most=1
     )
-    batch_size: int = option(64, "images a forward pass", at_least=1)
+    batch_size: int = option(64, "images per forward pass", at_least=1)
     precision: str = option(
         "auto", "arithmetic of the encoder; auto: bf16 on GPUs and CPUs with AMX, else fp32",
         choices=("auto", "fp32", "bf16"),
@@ -57,8 +57,8 @@ class EncodeConfig:
         "auto", "what computes; auto: all GPUs if there are any, else the CPU", choices=("auto", "cpu", "cuda")
     )
     workers: int | None = option(
-        None, "processes that decode images; 0: none but this one; none: one a core with a GPU (16 at most), else half",
-        at_least=0,
+        None, "processes that decode images; 0: only this one; none given: one per core with a GPU (16 at most), else "
+        "half", at_least=0,
     )  # fmt: skip
     force: bool = option(False, "replace the output, and pieces that were made with other options or images")
 

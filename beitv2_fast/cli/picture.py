@@ -65,12 +65,13 @@ class PhotoPicture(ModelPicture):
 
 @dataclass(frozen=True)
 class TokensConfig(PhotoPicture):
-    """Photographs, their token maps (a colour a code, similar codes in similar colours), and both over each other."""
+    """Photographs, their token maps (one colour per code, similar codes in similar colours), and both laid over
+    each other."""
 
 
 @dataclass(frozen=True)
 class SimilarityConfig(PhotoPicture):
-    """How close the features that the tokenizer rebuilds from its codes alone are to its teacher's: the cosine of every
+    """How close the features that the tokenizer rebuilds from only its codes are to its teacher's: the cosine of every
     patch. Loads the teacher."""
 
 

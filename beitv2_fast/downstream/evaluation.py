@@ -1,4 +1,4 @@
-"""How well a classifier names images: top-1 and top-5, also of a folder with some of its classes alone."""
+"""How well a classifier names images: top-1 and top-5, also of a folder with only some of its classes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..models.inputs import normalise
 
 
 def listed_classes(file: Path) -> list[str]:
-    """The classes of a text file with a name a line: UTF-8, or UTF-16 with its mark at the start.
+    """The classes of a text file with one name per line: UTF-8, or UTF-16 with its mark at the start.
 
     Raises:
         UserError: it is no such text, names no class, or one twice.
@@ -40,7 +40,9 @@ def listed_classes(file: Path) -> list[str]:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice or not names:
         found = f"the classes {', '.join(twice[:8])} more than once" if twice else "no class"
-        raise UserError(f"{file} names {found}. It needs every class once, a name a line, in the classifier's order.")
+        raise UserError(
+            f"{file} names {found}. It needs every class once, one name per line, in the classifier's order."
+        )
     return names
 
 

@@ -70,7 +70,7 @@ class CodeUsage:
 
     @property
     def entropy(self) -> float:
-        """In nats: the cross entropy of a guess that knows the frequencies alone."""
+        """In nats: the cross entropy of a guess that knows only the frequencies."""
         return float(-torch.special.xlogy(self.shares, self.shares).sum())
 
     @property

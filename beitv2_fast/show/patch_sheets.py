@@ -11,8 +11,7 @@ from torch import Tensor
 from ..data.images import ImageList
 from ..pictures import heat_map
 from .attention import KEPT, most_attended
-from .plots import stack
-from .sheets import Label, Sheet, cell_width, image_of, patch_picture
+from .sheets import Label, Sheet, cell_width, image_of, patch_picture, stack
 from .theme import Theme
 
 MOST_COLUMNS = 6  # most pictures in a row

@@ -12,6 +12,7 @@ from PIL import Image
 from ..errors import require
 from ..models.student import BRANCHES
 from .codes import CodeUsage
+from .sheets import stack
 from .theme import WIDTH, Theme
 
 SMOOTH_FROM = 200  # points from which a moving average is drawn over the raw curve
@@ -73,7 +74,7 @@ def codebook_panels(metrics: Metrics, usage: CodeUsage | None) -> list[Panel]:
 
 def pretrain_panels(metrics: Metrics, usage: CodeUsage | None) -> list[Panel]:
     """Losses and accuracies; usage: of the codes asked for, to show what a guess gains that knows nothing else."""
-    guess = [] if usage is None else [(usage.entropy, "frequencies alone")]
+    guess = [] if usage is None else [(usage.entropy, "frequencies only")]
     share = [] if usage is None else [(float(usage.shares.max()), "most frequent code")]
     names = list(zip(BRANCHES, ("mim", "agg"), strict=True))
     return [
@@ -93,7 +94,7 @@ COMPARED = (  # title, key of metrics.jsonl, what is drawn of it, is it a share,
     ("masked tokens right, aggregation branch", "accuracy_agg", None, True, True),
     ("loss", "loss", None, False, False),
     ("learning rate, thousandths", "lr", lambda y: 1000 * y, False, True),
-    ("images a second", "images_per_second", None, False, True),
+    ("images per second", "images_per_second", None, False, True),
 )
 
 
@@ -105,17 +106,6 @@ def compared_panels(runs: dict[str, Metrics]) -> list[Panel]:
         if curves:
             panels.append(Panel(title, curves, percent=percent, zero=zero))
     return panels
-
-
-def stack(pictures: list[Image.Image], paper: str, gap: int = 0) -> Image.Image:
-    """Pictures below one another."""
-    height = sum(p.height + gap for p in pictures) - gap
-    whole = Image.new("RGB", (max(p.width for p in pictures), height), paper)
-    top = 0
-    for picture in pictures:
-        whole.paste(picture, (0, top))
-        top += picture.height + gap
-    return whole
 
 
 def draw_panels(panels: Iterable[Panel], theme: Theme, scale: float) -> Image.Image:

@@ -113,7 +113,7 @@ def open_runs(run: Path, config: ExploreConfig, *, with_images: bool = True) -> 
     if not isinstance(tokenizer, Tokenizer):
         raise UserError(f"{folder} holds a {type(tokenizer).__name__.lower()}, where a tokenizer was expected.")
     if student is not None:
-        _check_belong(tokenizer, student)
+        check_belong(tokenizer, student)
     teacher = _teacher(stored, folder, tokenizer) if config.teacher else None
     images, samples, held_out = ImageList(run, []), ImageList(run, []), False
     if with_images:
@@ -151,12 +151,14 @@ def _find(run: Path) -> tuple[Path, PretrainConfig | None, Student | None, str |
     return run / "tokenizer", config, model, None
 
 
-def _check_belong(tokenizer: Tokenizer, student: Student) -> None:
+def check_belong(tokenizer: Tokenizer, student: Student) -> None:
+    """UserError if the student was not trained on this tokenizer's codes."""
     ours, theirs = (tokenizer.num_codes, tokenizer.grid), (student.config.num_codes, student.grid)
     if ours != theirs:
         raise UserError(
             f"The tokenizer has {ours[0]} codes on a grid of {ours[1]}, the pre-training predicts {theirs[0]} on "
-            f"{theirs[1]}: they do not belong together. Name the pre-training's own folder, which says its tokenizer."
+            f"{theirs[1]}: they do not belong together. Name the tokenizer that the pre-training used, or only the "
+            "pre-training's own folder, which says it."
         )
 
 
@@ -180,11 +182,13 @@ def _images(
     found = find_images(data, "train")
     _log.info(found.summary)
     held_out = held_out_images(data)
-    images = _readable(found, config.max_images, config.seed, tokenizer)
-    samples = _readable(held_out or images, SAMPLES, config.seed, tokenizer)
+    smallest = tokenizer.patch_size
+    images = readable_sample(found, config.max_images, config.seed, min_size=smallest)
+    samples = readable_sample(held_out or images, SAMPLES, config.seed, min_size=smallest)
     return images, samples, held_out is not None
 
 
-def _readable(images: ImageList, count: int, seed: int, tokenizer: Tokenizer) -> ImageList:
+def readable_sample(images: ImageList, count: int, seed: int, *, min_size: int, workers: int = 0) -> ImageList:
+    """At most so many of the images, drawn by seed, without those that cannot be decoded."""
     chosen = images.subset(sample_images(images, count, seed))
-    return check_images(chosen, cache=None, min_size=tokenizer.patch_size, workers=0)
+    return check_images(chosen, cache=None, min_size=min_size, workers=workers)

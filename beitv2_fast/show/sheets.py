@@ -92,7 +92,7 @@ def token_map_sheet(
     """
     maps = [token_map(c, photo.shape[1] // c.shape[0], colours) for photo, c in zip(photos, codes, strict=True)]
     both = [_over(photo, m) for photo, m in zip(photos, maps, strict=True)]
-    labels = [Label(["photograph"]), Label(["token map", "one colour a code"]), Label(["both"])]
+    labels = [Label(["photograph"]), Label(["token map", "one colour per code"]), Label(["both"])]
     rows = [[image_of(x) for x in row] for row in (photos, maps, both)]
     return Sheet(theme, scale).draw(rows, labels, names, cell_width(len(photos)))
 
@@ -217,10 +217,15 @@ def overlay_sheet(run: Path) -> Image.Image | None:
     if not pictures:
         return None
     width = pictures[0].width
-    pictures = [p.resize((width, max(round(p.height * width / p.width), 1))) for p in pictures]
-    sheet = Image.new("RGB", (width, sum(p.height for p in pictures) + GAP * (len(pictures) - 1)), "white")
+    return stack([p.resize((width, max(round(p.height * width / p.width), 1))) for p in pictures], "white", GAP)
+
+
+def stack(pictures: list[Image.Image], paper: str, gap: int = 0) -> Image.Image:
+    """Pictures below one another."""
+    height = sum(p.height + gap for p in pictures) - gap
+    whole = Image.new("RGB", (max(p.width for p in pictures), height), paper)
     top = 0
     for picture in pictures:
-        sheet.paste(picture, (0, top))
-        top += picture.height + GAP
-    return sheet
+        whole.paste(picture, (0, top))
+        top += picture.height + gap
+    return whole

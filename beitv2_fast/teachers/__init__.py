@@ -1,4 +1,4 @@
-"""Teachers of the tokenizer: frozen networks that turn an image into one feature vector a patch.
+"""Teachers of the tokenizer: frozen networks that turn an image into one feature vector per patch.
 
 All have one interface: ``teacher(images [B, 3, S, S] in [0, 1], grid (h, w)) -> features [B, h*w, C]``. They are named
 
@@ -16,7 +16,7 @@ from ..errors import UserError, require
 from .base import Teacher
 from .networks import CLIP, DINO_NAME, EfficientNetLite0, Timm, timm_source
 
-TAUGHT_BY = {"clip": "captions of images", "dino": "images alone", "efficientnet_lite0": "ImageNet's labels"}
+TAUGHT_BY = {"clip": "captions of images", "dino": "images only", "efficientnet_lite0": "ImageNet's labels"}
 
 
 def create_teacher(

@@ -105,7 +105,7 @@ class Timm(Teacher):
     """A layer of any timm model that has ``forward_intermediates``, by default the last; norm, mean and std are timm's.
 
     ``layer`` counts as timm does: from 0, or from the end if negative. Tokens of a transformer go through its final
-    norm, whatever the layer. Width and pixels a feature are found by looking at the features of one image.
+    norm, whatever the layer. The width, and the pixels per feature, are found by looking at the features of one image.
     ``weights``: a file, or hf-hub:ORGANISATION/NAME, or by default what timm knows for this name.
     """
 

@@ -55,7 +55,7 @@ def convert(state: Mapping[str, Any], target: str, source: str | None = None) ->
     "beitv2_fast", "timm" (``timm.models.beit.Beit``), "transformers" (files of BeitModel, BeitForMaskedImageModeling
     and BeitForImageClassification), "transformers_modules" (what their ``state_dict()`` shows in transformers 5).
 
-    A tokenizer exists in the first two alone; ``to_classifier`` makes a plain ViT of its encoder. timm has no place for
+    Only the first two have tokenizers; ``to_classifier`` makes a plain ViT of its encoder. timm has no place for
     a student's mask token, head and aggregation branch, transformers none for the last of them: see ``Weights.extras``.
     The buffers ``relative_position_index`` follow from the shape of the bias table: published files get them, others
     do not hold them.
@@ -164,7 +164,7 @@ def without_wrapping(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _plain_names(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """transformers' variants as one: BeitModel alone, its norm as that of the head, keys with a bias of zeros."""
+    """transformers' variants as one: a bare BeitModel, its norm as that of the head, keys with a bias of zeros."""
     if not source.startswith("transformers"):
         return state
     if not any(name.startswith("beit.") for name in state):

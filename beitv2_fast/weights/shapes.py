@@ -61,7 +61,7 @@ def describe(ours: Mapping[str, Tensor], known: Mapping[str, Any] | None = None)
 
 
 def describe_backbone(ours: Mapping[str, Tensor], known: Mapping[str, Any] | None = None) -> ViTConfig:
-    """As ``describe``, of the ViT alone (a tokenizer's encoder): of weights without a head, too."""
+    """As ``describe``, of only the ViT (a tokenizer's encoder): of weights without a head, too."""
     known = dict(known or {})
     with _explained(kind := kind_of(ours)):
         values = {**known, **_vit(ours, "encoder." if kind == "tokenizer" else "", known)}

@@ -122,3 +122,6 @@ def start_from(model: nn.Module, ours: Mapping[str, Tensor], source: str) -> lis
 def describe_new(new: list[str]) -> str:
     """A sentence for the log."""
     return f"not in the weights, so as initialised: {', '.join(compact(new))}" if new else "all weights were loaded"
+
+
+start_classifier = start_from  # its name in earlier versions

@@ -84,7 +84,7 @@ def from_transformers(file: Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{file} cannot be read ({error}). Restore it, or name the weights file alone."
+            f"{file} cannot be read ({error}). Restore it, or name the weights file instead."
         ) from error
     if not isinstance(values, dict) or values.get("model_type") != "beit":
         raise CheckpointError(f'{file} is no config of a Beit model (its model_type is not "beit").')

@@ -57,7 +57,7 @@ def dataset(tmp_path: Path) -> ImageFolder:
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_features, "IMAGES_A_FILE", 3)
+    monkeypatch.setattr(teacher_features, "IMAGES_PER_FILE", 3)
 
 
 def features(folder: Path, dataset: ImageFolder, network: Teacher, **identity: object) -> TeacherFeatures:

@@ -62,7 +62,7 @@ def feature_names(layers: Sequence[int]) -> list[str]:
 class Extractor:
     """Runs a feature function over all splits. What it made lies in the run folder, so a stopped probe goes on there.
 
-    The ranks share the images; rank 0 gets the features of all of them, which it alone writes and fits classifiers to.
+    The ranks share the images; rank 0 gets the features of all of them, writes them and fits classifiers to them.
 
     Args:
         splits: the images. folder: for the files.

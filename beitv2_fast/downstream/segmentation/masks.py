@@ -231,7 +231,7 @@ def _check(images: ImageList, index: int, folder: Path, named: list[str], known:
 
 
 def _upright_size(path: Path) -> list[int]:
-    with Image.open(path) as image:  # reads the header alone
+    with Image.open(path) as image:  # reads only the header
         width, height = image.size
         return [height, width] if image.getexif().get(EXIF_ORIENTATION, 1) in TURNED else [width, height]
 

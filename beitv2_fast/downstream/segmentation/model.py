@@ -50,7 +50,7 @@ class Segmenter(ViT):
         super().__init__(config.vit)
         self.config = config
         self.layers = config.layers or pyramid_layers(config.vit.depth)
-        init_weights(self, config.vit.init_std)  # of the ViT alone: the heads bring their own
+        init_weights(self, config.vit.init_std)  # of the ViT only: the heads bring their own
         for i, block in enumerate(self.blocks):
             rescale_outputs(block, i + 1)
         dim = config.vit.dim

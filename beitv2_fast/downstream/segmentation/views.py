@@ -105,7 +105,7 @@ def _distort(picture: Tensor) -> Tensor:
 
 
 class SegmentationFolder(Dataset):
-    """Images and masks as the training loop reads them: ``folder[keys]`` follows from (seed, epoch, index) alone.
+    """Images and masks as the training loop reads them: ``folder[keys]`` follows from (seed, epoch, index) only.
 
     Args:
         images, masks: as ``check_images`` and ``find_masks`` returned them.

@@ -52,7 +52,7 @@ class Shown:
 
 
 class Answers:
-    """One method a question. The models run one question at a time, whatever thread asks."""
+    """One method per question. The models run one question at a time, whatever thread asks."""
 
     def __init__(self, runs: Runs, index: Index, seed: int = 0):
         self.runs, self.index, self.seed = runs, index, seed

@@ -137,13 +137,12 @@ def probe_details(results: Row) -> list[str]:
             few = [row["few_shot"][n] for n in shots]
             values = [f"{row['knn'][k]:.3f}" for k in near] + [f"{f['mean']:.3f} ± {f['std']:.3f}" for f in few]
             body.append([row["features"], *values])
+        metric = results.get("metric_of_knn_and_few_shot", "balanced accuracy")
         said = (
-            "k nearest neighbours by cosine (temperature 0.07), and linear classifiers that saw so many images a class"
+            f"{metric}: k nearest neighbours by cosine (temperature 0.07), and linear classifiers that saw so many "
+            "images per class."
         )
-        lines += [
-            paragraph(f"{said}: {results.get('metric_of_knn_and_few_shot', 'balanced accuracy')}."),
-            table(head, body),
-        ]
+        lines += [paragraph(said[0].upper() + said[1:]), table(head, body)]
     if swept := results.get("sweep"):
         fifth = any(row.get("top5") is not None for row in swept)
         head = ["features", "top-1", *(["top-5"] if fifth else []), "learning rate"]
@@ -152,7 +151,7 @@ def probe_details(results: Row) -> list[str]:
             for row in swept
         ]
         said = (
-            "Linear classifiers by SGD on several features at once; the learning rate is the best on a fifth of train"
+            "Linear classifiers by SGD on several features at once; the learning rate is the best on a fifth of train."
         )
-        lines += [paragraph(f"{said}."), table(head, body)]
+        lines += [paragraph(said), table(head, body)]
     return lines

@@ -19,7 +19,7 @@ from ...data.views import EvalView
 from ...models.features import features
 from ..attention import attention_probabilities, query_attention
 from ..guesses import pretrain_view
-from ..index import one_an_image
+from ..index import one_per_image
 from ..patch_sheets import attention_columns, attention_sheet, nearest_sheet, similarity_sheet
 from ..plots import codebook_panels, compared_panels, draw_panels, draw_rows, pretrain_panels, tokenizer_panels
 from ..sheets import code_sheet, display_size, mask_sheet, overlay_sheet, token_map_sheet
@@ -28,7 +28,7 @@ from .downstream import curve_pictures
 from .findings import Findings
 
 MASK_EXAMPLES = 4
-PATCHES_A_CODE = 12
+PATCHES_PER_CODE = 12
 NEAREST_IMAGES = 500  # whose patches are compared with the chosen one
 NEAREST_SHOWN = 13
 
@@ -73,7 +73,7 @@ def drawings_of(found: Findings, config: ReportConfig, rows: list[int]) -> dict[
     if rows:
         drawings["codes"] = "Patches grouped by code", True, lambda theme: code_sheet(
             found.images, found.codes, grid, found.usage, rows, found.colours, theme, config.scale,
-            columns=PATCHES_A_CODE, seed=config.seed,
+            columns=PATCHES_PER_CODE, seed=config.seed,
         )  # fmt: skip
     return drawings
 
@@ -132,7 +132,7 @@ def _chosen_patch(
     )
     every = torch.cat([features(model, batch["image"].to(device)).patches.half().cpu() for batch in loader])
     query = features(model, view).patches[0, patch].cpu()
-    near = one_an_image(every.flatten(0, 1), query, every.shape[1], NEAREST_SHOWN)
+    near = one_per_image(every.flatten(0, 1), query, every.shape[1], NEAREST_SHOWN)
     photo = found.shown.open(chosen[0])
     return (
         lambda theme: attention_sheet(square, heads, patch, what, theme, config.scale),

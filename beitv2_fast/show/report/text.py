@@ -179,7 +179,7 @@ def _similarity(found: Findings, figure) -> list[str]:
         return [note(found.no_teacher or "The teacher has not been loaded, as asked.")]
     return figure(
         "similarity",
-        "For every patch the cosine between the teacher's feature and what the decoder rebuilds from the codes alone: "
+        "For every patch the cosine between the teacher's feature and what the decoder rebuilds from only the codes: "
         f"dark 0, bright 1. Above each photograph the mean. {_unseen(found)}",
     )
 

@@ -130,6 +130,6 @@ def test_the_page_is_part_of_what_is_installed(tmp_path):
     source = Path(__file__).resolve().parents[3]
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(command, cwd=source, check=True, capture_output=True)
-    wanted = {path.name for path in (source / "beitv2_fast" / "explore" / "page").iterdir()}
-    assert {path.name for path in (tmp_path / "beitv2_fast" / "explore" / "page").iterdir()} == wanted
+    wanted = {path.name for path in (source / "beitv2_fast" / "show" / "explore" / "page").iterdir()}
+    assert {path.name for path in (tmp_path / "beitv2_fast" / "show" / "explore" / "page").iterdir()} == wanted
     assert {"page.html", *STYLES, *SCRIPTS} == wanted
