@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..weights import Weights, convert
+from ..weights.create import model_config
 from ..weights.files import METADATA, WEIGHT_SUFFIXES, read, write
 from ..weights.shapes import flatten
 
@@ -25,8 +26,6 @@ def convert_file(
     Returns:
         the format that was read, and the weights as written.
     """
-    from ..weights.create import model_config
-
     loaded = read(path, source)
     state = convert(loaded.weights, target, loaded.format)
     hints = flatten(model_config(model)) if model else {}

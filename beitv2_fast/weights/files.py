@@ -18,6 +18,7 @@ from ..runs.checkpoints import read_weights, save_weights
 from ..runs.files import atomically, check_no_folder
 from ..runs.folder import CONFIG, stored_config
 from . import Weights, convert, detect, without_wrapping
+from .build import load_run_model
 from .shapes import ModelConfig, describe, describe_backbone, flatten
 from .transformers_config import from_transformers, preprocessor, to_transformers
 
@@ -131,8 +132,6 @@ def _is_of_transformers(path: Path) -> bool:
 def _read_folder(path: Path, source: str | None) -> Loaded:
     values = stored_config(path)
     if values.get("model_type") is None:  # a run folder
-        from .build import load_run_model
-
         model = load_run_model(path)[0]
         return Loaded(Weights(model.state_dict()), "beitv2_fast", flatten(model.config))
     known = from_transformers(path / CONFIG)
