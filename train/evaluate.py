@@ -24,7 +24,6 @@ from beitv2_fast.downstream.evaluation import columns_of, evaluate_classifier, l
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.classifier import Classifier
 from beitv2_fast.runs.checkpoints import latest_weights
-from beitv2_fast.runs.files import write_atomically
 from beitv2_fast.runs.folder import RunFolder
 from beitv2_fast.weights.build import load_run_model
 
@@ -123,9 +122,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append({**row, **result})
             among = f"{len(columns)} of {len(classes)} classes"
             run.print(f"evaluate  {name:<20} {kind:<8} {top1_line(result, len(columns))}, {among}")
-            if run.writes:
-                content = {"model": str(config.model), "state": state, "rows": rows}
-                write_atomically(run.path / "results.json", json.dumps(content, indent=2) + "\n")
+            run.results({"model": str(config.model), "state": state, "rows": rows})
     return 0
 
 

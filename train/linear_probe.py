@@ -11,7 +11,6 @@ rank 0 then fits the classifiers, and the others end.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,7 +30,6 @@ from beitv2_fast.downstream.probes.features import POOLED, Extractor, SplitFeatu
 from beitv2_fast.downstream.probes.knn import knn_predict
 from beitv2_fast.downstream.probes.sweep import SweepResult, sweep
 from beitv2_fast.errors import UserError
-from beitv2_fast.runs.files import write_atomically
 from beitv2_fast.runs.folder import RunFolder, read_config
 from beitv2_fast.training.images import checked_images
 from beitv2_fast.weights.build import load_run_model
@@ -182,35 +180,23 @@ def main(argv: list[str] | None = None) -> int:
     if not config.exact:  # the published probe's number stands for the row
         metric, top1 = "top-1 accuracy", {f"{backbone.title}, {r.features}": r.top1 for r in sweeps}
         table = [{**row, "mean": top1[row["features"]], "std": 0.0, "runs": [top1[row["features"]]]} for row in table]
-    write_results(run, config, backbone, labels_seen(config, (model, stored)), splits, metric, table, sweeps)
+    classes = splits["train"].classes
+    run.results(
+        {
+            "backbone": backbone.title,
+            "task": f"which of {len(classes)} classes: {', '.join(classes[:10])}",
+            "metric": metric,
+            "metric_of_knn_and_few_shot": "balanced accuracy",
+            "chance": 1 / len(classes),
+            "seeds": config.seeds,
+            "images": {split: len(images) for split, images in splits.items()},
+            "rows": table,
+            "sweep": [dataclasses.asdict(result) for result in sweeps],
+            "notes": [labels_seen(config, (model, stored))],
+        }
+    )
     run.print(f"probe: done; {run.path / 'results.json'}")
     return 0
-
-
-def write_results(
-    run: RunFolder,
-    config: ProbeConfig,
-    backbone: Backbone,
-    note: str,
-    splits: Split,
-    metric: str,
-    table: list[dict[str, Any]],
-    sweeps: list[SweepResult],
-) -> None:
-    classes = splits["train"].classes
-    content = {
-        "backbone": backbone.title,
-        "task": f"which of {len(classes)} classes: {', '.join(classes[:10])}",
-        "metric": metric,
-        "metric_of_knn_and_few_shot": "balanced accuracy",
-        "chance": 1 / len(classes),
-        "seeds": config.seeds,
-        "images": {split: len(images) for split, images in splits.items()},
-        "rows": table,
-        "sweep": [dataclasses.asdict(result) for result in sweeps],
-        "notes": [note],
-    }
-    write_atomically(run.path / "results.json", json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from ..weights.create import ALIASES, MODELS
 from ..weights.names import FORMATS
 from .convert import convert_file
 from .encode import EncodeConfig, encode_folder
-from .picture import PICTURES, write_picture
+from .picture_options import PICTURES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,6 +69,8 @@ def run_command(argv: Sequence[str] | None = None) -> int:
     if command == "convert":
         _convert(**given)
     elif command == "picture":
+        from .picture import write_picture  # brings PIL
+
         kind, runs, out = given.pop("kind"), given.pop("run"), given.pop("out")
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         print(write_picture(kind, runs, out, given_options(PICTURES[kind], given)))

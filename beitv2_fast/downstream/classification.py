@@ -143,9 +143,7 @@ class ClassifierValidation:
             {f"{name}_{key}": v for name, found in results.items() for key, v in found.items()},
             "evaluation.jsonl",
         )
-        if self.run.writes:
-            content = {"step": step, "classes": len(self.columns), **results}
-            write_atomically(self.run.path / "results.json", json.dumps(content, indent=2) + "\n")
+        self.run.results({"step": step, "classes": len(self.columns), **results})
         return results
 
 

@@ -48,18 +48,15 @@ def curve(metrics: Metrics, name: str, key: str, of: Callable[[float], float] = 
     return [Curve(name, [y for _, y in found], [x for x, _ in found])] if found else []
 
 
+def rate_panel(metrics: Metrics) -> Panel:
+    return Panel("learning rate, thousandths", curve(metrics, "lr", "lr", lambda y: 1000 * y), zero=True)
+
+
 def tokenizer_panels(metrics: Metrics) -> list[Panel]:
     return [
         Panel("similarity to the teacher (cosine)", curve(metrics, "similarity", "rec_loss", lambda y: 1 - y)),
-        Panel(
-            "loss",
-            [
-                *curve(metrics, "whole", "loss"),
-                *curve(metrics, "commitment", "commit_loss"),
-            ],
-            zero=True,
-        ),
-        Panel("learning rate, thousandths", curve(metrics, "lr", "lr", lambda y: 1000 * y), zero=True),
+        Panel("loss", [*curve(metrics, "whole", "loss"), *curve(metrics, "commitment", "commit_loss")], zero=True),
+        rate_panel(metrics),
     ]
 
 
@@ -81,7 +78,7 @@ def pretrain_panels(metrics: Metrics, usage: CodeUsage | None) -> list[Panel]:
         Panel("loss (cross entropy)", [c for n, k in names for c in curve(metrics, n, f"loss_{k}")], guess),
         Panel("masked tokens right", [c for n, k in names for c in curve(metrics, n, f"accuracy_{k}")], share,
               percent=True, zero=True),
-        Panel("learning rate, thousandths", curve(metrics, "lr", "lr", lambda y: 1000 * y), zero=True),
+        rate_panel(metrics),
     ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from beitv2_fast.train import evaluate as evaluate_command
 from beitv2_fast.weights.build import load_run_model
 from beitv2_fast.weights.start import reading_normalised
 
-from ..support.downstream import COLOURS, EVALUATE, results, write_colours, write_starts
+from ..support.downstream import COLOURS, EVALUATE, results, write_colours
 from ..support.training import ROOT, TINY, assert_same_bits, call, checkpoints, last_weights, run
 
 PLAIN = "--augment-ops 0 --erasing 0 --mixup 0 --cutmix 0 --smoothing 0".split()
@@ -31,12 +31,11 @@ SHARP = "--epochs 12 --lr 2e-2 --lr-batch 4 --layer-decay 0.9".split()
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(starts, tmp_path_factory) -> Path:
     """A folder with data/train and data/val of three classes, a tokenizer, a pre-training and a fine-tuning of it."""
-    folder = tmp_path_factory.mktemp("finetune")
+    folder = shutil.copytree(starts, tmp_path_factory.mktemp("finetune") / "runs")
     write_colours(folder / "data" / "train", 4)
     write_colours(folder / "data" / "val", 3)
-    write_starts(folder, "--layer-scale", 0.1)
     assert finetune(folder, "tuned") == 0
     return folder
 
@@ -58,15 +57,6 @@ def test_it_starts_as_the_student_with_its_bias_table_in_every_layer_and_a_small
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(model.forward_tokens(x), student.forward_tokens(x), rtol=1e-5, atol=1e-5)
     assert 0 < model.head.weight.std() < 2 * HEAD_SCALE and "head.weight" in said[0]
-
-
-def test_the_tokenizers_encoder_is_fine_tuned_with_its_norm_and_sees_what_it_saw(runs):
-    model = start_model(config(runs, "tokenizer"), ["a", "b"], print).eval()
-    tokenizer = load_run_model(runs / "tokenizer")[0]
-    x = torch.rand(2, 3, 32, 32)
-    ours, theirs = model.forward_tokens(normalise(x)), tokenizer.encoder.forward_tokens(2 * x - 1)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert torch.equal(model.fc_norm.weight, tokenizer.encoder.fc_norm.weight)
 
 
 def test_the_tokenizer_s_encoder_is_trained_from_its_weights_and_learns(runs):

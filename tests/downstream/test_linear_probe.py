@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,19 +16,18 @@ from beitv2_fast.models.features import features
 from beitv2_fast.models.inputs import normalise
 from beitv2_fast.weights.build import load_run_model
 
-from ..support.downstream import results, write_colours, write_starts
+from ..support.downstream import results, write_colours
 from ..support.training import TINY, call
 
 OPTIONS = "--preset demo --device cpu --workers 0 --seeds 2 --layers 1 2 --epochs 3 --shots 1 2".split()
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(starts, tmp_path_factory) -> Path:
     """data/train and data/test of three classes, a tokenizer, a pre-training and its probe."""
-    folder = tmp_path_factory.mktemp("probe")
+    folder = shutil.copytree(starts, tmp_path_factory.mktemp("probe") / "runs")
     write_colours(folder / "data" / "train", 8)
     write_colours(folder / "data" / "test", 3)
-    write_starts(folder)
     assert probe(folder, "probe", "--exact") == 0
     return folder
 

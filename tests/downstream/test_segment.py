@@ -19,19 +19,18 @@ from beitv2_fast.models.inputs import normalise
 from beitv2_fast.train.segment import PolySchedule, SegmentTask
 from beitv2_fast.weights.build import load_run_model
 
-from ..support.downstream import SMALL, results, write_scenes, write_starts
+from ..support.downstream import SMALL, results, write_scenes
 from ..support.training import assert_same_bits, call, checkpoints
 
 PLAIN = ["--no-distortion", "--scale-range", 1, 1, "--dropout", 0]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(starts, tmp_path_factory) -> Path:
     """A folder with data/train and data/val of three classes, a tokenizer, a pre-training and a segmentation of it."""
-    folder = tmp_path_factory.mktemp("segment")
+    folder = shutil.copytree(starts, tmp_path_factory.mktemp("segment") / "runs")
     write_scenes(folder / "data" / "train", 12)
     write_scenes(folder / "data" / "val", 5, 1)
-    write_starts(folder, "--layer-scale", 0.1)
     assert segment(folder, "trained") == 0
     return folder
 

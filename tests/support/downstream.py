@@ -1,4 +1,4 @@
-"""What the tests of probes, fine-tuning and segmentation share: pictures that are easy to learn, and starts."""
+"""What the tests of probes, fine-tuning and segmentation share: pictures that are easy to learn, and options."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .training import PRETRAIN, TINY, TOKENIZER, call, write_images
+from .training import TINY
 
 COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 30)}
 SMALL = [*TINY, "--channels", 16, "--auxiliary-channels", 8, "--ignore-labels", 7, "--base-size", 40, "--overlays", 2]
@@ -41,15 +41,6 @@ def write_scenes(folder: Path, count: int, seed: int = 0) -> Path:
         labels[:, :1] = 7
         Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
         Image.fromarray(labels).save(folder / "masks" / f"{i}.png")
-    return folder
-
-
-def write_starts(folder: Path, *more: object) -> Path:
-    """folder/images, and runs of one epoch on them: folder/tokenizer and folder/pretrain (with these options, too)."""
-    common = [*TINY, "--epochs", 1, "--data", write_images(folder / "images", 8)]
-    assert call("tokenizer", *common, *TOKENIZER, "--out", folder / "tokenizer") == 0
-    options = [*common, *PRETRAIN, "--tokenizer", folder / "tokenizer", "--out", folder / "pretrain"]
-    assert call("pretrain", *options, *more) == 0
     return folder
 
 

@@ -12,7 +12,7 @@ from beitv2_fast.models.vit import SIZES
 from beitv2_fast.weights import convert, detect, kind_of
 from beitv2_fast.weights.names import FORMATS
 from beitv2_fast.weights.shapes import describe
-from beitv2_fast.weights.start import start_from, to_classifier
+from beitv2_fast.weights.start import start_from
 
 from ..support.golden import load, needs_golden, under
 from ..support.weights import POSITIONS, assert_same_state, classifier, student, tokenizer, vit
@@ -138,11 +138,6 @@ def test_an_index_of_another_grid_is_refused():
         convert(state, "beitv2_fast")
 
 
-def test_names_under_module_are_read():
-    state = classifier().state_dict()
-    assert_same_state(convert({f"module.{name}": v for name, v in state.items()}, "beitv2_fast"), state)
-
-
 def test_keys_with_a_bias_of_zeros_are_read_and_others_refused():
     state = classifier().state_dict()
     theirs = convert(state, "transformers")
@@ -168,14 +163,6 @@ def test_a_tokenizers_config_is_read_off_its_weights():
 def test_heads_that_no_shape_tells_are_asked_for():
     with pytest.raises(CheckpointError, match="number of attention heads"):
         describe(tokenizer().state_dict())
-
-
-def test_fine_tuning_starts_with_the_shared_table_in_every_layer():
-    state = student().state_dict()
-    start = to_classifier(state)
-    for layer in range(3):
-        name = "rel_pos_bias.relative_position_bias_table"
-        assert torch.equal(start[f"blocks.{layer}.attn.relative_position_bias_table"], state[name])
 
 
 def test_fine_tuning_starts_with_the_backbones_features():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from ...distributed import World, autocast_dtype
 from ...errors import UserError
 from ...models.vit import ViTConfig
 from ...runs.checkpoints import latest_weights, load_model, read_weights
-from ...runs.files import write_atomically
 from ...runs.folder import RunFolder, read_config, stored_config
 from ...training.images import checked_images
 from ...weights.build import trained_vit, vit_config
@@ -155,9 +153,8 @@ class SegmenterValidation:
             self.run.print(f"evaluation  step {step}  {name:<11} {miou_line(numbers)}")
             results[name] = {**numbers, "iou": [None if x != x else x for x in scores.iou().tolist()]}
             self.run.metrics(step, {f"{name}_{key}": v for key, v in numbers.items()}, "evaluation.jsonl")
+        self.run.results({"step": step, "classes": self.num_classes, **results})
         if self.run.writes:
-            content = {"step": step, "classes": self.num_classes, **results}
-            write_atomically(self.run.path / "results.json", json.dumps(content, indent=2) + "\n")
             write_overlays(self.run, step, self.folder, scores.predictions)
 
     def _drawn(self) -> list[int]:

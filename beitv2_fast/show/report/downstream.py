@@ -10,7 +10,7 @@ from typing import Any
 
 from ...runs.folder import stored_config
 from ...runs.logs import read_metrics
-from ..plots import Panel, curve
+from ..plots import Panel, curve, rate_panel
 from ..sheets import CAPTION
 from .page import note, paragraph, table
 
@@ -69,7 +69,7 @@ def panels(run: Downstream) -> list[Panel]:
         Panel("training loss, labels mixed and smoothed" if score == "top1" else "training loss",
               curve(run.metrics, "loss", "loss")),
         Panel(f"evaluation, {SCORES.get(score, '')}", scores[:2], percent=True),
-        Panel("learning rate, thousandths", curve(run.metrics, "lr", "lr", lambda y: 1000 * y), zero=True),
+        rate_panel(run.metrics),
     ]  # fmt: skip
 
 
