@@ -23,11 +23,15 @@ from ..teachers.base import Teacher
 from .shapes import describe
 
 
+def same_options(config: TrainConfig, kind: type) -> dict[str, Any]:
+    """The options of a training that a model's config has, too."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(kind) if hasattr(config, f.name)}
+
+
 def vit_config(config: TrainConfig, **values: Any) -> ViTConfig:
     """The ViT of a training config; a shape that cannot be built is the user's error."""
-    names = {f.name for f in dataclasses.fields(ViTConfig)} & {f.name for f in dataclasses.fields(config)}
     try:
-        return ViTConfig(**{**{name: getattr(config, name) for name in names}, **values})
+        return ViTConfig(**{**same_options(config, ViTConfig), **values})
     except ValueError as error:
         raise UserError(f"{error}. Change one of these options.") from error
 
@@ -42,29 +46,15 @@ def build_tokenizer(config: TokenizerConfig, teacher_dim: int) -> Tokenizer:
     return Tokenizer(
         TokenizerModelConfig(
             encoder=vit_config(config, position="absolute"),
-            decoder_depth=config.decoder_depth,
-            num_codes=config.num_codes,
-            code_dim=config.code_dim,
             teacher_dim=teacher_dim,
-            decay=config.decay,
-            commitment_weight=config.commitment_weight,
-            kmeans_init=config.kmeans_init,
-            dead_after=config.dead_after,
+            **same_options(config, TokenizerModelConfig),
         )
     )
 
 
 def build_student(config: PretrainConfig, num_codes: int) -> Student:
     try:
-        return Student(
-            StudentConfig(
-                vit=vit_config(config),
-                num_codes=num_codes,
-                early_layer=config.early_layer,
-                aggregation_depth=config.aggregation_depth,
-                shared_head=config.shared_head,
-            )
-        )
+        return Student(StudentConfig(vit_config(config), num_codes, **same_options(config, StudentConfig)))
     except ValueError as error:
         raise UserError(f"{error}. Change one of these options.") from error
 

@@ -124,39 +124,30 @@ def create_model(
 
 
 def _load(name: str | None, named: ModelConfig | None, loaded: Loaded, source: str, overrides: dict[str, Any]) -> Any:
-    weights = dict(loaded.ours)
+    weights = loaded.ours
     kind = kind_of(weights)
-    headless = kind == "classifier" and "head.weight" not in weights
     wanted = kind if named is None else _kind(named)
     if kind != wanted != "classifier":  # only a classifier can start from another kind of model
         raise CheckpointError(
             f"these are the weights of a {kind}, but a {wanted} was asked for. Name a {kind}, or use other weights."
         )
-    if kind != wanted or (named is not None and headless):
-        return _start(name, named, loaded, source, overrides)
-    hints = flatten(named) if named is not None else overrides
-    found = loaded.config(**hints)
+    starts = named is not None and (kind != wanted or (kind == "classifier" and "head.weight" not in weights))
+    if starts:
+        backbone = own_positions(loaded.backbone(heads=named.vit.heads, eps=named.vit.eps))
+        found: ModelConfig = ClassifierConfig(
+            dataclasses.replace(backbone, drop_path=named.vit.drop_path), named.num_classes
+        )
+    else:
+        found = loaded.config(**(flatten(named) if named is not None else overrides))
     if name is not None:
         _check_name(name, named, found, source)
     config = _replace(found, overrides, source)
     _check_overrides(found, config, source)
     model = MODEL_CLASSES[type(config)](config).eval()
-    if isinstance(model, Classifier) and config.num_classes != found.num_classes:
+    if starts or getattr(config, "num_classes", None) != getattr(found, "num_classes", None):
         _log.warning("%s: %s", source, describe_new(start_from(model, weights, source)))
     else:
         load_model(model, resize_positions(weights, model), source)
-    return model
-
-
-def _start(name: str, named: ClassifierConfig, loaded: Loaded, source: str, overrides: dict[str, Any]) -> Classifier:
-    """A classifier from a student's or a tokenizer's weights, or from those of a backbone."""
-    backbone = own_positions(loaded.backbone(heads=named.vit.heads, eps=named.vit.eps))
-    config = ClassifierConfig(dataclasses.replace(backbone, drop_path=named.vit.drop_path), named.num_classes)
-    _check_name(name, named, config, source)
-    final = _replace(config, overrides, source)
-    _check_overrides(config, final, source)
-    model = Classifier(final).eval()
-    _log.warning("%s: %s", source, describe_new(start_from(model, loaded.ours, source)))
     return model
 
 

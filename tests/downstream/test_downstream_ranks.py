@@ -23,8 +23,8 @@ from ..support.training import (
     call,
     checkpoints,
     last_weights,
-    on_two_ranks,
     run,
+    run_jobs,
 )
 from ..training.test_distributed import settings
 from .test_finetune import PLAIN
@@ -70,7 +70,7 @@ def runs(starts, tmp_path_factory) -> Path:
         jobs.append(("finetune", tune(f"{name}_resumed", *random, "--batch-size", 2, *more)))
     jobs.append(("evaluate", evaluate("evaluated_by_two")))
     jobs.append(("linear_probe", probe("probed_by_two")))  # the last: its ranks part
-    on_two_ranks(root, jobs)
+    run_jobs(root, jobs)
     return root
 
 

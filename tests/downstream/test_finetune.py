@@ -75,19 +75,6 @@ def test_it_learns_to_tell_colours(runs):
     assert found["weights"]["loss"] < 0.5 * first["weights_loss"]
 
 
-def test_a_run_that_lost_its_last_checkpoint_ends_with_the_same_bits_of_weights_and_average(runs):
-    shutil.copytree(runs / "tuned", runs / "resumed")
-    shutil.rmtree(runs / "resumed" / "checkpoints" / checkpoints(runs / "resumed")[-1])
-    assert finetune(runs, "resumed") == 0
-    assert "resumed at step 6 of 9" in (runs / "resumed" / "log.txt").read_text()
-    assert_same_bits(runs / "resumed", runs / "tuned")
-    last = Path("checkpoints", checkpoints(runs / "tuned")[-1], "ema.safetensors")
-    ours, theirs = (load_file(runs / name / last) for name in ("resumed", "tuned"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
-    assert any(not torch.equal(ours[name], value) for name, value in last_weights(runs / "tuned").items())
-    assert results(runs / "resumed") == results(runs / "tuned")
-
-
 def test_every_epoch_is_evaluated_or_every_few_and_the_last(runs):
     def steps(run: str) -> list[int]:
         return [json.loads(line)["step"] for line in (runs / run / "evaluation.jsonl").read_text().splitlines()]

@@ -20,7 +20,7 @@ from beitv2_fast.train.segment import PolySchedule, SegmentTask
 from beitv2_fast.weights.build import load_run_model
 
 from ..support.downstream import SMALL, results, write_scenes
-from ..support.training import assert_same_bits, call, checkpoints
+from ..support.training import assert_same_bits, call
 
 PLAIN = ["--no-distortion", "--scale-range", 1, 1, "--dropout", 0]
 
@@ -48,15 +48,6 @@ def config(runs: Path, weights: str, *more: object) -> SegmentConfig:
 def test_it_learns_to_tell_colours(runs):
     assert segment(runs, "learnt", *PLAIN, "--epochs", 12, "--lr", 5e-3, "--lr-batch", 4, weights="none") == 0
     assert results(runs / "learnt")["weights"]["miou"] > 0.75
-
-
-def test_a_run_that_lost_its_last_checkpoint_ends_with_the_same_bits(runs):
-    shutil.copytree(runs / "trained", runs / "resumed")
-    shutil.rmtree(runs / "resumed" / "checkpoints" / checkpoints(runs / "resumed")[-1])
-    assert segment(runs, "resumed") == 0
-    assert "resumed at step 6 of 9" in (runs / "resumed" / "log.txt").read_text()
-    assert_same_bits(runs / "resumed", runs / "trained")
-    assert results(runs / "resumed") == results(runs / "trained")
 
 
 def test_it_starts_as_the_student_with_new_heads(runs):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ..support.downstream import SMALL, results, write_scenes
-from ..support.training import Halted, assert_same_bits, call, last_weights, on_two_ranks
+from ..support.training import Halted, assert_same_bits, call, last_weights, run_jobs
 from ..training.test_distributed import settings
 
 pytestmark = pytest.mark.slow
@@ -44,7 +44,7 @@ def runs(tmp_path_factory) -> Path:
         moved = f"torch_to_{target}"
         jobs.append(("copy", [root / "torch", root / moved, 6]))
         jobs.append(("segment", options(moved, *ALONE, "--batch-size", 2, *zero.get(target, []))))
-    on_two_ranks(root, jobs)
+    run_jobs(root, jobs)
     return root
 
 

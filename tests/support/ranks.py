@@ -69,7 +69,7 @@ JOBS = {
 
 def main() -> int:
     jobs = json.loads(Path(next(a for a in sys.argv[1:] if not a.startswith("--local_rank"))).read_text())
-    return max(abs(JOBS[name](options)) for name, options in jobs)
+    return max(abs(JOBS[name](list(map(str, options)))) for name, options in jobs)
 
 
 if __name__ == "__main__":

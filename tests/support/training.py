@@ -83,14 +83,6 @@ def run(stage: str, *options: object, launcher: Sequence[str] = (sys.executable,
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**ENVIRONMENT, **env})
 
 
-def on_two_ranks(folder: Path, jobs: Sequence[tuple[str, Sequence[object]]]) -> None:
-    """The jobs (see ranks.py) one after the other in two processes."""
-    (folder / "jobs.json").write_text(json.dumps([(name, list(map(str, options))) for name, options in jobs]))
-    command = [*TORCHRUN, str(Path(__file__).with_name("ranks.py")), str(folder / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-5000:]
-
-
 class Halted:
     """The command in a process group of its own, standing still at the end of a step until ``go_on``."""
 
@@ -132,6 +124,14 @@ def assert_same_bits(one: Path, two: Path) -> None:
     ours, theirs = last_weights(one), last_weights(two)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def run_jobs(folder: Path, jobs: Sequence[tuple[str, Sequence[object]]], launcher=TORCHRUN, **env: str) -> None:
+    """Several commands, one after the other, in one group of ranks: see ranks.py."""
+    (folder / "jobs.json").write_text(json.dumps(jobs, default=str))
+    command = [*launcher, str(Path(__file__).with_name("ranks.py")), str(folder / "jobs.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env={**ENVIRONMENT, **env})
+    assert done.returncode == 0, done.stderr[-5000:]
 
 
 def checkpoints(run_folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ from ...models.vit import ViTConfig
 from ...runs.checkpoints import latest_weights, load_model, read_weights
 from ...runs.folder import RunFolder, read_config, stored_config
 from ...training.images import checked_images
-from ...weights.build import trained_vit, vit_config
+from ...weights.build import same_options, trained_vit, vit_config
 from ...weights.files import read
 from ...weights.shapes import describe_backbone
 from ...weights.start import SHAPE, check_shape, describe_new, start_config, start_from
@@ -27,9 +27,8 @@ from .views import SegmentationFolder, TrainView
 
 
 def segmenter_config(config: SegmentConfig, vit: ViTConfig, num_classes: int) -> SegmenterConfig:
-    own = {name: getattr(config, name) for name in ("layers", "channels", "auxiliary_channels", "dropout")}
     try:
-        return SegmenterConfig(vit, num_classes, **own)
+        return SegmenterConfig(**{**same_options(config, SegmenterConfig), "vit": vit, "num_classes": num_classes})
     except ValueError as error:
         raise UserError(f"{error}. Change --layers or --depth.") from error
 
@@ -88,10 +87,7 @@ def checked_pairs(
     def masks() -> MaskList:
         return find_masks(images, folders[1].resolve(), run.path / f"masks{name}.json", config.workers)
 
-    if world.rank == 0:
-        found = masks()
-    world.barrier()
-    return images, found if world.rank == 0 else masks()
+    return images, world.rank_0_first(masks)
 
 
 def training_folder(config: SegmentConfig, run: RunFolder, world: World) -> tuple[SegmentationFolder, int]:
