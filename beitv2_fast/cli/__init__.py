@@ -100,7 +100,7 @@ def _convert(input: Path, output: Path, to: str, source: str | None, model: str 
     print(f"{input} ({read_as}) -> {output} ({to}): {len(state)} tensors")
     if state.extras:
         names = ", ".join(compact(list(state.extras)))
-        print(f"{to} has no place for {len(state.extras)} more, which lie beside it for the way back: {names}")
+        print(f"{to} has no place for {len(state.extras)} more, which are kept next to it for the way back: {names}")
 
 
 def main() -> None:

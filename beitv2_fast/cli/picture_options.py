@@ -18,7 +18,7 @@ class PictureConfig:
 
 @dataclass(frozen=True)
 class CurvesConfig(PictureConfig):
-    """Training curves of several runs beside each other, each run a curve of its folder's name: losses, accuracies,
+    """Training curves of several runs in the same panels, each run a curve named after its folder: losses, accuracies,
     similarity to the teacher, codebook usage, learning rate, speed, whatever their logs have."""
 
 

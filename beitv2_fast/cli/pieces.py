@@ -16,7 +16,7 @@ STATE_FILE = "state.json"
 
 
 def open_pieces(pieces: Path, state: dict[str, Any], force: bool) -> None:
-    """Check that pieces in the folder belong to this encoding; without any, or forced, begin anew."""
+    """Check that pieces in the folder belong to this encoding; without any, or forced, start again."""
     file = pieces / STATE_FILE
     try:
         stored = json.loads(file.read_text())
@@ -28,7 +28,7 @@ def open_pieces(pieces: Path, state: dict[str, Any], force: bool) -> None:
         different = [name for name in state if not isinstance(stored, dict) or stored.get(name) != state[name]]
         raise UserError(
             f"{pieces} holds the beginning of an encoding with other {', '.join(different)}. Nothing was changed. Give "
-            "the same options and images to go on with it, --force to begin anew, or another --out."
+            "the same options and images to go on with it, --force to start again, or another --out."
         )
     for piece in pieces.glob("*.npz"):
         piece.unlink()

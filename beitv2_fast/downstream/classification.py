@@ -91,7 +91,7 @@ def labelled_images(
     view: EvalView,
     min_size: int,
 ) -> ImageFolder:
-    """A folder's images for evaluation. ``name``: of the list that is kept beside the run."""
+    """A folder's images for evaluation. ``name``: of the list that is kept with the run."""
     images = checked_images(folder, split, config, run, world, min_size=min_size, name=f"_{name}", labelled=True)
     return ImageFolder(images, view, loader=choose_loader(config.loader)[0], device=world.device)
 
@@ -148,6 +148,6 @@ class ClassifierValidation:
 
 
 def top1_line(found: dict[str, float], classes: int) -> str:
-    """A line of the log. Top-5 is told of more than five classes, where it says something."""
+    """A line of the log. Top-5 is left out for five classes or fewer, where it is always 1."""
     top5 = f"  top-5 {found['top5']:.2%}" if classes > 5 else ""
     return f"top-1 {found['top1']:.2%}{top5}  loss {found['loss']:.3f}  {found['images']:,} images"

@@ -57,7 +57,9 @@ def columns_of(images: ImageList, classes: Sequence[str], source: Path | str) ->
             raise UserError(f"{source} is divided into {', '.join(splits)}. Give the one to evaluate on, {source}/....")
         return class_columns(images.classes, classes, source)
     if not images.classes:
-        raise UserError(f"{source}: no image of the shards has a label. Evaluation needs KEY.cls beside KEY.jpg.")
+        raise UserError(
+            f"{source}: no image of the shards has a label. Evaluation needs a KEY.cls next to each KEY.jpg."
+        )
     if len(images.classes) > len(classes):
         raise UserError(
             f"{source} has an image of class {len(images.classes) - 1}, but the classifier knows 0 to "

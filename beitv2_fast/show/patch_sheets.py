@@ -19,7 +19,7 @@ OVER = 0.7  # share of the heat where it lies over a photograph
 
 
 def attention_columns(heads: int) -> int:
-    """Columns of the sheet for so many heads."""
+    """Columns of the sheet for this many heads."""
     return min(MOST_COLUMNS, heads + 2)
 
 
@@ -89,7 +89,7 @@ def nearest_sheet(
 def _with_headings(
     rows: list[tuple[Label, list[Image.Image | None], list[str]]], columns: int, theme: Theme, scale: float
 ) -> Image.Image:
-    """Rows of (label, pictures, a heading for each), so many columns wide."""
+    """Rows of (label, pictures, a heading for each), in this many columns."""
     sheet, gap = Sheet(theme, scale), 8
     drawn = [sheet.draw([pictures], [label], heads, cell_width(columns, gap), gap) for label, pictures, heads in rows]
     return stack(drawn, theme.paper, round(gap * scale))

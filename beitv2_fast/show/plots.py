@@ -123,7 +123,7 @@ def draw_panels(panels: Iterable[Panel], theme: Theme, scale: float) -> Image.Im
 
 
 def draw_rows(panels: Sequence[Panel], theme: Theme, scale: float, columns: int = 3) -> Image.Image:
-    """``draw_panels``, so many in a row."""
+    """``draw_panels``, in rows of ``columns``."""
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     return stack([draw_panels(row, theme, scale) for row in rows], theme.paper)
 

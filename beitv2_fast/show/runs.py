@@ -189,6 +189,6 @@ def _images(
 
 
 def readable_sample(images: ImageList, count: int, seed: int, *, min_size: int, workers: int = 0) -> ImageList:
-    """At most so many of the images, drawn by seed, without those that cannot be decoded."""
+    """At most ``count`` of the images, drawn by seed, without those that cannot be decoded."""
     chosen = images.subset(sample_images(images, count, seed))
     return check_images(chosen, cache=None, min_size=min_size, workers=workers)

@@ -170,7 +170,7 @@ def code_sheet(
 
 
 def display_size(grid: tuple[int, int], columns: int, scale: float) -> int:
-    """Pixels of a photograph in a sheet of so many columns: the most that fit and divide into the grid."""
+    """Pixels of a photograph in a sheet of this many columns: the most that fit and divide into the grid."""
     return max(1, int(cell_width(columns) * scale) // grid[0]) * grid[0]
 
 

@@ -40,7 +40,7 @@ def create_teacher(
     except Exception as error:  # the packages have their own for a failed download or a damaged file
         reason = str(error).strip().split("\n")[0][:300].rstrip(".")
         raise UserError(
-            f"the weights of the teacher {name} could not be had ({reason}). {_source(name)}; give the file with "
+            f"the weights of the teacher {name} could not be obtained ({reason}). {_source(name)}; give the file with "
             "--teacher-weights."
         ) from error
 

@@ -30,7 +30,7 @@ from ..runs.files import atomically, write_atomically
 
 IMAGES_PER_FILE = 512
 FORMAT = 2  # of the files and of their names
-STALE = 3600.0  # seconds after which a file that is being written belongs to nobody any more
+STALE = 3600.0  # seconds after which a file that is being written is taken to be abandoned
 
 Part = tuple[int, int]  # view, first image
 
@@ -39,7 +39,7 @@ class TeacherFeatures:
     """Features [B, N, C] by (view, index), read from files of fp16 that are mapped into memory.
 
     A file holds a view of ``IMAGES_PER_FILE`` images. It is written under another name, flushed and renamed, so whoever
-    finds it finds all of it; one that is damaged (header or size) is computed anew. Two runs that fill a folder at the
+    finds it finds all of it; one that is damaged (header or size) is computed again. Two runs that fill a folder at the
     same time begin at different files and take over what the other one has finished.
 
     Args:
@@ -47,7 +47,7 @@ class TeacherFeatures:
         dataset: the views that the teacher sees; ``dataset.views`` of every image.
         teacher: images [B, 3, S, S] in [0, 1] -> features [B, N, C], on ``world.device``.
         shape: (N, C) of an image's features.
-        identity: what the features depend on beside the images and their crops, as JSON types: "teacher", its name;
+        identity: what else the features depend on, as JSON types: "teacher", its name;
             the hash of its weights; the grid; the precision.
         memo: a file that remembers the hashes of the images' bytes, by size and modification time; None: no file.
 

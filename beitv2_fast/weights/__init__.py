@@ -36,7 +36,7 @@ TOKENIZER_PREFIXES = ("encoder.", "decoder.", "quantize.", "encode_task_layer.",
 
 
 class Weights(dict):
-    """A state dict, and beside it what its format has no place for.
+    """A state dict, with what its format has no place for in ``extras``.
 
     The dict itself is what the format's class loads with ``strict=True``. ``extras`` holds the rest under our names (a
     student's aggregation branch for timm and transformers, say): ``convert`` takes them up again, so that no way there
@@ -62,7 +62,7 @@ def convert(state: Mapping[str, Any], target: str, source: str | None = None) ->
 
     Args:
         state: the state dict, also with the names that DDP, torch.compile, FSDP, Lightning or an average make of them
-            (``module.``, ``_orig_mod.``, ``model.``, ...). Entries beside the model are left out, and logged.
+            (``module.``, ``_orig_mod.``, ``model.``, ...). Entries that are not the model's are left out, and logged.
         target: the format to make.
         source: the format of ``state``; None: recognised by its names.
 
@@ -109,8 +109,8 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def detect(state: Mapping[str, Tensor]) -> str:
     """The format of a state dict, by its names.
 
-    Names that ours, the published checkpoints and timm share are called "published" if there are index buffers beside
-    the bias tables, else "beitv2_fast".
+    Names that ours, the published checkpoints and timm share are called "published" if there are index buffers next
+    to the bias tables, else "beitv2_fast".
 
     Raises:
         CheckpointError: they are those of no format.
@@ -145,14 +145,14 @@ def kind_of(ours: Mapping[str, Tensor]) -> str:
 
 
 def without_wrapping(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The entries of the model within what was trained, under its own names; what lies beside it is logged."""
+    """The entries of the model within what was trained, under its own names; other entries are logged."""
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise CheckpointError(f"a state dict of tensors is needed, but these entries are none: {', '.join(others)}")
     plain = {WRAPPERS.sub("", name): value for name, value in state.items()}
     found = [m["prefix"] for name in plain if (m := MODEL.fullmatch(name))]
-    prefixes = [p for p in found if "ema" not in p.lower()] or found  # an average beside the weights is not taken
-    if "" in found:  # published tokenizers have their teacher beside them
+    prefixes = [p for p in found if "ema" not in p.lower()] or found  # an average of the weights is not taken
+    if "" in found:  # published tokenizers come with their teacher
         prefixes = [""]
     if len(prefixes) > 1:
         raise CheckpointError(f"these are the weights of several models: {', '.join(prefixes)}. Keep those of one.")

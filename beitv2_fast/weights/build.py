@@ -65,7 +65,7 @@ def load_run_model(
     """The model of a training's run folder, from its newest checkpoint, in eval mode.
 
     Args:
-        image_size: that of the images it shall read, if not its training's; its positions are interpolated.
+        image_size: that of the images it will read, if not its training's; its positions are interpolated.
         average: of a fine-tuning, the moving average of the weights.
     """
     config = read_config(_kind_of_run(run), run)
@@ -97,7 +97,7 @@ def load_teacher(config: TokenizerConfig, tokenizer: Tokenizer) -> Teacher:
     """The teacher that a run's tokenizer was trained on.
 
     Raises:
-        UserError: its weights cannot be had, or its features have another width: it was another one.
+        UserError: its weights are not available, or its features have another width: it was another one.
     """
     teacher = create_teacher(config.teacher, tokenizer.grid, config.teacher_weights)
     if teacher.dim != tokenizer.config.teacher_dim:

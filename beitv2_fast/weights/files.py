@@ -87,7 +87,7 @@ def write(
         path: NAME.safetensors; NAME.pth or NAME.pt (a dict with the weights under "model", as the published files); for
             "transformers" also a folder, which gets config.json and preprocessor_config.json, for from_pretrained.
         state: under the names of ``target``. Its ``extras``, if there are any, are written to NAME.extras.safetensors
-            beside it, or extras.safetensors in the folder; ``read`` finds them there.
+            next to it, or extras.safetensors in the folder; ``read`` finds them there.
         config: of the model: needed for a folder; in files of ours it says what shapes do not.
         force: replace what is there.
 
@@ -164,7 +164,7 @@ def _read_pieces(index: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
         if Path(name).name != name:
-            raise CheckpointError(f"{index} lists {name!r}, which is not the name of a file beside it.")
+            raise CheckpointError(f"{index} lists {name!r}, which is not the name of a file in its folder.")
         state.update(read_weights(index.parent / name))
     missing = sorted(places.keys() - state.keys())
     if missing:

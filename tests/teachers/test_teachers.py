@@ -248,7 +248,7 @@ def test_a_hub_that_cannot_be_reached_says_what_else_to_do(name, monkeypatch, ca
     caplog.set_level(logging.CRITICAL)
     monkeypatch.setattr(open_clip, "create_model", unreachable)
     monkeypatch.setattr(timm, "create_model", unreachable)
-    with pytest.raises(UserError, match=r"could not be had \(no route to host\)") as error:
+    with pytest.raises(UserError, match=r"could not be obtained \(no route to host\)") as error:
         create_teacher(name, (7, 7))
     assert "huggingface.co" in str(error.value) and "--teacher-weights" in str(error.value)
 

@@ -75,7 +75,7 @@ def teacher(tokenizer: Path, device: torch.device) -> Backbone:
 
 
 def labels_seen(config: ProbeConfig, run: Run) -> str:
-    """What is to be said beside the numbers: whether a label was in the trainings behind them."""
+    """A remark for the report: whether labels were used in the trainings behind the numbers."""
     model, stored = run
     if isinstance(model, Classifier) and config.backbone == "trained":
         return "The backbone was fine-tuned with labels."

@@ -42,7 +42,7 @@ def fit_linear(x: Tensor, labels: Tensor, num_classes: int, l2: float) -> Callab
     """Multinomial logistic regression on standardised features, classes weighted equally, by L-BFGS.
 
     Args:
-        x: [N, F]. labels: [N] int64. l2: weight of ``||W||^2 / 2`` beside the mean cross entropy.
+        x: [N, F]. labels: [N] int64. l2: weight of ``||W||^2 / 2``, which is added to the mean cross entropy.
 
     Returns:
         a function from features [M, F] to scores [M, num_classes].

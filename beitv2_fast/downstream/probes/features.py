@@ -1,4 +1,4 @@
-"""The features that the probes read: computed once for every image, kept beside the run, shared by all probes."""
+"""The features that the probes read: computed once per image, kept with the run, shared by all probes."""
 
 from __future__ import annotations
 

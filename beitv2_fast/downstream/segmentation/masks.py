@@ -98,7 +98,7 @@ class MaskList:
             raise DataError(
                 f"{len(wrong)} of {len(self)} masks in {self.root} have labels beyond the {num_classes} classes:\n"
                 f"{first_lines(wrong)}\nGive --num-classes as many as there are, or with --label-values those that are "
-                "classes, name labels that count for nothing with --ignore-labels, or mend the masks."
+                "classes, name labels that count for nothing with --ignore-labels, or correct the masks."
             )
 
     def doubt(self, table: np.ndarray, num_classes: int) -> str | None:
@@ -195,7 +195,7 @@ def find_masks(images: ImageList, folder: Path, cache: Path | None, workers: int
 
 
 def _lossless(paths: list[str]) -> list[str]:
-    """Without the JPEG files beside others, which show the masks."""
+    """Without JPEG files that only show a mask of another format."""
     return [path for path in paths if not path.lower().endswith((".jpg", ".jpeg"))] or paths
 
 
@@ -225,7 +225,7 @@ def _check(images: ImageList, index: int, folder: Path, named: list[str], known:
     if len(entry["labels"]) > MOST_LABELS:
         return {
             "problem": f"the mask {path} has {len(entry['labels'])} labels: shades of a picture that was smoothed, "
-            "resized or compressed. Make it anew, resized to nearest labels and saved as PNG"
+            "resized or compressed. Make it again, resized with nearest-neighbor interpolation and saved as PNG"
         }
     return entry
 

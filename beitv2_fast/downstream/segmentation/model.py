@@ -42,7 +42,7 @@ class Segmenter(ViT):
     """Images [B, 3, S, S], normalised -> logits [B, classes, S/4, S/4] (with patches of 16 or 8 pixels), and those of
     the auxiliary head, [B, classes, S/16, S/16].
 
-    The latter in evaluation too, where they cost half a percent and nobody needs them: ZeRO 3 fetches weights ahead in
+    The latter in evaluation too, where they are not needed and cost half a percent: ZeRO 3 fetches weights ahead in
     the order of the training's forward, and those that were not used then could not be saved.
     """
 

@@ -18,7 +18,7 @@ from ...errors import require
 from ...models.inputs import IMAGENET_MEAN
 from .masks import IGNORED, MaskList
 
-LONGEST = 4  # an image's longer side is at most so many times the base size: the reference's 2048 for 512
+LONGEST = 4  # an image's longer side is at most this many times the base size: the reference's 2048 for 512
 PLACES_TRIED = 10
 DISTORTIONS = {"brightness": (0.875, 1.125), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.05, 0.05)}
 
@@ -156,5 +156,5 @@ class SegmentationFolder(Dataset):
         except Exception as error:  # a decoder may raise anything at all on a damaged file
             raise DataError(
                 f"{path} could be read when it was checked, but cannot be now ({error}). Put it back, or start again "
-                "so that the images are checked anew."
+                "so that the images are checked again."
             ) from error

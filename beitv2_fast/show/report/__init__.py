@@ -1,4 +1,4 @@
-"""The report of the main job: one self-contained HTML file, and its pictures as PNG files beside it.
+"""The report of the main job: one self-contained HTML file, and its pictures as PNG files next to it.
 
 Curves of both trainings, what the codes mean, what the student guesses, and what the probe found. Whatever is not there
 yet, or was interrupted, is said in its place.

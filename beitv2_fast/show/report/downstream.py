@@ -97,8 +97,8 @@ def body(runs: list[Downstream], figure: Callable[[str, str], list[str]]) -> lis
             lines.append(scores_table(run))
         lines += figure(
             _picture(i),
-            "Left: the loss in training. Middle: on the evaluation's images, the weights, and dashed what is evaluated "
-            "beside them: their moving average or another procedure. Right: the learning rate of the head.",
+            "Left: the loss in training. Middle: on the evaluation's images, the weights, and dashed what else "
+            "is evaluated: their moving average or another procedure. Right: the learning rate of the head.",
         )
         lines += figure(f"overlays_{i}", CAPTION)
     return lines
@@ -139,7 +139,7 @@ def probe_details(results: Row) -> list[str]:
             body.append([row["features"], *values])
         metric = results.get("metric_of_knn_and_few_shot", "balanced accuracy")
         said = (
-            f"{metric}: k nearest neighbours by cosine (temperature 0.07), and linear classifiers that saw so many "
+            f"{metric}: k nearest neighbours by cosine (temperature 0.07), and linear classifiers that saw this many "
             "images per class."
         )
         lines += [paragraph(said[0].upper() + said[1:]), table(head, body)]

@@ -40,7 +40,7 @@ def tiles(found: Findings) -> list[str]:
         result.append(number_tile("Similarity to the teacher", f"{similarity:.3f}", "cosine, 1 is perfect, last steps"))
     if found.usage:
         usage = found.usage
-        remark = f"perplexity {usage.perplexity:.1f}: as varied as so many equally frequent ones"
+        remark = f"perplexity {usage.perplexity:.1f}: as varied as that many equally frequent codes"
         result.append(number_tile("Codes used", f"{usage.used:,} of {usage.num_codes:,}", remark))
     if found.guesses:
         where, guess = "held-out" if found.held_out else "training", found.hidden_usage.shares.max()
@@ -69,7 +69,7 @@ def sections(found: Findings, pictures: Mapping[str, Figure], data: Path, shown:
         Section("pretraining", "Pre-training", _pretraining(found, figure)),
         Section("masks", "Hidden and guessed", _masks(found, figure)),
         Section("attention", "What a patch attends to", _attention(found, figure)),
-        *([Section("compared", "Runs beside each other", compared)] if compared else []),
+        *([Section("compared", "Runs compared", compared)] if compared else []),
         Section("how", "How it was made", _how(found, data)),
     ]
 
