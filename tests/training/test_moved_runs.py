@@ -206,6 +206,8 @@ CASES = [(stage, wrong) for stage, cases in WRONG.items() for wrong in cases]
 def test_wrong_options_and_weights_are_told_before_images_are_decoded_and_leave_no_folder(
     world, monkeypatch, capsys, stage, wrong
 ):
+    if wrong[0] == "--deepspeed-config":
+        pytest.importorskip("deepspeed")
     monkeypatch.setattr(training_images, "check_images", lambda *_, **__: pytest.fail("images were decoded"))
     monkeypatch.chdir(world)
     start = ["--tokenizer", "tokenizer"] if stage == "pretrain" else ["--weights", "pretrain"]
