@@ -2,7 +2,7 @@
 
 from torch.utils._pytree import _register_namedtuple  # as torch.export's error asks; there is no public name
 
-from .data.views import read_images
+from .data.images import read_images
 from .models.classifier import Classifier, ClassifierConfig
 from .models.features import Features, classify, features
 from .models.student import Student, StudentConfig, StudentOutput

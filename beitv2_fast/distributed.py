@@ -137,9 +137,9 @@ def start(device: str) -> World:
 def end_with_launcher() -> None:
     """Get SIGTERM, which saves and stops, when the launcher that started this rank dies, whatever killed it.
 
-    A rank that lived on alone would hold the run folder, and the same command started again would be refused.
+    A rank that lived on would hold the run folder, and the same command started again would be refused.
     """
-    with contextlib.suppress(OSError, AttributeError):  # Linux alone has it
+    with contextlib.suppress(OSError, AttributeError):  # only Linux has it
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beitv2_fast.models.attention import relative_position_index
 from beitv2_fast.models.student import StudentConfig
 from beitv2_fast.models.tokenizer import TokenizerModelConfig
-from beitv2_fast.models.vit import ViTConfig, relative_position_index
+from beitv2_fast.models.vit import ViTConfig
 from bench.test_codebook_update import one_hot_update
 
 OURS_ALONE = {"initialized", "idle", "steps", "recent"}  # state of our quantizer that the reference's does not have

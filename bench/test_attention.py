@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beitv2_fast.kernels.attention.reference import attention_reference
-from beitv2_fast.models.attention import attention, choose_attention
+from beitv2_fast.models.attention import attend, choose_attention
 from beitv2_fast.models.classifier import Classifier, ClassifierConfig
 from beitv2_fast.models.vit import ViTConfig
 from bench.harness import DEVICE, OURS, Unavailable, measure
@@ -20,7 +20,7 @@ Attention = Callable[[Tensor, Tensor], Tensor]  # qkv [B, N, 3, H, D], bias [1, 
 
 
 def ours(qkv: Tensor, bias: Tensor) -> Tensor:
-    return attention(qkv, bias, choose_attention("auto", DEVICE.type))
+    return attend(qkv, bias, choose_attention("auto", DEVICE.type))
 
 
 def softmax(qkv: Tensor, bias: Tensor) -> Tensor:

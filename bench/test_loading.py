@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
-from beitv2_fast.data.dataset import ImageFolder
 from beitv2_fast.data.find import find_images
+from beitv2_fast.data.images import ImageFolder
 from beitv2_fast.data.loaders import train_loader
 from beitv2_fast.data.views import PretrainView
 from beitv2_fast.models.inputs import IMAGENET_MEAN, IMAGENET_STD
@@ -138,8 +138,7 @@ def _reference_stages(root: Path) -> Stages:
 
 def _our_stages(loader: str) -> Callable[[Path], Stages]:
     def measured(root: Path) -> Stages:
-        from beitv2_fast.data.jitter import color_jitter
-        from beitv2_fast.data.views import pictures_of_cuts, to_float
+        from beitv2_fast.data.views import color_jitter, resized_cuts, to_float
         from beitv2_fast.models.inputs import normalise
 
         dataset, stages = ImageFolder(find_images(root), VIEW, loader=loader), defaultdict(float)
@@ -153,7 +152,7 @@ def _our_stages(loader: str) -> Callable[[Path], Stages]:
         cuts_of = _dali_cuts(dataset, timed) if loader == "dali" else _pil_cuts(dataset, timed)
         for first in range(0, FILES, BATCH):
             cuts, draws = cuts_of([(0, i) for i in range(first, first + BATCH)])
-            pixels = timed("crop and resize", pictures_of_cuts, cuts, VIEW, draws)["student"]
+            pixels = timed("crop and resize", resized_cuts, cuts, VIEW, draws)["student"]
             jittered = timed("colour jitter", color_jitter, pixels, draws["jitter_step"], draws["jitter_factor"])
             timed("to float", lambda a, b: (normalise(to_float(a)), to_float(b)), jittered, pixels)
             timed("mask", VIEW._masks, np.arange(BATCH))

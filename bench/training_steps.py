@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from beitv2_fast.config.presets import PRETRAIN, TOKENIZER
 from beitv2_fast.config.training import TokenizerConfig, TrainConfig
 from beitv2_fast.kernels import masked_gather
-from beitv2_fast.training.backend import adamw
-from beitv2_fast.training.optim import parameter_groups
+from beitv2_fast.training.optim import adamw, parameter_groups
 from beitv2_fast.weights.build import build_student, build_tokenizer
 from bench import reference_structure
 from bench.harness import DEVICE, OURS

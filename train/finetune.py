@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beitv2_fast.config.downstream import FinetuneConfig
-from beitv2_fast.config.options import parse
 from beitv2_fast.config.presets import FINETUNE
 from beitv2_fast.data.views import FinetuneView
-from beitv2_fast.distributed import World, run_main, start
+from beitv2_fast.distributed import World, run_main
 from beitv2_fast.downstream.augment import BatchAugment
 from beitv2_fast.downstream.classification import (
     ClassifierValidation,
@@ -25,9 +24,9 @@ from beitv2_fast.downstream.classification import (
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.classifier import Classifier
 from beitv2_fast.models.inputs import normalise
-from beitv2_fast.runs.folder import RunFolder
 from beitv2_fast.training.images import training_images
-from beitv2_fast.training.loop import open_run, train
+from beitv2_fast.training.launch import evaluate_newest, launched, open_run
+from beitv2_fast.training.loop import train
 from beitv2_fast.training.task import Batch, Task
 from beitv2_fast.weights.build import load_run_model
 
@@ -53,29 +52,23 @@ class FinetuneTask(Task):
         return {"augmented": batch["image"][0]}
 
 
-def evaluate_only(config: FinetuneConfig, world: World) -> int:
+def _evaluate(config: FinetuneConfig, world: World) -> int:
     """--evaluate: the newest checkpoint's weights and their average."""
     classes = stored_classes(config.out)
     if classes is None or validation_images(config) is None:
         what = "no finished step of a fine-tuning in it" if classes is None else "no images to evaluate on: give --val"
         raise UserError(f"--evaluate: {config.out} has {what}.")
     kinds = ("weights", "average") if config.ema_decay else ("weights",)
-    models = {kind: load_run_model(config.out, average=kind == "average")[0].to(world.device) for kind in kinds}
-    run = RunFolder(config, world.rank)
-    step = int(sorted(run.checkpoints.glob("step_*"))[-1].name.removeprefix("step_"))
-    ClassifierValidation(config, classes, run, world)(step, models, lambda: None)
-    run.close()
-    return 0
+    models = {kind: load_run_model(config.out, average=kind == "average")[0] for kind in kinds}
+    return evaluate_newest(config, world, models, lambda run: ClassifierValidation(config, classes, run, world))
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, local_rank = parse(FinetuneConfig, FINETUNE, argv)
-    world = start(config.device)
-    deepspeed = local_rank is not None or config.deepspeed_config is not None
+    config, world, backend = launched(FinetuneConfig, FINETUNE, argv)
     if config.evaluate:
-        return evaluate_only(config, world)
+        return _evaluate(config, world)
     start_model(config, ["", ""], lambda _: None)  # what does not fit is told before all images have been decoded
-    run = open_run(config, world, deepspeed=deepspeed)
+    run = open_run(config, world, backend)
     view = FinetuneView(config.image_size, config.crop_scale, config.augment_ops, config.augment_magnitude)
     dataset = training_images(config, view, run, world, labelled=True)
     classes = dataset.images.classes
@@ -102,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         dataset,
         run,
         world,
-        deepspeed=deepspeed,
+        backend,
         layer_decay=config.layer_decay,
         ema_decay=config.ema_decay,
         after_epoch=validation,

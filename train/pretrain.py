@@ -8,19 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from beitv2_fast.config.options import parse
 from beitv2_fast.config.presets import PRETRAIN
 from beitv2_fast.config.training import PretrainConfig, TokenizerConfig
-from beitv2_fast.data.masks import patch_masks
+from beitv2_fast.data.draws import patch_masks
 from beitv2_fast.data.views import PretrainView
-from beitv2_fast.distributed import run_main, start
+from beitv2_fast.distributed import run_main
 from beitv2_fast.errors import UserError
 from beitv2_fast.kernels import masked_gather
 from beitv2_fast.models.student import Student
 from beitv2_fast.models.tokenizer import Tokenizer
 from beitv2_fast.pictures import masked_picture, token_map
 from beitv2_fast.training.images import training_images
-from beitv2_fast.training.loop import open_run, train
+from beitv2_fast.training.launch import launched, open_run
+from beitv2_fast.training.loop import train
 from beitv2_fast.training.task import Batch, Task
 from beitv2_fast.weights.build import build_student, load_run_model
 
@@ -79,9 +79,7 @@ def load_tokenizer(config: PretrainConfig) -> tuple[Tokenizer, TokenizerConfig]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, local_rank = parse(PretrainConfig, PRETRAIN, argv)
-    world = start(config.device)
-    deepspeed = local_rank is not None or config.deepspeed_config is not None
+    config, world, backend = launched(PretrainConfig, PRETRAIN, argv)
     tokenizer, stored = load_tokenizer(config)
     torch.manual_seed(config.seed)
     model = build_student(config, tokenizer.num_codes)
@@ -100,15 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         raise UserError(f"{error}. Change one of these options.") from error
     task = PretrainTask(model, tokenizer.to(world.device), config)
-    run = open_run(config, world, deepspeed=deepspeed)
-    return train(
-        task,
-        config,
-        training_images(config, view, run, world),
-        run,
-        world,
-        deepspeed=deepspeed,
-    )
+    run = open_run(config, world, backend)
+    return train(task, config, training_images(config, view, run, world), run, world, backend)
 
 
 if __name__ == "__main__":

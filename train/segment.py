@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beitv2_fast.config.downstream import SEGMENT, SegmentConfig
-from beitv2_fast.config.options import parse
-from beitv2_fast.distributed import World, run_main, start
+from beitv2_fast.distributed import World, run_main
 from beitv2_fast.downstream.segmentation.head import across_ranks, resize
 from beitv2_fast.downstream.segmentation.masks import IGNORED, validation_folders
 from beitv2_fast.downstream.segmentation.model import Segmenter
@@ -26,26 +25,26 @@ from beitv2_fast.downstream.segmentation.training import (
 )
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.inputs import normalise
-from beitv2_fast.runs.folder import RunFolder
-from beitv2_fast.training.loop import open_run, train
-from beitv2_fast.training.optim import Plan
+from beitv2_fast.training.launch import evaluate_newest, launched, open_run
+from beitv2_fast.training.loop import train
+from beitv2_fast.training.optim import Schedule
 from beitv2_fast.training.task import Batch, Task
 
 
 @dataclass(frozen=True)
-class PolySchedule(Plan):
+class PolySchedule(Schedule):
     """``(peak - min) (1 - step / total) ** power + min``, times ``step / warmup`` in the warm-up: the reference's."""
 
     power: float = 1.0
 
     @classmethod
     def of(cls, config: SegmentConfig, num_images: int, world_size: int) -> PolySchedule:
-        plan = vars(Plan.of(config, num_images, world_size))
+        values = vars(Schedule.of(config, num_images, world_size))
         if config.steps:
-            epochs = -(-config.steps * plan["images_per_step"] // num_images)
+            epochs = -(-config.steps * values["images_per_step"] // num_images)
             warmup = min(config.warmup_steps, config.steps)
-            plan = {**plan, "total_steps": config.steps, "warmup_steps": warmup, "epochs": epochs}
-        return cls(**plan, power=config.power)
+            values = {**values, "total_steps": config.steps, "warmup_steps": warmup, "epochs": epochs}
+        return cls(**values, power=config.power)
 
     def lr(self, step: int) -> float:
         low = min(self.min_lr, self.peak_lr)
@@ -85,31 +84,28 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
 
 
-def evaluate_only(config: SegmentConfig, world: World) -> int:
+def _evaluate(config: SegmentConfig, world: World) -> int:
     """--evaluate: the newest checkpoint."""
     folders = validation_folders(config.data, config.val)
     if folders is None:
         raise UserError(f"--evaluate: {config.data} has no images to evaluate on. Give --val.")
-    model = load_segmenter(config.out)[0].to(world.device)
-    run = RunFolder(config, world.rank)
-    step = int(sorted(run.checkpoints.glob("step_*"))[-1].name.removeprefix("step_"))
-    SegmenterValidation(config, folders, model.config.num_classes, run, world)(step, {"weights": model}, lambda: None)
-    run.close()
-    return 0
+    model = load_segmenter(config.out)[0]
+    num_classes = model.config.num_classes
+    return evaluate_newest(
+        config, world, {"weights": model}, lambda run: SegmenterValidation(config, folders, num_classes, run, world)
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, local_rank = parse(SegmentConfig, SEGMENT, argv)
-    world = start(config.device)
-    deepspeed = local_rank is not None or config.deepspeed_config is not None
+    config, world, backend = launched(SegmentConfig, SEGMENT, argv)
     if config.batch_size * world.size < 2:
         raise UserError("batch norm needs two images at a time. Give --batch-size 2, or start two ranks.")
     if config.evaluate:
-        return evaluate_only(config, world)
+        return _evaluate(config, world)
     start_segmenter(config, config.num_classes or 2, lambda _: None)  # what does not fit is told before images are read
-    run = open_run(config, world, deepspeed=deepspeed)
+    run = open_run(config, world, backend)
     dataset, num_classes = training_folder(config, run, world)
-    plan = PolySchedule.of(config, len(dataset), world.size)
+    schedule = PolySchedule.of(config, len(dataset), world.size)
     torch.manual_seed(config.seed)
     model = across_ranks(start_segmenter(config, num_classes, run.print), world)
     validation, folders = None, validation_folders(config.data, config.val)
@@ -123,11 +119,13 @@ def main(argv: list[str] | None = None) -> int:
         dataset,
         run,
         world,
-        deepspeed=deepspeed,
+        backend,
         layer_decay=config.layer_decay,
-        after_epoch=None if validation is None else lambda *args: validation(*args, last=args[0] == plan.total_steps),
+        after_epoch=None
+        if validation is None
+        else lambda *args: validation(*args, last=args[0] == schedule.total_steps),
         every_epochs=config.eval_every,
-        plan=plan,
+        schedule=schedule,
     )
 
 

@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beitv2_fast.config.options import parse
 from beitv2_fast.config.presets import TOKENIZER
 from beitv2_fast.config.training import TokenizerConfig
 from beitv2_fast.data.views import TokenizerView
-from beitv2_fast.distributed import autocast_dtype, run_main, start
+from beitv2_fast.distributed import autocast_dtype, run_main
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.tokenizer import Tokenizer
 from beitv2_fast.pictures import token_map
@@ -24,7 +23,8 @@ from beitv2_fast.teachers import create_teacher
 from beitv2_fast.teachers.base import Teacher
 from beitv2_fast.teachers.features import TeacherFeatures
 from beitv2_fast.training.images import training_images
-from beitv2_fast.training.loop import open_run, train
+from beitv2_fast.training.launch import launched, open_run
+from beitv2_fast.training.loop import train
 from beitv2_fast.training.task import Batch, Task
 from beitv2_fast.weights.build import build_tokenizer
 
@@ -78,9 +78,7 @@ class TokenizerTask(Task):
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, local_rank = parse(TokenizerConfig, TOKENIZER, argv)
-    world = start(config.device)
-    deepspeed = local_rank is not None or config.deepspeed_config is not None
+    config, world, backend = launched(TokenizerConfig, TOKENIZER, argv)
     torch.manual_seed(config.seed)
     side = config.image_size // config.patch_size
     if config.teacher_cache and not config.views:
@@ -89,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     precision = autocast_dtype(config.precision, world.device) and autocast_dtype("auto", world.device)
     teacher = create_teacher(config.teacher, (side, side), config.teacher_weights, dtype=precision)
     model = build_tokenizer(config, teacher.dim)
-    run = open_run(config, world, deepspeed=deepspeed)
+    run = open_run(config, world, backend)
     teacher.to(world.device)
     view = TokenizerView(config.teacher_image_size or config.image_size, config.crop_scale)
     images = training_images(config, view, run, world)
@@ -108,14 +106,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         # From here on only the tokenizer looks at the images: the same crops at its own size.
         images.view = replace(view, size=config.image_size)
-    return train(
-        TokenizerTask(model, features if config.views else teacher, config),
-        config,
-        images,
-        run,
-        world,
-        deepspeed=deepspeed,
-    )
+    task = TokenizerTask(model, features if config.views else teacher, config)
+    return train(task, config, images, run, world, backend)
 
 
 if __name__ == "__main__":

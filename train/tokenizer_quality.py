@@ -16,8 +16,8 @@ from beitv2_fast.config.downstream import TokenizerQualityConfig
 from beitv2_fast.config.options import parse
 from beitv2_fast.config.presets import PRESETS
 from beitv2_fast.config.training import TokenizerConfig
-from beitv2_fast.data.dataset import ImageFolder
 from beitv2_fast.data.find import find_split
+from beitv2_fast.data.images import ImageFolder
 from beitv2_fast.data.loaders import choose_loader, eval_loader
 from beitv2_fast.data.views import EvalView
 from beitv2_fast.distributed import autocast_dtype, run_main, start

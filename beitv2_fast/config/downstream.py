@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from ..models.vit import SIZES
 from .options import OUT, RunConfig, option
@@ -14,6 +15,7 @@ from .training import TrainConfig
 class ProbeConfig(RunConfig):
     """Probes of a frozen backbone."""
 
+    stage: ClassVar[str] = "probe"
     out: Path = option(Path("runs/probe"), "run folder for results.json and the log")
     data: Path = option(Path("data"), "folder of FOLDER/train/CLASS and FOLDER/test/CLASS (or val) with images")
     run: Path = option(
@@ -49,17 +51,18 @@ class ProbeConfig(RunConfig):
         "tested", above=0,
     )  # fmt: skip
     epochs: int = option(100, "of the sweep, passes over the cached features", at_least=1)
-    sgd_batch_size: int = option(1024, "of the sweep, images a step; a small set is cut into ten", at_least=1)
+    sgd_batch_size: int = option(1024, "of the sweep, images per step; a small set is cut into ten", at_least=1)
     neighbours: tuple[int, ...] = option((10, 20), "k of the k nearest neighbours", at_least=1)
-    shots: tuple[int, ...] = option((1, 5, 10), "images a class of the few-shot probes", at_least=1)
+    shots: tuple[int, ...] = option((1, 5, 10), "images per class of the few-shot probes", at_least=1)
     seeds: int = option(3, "repetitions of the exact and few-shot probes, with other images each", at_least=1)
-    batch_size: int = option(64, "images a forward pass", free=True, at_least=1)
+    batch_size: int = option(64, "images per forward pass", free=True, at_least=1)
 
 
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
     """Fine-tuning of a classifier (arXiv 2208.06366 section 3.2)."""
 
+    stage: ClassVar[str] = "finetune"
     out: Path = option(Path("runs/finetune"), OUT)
     weights: Path | None = option(
         Path("runs/pretrain"),
@@ -77,7 +80,7 @@ class FinetuneConfig(TrainConfig):
         1, "epochs between evaluations of the weights and of their average; the last is always evaluated", free=True,
         at_least=1,
     )  # fmt: skip
-    eval_batch_size: int = option(128, "images a forward of the evaluation on each rank", free=True, at_least=1)
+    eval_batch_size: int = option(128, "images per forward of the evaluation on each rank", free=True, at_least=1)
     crop_pct: float | None = option(
         None, "share of the shorter side that the evaluation's centre crop shows; none: 0.875 below 384 pixels, else 1",
         free=True, above=0, at_most=1,
@@ -115,9 +118,10 @@ class FinetuneConfig(TrainConfig):
 class EvaluateConfig(RunConfig):
     """Top-1 and top-5 of a classifier on folders of images, such as ImageNet-A, ImageNet-R and ImageNet-Sketch.
 
-    A folder may have some of the classifier's classes alone: it then chooses among these.
+    A folder may have only some of the classifier's classes: it then chooses among these.
     """
 
+    stage: ClassVar[str] = "evaluate"
     out: Path = option(Path("runs/evaluate"), "run folder for results.json and the log")
     model: Path = option(
         Path("runs/finetune"),
@@ -129,7 +133,7 @@ class EvaluateConfig(RunConfig):
     )
     classes: Path | None = option(
         None, "the classifier's classes in its order: a folder of class folders (the training's), or a text file with "
-        "a name a line; none: those that a fine-tuning wrote into its run folder"
+        "one name per line; none: those that a fine-tuning wrote into its run folder"
     )  # fmt: skip
     image_size: int | None = option(
         None, "side of the images, in pixels, to which positions are resized; none: that of the training", at_least=1
@@ -143,13 +147,14 @@ class EvaluateConfig(RunConfig):
         choices=("auto", "fp32", "bf16"),
     )  # fmt: skip
     loader: str = option("auto", "what decodes the images", choices=("auto", "dali", "torchvision"))
-    batch_size: int = option(128, "images a forward on each rank", free=True, at_least=1)
+    batch_size: int = option(128, "images per forward on each rank", free=True, at_least=1)
 
 
 @dataclass(frozen=True)
 class SegmentConfig(TrainConfig):
     """Semantic segmentation with UPerNet (arXiv 2208.06366 section 3.3)."""
 
+    stage: ClassVar[str] = "segment"
     data: Path = option(
         Path("data"),
         "folder with FOLDER/train/images and FOLDER/train/masks (also annotations or labels), or as ADE20K has them, "
@@ -214,7 +219,7 @@ class SegmentConfig(TrainConfig):
     )
     distortion: bool = option(True, "brightness, contrast, saturation and hue change at random")
     eval_every: int = option(10, "epochs between evaluations; the last step is always evaluated", free=True, at_least=1)
-    eval_batch_size: int = option(8, "windows a forward of the evaluation on each rank", free=True, at_least=1)
+    eval_batch_size: int = option(8, "windows per forward of the evaluation on each rank", free=True, at_least=1)
     stride: int = option(
         0, "pixels from one window of the evaluation to the next; 0: two thirds of image_size", free=True, at_least=0
     )
@@ -259,8 +264,9 @@ SEGMENT = {
 class TokenizerQualityConfig(RunConfig):
     """Codebook usage and reconstruction similarity of a trained tokenizer (arXiv 2208.06366 section 3.4, table 6)."""
 
+    stage: ClassVar[str] = "tokenizer_quality"
     out: Path = option(Path("runs/tokenizer_quality"), "run folder for results.json and the log")
     run: Path = option(Path("runs/tokenizer"), "run folder of the tokenizer", holds="start")
     data: Path = option(Path("data"), "folder of images; FOLDER/test or FOLDER/val is used if there is one")
     max_images: int = option(5000, "at most so many images, evenly spread over the list", at_least=1)
-    batch_size: int = option(64, "images a forward", free=True, at_least=1)
+    batch_size: int = option(64, "images per forward", free=True, at_least=1)

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from ..errors import UserError
 
@@ -43,8 +43,9 @@ def option(
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What every command with a run folder has."""
+    """What every command with a run folder has. ``stage``: which command, as its config.json says."""
 
+    stage: ClassVar[str] = ""
     out: Path = option(Path("runs/run"), OUT)
     seed: int = option(0, "everything random follows from it: the same seed gives the same run", at_least=0)
     device: str = option(
@@ -66,13 +67,14 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    """The stage and all values, as JSON types."""
+    return {"stage": config.stage} | {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
 def from_json(cls: type[C], values: Mapping[str, Any]) -> C:
     """The config that ``to_json`` wrote. Unknown names are an error: the run was made by another version."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = values.keys() - fields.keys()
+    values = {name: value for name, value in values.items() if name != "stage"}
+    unknown = values.keys() - {f.name for f in dataclasses.fields(cls)}
     if unknown:
         raise UserError(
             f"a run's config has values that a {cls.__name__} does not know: {', '.join(sorted(unknown))}. "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from .options import RunConfig, option
 
@@ -12,6 +13,7 @@ from .options import RunConfig, option
 class ReportConfig(RunConfig):
     """The report: one HTML file and its pictures, from the run folders of the other commands."""
 
+    stage: ClassVar[str] = "report"
     out: Path = option(Path("runs/report"), "folder of the report: report.html and PNG files; replaced if there is one")
     data: Path = option(Path("data"), "the image folder; examples come from FOLDER/test or FOLDER/val, if there is one")
     tokenizer: Path = option(Path("runs/tokenizer"), "run folder of the tokenizer")
@@ -26,13 +28,13 @@ class ReportConfig(RunConfig):
     examples: int = option(6, "photographs shown with their token map; up to 4 with their mask")
     code_rows: int = option(24, "codes on the sheet of patches: half the most frequent, half a spread of the others")
     scale: float = option(2.0, "pixels of the pictures for each pixel of the page; 2: sharp on dense screens")
-    batch_size: int = option(64, "images a forward", free=True)
+    batch_size: int = option(64, "images per forward", free=True)
 
 
 @dataclass(frozen=True)
 class ExploreConfig:
     """Explore a run on a page in the browser: the tokens of an image, each token's other patches in the data set, what
-    a patch attends to, and the mask game. It listens on 127.0.0.1 alone. RUN: a folder with the runs tokenizer/ and
+    a patch attends to, and the mask game. It listens only on 127.0.0.1. RUN: a folder with the runs tokenizer/ and
     pretrain/ in it (as `make demo` leaves), or the run folder of a tokenizer or of a pre-training."""
 
     data: Path | None = option(None, "folder of images to compare with; none: the run's own")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from ..models.attention import IMPLEMENTATIONS
 from ..quantize.options import DEAD_AFTER
@@ -61,11 +62,11 @@ class TrainConfig(RunConfig):
     compile: bool = option(False, "torch.compile the model: minutes at the start, faster steps on GPUs")
     epochs: int = option(100, "passes over the images", at_least=1)
     batch_size: int = option(
-        64, "images a forward on each rank (process); a step has batch_size x accumulate x ranks images, a product "
+        64, "images per forward on each rank (process); a step has batch_size x accumulate x ranks images, a product "
         "that must stay when a run resumes", free=True, at_least=1,
     )  # fmt: skip
     accumulate: int = option(
-        1, "forwards whose gradients make one step: more images a step than fit in memory", free=True, at_least=1
+        1, "forwards whose gradients make one step: more images per step than fit in memory", free=True, at_least=1
     )
     lr: float = option(
         1e-3, "peak learning rate if a step has lr_batch images; scaled in proportion to the images it really has",
@@ -107,6 +108,7 @@ class TrainConfig(RunConfig):
 class TokenizerConfig(TrainConfig):
     """VQ-KD tokenizer training (arXiv 2208.06366 section 2.2)."""
 
+    stage: ClassVar[str] = "tokenizer"
     out: Path = option(Path("runs/tokenizer"), OUT)
     teacher: str = option(
         "clip", "frozen network whose features the tokenizer learns to predict: clip, dino, timm:NAME or "
@@ -151,6 +153,7 @@ class TokenizerConfig(TrainConfig):
 class PretrainConfig(TrainConfig):
     """Masked image modelling with patch aggregation (arXiv 2208.06366 sections 2.3 and 2.4)."""
 
+    stage: ClassVar[str] = "pretrain"
     out: Path = option(Path("runs/pretrain"), OUT)
     tokenizer: Path = option(Path("runs/tokenizer"), "run folder of the trained tokenizer", holds="weights")
     tokenizer_image_size: int | None = option(
@@ -172,8 +175,8 @@ class PretrainConfig(TrainConfig):
     )
     shared_head: bool = option(True, "both branches share the final norm and the head")
     loss_on: str = option(
-        "both", "the branches whose loss is learnt from, an ablation; last: the last layer's alone, aggregation: the "
-        "aggregation branch's alone; without such a branch there is only the last layer's",
+        "both", "the branches whose loss is learnt from, an ablation; last: only the last layer's, aggregation: only "
+        "the aggregation branch's; without such a branch there is only the last layer's",
         choices=("both", "last", "aggregation"),
     )  # fmt: skip
     num_masked: int = option(75, "masked patches of each image", at_least=1)

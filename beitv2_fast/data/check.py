@@ -15,15 +15,16 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import first_few, first_lines, require
+from ..errors import DataError, first_few, first_lines, require
+from ..runs.files import write_atomically
 from .forks import kept_from_the_collector
-from .images import DataError, ImageList
+from .images import ImageList
 
 CACHE_VERSION = 1
 FILES_PER_TASK = 16
 FILES_BETWEEN_SAVES = 20_000
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def check_images(images: ImageList, *, cache: Path | None, min_size: int, workers: int) -> ImageList:
@@ -87,9 +88,9 @@ def _without(images: ImageList, bad: dict[str, str], *, listed: bool) -> ImageLi
             "Repair or replace them, or pass another folder (smaller images need a preset with a smaller image size)."
         )
     if rejected and listed:
-        log.warning("%d of %d files in %s are left out:\n%s", len(rejected), total, images.root, "\n".join(lines))
+        _log.warning("%d of %d files in %s are left out:\n%s", len(rejected), total, images.root, "\n".join(lines))
     elif rejected:
-        log.info("%d of %d files in %s are left out, as before", len(rejected), total, images.root)
+        _log.info("%d of %d files in %s are left out, as before", len(rejected), total, images.root)
     return images.subset(keep, rejected)
 
 
@@ -202,7 +203,5 @@ def _write_cache(cache: Path | None, root: Path, files: dict[str, list]) -> None
     if cache is None:
         return
     cache.parent.mkdir(parents=True, exist_ok=True)
-    part = cache.with_name(f"{cache.name}.{os.getpid()}.part")
     content = {"version": CACHE_VERSION, "root": str(root), "files": files}
-    part.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
-    os.replace(part, cache)
+    write_atomically(cache, json.dumps(content, separators=(",", ":")))

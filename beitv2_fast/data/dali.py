@@ -12,7 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,20 +20,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import require
-from .draws import Draws
-from .images import EXIF_ORIENTATION, DataError, open_image
-from .sampler import EpochSampler, Key
-from .views import FinetuneView, Picture, Pictures, View, pictures_of_cuts
+from ..errors import DataError, require
+from .draws import Draws, EpochSampler, Key
+from .images import EXIF_ORIENTATION, ImageFolder, open_image
+from .views import Cut, FinetuneView, Pictures, View, resized_cuts
 
 require("nvidia.dali", "dali", "Loading with DALI")
 
 from nvidia.dali import fn, pipeline_def, types  # noqa: E402
 from nvidia.dali.auto_aug import rand_augment  # noqa: E402
 from nvidia.dali.plugin.pytorch import feed_ndarray  # noqa: E402
-
-if TYPE_CHECKING:
-    from .dataset import ImageFolder
 
 # What DALI decodes to PIL's pixels. All else, and what metadata turns, PIL decodes and hands on as pixels.
 PLAIN = {(kind, mode) for kind in ("JPEG", "PNG") for mode in ("RGB", "L")}
@@ -42,9 +38,9 @@ FILTERS = {"bicubic": types.INTERP_CUBIC, "lanczos": types.INTERP_LANCZOS3}
 MAGNITUDES = 31  # of RandAugment, 0 .. 30
 READ_AHEAD = 2  # batches whose files are read while another is decoded and one is trained on
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
-Batch = tuple[list[Key], dict[str, Any], Draws]  # keys, what is fed to the pipeline, draws
+Prepared = tuple[list[Key], dict[str, Any], Draws]  # keys, what is fed to the pipeline, draws
 
 
 class DaliBatches(Dataset):
@@ -64,12 +60,12 @@ class DaliBatches(Dataset):
         if self._pipeline is None:
             self._pipeline = self._build()
         batch = prepare(self.dataset, keys, whole_graph=False)
-        start(self._pipeline, batch)
-        self._pipeline, (output,) = result(self._pipeline, self.dataset, batch, False, self._build)
+        submit(self._pipeline, batch)
+        self._pipeline, (output,) = fetch(self._pipeline, self.dataset, batch, False, self._build)
         cuts = [Image.fromarray(np.asarray(output[i])) for i in range(len(output))]
         _, _, draws = batch
         view = self.dataset.view
-        made = {**view.finish(pictures_of_cuts(cuts, view, draws), draws), **self.dataset.names(keys)}
+        made = {**view.finish(resized_cuts(cuts, view, draws), draws), **self.dataset.names(keys)}
         self._pipeline.release_outputs()
         return made
 
@@ -99,23 +95,23 @@ class DaliLoader:
             reading = self._read(readers)
             running = next(reading, None)
             if running is not None:
-                start(pipeline, running)
+                submit(pipeline, running)
             while running is not None:
-                pipeline, outputs = result(pipeline, self.dataset, running, True, self._build)
+                pipeline, outputs = fetch(pipeline, self.dataset, running, True, self._build)
                 pictures = self._pictures(outputs)
                 pipeline.release_outputs()
                 keys, _, draws = running
                 running = next(reading, None)
                 if running is not None:
-                    start(pipeline, running)  # before `finish` and the step, so that it runs meanwhile
+                    submit(pipeline, running)  # before `finish` and the step, so that it runs meanwhile
                 yield {**view.finish(pictures, draws), **self.dataset.names(keys)}
 
     def _build(self) -> Any:
         return build(self.dataset.view, self.dataset.device, self.batch_size, self.threads, whole_graph=True)
 
-    def _read(self, readers: ThreadPoolExecutor) -> Iterator[Batch]:
+    def _read(self, readers: ThreadPoolExecutor) -> Iterator[Prepared]:
         """The batches, READ_AHEAD of them under way."""
-        ahead: deque[Future[Batch]] = deque()
+        ahead: deque[Future[Prepared]] = deque()
         for keys in self.batches:
             ahead.append(readers.submit(prepare, self.dataset, keys, whole_graph=True))
             if len(ahead) > READ_AHEAD:
@@ -133,7 +129,7 @@ class DaliLoader:
         return pictures
 
 
-def prepare(dataset: ImageFolder, keys: list[Key], whole_graph: bool, by_pil: bool = False) -> Batch:
+def prepare(dataset: ImageFolder, keys: list[Key], whole_graph: bool, by_pil: bool = False) -> Prepared:
     """Reads a batch and draws for it; ``by_pil``: decodes it, too. DataError: an image cannot be read."""
     encoded, sizes = [], []
     for _, index in keys:
@@ -148,16 +144,16 @@ def prepare(dataset: ImageFolder, keys: list[Key], whole_graph: bool, by_pil: bo
     return keys, {"encoded": encoded, **fed}, draws
 
 
-def start(pipeline: Any, batch: Batch) -> None:
+def submit(pipeline: Any, batch: Prepared) -> None:
     for name, values in batch[1].items():
         pipeline.feed_input(name, values)
     pipeline.schedule_run()
 
 
-def result(
-    pipeline: Any, dataset: ImageFolder, batch: Batch, whole_graph: bool, rebuild: Callable[[], Any]
+def fetch(
+    pipeline: Any, dataset: ImageFolder, batch: Prepared, whole_graph: bool, rebuild: Callable[[], Any]
 ) -> tuple[Any, tuple]:
-    """Waits for what `start` started -> the pipeline to go on with, and its outputs.
+    """Waits for what `submit` handed over -> the pipeline to go on with, and its outputs.
 
     An error ends a pipeline. If PIL opens all images that DALI could not decode, it decodes them for a new one.
 
@@ -174,12 +170,12 @@ def result(
                 dataset.images.open(index)
             except Exception as found:
                 raise dataset.lost(index, found) from error
-        log.warning(
+        _log.warning(
             "DALI could not decode a batch (%s, ...), so PIL does: %s", names, " ".join(str(error).split())[:300]
         )
     try:
         pipeline = rebuild()
-        start(pipeline, prepare(dataset, keys, whole_graph, by_pil=True))
+        submit(pipeline, prepare(dataset, keys, whole_graph, by_pil=True))
         return pipeline, pipeline.share_outputs()
     except RuntimeError as error:
         raise DataError(
@@ -284,7 +280,7 @@ def build(view: View, device: torch.device, batch_size: int, threads: int, whole
     return pipeline
 
 
-def _resized(image: Any, height: Any, size: Any, picture: Picture) -> Any:
+def _resized(image: Any, height: Any, size: Any, picture: Cut) -> Any:
     """From `height` rows to size (rows, columns): rows before columns, with 8 bits between, as PIL does it.
 
     In one pass DALI would keep what overshoots black and white there, and differ by up to 12 levels.

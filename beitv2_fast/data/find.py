@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
-from .images import SPLIT_ENDS, DataError, ImageList, PassedOver, counted, told
+from ..errors import DataError
+from .images import SPLIT_ENDS, ImageList, PassedOver, counted, told
 
-SUFFIXES = (".apng", ".avif", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg")
-SUFFIXES += (".jpf", ".jpg", ".jpx", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff")
-SUFFIXES += (".webp",)
+IMAGE_SUFFIXES = tuple(
+    ".apng .avif .bmp .dib .gif .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .pbm .pcx .pgm .png .pnm .ppm .qoi "
+    ".tga .tif .tiff .webp".split()
+)
 SPLITS = {  # whatever their case, and what SPLIT_ENDS may follow
     "train": ("train", "training", "trn"),
     "val": ("val", "valid", "validation", "dev"),
@@ -28,16 +30,16 @@ SYSTEM_FOLDERS += ("system volume information", "__pycache__")
 def find_images(
     root: str | Path, split: str | None = None, *, labelled: bool = False, index: Path | None = None
 ) -> ImageList:
-    """Lists the image files of a split of a data set, or with `split` None all below `root`, by their names alone.
+    """Lists the image files of a split of a data set, or with `split` None all below `root`, only by their names.
 
     A split is the folder `root/split` in any of its usual spellings (`SPLITS`), or the shards in `root` that are named
     so, or all of `root` where nothing is named as a split. If .tar files lie there, or `root` is one or a pattern of
-    such, their images are meant: see `beitv2_fast.shards`; `index` is where the places of the images in them are kept.
+    such, their images are meant (see `data.shards`); `index` is where the places of the images in them are kept.
 
     The folders of the first level that have images are the classes, unless there are images beside them. Links are
     followed only to files inside the folder. Passed over, and counted, are hidden files and folders, those that systems
-    leave (`SYSTEM_FOLDERS`), files with another suffix than `SUFFIXES`, and the other splits wherever a folder has one
-    of the split's name.
+    leave (`SYSTEM_FOLDERS`), files with another suffix than `IMAGE_SUFFIXES`, and the other splits wherever a folder
+    has one of the split's name.
 
     Args:
         split: "train", "val", "test", or the name of another folder; None: `root` is taken as it is.
@@ -158,7 +160,7 @@ def has_images(entry: os.DirEntry) -> bool:
 
 
 def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in SUFFIXES
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _list_folder(folder: Path, split: str | None, labelled: bool, beside: PassedOver) -> ImageList:
@@ -174,7 +176,7 @@ def _list_folder(folder: Path, split: str | None, labelled: bool, beside: Passed
         left_out = f" ({len(rejected)} links were not followed, such as {rejected[0][0]})" if rejected else ""
         raise DataError(
             f"The folder {folder} holds no images{left_out}{told(counted(others))}. Expected files ending in "
-            f"{' '.join(SUFFIXES)}, directly or in one folder a class. Put images there or pass another folder."
+            f"{' '.join(IMAGE_SUFFIXES)}, directly or in one folder per class. Put images there or pass another folder."
         )
     paths.sort()
     classes = sorted({path.split("/", 1)[0] for path in paths if "/" in path})

@@ -1,4 +1,6 @@
-"""Which files are images, which class each belongs to, and how one is read and opened whatever its format."""
+"""Images: lists of them, how one is read whatever its format, and the data set whose every pixel follows from (seed,
+epoch, index).
+"""
 
 from __future__ import annotations
 
@@ -6,27 +8,32 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from ..errors import UserError, require
+from ..errors import DataError
+from .draws import Draws, Key, image_keys
+from .views import EvalView, View, cut_out
 
-require("PIL", "train", "Reading images")
 SPLIT_ENDS = re.compile(r"[-_ ]?(set|data|dataset|images|imgs|img|split)?[-_ ]?\d*")  # of training_set and train2017
 EXIF_ORIENTATION = 0x0112
-LISTED = 6  # kinds of files that are passed over
+_TOLD = 6  # kinds of what is passed over
+
+_log = logging.getLogger(__name__)
 
 PassedOver = dict[str, tuple[int, str]]  # by kind, such as "files ending in .txt": how many, and the first one's name
-
-
-class DataError(UserError):
-    """The images given cannot be used; the message says which and what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -129,13 +136,13 @@ def counted(others: Iterable[tuple[str, str]]) -> PassedOver:
 def told(passed_over: PassedOver) -> str:
     """The end of a line of the log: what was passed over, the most frequent kinds first; nothing if nothing was."""
     kinds = sorted(passed_over.items(), key=lambda item: -item[1][0])
-    listed = [f"{count:,} {kind} ({first}{', ...' if count > 1 else ''})" for kind, (count, first) in kinds[:LISTED]]
-    more = [f"{len(kinds) - LISTED} more kinds"] if len(kinds) > LISTED else []
+    listed = [f"{count:,} {kind} ({first}{', ...' if count > 1 else ''})" for kind, (count, first) in kinds[:_TOLD]]
+    more = [f"{len(kinds) - _TOLD} more kinds"] if len(kinds) > _TOLD else []
     return "; passed over: " + ", ".join(listed + more) if kinds else ""
 
 
 def open_image(path: str | Path | io.BytesIO) -> Image.Image:
-    """Decodes an image file to 8 bits a channel, turned upright by its EXIF orientation.
+    """Decodes an image file to 8 bits per channel, turned upright by its EXIF orientation.
 
     Returns a loaded PIL image in mode "RGB", or "L" if the file is grey (a third of the work for all that follows).
     16-bit grey is scaled by 255 / 65535; palette and CMYK are converted; transparency is dropped.
@@ -169,3 +176,98 @@ def name_of(images: Any, index: int) -> str:
     if images.labels is None:
         return images.paths[index].rsplit("/", 1)[-1]
     return images.classes[images.labels[index]]
+
+
+class ImageFolder(Dataset):
+    """The views of the images of a list.
+
+    `folder[epoch, index]` is the dict of the view's tensors, with "index", "view" (the epoch, or its remainder) and, if
+    the list has labels, "label" (ints); `folder.__getitems__(keys)` is the same for a batch.
+    Randomness comes only from (seed, epoch, index).
+
+    Args:
+        images: the images, as `check_images` returned them.
+        view: what to make of an image.
+        seed: of the views' randomness.
+        views: V > 0: only V different views of every image, `epoch % V`; 0: a new one in every epoch.
+        in_memory: decode all images now and keep them, 1 byte (grey) or 3 per pixel, `decoded_bytes` in all. Worth it
+            where decoding is the larger part of the work and the images fit; forked worker processes share them.
+        loader: what makes batches of them: "torchvision" (PIL and torch's workers) or "dali"; see `choose_loader`.
+        device: where DALI works and leaves the batches; PIL works on the CPU, whatever it says.
+
+    Raises:
+        DataError: a file that could be read before no longer can.
+    """
+
+    def __init__(
+        self,
+        images: ImageList,
+        view: View,
+        seed: int = 0,
+        *,
+        views: int = 0,
+        in_memory: bool = False,
+        loader: str = "torchvision",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.images = images
+        self.view = view
+        self.seed = seed
+        self.views = views
+        self.loader, self.device = loader, torch.device(device if loader == "dali" else "cpu")
+        self._decoded = None
+        if in_memory:
+            with ThreadPoolExecutor() as pool:  # PIL decodes without holding the interpreter's lock
+                self._decoded = list(pool.map(self._open, range(len(images))))
+            _log.info("%d decoded images take %.0f MB of memory", len(images), self.decoded_bytes / 1e6)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: Key) -> dict[str, Tensor | int]:
+        return {n: v[0] if v[0].dim() else v[0].item() for n, v in self.__getitems__([key]).items()}
+
+    def __getitems__(self, keys: list[Key]) -> dict[str, Tensor]:
+        images = [self._open(index) if self._decoded is None else self._decoded[index] for _, index in keys]
+        draws = self.draws(keys, np.array([image.size for image in images]))
+        return {**self.view.finish(cut_out(images, self.view, draws), draws), **self.names(keys)}
+
+    def draws(self, keys: list[Key], sizes: np.ndarray) -> Draws:
+        """The view's random decisions for images of these sizes [B, 2] (width, height)."""
+        numbers = np.array([self._number(epoch) for epoch, _ in keys])
+        return self.view.draw(sizes, image_keys(self.seed, numbers, np.array([index for _, index in keys])))
+
+    def names(self, keys: list[Key]) -> dict[str, Tensor]:
+        """What says which images a batch holds: "index", "view" and, if there are labels, "label", int64 [B]."""
+        indices = [index for _, index in keys]
+        named = {"index": indices, "view": [self._number(epoch) for epoch, _ in keys]}
+        if self.images.labels is not None:
+            named["label"] = [self.images.labels[index] for index in indices]
+        return {name: torch.tensor(values) for name, values in named.items()}
+
+    def lost(self, index: int, error: Exception) -> DataError:
+        """What to raise when an image can no longer be read."""
+        return DataError(
+            f"The image {self.images.root / self.images.paths[index]} could be read when it was checked, but cannot be "
+            f"now ({error}). Put it back, or start again so that the images are checked anew."
+        )
+
+    @property
+    def decoded_bytes(self) -> int:
+        """The memory that the decoded images take; 0 unless `in_memory`."""
+        return sum(image.width * image.height * len(image.getbands()) for image in self._decoded or [])
+
+    def _number(self, epoch: int) -> int:
+        return epoch % self.views if self.views else epoch
+
+    def _open(self, index: int) -> Image.Image:
+        try:
+            return self.images.open(index)
+        except Exception as error:  # a decoder may raise anything at all on a damaged file
+            raise self.lost(index, error) from error
+
+
+def read_images(paths: Sequence[str | Path], size: int, crop_pct: float = 1.0) -> Tensor:
+    """Image files -> [B, 3, size, size] in [0, 1]: the central square (``crop_pct`` of it), resized bicubically."""
+    view = EvalView(size, crop_pct)
+    return torch.stack([view(open_image(path))["image"] for path in paths])

@@ -8,8 +8,8 @@ from typing import Protocol
 from torch import Tensor
 
 from ..errors import UserError, require
-from .dataset import ImageFolder
-from .sampler import EpochSampler, Key, rank_share
+from .draws import EpochSampler, Key, rank_share
+from .images import ImageFolder
 from .torch_loader import TorchLoader
 
 LOADERS = ("auto", "dali", "torchvision")

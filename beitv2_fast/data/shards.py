@@ -17,14 +17,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from ..errors import require
-from .find import SUFFIXES, has_images, is_left_over, split_of
-from .images import DataError, ImageList, PassedOver, counted, told
+from ..errors import DataError, require
+from ..runs.files import write_atomically
+from .find import IMAGE_SUFFIXES, has_images, is_left_over, split_of
+from .images import ImageList, PassedOver, counted, told
 
 INDEX_VERSION = 2
 SCANNERS = 8  # shards that are scanned at once: on network storage most of the time is waiting
 MAX_LABEL_BYTES = 1 << 20
-LABELS = (".cls", ".json")
+LABEL_SUFFIXES = (".cls", ".json")
 MAX_CLASSES = 1 << 20  # a hostile label would else make a list of as many names
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # of a pattern such as train-{0000..0146}.tar
 
@@ -183,9 +184,9 @@ def scan_shard(path: Path) -> Scanned:
                     others.append((member.name, "hidden members and what systems leave"))
                 elif why is not None:
                     rejected.append((member.name, why))
-                elif suffix in SUFFIXES:
+                elif suffix in IMAGE_SUFFIXES:
                     images[member.name] = (member.offset_data, member.size)
-                elif member.isreg() and suffix in LABELS:
+                elif member.isreg() and suffix in LABEL_SUFFIXES:
                     content = os.pread(file.fileno(), min(member.size, MAX_LABEL_BYTES), member.offset_data)
                     labels.setdefault(_key(member.name), {})[member.name] = _label(content)
                 elif member.isreg():
@@ -297,6 +298,4 @@ def _write_index(index: Path | None, shards: dict[str, dict]) -> None:
     if index is None:
         return
     index.parent.mkdir(parents=True, exist_ok=True)
-    part = index.with_name(f"{index.name}.{os.getpid()}.part")
-    part.write_text(json.dumps({"version": INDEX_VERSION, "shards": shards}, separators=(",", ":")), encoding="utf-8")
-    os.replace(part, index)
+    write_atomically(index, json.dumps({"version": INDEX_VERSION, "shards": shards}, separators=(",", ":")))

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..errors import DataError
 from .forks import kept_from_the_collector
-from .images import DataError
 
 PATIENCE = 30.0  # seconds for a batch that nobody wants any more, before the workers are ended; storage may hang
 
@@ -150,7 +150,7 @@ def _start_worker(worker_id: int) -> None:
 
 
 def _end_when_told_by(parent: int) -> None:
-    """Obey SIGTERM, which this process blocks, from the parent alone."""
+    """Obey SIGTERM, which this process blocks, only from the parent."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

@@ -7,27 +7,26 @@ random decisions of a batch; the loader cuts the `pictures` out of the images; `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from ..models.inputs import normalise
-from .draws import AUGMENT, MASK_STREAM, Draws, jitter_steps, mixed, random_crops, random_flips, uniform
-from .jitter import color_jitter
-from .masks import patch_masks
+from .draws import AUGMENT, Draws, jitter_steps, mask_keys, patch_masks, random_crops, random_flips, uniforms
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 Pictures = dict[str, Tensor]  # uint8 [B, size, size, 3]
+LUMA = (0.299, 0.587, 0.114)
+ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+BRIGHTNESS, CONTRAST, SATURATION = range(3)
 
 
 @dataclass(frozen=True)
-class Picture:
+class Cut:
     """A square to be cut out of an image: its side in pixels and the filter that resizes it."""
 
     size: int
@@ -43,7 +42,7 @@ class View(Protocol):
     resizes_first: bool
 
     @property
-    def pictures(self) -> dict[str, Picture]: ...
+    def pictures(self) -> dict[str, Cut]: ...
 
     def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
         """The random decisions for images of sizes [B, 2] (width, height) with keys [B] uint64, and the view's own:
@@ -66,13 +65,13 @@ class _View:
     resizes_first = False
 
     @property
-    def pictures(self) -> dict[str, Picture]:
-        return {"image": Picture(self.size)}
+    def pictures(self) -> dict[str, Cut]:
+        return {"image": Cut(self.size)}
 
     def __call__(self, image: Image.Image, key: int = 0) -> dict[str, Tensor]:
         """The view of one image as the key, 64 random bits, wants it."""
         draws = self.draw(np.array([image.size]), np.array([key % 2**64], dtype=np.uint64))
-        return {name: value[0] for name, value in self.finish(pictures_of([image], self, draws), draws).items()}
+        return {name: value[0] for name, value in self.finish(cut_out([image], self, draws), draws).items()}
 
     def augment(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
         return image
@@ -145,14 +144,14 @@ class PretrainView(_View):
         self._masks(np.zeros(1, np.int64))
 
     @property
-    def pictures(self) -> dict[str, Picture]:
-        student, tokenizer = Picture(self.student_size), Picture(self.tokenizer_size, self.tokenizer_resample)
+    def pictures(self) -> dict[str, Cut]:
+        student, tokenizer = Cut(self.student_size), Cut(self.tokenizer_size, self.tokenizer_resample)
         return {"student": student} if student == tokenizer else {"student": student, "tokenizer": tokenizer}
 
     def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
         draws = {"box": random_crops(sizes, self.crop_scale, keys), "flip": random_flips(keys)}
-        mask_keys = mixed(keys + np.uint64(MASK_STREAM)).view(np.int64)
-        mask = {"mask": self._masks(mask_keys)} if self.masks == "loader" else {"mask_key": mask_keys}
+        key = mask_keys(keys)
+        mask = {"mask": self._masks(key)} if self.masks == "loader" else {"mask_key": key}
         return {**draws, **jitter_steps(keys, self.color_jitter), **mask}
 
     def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
@@ -200,7 +199,7 @@ class FinetuneView(_View):
     def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
         draws = {"box": random_crops(sizes, self.crop_scale, keys), "flip": random_flips(keys)}
         if self.ops:
-            u = uniform(keys, AUGMENT, 2 * self.ops)
+            u = uniforms(keys, AUGMENT, 2 * self.ops)
             draws["augment_op"] = u[:, : self.ops]
             draws["augment_sign"] = (u[:, self.ops :] < 0.5).astype(np.int32)
         return draws
@@ -240,14 +239,14 @@ class EvalView(_View):
         return {"box": box, "resized": resized, "flip": np.zeros(len(sizes), bool)}
 
 
-def pictures_of(images: list[Image.Image], view: View, draws: Draws) -> Pictures:
+def cut_out(images: list[Image.Image], view: View, draws: Draws) -> Pictures:
     """The view's pictures of PIL images (mode "RGB" or "L")."""
     if not view.resizes_first:
         images = [image.crop(box) for image, box in zip(images, draws["box"].tolist(), strict=True)]
-    return pictures_of_cuts(images, view, draws)
+    return resized_cuts(images, view, draws)
 
 
-def pictures_of_cuts(cuts: list[Image.Image], view: View, draws: Draws) -> Pictures:
+def resized_cuts(cuts: list[Image.Image], view: View, draws: Draws) -> Pictures:
     """The view's pictures of what the boxes cut out, or of whole images if it resizes first."""
     found: dict[str, list[np.ndarray]] = {name: [] for name in view.pictures}
     for i, image in enumerate(cuts):
@@ -275,10 +274,40 @@ def _check_view(size: int, crop_scale: tuple[float, float]) -> None:
         raise ValueError(f"the share of the image to crop is {crop_scale}; expected numbers in (0, 1], the lower first")
 
 
-def read_images(paths: Sequence[str | Path], size: int, crop_pct: float = 1.0) -> Tensor:
-    """Image files -> [B, 3, size, size] in [0, 1]: the central square (``crop_pct`` of it), resized bicubically."""
-    from .images import open_image
-    from .views import EvalView
+def color_jitter(pixels: Tensor, steps: np.ndarray, factors: np.ndarray) -> Tensor:
+    """Scales brightness, contrast and saturation of each image by its factors, in its order, as PIL's enhancers (and so
+    torchvision and the reference) do.
 
-    view = EvalView(size, crop_pct)
-    return torch.stack([view(open_image(path))["image"] for path in paths])
+    With f the factor, truncated to whole levels after each step: brightness f*x; contrast m + f*(x - m), m the mean
+    luma of the image; saturation g + f*(x - g), g the luma of each pixel.
+
+    Args:
+        pixels: uint8 [B, H, W, 3]. steps: ints [B, S], 0 brightness, 1 contrast, 2 saturation. factors: floats [B, S].
+
+    Returns:
+        a new tensor like `pixels`. By PIL on the CPU, where it is twice as fast; by torch elsewhere, within a level
+        of it for each step.
+    """
+    if pixels.device.type != "cpu":
+        return jitter_batched(pixels, steps, factors)
+    jittered = []
+    for image, kinds, values in zip(pixels.numpy(), steps.tolist(), factors.tolist(), strict=True):
+        image = Image.fromarray(image)
+        for kind, factor in zip(kinds, values, strict=True):
+            image = ENHANCERS[kind](image).enhance(factor)
+        jittered.append(np.asarray(image))
+    return torch.from_numpy(np.stack(jittered))
+
+
+def jitter_batched(pixels: Tensor, steps: np.ndarray, factors: np.ndarray) -> Tensor:
+    """`color_jitter` in torch ops: every step is x <- base + f*(x - base), with base 0, m or g."""
+    x = pixels.float()
+    weights = torch.tensor(LUMA).to(x.device, non_blocking=True)
+    kinds, values = (torch.from_numpy(a).to(x.device, non_blocking=True) for a in (steps, factors.astype(np.float32)))
+    for step in range(steps.shape[1]):
+        kind, factor = (a[:, step, None, None, None] for a in (kinds, values))  # [B, 1, 1, 1]
+        luma = (x * weights).sum(-1, keepdim=True).round_()
+        base = torch.where(kind == CONTRAST, luma.mean((1, 2, 3), keepdim=True).round_(), luma)
+        base = torch.where(kind == BRIGHTNESS, 0, base)
+        x = (x - base).mul_(factor).add_(base).floor_().clamp_(0, 255)
+    return x.to(torch.uint8)

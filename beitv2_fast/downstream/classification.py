@@ -11,8 +11,8 @@ from torch import nn
 
 from ..config.downstream import FinetuneConfig
 from ..config.options import RunConfig
-from ..data.dataset import ImageFolder
 from ..data.find import find_split
+from ..data.images import ImageFolder
 from ..data.loaders import choose_loader
 from ..data.views import EvalView
 from ..distributed import World, autocast_dtype

@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.dataset import ImageFolder
+from ..data.draws import rank_share
 from ..data.find import splits_in
-from ..data.images import ImageList
+from ..data.images import ImageFolder, ImageList
 from ..data.loaders import keyed_loader
-from ..data.sampler import rank_share
 from ..distributed import World
 from ..errors import UserError, first_few
 from ..models.inputs import normalise

@@ -1,4 +1,4 @@
-"""Attention with an additive position bias: one function, and the choice of what computes it.
+"""Attention with an additive position bias: one function, the choice of what computes it, and the learned bias.
 
 | implementation | where | why |
 |---|---|---|
@@ -15,7 +15,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..kernels import attention as native_attention
@@ -27,7 +27,7 @@ XFORMERS_CAPABILITY = (9, 0)  # the newest that its kernel with a learnt bias su
 ALIGNED = 8  # its rows of the bias must start at multiples of so many elements
 
 
-def attention(qkv: Tensor, bias: Tensor | None, implementation: str = "auto") -> Tensor:
+def attend(qkv: Tensor, bias: Tensor | None, implementation: str = "auto") -> Tensor:
     """``softmax(q k^T / sqrt(d) + bias) v``.
 
     Args:
@@ -50,7 +50,7 @@ def attention(qkv: Tensor, bias: Tensor | None, implementation: str = "auto") ->
 
 
 def prepare_bias(bias: Tensor, implementation: str) -> Tensor:
-    """[1, H, N, N] as the implementation reads it, done once a forward for all layers: dtype and alignment.
+    """[1, H, N, N] as the implementation reads it, done once per forward for all layers: dtype and alignment.
 
     ``native`` and ``math`` add it in fp32; the others in the dtype of autocast. xformers' rows are aligned.
     """
@@ -66,6 +66,45 @@ def prepare_bias(bias: Tensor, implementation: str) -> Tensor:
     return bias
 
 
+def relative_position_index(grid: tuple[int, int]) -> Tensor:
+    """For query i and key j (CLS first) the row of the bias table: [1 + h*w, 1 + h*w] int64.
+
+    Rows 0..(2h-1)(2w-1)-1 are offsets between patches; then CLS to patch, patch to CLS, CLS to CLS.
+    """
+    h, w = grid
+    coords = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")).flatten(1)  # [2, h*w]
+    offset = coords[:, :, None] - coords[:, None, :]  # [2, h*w, h*w]
+    rows = (2 * h - 1) * (2 * w - 1)
+    index = torch.empty(h * w + 1, h * w + 1, dtype=torch.int64)
+    index[1:, 1:] = (offset[0] + h - 1) * (2 * w - 1) + offset[1] + w - 1
+    index[0, :], index[:, 0], index[0, 0] = rows, rows + 1, rows + 2
+    return index
+
+
+class RelativePositionBias(nn.Module):
+    """A learned bias per head for every offset between two tokens: [1, H, N, N] with N = 1 + h*w."""
+
+    def __init__(self, grid: tuple[int, int], heads: int, implementation: str):
+        super().__init__()
+        add_bias_table(self, grid, heads, implementation)
+
+    def forward(self) -> Tensor:
+        return position_bias(self)
+
+
+def add_bias_table(module: nn.Module, grid: tuple[int, int], heads: int, implementation: str) -> None:
+    """Give a module the table and its index: the model has one, or every attention its own (after fine-tuning)."""
+    h, w = grid
+    module.relative_position_bias_table = nn.Parameter(torch.zeros((2 * h - 1) * (2 * w - 1) + 3, heads))
+    module.register_buffer("relative_position_index", relative_position_index(grid), persistent=False)
+    module.implementation = implementation
+
+
+def position_bias(module: nn.Module) -> Tensor:
+    bias = F.embedding(module.relative_position_index, module.relative_position_bias_table)  # [N, N, H]
+    return prepare_bias(bias.permute(2, 0, 1).unsqueeze(0).contiguous(), module.implementation)
+
+
 def choose_attention(implementation: str, device_type: str) -> str:
     """What computes attention on this type of device; ``UserError`` if what was asked for cannot run here."""
     return _choose(implementation, device_type)
@@ -76,7 +115,7 @@ def choose_attention(implementation: str, device_type: str) -> str:
 choose_attention._dynamo_marked_constant = True
 
 
-@functools.cache  # once a process: the look at xformers imports it
+@functools.cache  # once per process: the look at xformers imports it
 def _choose(implementation: str, device_type: str) -> str:
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"attention must be one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
@@ -92,6 +131,9 @@ def _choose(implementation: str, device_type: str) -> str:
     if implementation == "xformers" and (problem := xformers_problem(device_type)):
         raise UserError(f"attention 'xformers' cannot run here: {problem} Or use auto or sdpa.")
     return implementation
+
+
+choose_attention.cache_clear = _choose.cache_clear  # for tests
 
 
 def _xformers_runs() -> bool:

@@ -1,4 +1,4 @@
-"""Features of images from any of the models, and images from files."""
+"""Features of images from any of the models, and the nearest among them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .classifier import Classifier
+from .inputs import normalise
 from .student import Student
 from .tokenizer import Tokenizer
 
@@ -32,8 +33,6 @@ def features(model: Student | Classifier | Tokenizer, images: Tensor) -> Feature
     if isinstance(model, Tokenizer):
         tokens = model.encoder.forward_tokens(2 * images - 1)
         return Features(tokens[:, 0], model.encoder.fc_norm(tokens[:, 1:]))
-    from .inputs import normalise
-
     if isinstance(model, Classifier):
         tokens = model.forward_tokens(normalise(images))
         return Features(tokens[:, 0], tokens[:, 1:])
@@ -45,8 +44,6 @@ def features(model: Student | Classifier | Tokenizer, images: Tensor) -> Feature
 @torch.no_grad()
 def classify(model: Classifier, images: Tensor) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] -> probabilities [B, classes]."""
-    from .inputs import normalise
-
     return model(normalise(images)).softmax(-1)
 
 

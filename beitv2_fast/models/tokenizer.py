@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from ..quantize.options import DEAD_AFTER
 from ..quantize.quantizer import FusedVectorQuantizer
-from .linear import FullPrecisionLinear, Linear
-from .vit import ViT, ViTConfig, init_weights, rescale_outputs
+from .vit import FullPrecisionLinear, Linear, ViT, ViTConfig, init_weights, rescale_outputs
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def similarity(self, images: Tensor, teacher_features: Tensor) -> Tensor:
-        """Cosine of what the decoder makes of the codes alone and of the teacher's feature, by patch: [B, N] fp32.
+        """Cosine of what the decoder makes of only the codes and of the teacher's feature, by patch: [B, N] fp32.
 
         Args:
             images: [B, 3, H, W] in [0, 1]. teacher_features: [B, N, teacher_dim].

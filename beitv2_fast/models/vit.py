@@ -6,16 +6,17 @@ image [B, 3, H, W] -> patch tokens [B, h*w, C] -> [CLS; patches] -> blocks -> [B
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import require_floating
-from .attention import attention, prepare_bias
-from .linear import Linear, linear
+from .attention import RelativePositionBias, add_bias_table, attend, position_bias
+from .inputs import require_floating
 
+FAST_BF16_ON_CPU = torch.cpu._is_amx_tile_supported()  # see ``linear``
 POSITIONS = ("absolute", "shared_relative", "relative", "none")
 SIZES: dict[str, dict[str, int]] = {  # ViT-S/16, B/16, L/16, H/14: ViTConfig(**SIZES["large"], ...)
     "small": {"dim": 384, "depth": 12, "heads": 6, "patch_size": 16},
@@ -42,7 +43,7 @@ class ViTConfig:
     eps: float = 1e-6  # of every LayerNorm
     init_std: float = 0.02  # of the initial weights, for a width of 768; narrow models start to learn sooner with more
     attention: str = "auto"  # what computes attention, one of attention.IMPLEMENTATIONS
-    checkpointing: bool = False  # blocks keep their input alone and compute the rest again in backward
+    checkpointing: bool = False  # blocks keep only their input and compute the rest again in backward
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -62,6 +63,86 @@ class ViTConfig:
         return self.grid[0] * self.grid[1]
 
 
+class Linear(nn.Linear):
+    """``nn.Linear``, or with ``gelu`` the one after an exact GELU; same parameters, same values."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, gelu: bool = False):
+        super().__init__(in_features, out_features, bias)
+        self.gelu = gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, gelu=self.gelu)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", gelu=True" if self.gelu else "")
+
+
+class FullPrecisionLinear(nn.Linear):
+    """``nn.Linear`` in fp32, or fp64 for fp64 inputs, whatever autocast and the dtype of its weights are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if x.dtype == torch.float64 else x.float()
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
+    """``x W^T + b``, or with ``gelu`` ``gelu(x) W^T + b``: [..., in] -> [..., out]; under autocast in its dtype.
+
+    It keeps less for backward: with ``gelu`` only x; gelu(x), as large, is computed again, an elementwise pass beside
+    three matrix products. Under bf16 autocast on a CPU without AMX the products' operands are widened to fp32, since
+    oneDNN's bf16 products take almost twice as long there: activations stay bf16 in memory; weights and their gradients
+    are not rounded.
+
+    Differentiable once. Compiled or without gradients it is PyTorch's own, since compilers choose themselves what to
+    keep.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return F.linear(F.gelu(x) if gelu else x, weight, bias)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if x.dtype == torch.float64:
+        dtype = x.dtype
+    return _Linear.apply(x.to(dtype), weight, bias, gelu)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What the operands of a product are widened to."""
+    slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not FAST_BF16_ON_CPU
+    return torch.float32 if slow else x.dtype
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.gelu = gelu
+        dtype = _product_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            a = (F.gelu(x) if gelu else x).to(dtype)
+            return F.linear(a, weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        dtype = _product_dtype(x)
+        grad_x = grad_weight = grad_bias = None
+        with torch.autocast(x.device.type, enabled=False):
+            g = grad.reshape(-1, grad.shape[-1]).to(dtype)  # [M, out]
+            if ctx.needs_input_grad[1]:
+                a = (F.gelu(x) if ctx.gelu else x).reshape(-1, x.shape[-1]).to(dtype)
+                grad_weight = (g.t() @ a).to(weight.dtype)
+                del a
+            if ctx.needs_input_grad[2]:
+                grad_bias = g.sum(0).to(weight.dtype)
+            if ctx.needs_input_grad[0]:
+                grad_x = (g @ weight.to(dtype)).to(x.dtype).view(x.shape)
+                if ctx.gelu:
+                    grad_x = torch.ops.aten.gelu_backward(grad_x, x)
+        return grad_x, grad_weight, grad_bias, None
+
+
 class PatchEmbed(nn.Module):
     """Cut the image into patches and project each: [B, c, H, W] of any float dtype -> [B, h*w, C] of the weights'."""
 
@@ -79,45 +160,6 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-def relative_position_index(grid: tuple[int, int]) -> Tensor:
-    """For query i and key j (CLS first) the row of the bias table: [1 + h*w, 1 + h*w] int64.
-
-    Rows 0..(2h-1)(2w-1)-1 are offsets between patches; then CLS to patch, patch to CLS, CLS to CLS.
-    """
-    h, w = grid
-    coords = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")).flatten(1)  # [2, h*w]
-    offset = coords[:, :, None] - coords[:, None, :]  # [2, h*w, h*w]
-    rows = (2 * h - 1) * (2 * w - 1)
-    index = torch.empty(h * w + 1, h * w + 1, dtype=torch.int64)
-    index[1:, 1:] = (offset[0] + h - 1) * (2 * w - 1) + offset[1] + w - 1
-    index[0, :], index[:, 0], index[0, 0] = rows, rows + 1, rows + 2
-    return index
-
-
-class RelativePositionBias(nn.Module):
-    """A learned bias a head for every offset between two tokens: [1, H, N, N] with N = 1 + h*w."""
-
-    def __init__(self, config: ViTConfig):
-        super().__init__()
-        add_bias_table(self, config)
-
-    def forward(self) -> Tensor:
-        return position_bias(self)
-
-
-def add_bias_table(module: nn.Module, config: ViTConfig) -> None:
-    """Give a module the table and its index: the model has one, or every attention its own (after fine-tuning)."""
-    h, w = config.grid
-    module.relative_position_bias_table = nn.Parameter(torch.zeros((2 * h - 1) * (2 * w - 1) + 3, config.heads))
-    module.register_buffer("relative_position_index", relative_position_index(config.grid), persistent=False)
-    module.implementation = config.attention
-
-
-def position_bias(module: nn.Module) -> Tensor:
-    bias = F.embedding(module.relative_position_index, module.relative_position_bias_table)  # [N, N, H]
-    return prepare_bias(bias.permute(2, 0, 1).unsqueeze(0).contiguous(), module.implementation)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with a bias on queries and values only, and an optional bias table of its own."""
 
@@ -130,7 +172,7 @@ class Attention(nn.Module):
         self.proj = Linear(config.dim, config.dim)
         self.own_bias = config.position == "relative"
         if self.own_bias:
-            add_bias_table(self, config)
+            add_bias_table(self, config.grid, config.heads, config.attention)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         B, N, C = x.shape
@@ -138,7 +180,7 @@ class Attention(nn.Module):
         qkv = linear(x, self.qkv.weight, qkv_bias).view(B, N, 3, self.heads, C // self.heads)
         if self.own_bias:
             bias = position_bias(self)
-        return self.proj(attention(qkv, bias, self.implementation))
+        return self.proj(attend(qkv, bias, self.implementation))
 
 
 class MLP(nn.Module):
@@ -195,7 +237,7 @@ class ViT(nn.Module):
         if config.position == "absolute":
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.num_patches, config.dim))
         elif config.position == "shared_relative":
-            self.rel_pos_bias = RelativePositionBias(config)
+            self.rel_pos_bias = RelativePositionBias(config.grid, config.heads, config.attention)
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
 
@@ -206,6 +248,12 @@ class ViT(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """The parameters that weight decay spares beside those of one dimension, as the reference's."""
         return {name for name in ("cls_token", "pos_embed") if getattr(self, name) is not None}
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter, for layer-wise learning rates: embeddings 0, block i is i + 1, all else n + 1."""
+        if name in ("cls_token", "mask_token", "pos_embed") or name.startswith("patch_embed."):
+            return 0
+        return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else len(self.blocks) + 1
 
     def embed(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
         """Images [B, c, H, W] (and mask [B, N] bool: those patches become the mask token) -> tokens [B, 1 + N, C].
@@ -221,7 +269,7 @@ class ViT(nn.Module):
         return x if self.pos_embed is None else x + self.pos_embed
 
     def position_bias(self) -> Tensor | None:
-        """The relative position bias that all blocks share, computed once a forward."""
+        """The relative position bias that all blocks share, computed once per forward."""
         return None if self.rel_pos_bias is None else self.rel_pos_bias()
 
     def run_block(self, block: Block, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 checkpoints/step_00000200/model.safetensors   weights and buffers (codebook included)
                           optimizer.safetensors   AdamW's moments by parameter name, and its step
                           ema.safetensors     the average of the weights, where a training keeps one
-                          training.json       the step, images a step, ...
+                          training.json       the step, images per step, ...
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _types_in(path: Path, said: str) -> str:
         return _unreadable(path, "no PyTorch file of plain tensors")
     return (
         f"{path} is no PyTorch file of plain tensors: it holds {', '.join(names[:8])}, and nothing in a checkpoint is "
-        "run here. If you trust its source, write the weights alone in Python: state = torch.load(FILE, "
+        "run here. If you trust its source, write only the weights, in Python: state = torch.load(FILE, "
         'weights_only=False); torch.save(state["model"], "weights.pth"), with the name that they have in it.'
     )
 
@@ -110,7 +110,7 @@ def load_model(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
 
 
 def compact(names: list[str]) -> list[str]:
-    """Names that differ in a block's number alone as one, with the range of numbers: blocks.0-11.gamma_1."""
+    """Names that differ only in a block's number as one, with the range of numbers: blocks.0-11.gamma_1."""
     numbers: dict[str, list[int]] = {}
     for name in names:
         template = re.sub(r"\.\d+\.", ".{}.", name, count=1)

@@ -42,7 +42,7 @@ def atomically(path: Path, write: Callable[[Path], None]) -> None:
         for file in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
             flush(file)
         old = path.with_name(f"{temporary.name}.old")
-        if path.is_dir():  # a rename replaces files alone
+        if path.is_dir():  # a rename replaces only files
             path.rename(old)
         temporary.replace(path)
         flush(path.parent)
@@ -54,10 +54,5 @@ def atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves the old content or the new, nothing between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """``atomically`` for a file of text."""
+    atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

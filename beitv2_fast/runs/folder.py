@@ -83,9 +83,10 @@ class RunFolder:
         """UserError if there are results of another config; whether it was another."""
         inputs, wanted = _read_inputs(self.path), fingerprint(self.config)
         fields = {f.name: f for f in dataclasses.fields(self.config)}
+        stages = stored["stage"], self.config.stage
+        different = ["stage: {} there, {} now".format(*stages)] if None not in stages and stages[0] != stages[1] else []
         # An option that the version which made the run did not have yet was at its default.
-        defaults = fingerprint(type(self.config)()) if stored.keys() <= fields.keys() else {}
-        different = []
+        defaults = fingerprint(type(self.config)()) if stored.keys() <= {"stage", *fields} else {}
         for name, value in wanted.items():
             there, holds = stored.get(name, defaults.get(name, "(absent)")), fields[name].metadata["holds"]
             stays = (
@@ -159,9 +160,12 @@ class RunFolder:
 
 
 def read_config(cls: type[RunConfig], path: Path) -> RunConfig:
-    """The config of a finished or interrupted run."""
+    """The config of a finished or interrupted run; UserError if it is one of another stage."""
+    values = stored_config(path)
+    if values["stage"] != cls.stage:
+        raise UserError(f"{path} is a run folder of {values['stage']}, but {cls.stage}'s is needed. Name another one.")
     try:
-        return from_json(cls, stored_config(path))
+        return from_json(cls, values)
     except UserError:
         raise
     except (TypeError, ValueError) as error:
@@ -169,7 +173,7 @@ def read_config(cls: type[RunConfig], path: Path) -> RunConfig:
 
 
 def stored_config(path: Path) -> dict[str, Any]:
-    """The values in a run folder's config.json."""
+    """The values in a run folder's config.json, and its "stage"; None if that is unknown."""
     file = path / CONFIG
     if not file.is_file():
         raise UserError(f"{path} is no run folder: it has no {CONFIG}. Train that stage first, or name its folder.")
@@ -179,7 +183,15 @@ def stored_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read ({error}). Restore it, or use another run folder.") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} does not hold a config. Restore it, or use another run folder.")
-    return values
+    return {"stage": _stage_of_old(values), **values}
+
+
+def _stage_of_old(values: dict[str, Any]) -> str | None:
+    """The stage of a config written by a version that did not say it, by an option that the stages before lack."""
+    stages = {"auxiliary_weight": "segment", "layer_decay": "finetune", "num_codes": "tokenizer"}
+    stages |= {"num_masked": "pretrain", "backbone": "probe", "classes": "evaluate", "code_rows": "report"}
+    stages |= {"max_images": "tokenizer_quality"}
+    return next((stage for option, stage in stages.items() if option in values), None)
 
 
 def lock(path: Path) -> TextIO:

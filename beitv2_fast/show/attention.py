@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
+from ..models.attention import position_bias
 from ..models.classifier import Classifier
 from ..models.student import Student
 from ..models.tokenizer import Tokenizer
-from ..models.vit import Attention, ViT, position_bias
+from ..models.vit import Attention, ViT
 
 KEPT = 0.6  # the share of a head's attention that ``most_attended`` keeps, as the reference's visualize_attention.py
 

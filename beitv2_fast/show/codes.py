@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data.dataset import ImageFolder
 from ..data.find import in_turns
-from ..data.images import ImageList
+from ..data.images import ImageFolder, ImageList
 from ..data.loaders import eval_loader
 from ..data.views import EvalView
 from ..errors import require

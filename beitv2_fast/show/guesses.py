@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config.training import PretrainConfig
-from ..data.dataset import ImageFolder
+from ..data.images import ImageFolder
 from ..data.loaders import eval_loader
 from ..data.views import PretrainView
 from ..errors import require

@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.dataset import ImageFolder
-from ..data.images import DataError, ImageList
+from ..data.images import ImageFolder, ImageList
 from ..data.loaders import keyed_loader
 from ..distributed import World
-from ..errors import UserError, require
+from ..errors import DataError, UserError, require
 from ..runs.files import atomically, write_atomically
 
 IMAGES_PER_FILE = 512

@@ -13,11 +13,16 @@ from torch import Tensor, nn
 from ..config.training import TrainConfig
 from ..distributed import World, autocast_dtype
 from ..errors import UserError, require
-from .backend import MOMENTS, STEP, adamw, set_lr, set_state, trained
+from .optim import MOMENTS, STEP, adamw, set_lr, set_state, trained
 
 
 class DeepSpeedBackend:
     """DeepSpeed's engine: ZeRO and offload, from a JSON file of the user's. The methods are those of TorchBackend."""
+
+    @staticmethod
+    def check(config: TrainConfig, device: torch.device) -> None:
+        require("deepspeed", "deepspeed", "Training with DeepSpeed")
+        deepspeed_settings(config, device)
 
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: TrainConfig, world: World):
         deepspeed = require("deepspeed", "deepspeed", "Training with DeepSpeed")

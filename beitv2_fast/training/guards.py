@@ -22,8 +22,7 @@ from ..distributed import World
 from ..errors import UserError
 from ..runs.checkpoints import save_weights
 from ..runs.folder import RunFolder
-
-Batch = dict[str, Tensor]
+from .task import Batch
 
 
 def poisoned(loss: Tensor) -> Tensor:
@@ -136,7 +135,7 @@ class Watchdog:
 
     If it is not, every thread's stack goes to stderr and to hang_rank_R.txt in the folder, and the process ends with
     code 75. A process whose interpreter is blocked too (native code that holds its lock) is ended by faulthandler's own
-    timer, a little later and with a trace on stderr alone. Time is that of the monotonic clock.
+    timer, a little later and with a trace only on stderr. Time is that of the monotonic clock.
     """
 
     def __init__(self, folder: Path, rank: int, seconds: float):

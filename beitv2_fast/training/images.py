@@ -7,9 +7,8 @@ from pathlib import Path
 from ..config.options import RunConfig
 from ..config.training import TrainConfig
 from ..data.check import check_images
-from ..data.dataset import ImageFolder
 from ..data.find import find_images
-from ..data.images import ImageList
+from ..data.images import ImageFolder, ImageList
 from ..data.loaders import choose_loader
 from ..data.views import View
 from ..distributed import World

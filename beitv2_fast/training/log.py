@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..config.training import TrainConfig
 from ..distributed import World
+from ..models.attention import choose_attention
 from ..runs.folder import RunFolder
-
-if TYPE_CHECKING:
-    from .optim import Plan
-    from .task import Batch, Task
+from .optim import Schedule
+from .task import Batch, Task
 
 
 class TrainingLog:
     """Means over the steps since the last line, the progress bar, pictures now and then, all by the monotonic clock."""
 
-    def __init__(self, task: Task, run: RunFolder, world: World, plan: Plan, config: TrainConfig, step: int):
-        self.task, self.run, self.world, self.plan, self.config = task, run, world, plan, config
+    def __init__(self, task: Task, run: RunFolder, world: World, schedule: Schedule, config: TrainConfig, step: int):
+        self.task, self.run, self.world, self.schedule, self.config = task, run, world, schedule, config
         self.start_step, self.started = step, time.monotonic()
         self._clear()
+
+    def opening(self, images: int, parameters: int, precision: str, backend: str) -> None:
+        """What is trained on what and how, and from where it goes on."""
+        name, schedule, device = self.task.name, self.schedule, self.world.device.type
+        self.run.print(
+            f"{name}: {images:,} images, {schedule.epochs} epochs, {schedule.total_steps:,} steps of "
+            f"{schedule.images_per_step} images; {parameters / 1e6:.1f} M parameters; {self.world.size} x {device}, "
+            f"{precision}, {backend}, attention {choose_attention(self.config.attention, device)}, "
+            f"lr {schedule.peak_lr:.2e}"
+        )
+        if self.start_step:
+            self.run.print(f"{name}: resumed at step {self.start_step} of {schedule.total_steps}")
 
     def __enter__(self) -> TrainingLog:
         from tqdm import tqdm
 
         self.bar = tqdm(
-            total=self.plan.total_steps,
+            total=self.schedule.total_steps,
             initial=self.start_step,
             desc=self.task.name,
             unit="step",
@@ -55,11 +65,11 @@ class TrainingLog:
         self.count += bool(metrics)
         self.steps += 1
         self.bar.update()
-        if step % self.config.log_every == 0 or step == self.plan.total_steps:
+        if step % self.config.log_every == 0 or step == self.schedule.total_steps:
             self._line(step, lr)
-        epoch = self.plan.ended_epoch(step)
-        if (epoch and epoch & (epoch - 1) == 0) or step == self.plan.total_steps:
-            # On every rank, though one writes: under ZeRO 3 they have the weights only together.
+        epoch = self.schedule.ended_epoch(step)
+        if (epoch and epoch & (epoch - 1) == 0) or step == self.schedule.total_steps:
+            # On every rank, though only one writes: under ZeRO 3 they have the weights only together.
             first = {name: values[:1].to(self.world.device) for name, values in batch.items()}
             for name, picture in self.task.pictures(first).items():
                 self.run.image(name, picture, step)
@@ -71,14 +81,14 @@ class TrainingLog:
         values = torch.stack([self.sums[n].to(self.world.device, torch.float64) for n in names]) / self.count
         means = dict(zip(names, (self.world.sum(values) / self.world.size).tolist(), strict=True))
         seconds = max(time.monotonic() - self.window_started, 1e-9)
-        speed = self.steps * self.plan.images_per_step / seconds
-        means.update(self.task.report(), epoch=self.plan.epoch(step), lr=lr, images_per_second=speed)
+        speed = self.steps * self.schedule.images_per_step / seconds
+        means.update(self.task.report(), epoch=self.schedule.epoch(step), lr=lr, images_per_second=speed)
         if self.steps > self.count:
             means["skipped_steps"] = self.steps - self.count
         self.run.metrics(step, means)
-        left = (self.plan.total_steps - step) * seconds / self.steps
+        left = (self.schedule.total_steps - step) * seconds / self.steps
         self.run.print(
-            f"{self.task.name}  step {step}/{self.plan.total_steps}  epoch {means['epoch']:.1f}  "
+            f"{self.task.name}  step {step}/{self.schedule.total_steps}  epoch {means['epoch']:.1f}  "
             f"loss {means['loss']:.3f}  {self.task.line(means)}  lr {lr:.1e}  {speed:.0f} img/s  "
             f"{int(left // 60)}:{int(left % 60):02d} left"
         )

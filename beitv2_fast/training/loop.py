@@ -11,31 +11,20 @@ import torch
 from torch import Tensor
 
 from ..config.training import TrainConfig
-from ..data.dataset import ImageFolder
+from ..data.images import ImageFolder
 from ..data.loaders import train_loader
 from ..data.torch_loader import deaths_explained
 from ..distributed import World, autocast_dtype
-from ..errors import require
-from ..models.attention import choose_attention
 from ..runs.checkpoints import Checkpoints
 from ..runs.folder import RunFolder
-from .backend import TorchBackend
-from .deepspeed import DeepSpeedBackend, deepspeed_settings
+from .deepspeed import DeepSpeedBackend
 from .ema import ModelEMA
 from .guards import BadSteps, StopSignal, Undo, Watchdog, poisoned
+from .launch import Backend
 from .log import TrainingLog
-from .optim import Plan, no_weight_decay, parameter_groups
-from .resume import _resume, _save
-from .task import NAMES, AfterEpoch, Batch, Task
-
-
-def open_run(config: TrainConfig, world: World, *, deepspeed: bool) -> RunFolder:
-    """The run folder of a training, once the options that need no images are seen to work here."""
-    choose_attention(config.attention, world.device.type)
-    if deepspeed:
-        require("deepspeed", "deepspeed", "Training with DeepSpeed")
-        deepspeed_settings(config, world.device)
-    return RunFolder(config, world.rank)
+from .optim import Schedule, TorchBackend, parameter_groups
+from .resume import resume, save
+from .task import ON_HOST, AfterEpoch, Batch, Task
 
 
 def train(
@@ -44,13 +33,13 @@ def train(
     dataset: ImageFolder,
     run: RunFolder,
     world: World,
+    backend_class: Backend,
     *,
-    deepspeed: bool = False,
     layer_decay: float = 1.0,
     ema_decay: float = 0.0,
     after_epoch: AfterEpoch | None = None,
     every_epochs: int = 1,
-    plan: Plan | None = None,
+    schedule: Schedule | None = None,
 ) -> int:
     """Train to the end, or until a signal. Returns the exit code: 0, or 128 + the signal's number after saving.
 
@@ -59,31 +48,24 @@ def train(
         ema_decay: above 0: a ``ModelEMA`` follows the weights, and lies in the checkpoints as ema.safetensors.
         after_epoch: called with the models "weights" and, if there is one, "average", before the epoch is saved: after
             every ``every_epochs``-th and the last.
-        plan: of steps and learning rates; None: what the config says.
+        schedule: of steps and learning rates; None: what the config says.
     """
-    plan = plan or Plan.of(config, len(dataset), world.size)
+    schedule = schedule or Schedule.of(config, len(dataset), world.size)
     task.model.to(world.device).train()
     checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
     ema = ModelEMA(task.model, ema_decay) if ema_decay else None
-    about, optimizer_state = _resume(checkpoints, task.model, ema, plan, dataset, run, world)
-    step = about["step"]
-    spared = no_weight_decay(task.model)
-    groups = parameter_groups(task.model, config.weight_decay, layer_decay=layer_decay, skip=spared)
-    backend = (DeepSpeedBackend if deepspeed else TorchBackend)(task.model, groups, config, world)
+    about, optimizer_state = resume(checkpoints, task.model, ema, schedule, dataset, run, world)
+    saved = step = about["step"]
+    groups = parameter_groups(task.model, config.weight_decay, layer_decay=layer_decay)
+    backend = backend_class(task.model, groups, config, world)
     if step:
         backend.restore(optimizer_state)
     del optimizer_state
     amp = autocast_dtype(config.precision, world.device)
+    log = TrainingLog(task, run, world, schedule, config, step)
     parameters = sum(p.numel() for group in groups for p in group["params"])
-    run.print(
-        f"{task.name}: {len(dataset):,} images, {plan.epochs} epochs, {plan.total_steps:,} steps of "
-        f"{plan.images_per_step} images; {parameters / 1e6:.1f} M parameters; {world.size} x {world.device.type}, "
-        f"{'bf16 autocast' if amp else 'fp32'}, {backend.name}, "
-        f"attention {choose_attention(config.attention, world.device.type)}, lr {plan.peak_lr:.2e}"
-    )
-    if step:
-        run.print(f"{task.name}: resumed at step {step} of {plan.total_steps}")
-    if step >= plan.total_steps:
+    log.opening(len(dataset), parameters, "bf16 autocast" if amp else "fp32", backend.name)
+    if step >= schedule.total_steps:
         run.print(f"{task.name}: already complete")
         return 0
 
@@ -94,18 +76,16 @@ def train(
         world_size=world.size,
         seed=config.seed,
         start_step=step,
-        total_steps=plan.total_steps,
+        total_steps=schedule.total_steps,
         workers=config.workers,
     )
     bad = BadSteps(run, world, config.stop_after_bad, about["skipped_steps"], dataset.images.paths)
-    log = TrainingLog(task, run, world, plan, config, step)
-    saved = step
     watchdog = Watchdog(run.path, world.rank, config.hang_after)
     with StopSignal() as stop, log, watchdog, deaths_explained():
         for batch in loader:
             undo = Undo(task.model)
-            metrics = _gradient(task, backend, batch, config, step, world, amp)
-            lr = plan.lr(step)
+            metrics = gradient(task, backend, batch, config, step, world, amp)
+            lr = schedule.lr(step)
             norm = backend.step(lr)
             step += 1
             if norm.isfinite():
@@ -118,19 +98,19 @@ def train(
                 log.add(step, lr, {}, batch)
                 bad.bad(step, metrics["loss"].item(), norm.item(), batch)
             stopping = world.any(stop.received is not None)
-            ends = step == plan.total_steps
-            epoch = plan.ended_epoch(step)
+            ends = step == schedule.total_steps
+            epoch = schedule.ended_epoch(step)
             if after_epoch is not None and (ends or (epoch and epoch % every_epochs == 0 and not stopping)):
                 models = {"weights": backend.wrapped, **({"average": ema.model} if ema else {})}
                 after_epoch(step, models, watchdog.progress)
             due = stopping or step - saved >= config.save_every - saved % config.save_every or ends
             if due and not bad.in_a_row:  # among bad steps the weights are suspect
-                about = {"images_per_step": plan.images_per_step, "skipped_steps": bad.skipped}
+                about = {"images_per_step": schedule.images_per_step, "skipped_steps": bad.skipped}
                 of_images = {"images": dataset.images.fingerprint, "image_count": len(dataset)}
-                _save(checkpoints, backend, ema, step, world, **of_images, **about)
+                save(checkpoints, backend, ema, step, world, **of_images, **about)
                 saved = step
             watchdog.progress()
-            if stopping and step < plan.total_steps:
+            if stopping and not ends:
                 said = "saved" if saved == step else f"after bad steps, so the checkpoint of step {saved} remains"
                 run.print(f"{task.name}: stopped at step {step}, {said}; the same command resumes")
                 return 128 + (stop.received or signal.SIGTERM)
@@ -140,7 +120,7 @@ def train(
     return 0
 
 
-def _gradient(
+def gradient(
     task: Task,
     backend: TorchBackend | DeepSpeedBackend,
     batch: Batch,
@@ -151,7 +131,7 @@ def _gradient(
 ) -> dict[str, Tensor]:
     """Forward and backward of the step's micro-batches; the mean of the loss and of the metrics over them."""
     slices = [slice(i * config.batch_size, (i + 1) * config.batch_size) for i in range(config.accumulate)]
-    batch = {name: v if name in NAMES else v.to(world.device, non_blocking=True) for name, v in batch.items()}
+    batch = {name: v if name in ON_HOST else v.to(world.device, non_blocking=True) for name, v in batch.items()}
     parts = [{name: v[s] for name, v in batch.items()} for s in slices]
     sums: dict[str, Tensor] = {}
     with torch.autocast(world.device.type, amp or torch.bfloat16, enabled=amp is not None):

@@ -1,47 +1,53 @@
-"""Parameter groups (no decay, layer decay) and the learning-rate schedule."""
+"""How a training steps: which parameters decay, the learning rate of every step, and AdamW with plain torch on one
+process or several. ``deepspeed`` has the same methods with DeepSpeed.
+
+A checkpoint knows neither: it holds whole weights and whole optimizer states by parameter name, so any number of ranks,
+any ZeRO stage and plain torch go on from it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..config.training import TrainConfig
-from ..data.sampler import check_batch
+from ..data.draws import check_batch
+from ..distributed import World
+from ..errors import CheckpointError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, in torch's names
+STEP = "step"  # and how many steps it took, the same for all parameters
 
 
-def no_weight_decay(model: nn.Module) -> set[str]:
-    """The names that the model's parts give themselves in a method ``no_weight_decay``."""
-    return {
+def parameter_groups(model: nn.Module, weight_decay: float, *, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Groups for AdamW. Biases, norms, layer scales are not decayed, nor what the model's parts name themselves in a
+    method ``no_weight_decay``.
+
+    With ``layer_decay`` < 1 layer i of n (see ``ViT.layer_of``) gets ``lr_scale = layer_decay ** (n + 1 - i)``, by
+    which the learning rate of a group is to be multiplied.
+
+    Returns:
+        dicts with params, names, weight_decay, lr_scale, in the order in which the model names its parameters.
+    """
+    spared = {
         f"{prefix}.{name}".removeprefix(".")
         for prefix, module in model.named_modules()
         if hasattr(module, "no_weight_decay")
         for name in module.no_weight_decay()
     }
-
-
-def parameter_groups(
-    model: nn.Module, weight_decay: float, *, layer_decay: float = 1.0, skip: Collection[str] = ()
-) -> list[dict[str, Any]]:
-    """Groups for AdamW: biases, norms, layer scales and the names in ``skip`` are not decayed.
-
-    With ``layer_decay`` < 1 layer i of n (embeddings 0, block i is i + 1, the rest n + 1) gets
-    ``lr_scale = layer_decay ** (n + 1 - i)``; multiply the learning rate of a group by it.
-
-    Returns:
-        dicts with params, names, weight_decay, lr_scale, in the order in which the model names its parameters.
-    """
-    num_layers = len(model.blocks) if layer_decay < 1.0 else 0
     groups: dict[tuple[bool, int], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decayed = parameter.dim() > 1 and not name.endswith("bias") and name not in skip
-        layer = _layer_of(name, num_layers) if layer_decay < 1.0 else 0
-        scale = layer_decay ** (num_layers + 1 - layer) if layer_decay < 1.0 else 1.0
+        decayed = parameter.dim() > 1 and not name.endswith("bias") and name not in spared
+        layer = model.layer_of(name) if layer_decay < 1.0 else 0
+        scale = layer_decay ** (len(model.blocks) + 1 - layer) if layer_decay < 1.0 else 1.0
         group = groups.setdefault(
             (decayed, layer),
             {"params": [], "names": [], "weight_decay": weight_decay if decayed else 0.0, "lr_scale": scale},
@@ -49,14 +55,6 @@ def parameter_groups(
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
-
-
-def _layer_of(name: str, num_layers: int) -> int:
-    if name in ("cls_token", "mask_token", "pos_embed") or name.startswith("patch_embed."):
-        return 0
-    if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
-    return num_layers + 1
 
 
 def cosine_schedule(
@@ -73,7 +71,7 @@ def cosine_schedule(
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """Steps and learning rate of a training: as many steps as it takes to see every image in every epoch.
 
     The epochs follow one another without a gap (see ``EpochSampler``), so only the last step may have images of one
@@ -89,10 +87,10 @@ class Plan:
     min_lr: float
 
     @classmethod
-    def of(cls, config: TrainConfig, num_images: int, world_size: int) -> Plan:
+    def of(cls, config: TrainConfig, num_images: int, world_size: int) -> Schedule:
         on_a_rank = config.batch_size * config.accumulate
         check_batch(num_images, on_a_rank, world_size)
-        images = on_a_rank * world_size  # a step
+        images = on_a_rank * world_size  # per step
         total = -(-config.epochs * num_images // images)
         warmup = min(round(config.warmup_epochs * num_images / images), total)
         return cls(
@@ -119,3 +117,96 @@ class Plan:
             total_steps=self.total_steps,
             warmup_steps=self.warmup_steps,
         )
+
+
+class TorchBackend:
+    """AdamW on one process, or DistributedDataParallel on several."""
+
+    name = "torch"
+
+    @staticmethod
+    def check(config: TrainConfig, device: torch.device) -> None:
+        """UserError if this backend cannot do here what the config says."""
+
+    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: TrainConfig, world: World):
+        self.model, self.clip, self.accumulate = model, config.clip_grad, config.accumulate
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.optimizer = adamw(groups, config)
+        self.wrapped: nn.Module = model
+        self.no_sync: Callable[[], AbstractContextManager] = nullcontext
+        if world.size > 1:
+            # The codebook is a buffer that every rank computes to the same bits: nothing to broadcast.
+            self.wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+            self.no_sync = self.wrapped.no_sync
+        if config.compile:
+            self.wrapped = torch.compile(self.wrapped)
+
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        """Around forward and backward of a micro-batch: in the last one of a step the gradients of all ranks meet."""
+        return nullcontext() if last else self.no_sync()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of a micro-batch's share of the step's loss."""
+        (loss / self.accumulate).backward()
+
+    def step(self, lr: float) -> Tensor:
+        """Clip and step; returns the gradient's norm before clipping. If it is not finite, nothing is changed."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip or float("inf"))
+        if norm.isfinite():
+            set_lr(self.optimizer, lr)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @property
+    def whole(self) -> Callable[[nn.Parameter], AbstractContextManager] | None:
+        """Around a parameter, in which every rank has all of its values; None where it always has."""
+        return None
+
+    def weights(self) -> dict[str, Tensor]:
+        """All parameters and persistent buffers. Every rank calls it; complete on rank 0."""
+        return self.model.state_dict()
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """AdamW's moments as PARAMETER.exp_avg and PARAMETER.exp_avg_sq, and step. Called and complete likewise."""
+        state = {}
+        for name, parameter in trained(self.model):
+            own = self.optimizer.state[parameter]
+            state.update({f"{name}.{key}": own[key] for key in MOMENTS})
+            state[STEP] = own[STEP]
+        return state
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take over what ``optimizer_state`` returned, on whatever backend."""
+        set_state(self.optimizer, self.model, state)
+
+
+def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that have an optimizer state, by name."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def set_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give an optimizer of whole parameters the state that ``optimizer_state`` returned."""
+    for name, parameter in trained(model):
+        moments = {key: state[f"{name}.{key}"].to(parameter.device) for key in MOMENTS}
+        optimizer.state[parameter] = {STEP: state[STEP].clone().to(parameter.device), **moments}
+
+
+def check_optimizer_state(state: dict[str, Tensor], model: nn.Module, source: str) -> None:
+    """CheckpointError unless it is that of this model."""
+    wanted = {f"{name}.{key}": p.shape for name, p in trained(model) for key in MOMENTS}
+    wrong = [name for name, shape in wanted.items() if name not in state or state[name].shape != shape]
+    if wrong or STEP not in state:
+        raise CheckpointError(f"{source} does not fit this {type(model).__name__}: {', '.join(wrong[:12]) or STEP}")
+
+
+def adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW on ``parameter_groups``; the learning rate is set before every step."""
+    groups = [{k: v for k, v in group.items() if k != "names"} for group in groups]
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=1e-8, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)

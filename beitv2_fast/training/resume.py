@@ -8,22 +8,21 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..data.dataset import ImageFolder
+from ..data.images import ImageFolder
 from ..distributed import World
 from ..errors import UserError
 from ..runs.checkpoints import Checkpoints, load_model, read_weights, save_weights
 from ..runs.folder import RunFolder
-from .backend import TorchBackend, check_optimizer_state
 from .deepspeed import DeepSpeedBackend
 from .ema import ModelEMA
-from .optim import Plan
+from .optim import Schedule, TorchBackend, check_optimizer_state
 
 
-def _resume(
+def resume(
     checkpoints: Checkpoints,
     model: nn.Module,
     ema: ModelEMA | None,
-    plan: Plan,
+    schedule: Schedule,
     dataset: ImageFolder,
     run: RunFolder,
     world: World,
@@ -31,21 +30,21 @@ def _resume(
     """Weights and codebook of the newest good checkpoint into the model.
 
     Returns:
-        (what training.json says, the optimiser's state); (step 0, {}) if there is no checkpoint.
+        (what training.json says, the optimizer's state); (step 0, {}) if there is no checkpoint.
     """
     found: dict[str, dict] = {"about": {"step": 0, "skipped_steps": 0}, "optimizer": {}}
 
     def load(folder: Path) -> None:
-        found["about"], found["optimizer"] = _read_checkpoint(folder, model, ema)
+        found["about"], found["optimizer"] = read_checkpoint(folder, model, ema)
 
     step = checkpoints.latest(load, run.print)
     if world.any(step != world.first(step)):
         raise UserError(f"the ranks found different checkpoints in {run.checkpoints}: all need the same --out folder")
-    if step and found["about"]["images_per_step"] != plan.images_per_step:
+    if step and found["about"]["images_per_step"] != schedule.images_per_step:
         raise UserError(
-            f"{run.path} was trained with {found['about']['images_per_step']} images a step, these options give "
-            f"{plan.images_per_step}. Choose --batch-size and --accumulate so that their product with the number of "
-            "ranks stays, or choose another --out."
+            f"{run.path} was trained with {found['about']['images_per_step']} images per step, these options give "
+            f"{schedule.images_per_step}. Choose --batch-size and --accumulate so that their product with the number "
+            "of ranks stays, or choose another --out."
         )
     _accept_images(found["about"], dataset, run)
     return found["about"], found["optimizer"]
@@ -57,7 +56,7 @@ def _accept_images(about: dict, dataset: ImageFolder, run: RunFolder) -> None:
     """
     step, known, images = about["step"], run.inputs.get("data"), dataset.images
     moved = bool(step) and "data" in run.moved
-    found = _content(dataset) if moved or run.writes else known
+    found = images_hash(dataset) if moved or run.writes else known
     changed = bool(step) and (about["images"] != images.fingerprint or known not in (None, found))
     if moved and changed:
         raise UserError(
@@ -73,7 +72,7 @@ def _accept_images(about: dict, dataset: ImageFolder, run: RunFolder) -> None:
     run.accept(data=found)
 
 
-def _content(dataset: ImageFolder) -> str:
+def images_hash(dataset: ImageFolder) -> str:
     """A hash of names, labels and sizes in bytes, and of the names and sizes of masks, if there are any."""
     images, masks = dataset.images, getattr(dataset, "masks", None)
     files = [] if images.spans else [images.file(i) for i in range(len(images))]
@@ -82,8 +81,8 @@ def _content(dataset: ImageFolder) -> str:
     return hashlib.sha256(json.dumps([names, [file.stat().st_size for file in files]]).encode()).hexdigest()
 
 
-def _read_checkpoint(folder: Path, model: nn.Module, ema: ModelEMA | None) -> tuple[dict, dict[str, Tensor]]:
-    """Load the weights, once all of the checkpoint has been read; returns training.json and the optimiser's state."""
+def read_checkpoint(folder: Path, model: nn.Module, ema: ModelEMA | None) -> tuple[dict, dict[str, Tensor]]:
+    """Load the weights, once all of the checkpoint has been read; returns training.json and the optimizer's state."""
     weights, optimizer = (read_weights(folder / f"{name}.safetensors") for name in ("model", "optimizer"))
     about = json.loads((folder / "training.json").read_text())
     check_optimizer_state(optimizer, model, str(folder / "optimizer.safetensors"))
@@ -94,7 +93,7 @@ def _read_checkpoint(folder: Path, model: nn.Module, ema: ModelEMA | None) -> tu
     return about, optimizer
 
 
-def _save(
+def save(
     checkpoints: Checkpoints,
     backend: TorchBackend | DeepSpeedBackend,
     ema: ModelEMA | None,

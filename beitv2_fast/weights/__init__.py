@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, UserError, first_few
-from ..models.vit import relative_position_index
+from ..models.attention import relative_position_index
 from .names import BIAS_INDEX, BIAS_TABLE, FORMATS, PUBLISHED_COUNTERS, PUBLISHED_UNUSED
 from .translate import from_ours, to_ours
 

@@ -68,7 +68,7 @@ def load_run_model(
         image_size: that of the images it will read, if not its training's; its positions are interpolated.
         average: of a fine-tuning, the moving average of the weights.
     """
-    config = read_config(_kind_of_run(run), run)
+    config = _config_of(run)
     if image_size is not None:
         config = dataclasses.replace(config, image_size=image_size)
     path = latest_weights(run)
@@ -86,11 +86,12 @@ def load_run_model(
     return model.eval(), config
 
 
-def _kind_of_run(run: Path) -> type[TokenizerConfig] | type[PretrainConfig] | type[FinetuneConfig]:
-    values = stored_config(run)
-    if "num_codes" in values:
-        return TokenizerConfig
-    return FinetuneConfig if "layer_decay" in values else PretrainConfig
+def _config_of(run: Path) -> TokenizerConfig | PretrainConfig | FinetuneConfig:
+    configs = {config.stage: config for config in (TokenizerConfig, PretrainConfig, FinetuneConfig)}
+    stage = stored_config(run)["stage"]
+    if stage not in configs:
+        raise UserError(f"{run} is a run folder of {stage}. Name one of {', '.join(configs)}.")
+    return read_config(configs[stage], run)
 
 
 def load_teacher(config: TokenizerConfig, tokenizer: Tokenizer) -> Teacher:

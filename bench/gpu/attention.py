@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from beitv2_fast.models.attention import IMPLEMENTATIONS, choose_attention, prepare_bias
-from beitv2_fast.models.attention import attention as by_name
+from beitv2_fast.models.attention import attend as by_name
 from bench.gpu.run import Run
 from bench.harness import DEVICE
 from bench.test_attention import flex

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from beitv2_fast.config.training import PretrainConfig
-from beitv2_fast.data.dataset import ImageFolder
 from beitv2_fast.data.find import find_images
+from beitv2_fast.data.images import ImageFolder
 from beitv2_fast.data.loaders import choose_loader, train_loader
 from beitv2_fast.data.views import PretrainView
 from beitv2_fast.errors import UserError

@@ -90,7 +90,7 @@ def test_tokens_of_a_named_file_need_no_data_set(root, tmp_path):
 
 
 def test_the_attention_drawn_is_that_of_the_patch_layer_and_model_asked_for(root, tmp_path, monkeypatch):
-    from beitv2_fast.data.views import read_images
+    from beitv2_fast.data.images import read_images
     from beitv2_fast.show.attention import attention_probabilities
     from beitv2_fast.weights.build import load_run_model
 

@@ -16,8 +16,7 @@ from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
 from beitv2_fast.data.draws import image_keys, jitter_steps, random_crops, random_flips
-from beitv2_fast.data.jitter import color_jitter, jitter_batched
-from beitv2_fast.data.views import EvalView, PretrainView, TokenizerView, pictures_of
+from beitv2_fast.data.views import EvalView, PretrainView, TokenizerView, color_jitter, cut_out, jitter_batched
 
 SAMPLES = 4000
 # Two samples of the same distribution exceed this Kolmogorov-Smirnov distance once in 10,000 times.
@@ -95,7 +94,7 @@ def photographs():
 def test_a_crop_has_the_pixels_of_torchvision_s_resized_crop():
     images, view = list(photographs()) * 8, TokenizerView(112)
     draws = view.draw(np.array([image.size for image in images]), keys_of(len(images)))
-    ours = pictures_of(images, view, draws)["image"].numpy()
+    ours = cut_out(images, view, draws)["image"].numpy()
     for i, image in enumerate(images):
         left, top, right, bottom = draws["box"][i].tolist()
         theirs = F.resized_crop(image, top, left, bottom - top, right - left, [112, 112], BICUBIC)
@@ -144,9 +143,7 @@ def test_the_student_sees_crop_then_jitter_then_normalisation():
     draws = view.draw(np.array([image.size]), np.array([9], np.uint64))
     left, top, right, bottom = draws["box"][0].tolist()
     cut = image.crop((left, top, right, bottom))
-    theirs = pictures_of([cut], TokenizerView(64), {"box": np.array([[0, 0, *cut.size]]), "flip": draws["flip"]})[
-        "image"
-    ]
+    theirs = cut_out([cut], TokenizerView(64), {"box": np.array([[0, 0, *cut.size]]), "flip": draws["flip"]})["image"]
     theirs = jittered(Image.fromarray(theirs[0].numpy()), draws["jitter_step"][0], draws["jitter_factor"][0])
     normalise = T.Compose([T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
     torch.testing.assert_close(view(image, 9)["student"], normalise(theirs), atol=1e-5, rtol=0)

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from beitv2_fast.data.check import check_images
-from beitv2_fast.data.dataset import ImageFolder
 from beitv2_fast.data.find import find_images
+from beitv2_fast.data.images import ImageFolder
 from beitv2_fast.data.loaders import choose_loader, keyed_loader, train_loader
 from beitv2_fast.data.views import EvalView, FinetuneView, PretrainView, TokenizerView
 from beitv2_fast.errors import UserError
@@ -140,7 +140,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def odd_files() -> dict[str, bytes]:
-    """Files that PIL reads, turned by what PIL alone reads or not as whole as DALI wants them; the plain ones first."""
+    """Files that PIL reads, turned by what only PIL reads or not as whole as DALI wants them; the plain ones first."""
     image, encoded = next(photographs()).resize((96, 80)), {}
     exif = Image.Exif()
     exif[0x0112] = 6

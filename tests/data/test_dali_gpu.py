@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from beitv2_fast.data.dataset import ImageFolder
+from beitv2_fast.data.images import ImageFolder
 from beitv2_fast.data.loaders import train_loader
 from beitv2_fast.data.views import FinetuneView, PretrainView
 

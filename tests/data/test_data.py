@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from beitv2_fast.data.dataset import ImageFolder
+from beitv2_fast.data.draws import EpochSampler
 from beitv2_fast.data.find import find_images
-from beitv2_fast.data.images import DataError
+from beitv2_fast.data.images import ImageFolder
 from beitv2_fast.data.loaders import eval_loader, train_loader
-from beitv2_fast.data.sampler import EpochSampler
 from beitv2_fast.data.views import EvalView, PretrainView, TokenizerView
+from beitv2_fast.errors import DataError
 
 COUNT = 22
 
@@ -226,7 +226,10 @@ def test_workers_end_when_their_parent_tells_them_to(dataset):
 def test_a_program_that_ends_within_an_epoch_is_not_held_up_by_its_workers(folder, loader):
     program = (
         "import sys\n"
-        "from beitv2_fast.data import *\n"
+        "from beitv2_fast.data.find import find_images\n"
+        "from beitv2_fast.data.images import ImageFolder\n"
+        "from beitv2_fast.data.loaders import train_loader\n"
+        "from beitv2_fast.data.views import TokenizerView\n"
         "dataset = ImageFolder(find_images(sys.argv[1]), TokenizerView(8), loader=sys.argv[2])\n"
         "loader = train_loader(dataset, batch_size=2, total_steps=1000, workers=2)\n"
         "iterator = iter(loader)\n"

@@ -14,7 +14,7 @@ from beitv2_fast.data.torch_loader import TorchLoader
 
 
 class Destroyed:
-    """In a cycle, so that the garbage collector alone destroys it; tells in which process."""
+    """In a cycle, so that only the garbage collector destroys it; tells in which process."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.itself = file, self

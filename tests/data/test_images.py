@@ -14,7 +14,8 @@ from PIL import Image
 
 from beitv2_fast.data.check import check_images
 from beitv2_fast.data.find import find_images
-from beitv2_fast.data.images import DataError, ImageList, open_image
+from beitv2_fast.data.images import ImageList, open_image
+from beitv2_fast.errors import DataError
 
 
 def save(path, size=(40, 32), mode="RGB", color=None, **options):
@@ -286,13 +287,14 @@ def test_the_decoding_processes_end_when_the_command_is_killed(tmp_path):
     save(tmp_path / "a.png")
     program = (
         "import os, signal, sys, pathlib\n"
-        "from beitv2_fast import image_check\n"
-        "from beitv2_fast.images import ImageList, find_images\n"
+        "from beitv2_fast.data.check import check_images\n"
+        "from beitv2_fast.data.find import find_images\n"
+        "from beitv2_fast.data.images import ImageList\n"
         "def stuck(images, i):\n"
         "    print('decoding', flush=True)\n"
         "    signal.pause()\n"
         "ImageList.open = stuck\n"
-        "image_check.check_images(find_images(sys.argv[1]), cache=None, min_size=1, workers=2)\n"
+        "check_images(find_images(sys.argv[1]), cache=None, min_size=1, workers=2)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from beitv2_fast.data.dataset import ImageFolder
+from beitv2_fast.data.draws import patch_masks
 from beitv2_fast.data.find import find_images
+from beitv2_fast.data.images import ImageFolder
 from beitv2_fast.data.loaders import train_loader
-from beitv2_fast.data.masks import patch_masks
 from beitv2_fast.data.views import PretrainView
 from beitv2_fast.kernels.block_masks.batched import block_masks_batched
 from beitv2_fast.train.pretrain import PretrainTask
@@ -61,8 +61,10 @@ def test_a_pre_training_with_them_ends_with_the_same_bits(images, tmp_path, monk
     assert call("tokenizer", *TINY, *TOKENIZER, "--data", images, "--out", tmp_path / "tokenizer") == 0
     options = [*TINY, *PRETRAIN, "--mask", kind, "--data", images, "--tokenizer", tmp_path / "tokenizer"]
     assert call("pretrain", *options, "--out", tmp_path / "loader") == 0
-    where, mask = [], PretrainTask._mask
-    monkeypatch.setattr(PretrainTask, "_mask", lambda self, batch: where.append("mask" in batch) or mask(self, batch))
+    where, loss = [], PretrainTask.loss
+    monkeypatch.setattr(
+        PretrainTask, "loss", lambda self, m, batch: where.append("mask" in batch) or loss(self, m, batch)
+    )
     assert call("pretrain", *options, "--masks", "device", "--out", tmp_path / "device") == 0
     assert_same_bits(tmp_path / "device", tmp_path / "loader")
     assert where and not any(where)

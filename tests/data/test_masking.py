@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from beitv2_fast.data.draws import image_keys
-from beitv2_fast.data.masks import random_masks
+from beitv2_fast.data.draws import image_keys, random_masks
 from beitv2_fast.kernels.block_masks import block_masks
 
 SAMPLES = 8000

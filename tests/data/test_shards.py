@@ -14,11 +14,11 @@ from PIL import Image
 
 from beitv2_fast.data import shards
 from beitv2_fast.data.check import check_images
-from beitv2_fast.data.dataset import ImageFolder
 from beitv2_fast.data.find import find_images
-from beitv2_fast.data.images import DataError
+from beitv2_fast.data.images import ImageFolder
 from beitv2_fast.data.loaders import train_loader
 from beitv2_fast.data.views import TokenizerView
+from beitv2_fast.errors import DataError
 
 CONTENTS = {}
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from beitv2_fast.data.dataset import ImageFolder
 from beitv2_fast.data.find import find_images
+from beitv2_fast.data.images import ImageFolder
 from beitv2_fast.data.views import EvalView
 from beitv2_fast.distributed import World
 from beitv2_fast.downstream.evaluation import class_columns, evaluate_classifier, listed_classes

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from beitv2_fast.data.find import find_images
-from beitv2_fast.data.images import DataError
 from beitv2_fast.downstream.segmentation.masks import (
     IGNORED,
     MaskList,
@@ -19,6 +18,7 @@ from beitv2_fast.downstream.segmentation.masks import (
     training_folders,
     validation_folders,
 )
+from beitv2_fast.errors import DataError
 
 
 def write_pairs(images: Path, masks: Path, names=("a", "b"), size=(12, 10), suffix="jpg") -> None:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from beitv2_fast.data.draws import EpochSampler
 from beitv2_fast.data.find import find_images
-from beitv2_fast.data.images import DataError
 from beitv2_fast.data.loaders import train_loader
-from beitv2_fast.data.sampler import EpochSampler
 from beitv2_fast.downstream.segmentation.masks import IGNORED, find_masks, label_table
 from beitv2_fast.downstream.segmentation.views import SegmentationFolder, TrainView, scaled_size
+from beitv2_fast.errors import DataError
 
 PLAIN = dict(scale_range=(1.0, 1.0), distortion=False)
 

@@ -6,23 +6,22 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from ..support.training import (
-    ENVIRONMENT,
     PRETRAIN,
-    ROOT,
     TINY,
     TOKENIZER,
     TORCHRUN,
     Halted,
     assert_same_bits,
     call,
+    losses,
     run,
+    run_jobs,
     write_images,
 )
 from ..training.test_distributed import settings
@@ -143,7 +142,7 @@ def test_a_hang_of_one_rank_ends_with_the_stacks_of_all(options, tmp_path):
     given = [*options["pretrain"], "--out", tmp_path / "run", "--hang-after", 8]
     training = Halted("pretrain", 3, *given, launcher=TORCHRUN, HALTED_RANK="1")
     training.output += training.process.stdout.read()
-    training._watchdog.cancel()
+    training.watchdog.cancel()
     assert training.process.wait() != 0
     hung, waiting = ((tmp_path / "run" / f"hang_rank_{rank}.txt").read_text() for rank in (1, 0))
     assert "no step in 8 seconds" in hung and "no step in 8 seconds" in waiting
@@ -158,19 +157,11 @@ def test_nan_on_one_rank_is_skipped_by_all_under_every_zero_stage(options, tmp_p
     for name in names:
         zero = settings(name, tmp_path) if name[-1] not in "h0" else ["--deepspeed-config", tmp_path / "zero0.json"]
         jobs.append(("pretrain", [*options["pretrain"], "--out", tmp_path / name, *(zero if name != "torch" else [])]))
-    (tmp_path / "jobs.json").write_text(json.dumps([(job, list(map(str, given))) for job, given in jobs]))
-    command = [*TORCHRUN, str(ROOT / "tests" / "ranks.py"), str(tmp_path / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-5000:]
+    run_jobs(tmp_path, jobs)
     for name in names:
         about = json.loads((tmp_path / name / "checkpoints" / "step_00000012" / "training.json").read_text())
         assert about["skipped_steps"] == 1, name
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        assert lines[-1]["loss"] == pytest.approx(losses_end(tmp_path / "torch"), rel=1e-5), name
-
-
-def losses_end(run_folder: Path) -> float:
-    return json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+        assert losses(tmp_path / name)[-1] == pytest.approx(losses(tmp_path / "torch")[-1], rel=1e-5), name
 
 
 def test_fifty_runs_of_two_ranks_in_a_row_end_with_exit_code_0(options, tmp_path):

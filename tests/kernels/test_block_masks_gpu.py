@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from beitv2_fast.data.masks import patch_masks
+from beitv2_fast.data.draws import patch_masks
 from beitv2_fast.kernels.block_masks import block_masks
 
 from ..support.gpu import HERE, here, no_waiting

@@ -12,16 +12,16 @@ from torch import Tensor
 from beitv2_fast.errors import UserError
 from beitv2_fast.kernels.attention.reference import attention_reference
 from beitv2_fast.models import attention as module
-from beitv2_fast.models.attention import attention, choose_attention, prepare_bias
+from beitv2_fast.models.attention import attend, choose_attention, prepare_bias
 
 LOST_LIBRARY = "libcudart.so.12: cannot open shared object file: No such file or directory"
 
 
 @pytest.fixture(autouse=True)
 def fresh_choice():
-    module._choose.cache_clear()
+    choose_attention.cache_clear()
     yield
-    module._choose.cache_clear()
+    choose_attention.cache_clear()
 
 
 def memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None) -> Tensor:
@@ -121,7 +121,7 @@ def test_an_xformers_that_is_too_old_for_the_gpu_or_absent_is_refused_when_asked
 def test_the_cpu_gets_the_native_kernel_or_without_a_compiler_the_definition(monkeypatch):
     monkeypatch.setattr(module, "native_ops", lambda: True)
     assert choose_attention("auto", "cpu") == "native"
-    module._choose.cache_clear()
+    choose_attention.cache_clear()
     monkeypatch.setattr(module, "native_ops", lambda: False)
     assert choose_attention("auto", "cpu") == "math"
     with pytest.raises(UserError, match="was not compiled"):
@@ -145,7 +145,7 @@ def test_all_implementations_agree_with_the_definition(gpu, monkeypatch, name, w
     bias = torch.randn(1, 2, 21, 21, generator=generator).requires_grad_() if with_bias else None
     grad = torch.randn(2, 21, 32, generator=generator)
     inputs = [qkv, bias] if with_bias else [qkv]
-    ours = attention(qkv, prepare_bias(bias, name) if with_bias else None, name)
+    ours = attend(qkv, prepare_bias(bias, name) if with_bias else None, name)
     expected = attention_reference(qkv, bias, 0.25)[0].flatten(2)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     for a, b in zip(*(torch.autograd.grad(out, inputs, grad) for out in (ours, expected)), strict=True):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from beitv2_fast.kernels.attention.reference import attention_reference
-from beitv2_fast.models.attention import attention, choose_attention, prepare_bias, xformers_problem
+from beitv2_fast.models.attention import attend, choose_attention, prepare_bias, xformers_problem
 
 from ..support.gpu import HERE, autocast, cuda_only, distance, no_waiting, pick
 
@@ -36,7 +36,7 @@ def results(name: str, qkv: Tensor, bias: Tensor | None, upstream: Tensor, dtype
     leaves = [t.detach().clone().requires_grad_() for t in (qkv, bias) if t is not None]
     with autocast(dtype):
         prepared = None if bias is None else prepare_bias(leaves[1], name)
-        out = attention(leaves[0].to(dtype), prepared, name)
+        out = attend(leaves[0].to(dtype), prepared, name)
     return [out, *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
 
 
@@ -68,7 +68,7 @@ def test_a_bias_without_a_gradient_gives_the_same_output(name):
     qkv, bias, upstream = problem(*SHAPES[1])
     out = results(runnable(name), qkv, bias, upstream, torch.bfloat16)[0]
     with torch.no_grad(), autocast(torch.bfloat16):
-        alone = attention(qkv.bfloat16(), prepare_bias(bias, name), name)
+        alone = attend(qkv.bfloat16(), prepare_bias(bias, name), name)
     assert distance(alone, out) < TOLERANCE[torch.bfloat16]
 
 

@@ -18,9 +18,8 @@ from beitv2_fast.config.training import PretrainConfig
 from beitv2_fast.distributed import World
 from beitv2_fast.downstream import classification as finetuning
 from beitv2_fast.downstream.probes import features as probe_features
-from beitv2_fast.training import loop
-from beitv2_fast.training.backend import TorchBackend
-from beitv2_fast.training.optim import parameter_groups
+from beitv2_fast.training import launch, loop
+from beitv2_fast.training.optim import TorchBackend, parameter_groups
 
 from ..quantize.test_quantizer_gpu import EMA, RULES
 from ..support.downstream import SMALL, write_scenes
@@ -38,7 +37,7 @@ SMALL_VIT = {"dim": 48, "depth": 2}
 @pytest.fixture
 def gpu(monkeypatch) -> Iterator[None]:
     """The commands start on it, too. DALI would ask for the driver."""
-    for module in MODULES.values():
+    for module in (launch, *(module for module in MODULES.values() if hasattr(module, "start"))):
         monkeypatch.setattr(module, "start", lambda device: WORLD)
     for module in (probe_features, finetuning, MODULES["tokenizer_quality"]):
         monkeypatch.setattr(module, "choose_loader", lambda *_: ("torchvision", "no driver"))
@@ -106,7 +105,7 @@ def test_residual_stages_stay_on_the_device(gpu, learning):
 @pytest.fixture
 def waits(gpu, monkeypatch) -> list[list[str]]:
     """For each step of a training: what the host waits for in forward and backward."""
-    found, gradient = [], loop._gradient
+    found, gradient = [], loop.gradient
 
     def watched(*arguments):
         before = len(Placing.waits)
@@ -114,7 +113,7 @@ def waits(gpu, monkeypatch) -> list[list[str]]:
         found.append(Placing.waits[before:])
         return result
 
-    monkeypatch.setattr(loop, "_gradient", watched)
+    monkeypatch.setattr(loop, "gradient", watched)
     return found
 
 
@@ -134,7 +133,7 @@ def test_a_tokenizer_trains_as_on_the_cpu(runs, waits, options, monkeypatch):
     outs = [runs / f"tokenizer_{device}{len(options)}" for device in ("cuda", "cpu")]
     assert commands.tokenizer(runs, outs[0].name, *options.split(), *CUDA) == 0
     assert_only_the_first_waits(waits)
-    monkeypatch.setattr(MODULES["tokenizer"], "start", lambda device: World(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(launch, "start", lambda device: World(0, 1, torch.device("cpu")))
     assert commands.tokenizer(runs, outs[1].name, *options.split(), "--device", "cpu") == 0
     assert commands.losses(outs[0]) == pytest.approx(commands.losses(outs[1]), rel=1e-4)
     assert "1 x cuda" in commands.log(outs[0]) and all(v.isfinite().all() for v in last_weights(outs[0]).values())

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beitv2_fast import classify
+from beitv2_fast import classify, features
 from beitv2_fast.downstream.segmentation.model import Segmenter, SegmenterConfig
-from beitv2_fast.models import features
 
 from ..support import weights
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from beitv2_fast import classify, read_images
+from beitv2_fast import classify, features, read_images
 from beitv2_fast.downstream.probes.features import global_features
-from beitv2_fast.models import features
 from beitv2_fast.models.inputs import normalise
 
 from ..support.small_runs import TinyTeacher

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beitv2_fast.models import linear as module
-from beitv2_fast.models.linear import Linear, linear
+from beitv2_fast.models import vit as module
+from beitv2_fast.models.vit import Linear, linear
 
 
 def pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:

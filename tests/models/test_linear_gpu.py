@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from beitv2_fast.models.linear import Linear, linear
+from beitv2_fast.models.vit import Linear, linear
 
 from ..support.gpu import HERE, autocast, distance, here, no_waiting
 from .test_linear import kept, problem, pytorch, results

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -94,8 +95,8 @@ class Halted:
         env = {**ENVIRONMENT, **env}
         self.process = subprocess.Popen(command, start_new_session=True, env=env, text=True, **PIPES)
         self.pid, self.output = self.process.pid, ""
-        self._watchdog = threading.Timer(900, os.killpg, (self.pid, signal.SIGABRT))  # a hang shows where
-        self._watchdog.start()
+        self.watchdog = threading.Timer(900, os.killpg, (self.pid, signal.SIGABRT))  # a hang shows where
+        self.watchdog.start()
         for line in self.process.stdout:
             self.output += line
             if "halted at step" in line:
@@ -110,20 +111,43 @@ class Halted:
         except BrokenPipeError:
             pass  # it is dead
         self.output += self.process.stdout.read()
-        self._watchdog.cancel()
+        self.watchdog.cancel()
         return self.process.wait()
 
 
-def last_weights(run_folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(sorted((run_folder / "checkpoints").glob("step_*"))[-1] / "model.safetensors")
+def last_weights(run_folder: Path, file: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(run_folder / "checkpoints" / checkpoints(run_folder)[-1] / f"{file}.safetensors")
 
 
 def assert_same_bits(one: Path, two: Path) -> None:
-    """The newest checkpoints of two run folders are of the same step and hold the same weights and buffers."""
+    """The newest checkpoints of two run folders are of the same step and hold the same weights, buffers, optimizer's
+    state and average of the weights."""
     assert checkpoints(one)[-1] == checkpoints(two)[-1]
-    ours, theirs = last_weights(one), last_weights(two)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    newest = [run / "checkpoints" / checkpoints(run)[-1] for run in (one, two)]
+    files = [sorted(file.name for file in folder.glob("*.safetensors")) for folder in newest]
+    assert files[0] == files[1]
+    for file in files[0]:
+        ours, theirs = (load_file(folder / file) for folder in newest)
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == [], file
+
+
+def assert_resumes_to_the_same_bits(go: Callable[[Path], int], whole: Path) -> None:
+    """``go(out)`` trains into a folder: a copy of a whole run that lost its last checkpoint repeats it."""
+    resumed = whole.with_name(f"{whole.name}_resumed")
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / checkpoints(resumed)[-1])
+    (resumed / "results.json").unlink(missing_ok=True)
+    assert go(resumed) == 0
+    assert_resumed(resumed, whole, int(checkpoints(whole)[-2].removeprefix("step_")))
+
+
+def assert_resumed(resumed: Path, whole: Path, step: int) -> None:
+    """A run went on at a step and ended as the whole one."""
+    assert f"resumed at step {step} of " in (resumed / "log.txt").read_text()
+    assert_same_bits(resumed, whole)
+    results = [(run / "results.json").read_text() for run in (resumed, whole) if (run / "results.json").exists()]
+    assert len(set(results)) <= 1 and len(results) in (0, 2)
 
 
 def run_jobs(folder: Path, jobs: Sequence[tuple[str, Sequence[object]]], launcher=TORCHRUN, **env: str) -> None:

@@ -17,9 +17,8 @@ from PIL import Image
 
 from beitv2_fast import teachers
 from beitv2_fast.data.check import check_images
-from beitv2_fast.data.dataset import ImageFolder
 from beitv2_fast.data.find import find_images
-from beitv2_fast.data.images import ImageList
+from beitv2_fast.data.images import ImageFolder, ImageList
 from beitv2_fast.data.loaders import train_loader
 from beitv2_fast.data.views import TokenizerView
 from beitv2_fast.distributed import World

@@ -97,7 +97,7 @@ MISTAKES = [
     (("pretrain",), "--tokenizer cut", "cannot be read as a checkpoint"),
     (("linear_probe",), "--run missing", "missing is no run folder"),
     (("linear_probe",), "--tokenizer missing", "missing is no run folder"),
-    (("linear_probe",), "--tokenizer pretrain", "that a TokenizerConfig does not know"),
+    (("linear_probe",), "--tokenizer pretrain", "is a run folder of pretrain, but tokenizer's is needed"),
     (("linear_probe",), "--data missing", "needs the folders train/CLASS and test/CLASS"),
     (("linear_probe",), "--data images", "needs the folders train/CLASS and test/CLASS"),
     (("linear_probe",), "--data one_class", "needs at least two class folders"),
@@ -140,19 +140,21 @@ def test_bad_files_are_listed_once_and_left_out(world, tmp_path, caplog, capsys)
     assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [warning]
 
 
-def test_a_first_try_that_failed_before_training_does_not_hold_the_folder(world, tmp_path, capsys):
+def test_a_failed_first_try_does_not_hold_the_folder_but_a_run_of_another_config_does(world, tmp_path, capsys):
     options = [*TINY, *TOKENIZER, "--epochs", 1, "--out", tmp_path / "run"]
     assert call("tokenizer", *options, "--data", world / "missing") == 2
     assert call("tokenizer", *options, "--data", world / "images", "--in-memory") == 0
+    before = contents(tmp_path / "run")
     assert call("tokenizer", *options, "--data", world / "images", "--lr", 1) == 2
     assert "another config (lr: 0.001 there, 1.0 now)" in capsys.readouterr().err
+    assert contents(tmp_path / "run") == before
 
 
 def test_a_run_folder_in_use_is_refused_and_free_again_when_its_process_ends(tmp_path):
     program = (
         "import sys, pathlib\n"
-        "from beitv2_fast.downstream_config import ProbeConfig\n"
-        "from beitv2_fast.run import RunFolder\n"
+        "from beitv2_fast.config.downstream import ProbeConfig\n"
+        "from beitv2_fast.runs.folder import RunFolder\n"
         "run = RunFolder(ProbeConfig(out=pathlib.Path(sys.argv[1])))\n"
         "print('open', flush=True)\n"
         "sys.stdin.read()\n"
@@ -235,7 +237,7 @@ def test_diverged_losses_end_the_training_and_save_nothing(world, tmp_path, monk
 def test_help_explains_every_option_and_shows_the_preset_s_values(capsys, stage, config):
     assert call(stage, "--preset", "demo", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    for f in config.__dataclass_fields__.values():
+    for f in dataclasses.fields(config):
         assert "--" + f.name.replace("_", "-") in text
         assert len(f.metadata["help"]) > 15 and " ".join(f.metadata["help"].split()) in text.replace("- ", "-")
     assert "[runs/demo/" in text

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from beitv2_fast.data.images import DataError
 from beitv2_fast.data.torch_loader import deaths_explained
+from beitv2_fast.errors import DataError
 from beitv2_fast.training.guards import StopSignal, stopping_signals
 
 from ..support.small_runs import small_runs
@@ -59,7 +59,7 @@ def test_a_run_whose_console_is_gone_goes_on_or_saves_when_it_is_asked_to_stop(o
     training.process.stdin.write("\n")
     training.process.stdin.close()
     code = training.process.wait(timeout=120)
-    training._watchdog.cancel()
+    training.watchdog.cancel()
     assert "loaded images died" not in log(run)
     if number is None:
         assert code == 0 and "tokenizer: done" in log(run)

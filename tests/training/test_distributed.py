@@ -9,7 +9,6 @@ Offload is slow on the CPU: faults/test_offload.py.
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
@@ -22,15 +21,15 @@ from beitv2_fast.runs.checkpoints import read_weights
 from beitv2_fast.weights.build import load_run_model
 
 from ..support.training import (
-    ENVIRONMENT,
     PRETRAIN,
     ROOT,
     TINY,
     TOKENIZER,
-    TORCHRUN,
     assert_same_bits,
     call,
     last_weights,
+    losses,
+    run_jobs,
     write_images,
 )
 
@@ -86,8 +85,8 @@ def make_runs(
     def folder(stage: str, name: str) -> Path:
         return root / f"{stage}_{name}"
 
-    def options(stage: str, name: str, *more: object) -> list[str]:
-        return list(map(str, [*OPTIONS[stage], *given[stage], "--out", folder(stage, name), *more]))
+    def options(stage: str, name: str, *more: object) -> list[object]:
+        return [*OPTIONS[stage], *given[stage], "--out", folder(stage, name), *more]
 
     for stage in OPTIONS:
         assert call(stage, *options(stage, "micro", *micro)) == 0
@@ -105,21 +104,14 @@ def make_runs(
             jobs.append((stage, options(stage, name, "--batch-size", 2, *more)))
         for source, target in moves:
             moved = f"{source}_to_{target}"
-            jobs.append(("copy", [str(folder(stage, source)), str(folder(stage, moved)), HALF]))
+            jobs.append(("copy", [folder(stage, source), folder(stage, moved), HALF]))
             if target != "one":
                 jobs.append((stage, options(stage, moved, "--batch-size", 2, *zero.get(target, []))))
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    command = [*TORCHRUN, str(ROOT / "tests" / "ranks.py"), str(root / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-5000:]
+    run_jobs(root, jobs)
     for stage, (source, target) in product(OPTIONS, moves):
         if target == "one":
             assert call(stage, *options(stage, f"{source}_to_one", *micro)) == 0
     return folder
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def quantizer_state(run: Path) -> dict[str, torch.Tensor]:
@@ -239,11 +231,11 @@ def test_a_zero_3_checkpoint_is_one_safetensors_file_that_the_plain_model_loads(
         assert stored["quantize.codebook"].norm(dim=1).allclose(torch.ones(16))  # neither lost nor zeros
 
 
-def test_another_number_of_images_a_step_is_refused(runs, tmp_path, capsys):
+def test_another_number_of_images_per_step_is_refused(runs, tmp_path, capsys):
     run = runs("tokenizer", "micro")
     before = read_weights(run / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors")
     options = [*OPTIONS["tokenizer"], "--data", run.parent / "images", "--out", run, "--batch-size", 2]
     assert call("tokenizer", *options) == 2
-    assert "was trained with 4 images a step, these options give 2" in capsys.readouterr().err
+    assert "was trained with 4 images per step, these options give 2" in capsys.readouterr().err
     after = read_weights(run / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)

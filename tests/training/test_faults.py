@@ -121,7 +121,7 @@ def test_a_run_whose_last_steps_are_bad_does_not_end_as_if_it_were_good(options,
 def test_a_hang_ends_with_a_stack_trace(options, tmp_path):
     training = Halted("tokenizer", 2, *options, "--hang-after", 4)  # it waits for a line that does not come
     training.output += training.process.stdout.read()
-    training._watchdog.cancel()
+    training.watchdog.cancel()
     assert training.process.wait() == EXIT_HUNG
     trace = (tmp_path / "run" / "hang_rank_0.txt").read_text()
     for text in (trace, training.output):

@@ -20,7 +20,7 @@ from beitv2_fast.runs import checkpoints as on_disk
 from beitv2_fast.runs import files
 from beitv2_fast.runs.checkpoints import Checkpoints
 from beitv2_fast.training import resume
-from beitv2_fast.training.backend import TorchBackend
+from beitv2_fast.training.optim import TorchBackend
 
 from ..support.training import PRETRAIN, TINY, TOKENIZER, Halted, assert_same_bits, call, checkpoints, run, write_images
 
@@ -155,18 +155,18 @@ def killed_at(call_number: int, folder: Path, step: int) -> bool:
         save_weights = resume.save_weights
         for module, name in [*SAVING, (resume, "save_weights")]:
             setattr(module, name, counting(getattr(module, name)))
-        resume._save(Checkpoints(folder, keep=1), backend(float(step)), None, step, WORLD)
+        resume.save(Checkpoints(folder, keep=1), backend(float(step)), None, step, WORLD)
         os._exit(0)
     finally:
         os._exit(1)
 
 
 def test_a_kill_at_any_moment_of_saving_leaves_a_complete_checkpoint(tmp_path):
-    resume._save(Checkpoints(tmp_path), backend(1.0), None, 1, WORLD)
+    resume.save(Checkpoints(tmp_path), backend(1.0), None, 1, WORLD)
     step, moment, resumed = 2, 1, []
     while killed_at(moment, tmp_path, step):
         model, optimizer = Model(0.0), {}
-        load = lambda folder, m=model, o=optimizer: o.update(resume._read_checkpoint(folder, m, None)[1])  # noqa: E731
+        load = lambda folder, m=model, o=optimizer: o.update(resume.read_checkpoint(folder, m, None)[1])  # noqa: E731
         found = Checkpoints(tmp_path).latest(load, pytest.fail)
         assert found in (step - 1, step)
         for value in [*model.state_dict().values(), *optimizer.values()]:

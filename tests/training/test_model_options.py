@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ..support.training import PRETRAIN, TINY, TOKENIZER, assert_same_bits, call, last_weights, write_images
+from ..support.training import PRETRAIN, TINY, TOKENIZER, assert_same_bits, call, last_weights, losses, write_images
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +32,6 @@ def pretrain(images, tokenizer, tmp_path):
         return out
 
     return run
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_checkpointing_trains_to_the_same_bits_with_drop_path(pretrain):

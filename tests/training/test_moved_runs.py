@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from beitv2_fast.runs.checkpoints import read_weights, save_weights
+from beitv2_fast.train.finetune import FinetuneTask
 from beitv2_fast.training import images as training_images
-from beitv2_fast.training import loop, resume
+from beitv2_fast.training import resume
 
 from ..support.small_runs import small_runs
 from ..support.training import assert_same_bits, call, last_weights
@@ -52,11 +53,14 @@ def state(run: Path) -> dict[str, bytes]:
 
 
 def of_an_earlier_version(run: Path) -> None:
-    (run / "inputs.json").unlink()
+    (run / "inputs.json").unlink(missing_ok=True)
     for file in run.glob("checkpoints/*/training.json"):
         about = json.loads(file.read_text())
         del about["image_count"]
         file.write_text(json.dumps(about))
+    config = json.loads((run / "config.json").read_text())
+    del config["stage"]
+    (run / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("earlier", [False, True])
@@ -64,7 +68,8 @@ def test_a_run_whose_data_moved_and_whose_tokenizer_is_named_otherwise_resumes_t
     finished, world, monkeypatch, capsys, earlier
 ):
     if earlier:
-        of_an_earlier_version(world / "student")
+        for run in ("student", "tokenizer"):
+            of_an_earlier_version(world / run)
     (world / "data").rename(world / "elsewhere")
     monkeypatch.chdir(world)
     for data in ("elsewhere", world / "elsewhere"):
@@ -110,10 +115,10 @@ def test_masks_belong_to_what_is_compared(tmp_path):
     images = SimpleNamespace(paths=["a"], labels=None, spans=[(0, 9)])
     masks = SimpleNamespace(root=tmp_path, paths=["a.png"])
     (tmp_path / "a.png").write_bytes(b"mask")
-    before = resume._content(SimpleNamespace(images=images, masks=masks))
-    assert before == resume._content(SimpleNamespace(images=images, masks=masks))
+    before = resume.images_hash(SimpleNamespace(images=images, masks=masks))
+    assert before == resume.images_hash(SimpleNamespace(images=images, masks=masks))
     (tmp_path / "a.png").write_bytes(b"another")
-    assert before != resume._content(SimpleNamespace(images=images, masks=masks))
+    assert before != resume.images_hash(SimpleNamespace(images=images, masks=masks))
 
 
 def test_images_that_changed_where_they_are_are_said_with_their_numbers(world, capsys):
@@ -220,11 +225,18 @@ def test_a_start_that_came_to_nothing_does_not_refuse_the_corrected_command(fini
     """NaN in the first steps advises a lower --lr, and the log has lines already."""
     command = ["--data", world / "data", "--weights", world / "pretrain", "--out", world / "new"]
     with monkeypatch.context() as patch:
-        patch.setattr(resume, "_save", lambda *_, **__: pytest.fail("saved"))
-        patch.setattr(loop.BadSteps, "good", lambda self: self.bad(1, float("nan"), float("nan"), {}))
-        wrong = ["--lr", 1, "--log-every", 1, "--stop-after-bad", 2, "--save-every", 100]
+        loss, calls = FinetuneTask.loss, []
+
+        def nan_from_the_second(*given):
+            value, metrics = loss(*given)
+            calls.append(value)
+            return (value if len(calls) == 1 else value * float("nan")), metrics
+
+        patch.setattr(FinetuneTask, "loss", nan_from_the_second)
+        wrong = ["--lr", 1, "--log-every", 1, "--stop-after-bad", 1, "--save-every", 100]
         assert go("finetune", *command, *wrong) == 2
     assert "Otherwise lower --lr" in capsys.readouterr().err and (world / "new" / "metrics.jsonl").is_file()
+    assert not (world / "new" / "checkpoints").exists()
     assert go("finetune", *command) == 0
     assert_same_bits(world / "new", finished / "tuned")
     lines = [json.loads(line) for line in (world / "new" / "metrics.jsonl").read_text().splitlines()]

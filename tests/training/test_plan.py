@@ -1,4 +1,4 @@
-"""A training sees every image in every epoch, whatever the number of images a step and how it is divided."""
+"""A training sees every image in every epoch, whatever the number of images per step and how it is divided."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beitv2_fast.config.training import TrainConfig
-from beitv2_fast.data.images import DataError
+from beitv2_fast.errors import DataError
 from beitv2_fast.training.log import TrainingLog
-from beitv2_fast.training.optim import Plan
+from beitv2_fast.training.optim import Schedule
 
 from ..support.training import TINY, TOKENIZER, call, write_images
 
@@ -25,9 +25,9 @@ def test_the_steps_are_as_many_as_all_epochs_need_and_each_epoch_ends_once(image
     step = batch * accumulate * ranks
     if step > images:
         with pytest.raises(DataError, match="larger than the data set"):
-            Plan.of(config, images, ranks)
+            Schedule.of(config, images, ranks)
         return
-    plan = Plan.of(config, images, ranks)
+    plan = Schedule.of(config, images, ranks)
     assert 0 <= plan.total_steps * step - epochs * images < step
     ends = {plan.ended_epoch(k): k for k in range(1, plan.total_steps + 1) if plan.ended_epoch(k)}
     assert list(ends) == list(range(1, epochs + 1))
@@ -36,9 +36,9 @@ def test_the_steps_are_as_many_as_all_epochs_need_and_each_epoch_ends_once(image
 
 
 def test_the_warm_up_takes_its_epochs_and_never_more_than_there_are():
-    plan = Plan.of(replace(TrainConfig(), batch_size=4, epochs=10, warmup_epochs=2.5), 10, 1)
+    plan = Schedule.of(replace(TrainConfig(), batch_size=4, epochs=10, warmup_epochs=2.5), 10, 1)
     assert (plan.total_steps, plan.warmup_steps) == (25, 6)
-    assert Plan.of(replace(TrainConfig(), batch_size=4, epochs=1, warmup_epochs=9), 10, 1).warmup_steps == 3
+    assert Schedule.of(replace(TrainConfig(), batch_size=4, epochs=1, warmup_epochs=9), 10, 1).warmup_steps == 3
 
 
 @pytest.mark.slow

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...data.dataset import ImageFolder
-from ...data.images import ImageList
+from ...data.draws import rank_share
+from ...data.images import ImageFolder, ImageList
 from ...data.loaders import choose_loader, keyed_loader
-from ...data.sampler import rank_share
 from ...data.views import EvalView
 from ...distributed import World
 from ...models.classifier import Classifier

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...data.draws import rank_share
 from ...data.loaders import keyed_loader
-from ...data.sampler import rank_share
 from ...distributed import World
 from ...errors import require
 from ...models.inputs import normalise

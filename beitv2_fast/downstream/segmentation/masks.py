@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...data.find import SUFFIXES, is_left_over, split_folder, splits_in
-from ...data.images import EXIF_ORIENTATION, DataError, ImageList
-from ...errors import first_few, first_lines, require
+from ...data.find import IMAGE_SUFFIXES, is_left_over, split_folder, splits_in
+from ...data.images import EXIF_ORIENTATION, ImageList
+from ...errors import DataError, first_few, first_lines, require
 from ...runs.files import write_atomically
 
 IGNORED = 255  # the label that counts for nothing
@@ -172,7 +172,7 @@ def find_masks(images: ImageList, folder: Path, cache: Path | None, workers: int
     """
     by_stem: dict[str, list[str]] = {}
     for path in sorted(path.relative_to(folder) for path in folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and not any(map(is_left_over, path.parts)):
+        if path.suffix.lower() in IMAGE_SUFFIXES and not any(map(is_left_over, path.parts)):
             by_stem.setdefault(path.with_suffix("").as_posix(), []).append(path.as_posix())
     named = [_lossless(by_stem.get(Path(path).with_suffix("").as_posix(), [])) for path in images.paths]
     known = _read_cache(cache, folder)

@@ -59,7 +59,7 @@ def start_segmenter(config: SegmentConfig, num_classes: int, say: Callable[[str]
 
 def is_segmentation(path: Path) -> bool:
     """Whether it is the run folder of a segmentation."""
-    return (path / "config.json").is_file() and "auxiliary_weight" in stored_config(path)
+    return (path / "config.json").is_file() and stored_config(path)["stage"] == SegmentConfig.stage
 
 
 def load_segmenter(run: Path) -> tuple[Segmenter, SegmentConfig]:

@@ -11,10 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...data.draws import image_keys
-from ...data.images import DataError, ImageList
-from ...data.sampler import Key
-from ...errors import require
+from ...data.draws import Key, image_keys
+from ...data.images import ImageList
+from ...errors import DataError, require
 from ...models.inputs import IMAGENET_MEAN
 from .masks import IGNORED, MaskList
 

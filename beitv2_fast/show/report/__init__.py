@@ -6,8 +6,7 @@ yet, or was interrupted, is said in its place.
 
 from __future__ import annotations
 
-import io
-import os
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 
 from ...config.show import ReportConfig
 from ...errors import UserError, require
-from ...runs.files import write_atomically
+from ...runs.files import atomically, write_atomically
 from ..codes import choose_codes
 from ..theme import DARK, LIGHT
 from .drawings import drawings_of
@@ -69,10 +68,6 @@ def _write(out: Path, html: str, pictures: list[Figure]) -> None:
         write_atomically(out / PAGE, html)
         for picture in pictures:
             for name, image in ((picture.name, picture.light), (f"{picture.name}_dark", picture.dark)):
-                part = out / f".{name}.{os.getpid()}"
-                buffer = io.BytesIO()
-                image.save(buffer, "png")
-                part.write_bytes(buffer.getvalue())
-                part.replace(out / f"{name}.png")
+                atomically(out / f"{name}.png", functools.partial(image.save, format="png"))
     except OSError as error:
         raise UserError(f"the report could not be written to {out}: {error}. Choose another --out.") from error

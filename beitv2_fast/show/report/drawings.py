@@ -11,9 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from ...config.show import ReportConfig
-from ...data.dataset import ImageFolder
 from ...data.find import sample_images
-from ...data.images import ImageList
+from ...data.images import ImageFolder, ImageList
 from ...data.loaders import eval_loader
 from ...data.views import EvalView
 from ...models.features import features

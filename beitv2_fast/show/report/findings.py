@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ...config.show import ReportConfig
-from ...data.dataset import ImageFolder
 from ...data.find import find_images, held_out_images
-from ...data.images import ImageList
+from ...data.images import ImageFolder, ImageList
 from ...errors import UserError
 from ...models.student import Student
 from ...models.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from beitv2_fast.data.views import read_images
+from beitv2_fast.data.images import read_images
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.features import features
 from beitv2_fast.models.inputs import normalise
