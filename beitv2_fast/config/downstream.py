@@ -59,23 +59,36 @@ class ProbeConfig(RunConfig):
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(TrainConfig):
+class StartConfig(TrainConfig):
+    """What the trainings have that start from weights and are evaluated."""
+
+    weights: Path | None = option(
+        Path("runs/pretrain"),
+        "where the training starts: the run folder of a pre-training, of a tokenizer (its encoder is trained on), of a "
+        "fine-tuning or, for a segmentation, of another one (with a new head if its classes are others), or a file of "
+        "weights in any format of `beitv2-fast convert`; none: random weights",
+        holds="start",
+    )
+    layer_scale: float = option(
+        0.1, "initial scale of every residual branch, without --weights; 0: no layer scale", at_least=0
+    )
+    evaluate: bool = option(False, "no training: evaluate the newest checkpoint of --out", free=True)
+
+    @property
+    def from_scratch(self) -> bool:
+        return self.weights is None or str(self.weights) == "none"
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(StartConfig):
     """Fine-tuning of a classifier (arXiv 2208.06366 section 3.2)."""
 
     stage: ClassVar[str] = "finetune"
     out: Path = option(Path("runs/finetune"), OUT)
-    weights: Path | None = option(
-        Path("runs/pretrain"),
-        "where the training starts: the run folder of a pre-training, of a tokenizer (its encoder is fine-tuned) or of "
-        "another fine-tuning (a new head if its classes are others), or a file of weights in any format of "
-        "`beitv2-fast convert`; none: random weights",
-        holds="start",
-    )
     val: Path | None = option(
         None, "labelled images to evaluate on: a folder of class folders, or shards; none: FOLDER/val or FOLDER/test "
         "of --data, if there is one", free=True,
     )  # fmt: skip
-    evaluate: bool = option(False, "no training: evaluate the newest checkpoint of --out", free=True)
     eval_every: int = option(
         1, "epochs between evaluations of the weights and of their average; the last is always evaluated", free=True,
         at_least=1,
@@ -87,9 +100,6 @@ class FinetuneConfig(TrainConfig):
     )  # fmt: skip
     layer_decay: float = option(
         0.65, "each block learns at this times the rate of the next; the head at the full rate", above=0, at_most=1
-    )
-    layer_scale: float = option(
-        0.1, "initial scale of every residual branch, without --weights; 0: no layer scale", at_least=0
     )
     crop_scale: tuple[float, float] = option(
         (0.08, 1.0), "least and largest area of the random crop, as a share of the image", above=0, at_most=1
@@ -108,10 +118,6 @@ class FinetuneConfig(TrainConfig):
     ema_decay: float = option(
         0.9999, "of the moving average of the weights, saved and evaluated beside them; 0: none", at_least=0, below=1
     )
-
-    @property
-    def from_scratch(self) -> bool:
-        return self.weights is None or str(self.weights) == "none"
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ class EvaluateConfig(RunConfig):
 
 
 @dataclass(frozen=True)
-class SegmentConfig(TrainConfig):
+class SegmentConfig(StartConfig):
     """Semantic segmentation with UPerNet (arXiv 2208.06366 section 3.3)."""
 
     stage: ClassVar[str] = "segment"
@@ -163,12 +169,6 @@ class SegmentConfig(TrainConfig):
         holds="images",
     )
     out: Path = option(Path("runs/segment"), OUT)
-    weights: Path | None = option(
-        Path("runs/pretrain"),
-        "where the training starts: the run folder of a pre-training, of a tokenizer (its encoder), of a fine-tuning "
-        "or of another segmentation, or a file of weights in any format of `beitv2-fast convert`; none: random weights",
-        holds="start",
-    )
     val: Path | None = option(
         None, "folder of images and masks to evaluate on, laid out like one of --data's; none: val, validation or test "
         "of --data", free=True,
@@ -196,9 +196,6 @@ class SegmentConfig(TrainConfig):
     layer_decay: float = option(
         0.75, "each block learns at this times the rate of the next; the heads at the full rate", above=0, at_most=1
     )
-    layer_scale: float = option(
-        0.1, "initial scale of every residual branch, without --weights; 0: no layer scale", at_least=0
-    )
     layers: tuple[int, ...] = option(
         (), "the four blocks, counted from 0, that the feature pyramid reads, the last one of all among them; none "
         "given: 3 5 7 11 of 12, 7 11 15 23 of 24, evenly spread of others", at_least=0,
@@ -223,7 +220,6 @@ class SegmentConfig(TrainConfig):
     stride: int = option(
         0, "pixels from one window of the evaluation to the next; 0: two thirds of image_size", free=True, at_least=0
     )
-    evaluate: bool = option(False, "no training: evaluate the newest checkpoint of --out", free=True)
     multi_scale: bool = option(
         False, "at the end, also evaluate the mean over --scales and both sides, as many forwards as that takes",
         free=True,
@@ -233,10 +229,6 @@ class SegmentConfig(TrainConfig):
         6, "validation images whose truth and prediction are drawn, in overlays/ of the run folder", free=True,
         at_least=0,
     )  # fmt: skip
-
-    @property
-    def from_scratch(self) -> bool:
-        return self.weights is None or str(self.weights) == "none"
 
 
 _BASE = SegmentConfig(

@@ -8,7 +8,6 @@ random decisions of a batch; the loader cuts the `pictures` out of the images; `
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,16 +32,23 @@ class Cut:
     resample: str = "bicubic"
 
 
-class View(Protocol):
-    """Makes named tensors of images.
+class View:
+    """Makes named tensors of images; by default of one square picture, "image".
 
     resizes_first: the whole image is resized before the box is cut out of it; else the box, before it is resized.
     """
 
-    resizes_first: bool
+    size: int
+    resizes_first = False
+
+    def __call__(self, image: Image.Image, key: int = 0) -> dict[str, Tensor]:
+        """The view of one image as the key, 64 random bits, wants it."""
+        draws = self.draw(np.array([image.size]), np.array([key % 2**64], dtype=np.uint64))
+        return {name: value[0] for name, value in self.finish(cut_out([image], self, draws), draws).items()}
 
     @property
-    def pictures(self) -> dict[str, Cut]: ...
+    def pictures(self) -> dict[str, Cut]:
+        return {"image": Cut(self.size)}
 
     def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
         """The random decisions for images of sizes [B, 2] (width, height) with keys [B] uint64, and the view's own:
@@ -50,38 +56,19 @@ class View(Protocol):
         "box" [B, 4], left, top, right and bottom in pixels of what is cut out; "flip" [B], whether the left becomes the
         right; if `resizes_first`, "resized" [B, 2], width and height of the resized image.
         """
+        raise NotImplementedError(f"{type(self).__name__} must have a method draw: what is random about its images.")
 
     def augment(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
         """What else happens to picture i of the batch once it is resized and flipped."""
-
-    def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
-        """Tensors [B, ...] on the pictures' device."""
-
-
-class _View:
-    """What the views share; by default the view is one square picture, "image"."""
-
-    size: int
-    resizes_first = False
-
-    @property
-    def pictures(self) -> dict[str, Cut]:
-        return {"image": Cut(self.size)}
-
-    def __call__(self, image: Image.Image, key: int = 0) -> dict[str, Tensor]:
-        """The view of one image as the key, 64 random bits, wants it."""
-        draws = self.draw(np.array([image.size]), np.array([key % 2**64], dtype=np.uint64))
-        return {name: value[0] for name, value in self.finish(cut_out([image], self, draws), draws).items()}
-
-    def augment(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
         return image
 
     def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
+        """Tensors [B, ...] on the pictures' device."""
         return {"image": to_float(pictures["image"])}
 
 
 @dataclass(frozen=True)
-class TokenizerView(_View):
+class TokenizerView(View):
     """A random crop, flipped in half of the cases: {"image": float32 [3, size, size] in [0, 1]}.
 
     The crop covers a share of the image's area uniform in `crop_scale`, with an aspect ratio log-uniform in
@@ -99,7 +86,7 @@ class TokenizerView(_View):
 
 
 @dataclass(frozen=True)
-class PretrainView(_View):
+class PretrainView(View):
     """One crop and flip seen twice, and the student's mask:
 
     {"student": float32 [3, student_size, student_size], colours jittered, normalised by ImageNet's mean and deviation;
@@ -171,7 +158,7 @@ class PretrainView(_View):
 
 
 @dataclass(frozen=True)
-class FinetuneView(_View):
+class FinetuneView(View):
     """A random crop, flipped in half of the cases, with RandAugment: {"image": float32 [3, size, size] in [0, 1]}.
 
     Erasing, mixup and cutmix come after it and for the whole batch: `beitv2_fast.downstream.augment.BatchAugment`.
@@ -218,7 +205,7 @@ class FinetuneView(_View):
 
 
 @dataclass(frozen=True)
-class EvalView(_View):
+class EvalView(View):
     """The centre of the image: {"image": float32 [3, size, size] in [0, 1]}, the same at every call.
 
     The shorter side is resized to size / crop_pct bicubically, the longer one in proportion, and the middle is cut out.
