@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..config.downstream import FinetuneConfig, SegmentConfig
+from ..config.downstream import StartConfig
 from ..errors import UserError
 from ..models.positions import resize_positions
 from ..models.vit import ViTConfig
@@ -75,7 +75,7 @@ def own_positions(backbone: ViTConfig) -> ViTConfig:
     return dataclasses.replace(backbone, position="relative") if shared else backbone
 
 
-def start_config(config: FinetuneConfig | SegmentConfig, backbone: ViTConfig) -> ViTConfig:
+def start_config(config: StartConfig, backbone: ViTConfig) -> ViTConfig:
     """The ViT of a training that starts from weights of this shape, at its own image size and drop path.
 
     Raises:
@@ -85,7 +85,7 @@ def start_config(config: FinetuneConfig | SegmentConfig, backbone: ViTConfig) ->
     return trained_vit(config, own_positions(backbone))
 
 
-def check_shape(config: FinetuneConfig | SegmentConfig, found: object, names: Iterable[str] = SHAPE) -> None:
+def check_shape(config: StartConfig, found: object, names: Iterable[str] = SHAPE) -> None:
     """UserError if ``found``, a config, has other values of these names than the options."""
     wrong = [f"--{n.replace('_', '-')} {getattr(found, n)}" for n in names if getattr(found, n) != getattr(config, n)]
     if wrong:

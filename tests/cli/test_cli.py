@@ -65,14 +65,6 @@ def test_a_classifier_becomes_a_folder_for_transformers_and_comes_back(tmp_path,
     assert torch.equal(again(images()), model(images()))
 
 
-def test_a_tokenizer_becomes_a_published_file(tmp_path):
-    model = tokenizer()
-    torch.save(model.state_dict(), tmp_path / "t.pth")
-    assert command("convert", tmp_path / "t.pth", tmp_path / "p.pth", "--to", "published") == 0
-    stored = torch.load(tmp_path / "p.pth", weights_only=True)["model"]
-    assert torch.equal(stored["quantize.embedding.weight"], model.quantize.codebook)
-
-
 MISTAKES = [
     ("convert nothing.pth out.safetensors --to timm", "there is no checkpoint file nothing.pth"),
     ("convert c.pth c.pth --to timm", "c.pth exists"),

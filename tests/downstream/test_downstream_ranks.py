@@ -22,7 +22,6 @@ from ..support.training import (
     assert_resumed,
     assert_same_bits,
     call,
-    checkpoints,
     last_weights,
     run,
     run_jobs,
@@ -80,7 +79,7 @@ def lines(file: Path) -> list[dict]:
 
 
 def average(run_folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_folder / "checkpoints" / checkpoints(run_folder)[-1] / "ema.safetensors")
+    return last_weights(run_folder, "ema")
 
 
 def assert_close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:

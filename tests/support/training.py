@@ -158,5 +158,10 @@ def run_jobs(folder: Path, jobs: Sequence[tuple[str, Sequence[object]]], launche
     assert done.returncode == 0, done.stderr[-5000:]
 
 
+def losses(run_folder: Path) -> list[float]:
+    """Of every line of the log, repeated ones included."""
+    return [json.loads(line)["loss"] for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def checkpoints(run_folder: Path) -> list[str]:
     return sorted(path.name for path in (run_folder / "checkpoints").iterdir())
