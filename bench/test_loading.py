@@ -26,7 +26,7 @@ from beitv2_fast.data.find import find_images
 from beitv2_fast.data.images import ImageFolder
 from beitv2_fast.data.loaders import train_loader
 from beitv2_fast.data.views import PretrainView
-from beitv2_fast.models.inputs import IMAGENET_MEAN, IMAGENET_STD
+from beitv2_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from bench.harness import OURS, machine, results_folder
 from bench.test_masks import reference_structure
 
@@ -139,7 +139,7 @@ def _reference_stages(root: Path) -> Stages:
 def _our_stages(loader: str) -> Callable[[Path], Stages]:
     def measured(root: Path) -> Stages:
         from beitv2_fast.data.views import color_jitter, resized_cuts, to_float
-        from beitv2_fast.models.inputs import normalise
+        from beitv2_fast.models.vit import normalise
 
         dataset, stages = ImageFolder(find_images(root), VIEW, loader=loader), defaultdict(float)
 

@@ -19,7 +19,7 @@ from types import FrameType
 from beitv2_fast.config.options import path
 from beitv2_fast.distributed import run_main
 from beitv2_fast.train.demo_images import write_demo_images
-from beitv2_fast.training.guards import stopping_signals
+from beitv2_fast.training.monitor import stopping_signals
 
 STAGES = "beitv2_fast.train"
 

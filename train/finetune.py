@@ -23,7 +23,7 @@ from beitv2_fast.downstream.classification import (
 )
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.classifier import Classifier
-from beitv2_fast.models.inputs import normalise
+from beitv2_fast.models.vit import normalise
 from beitv2_fast.training.images import training_images
 from beitv2_fast.training.launch import evaluate_newest, launched, open_run
 from beitv2_fast.training.loop import train

@@ -24,7 +24,7 @@ from beitv2_fast.downstream.segmentation.training import (
     training_folder,
 )
 from beitv2_fast.errors import UserError
-from beitv2_fast.models.inputs import normalise
+from beitv2_fast.models.vit import normalise
 from beitv2_fast.training.launch import evaluate_newest, launched, open_run
 from beitv2_fast.training.loop import train
 from beitv2_fast.training.optim import Schedule

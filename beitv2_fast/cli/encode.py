@@ -77,7 +77,7 @@ def encode_folder(images: Path, config: EncodeConfig) -> tuple[int, list[tuple[s
     Raises:
         UserError: no images, no tokenizer, an output that exists, or pieces of an encoding with other options.
     """
-    from ..data.find import find_images  # brings PIL
+    from ..data.find import find_images
 
     _check_out(config)
     found = find_images(images)
@@ -140,7 +140,7 @@ class _Images(Dataset):
 
 def _encode_pieces(images: ImageList, model: Tokenizer, config: EncodeConfig, pieces: Path) -> None:
     """Encode what has no piece on disk yet."""
-    from ..data.torch_loader import TorchLoader  # brings PIL
+    from ..data.torch_loader import TorchLoader
 
     tqdm = require("tqdm", "train", "A progress bar").tqdm
     paths, step = images.paths, _piece(config)
@@ -210,7 +210,7 @@ def _piece(config: EncodeConfig) -> int:
 
 def _state(images: ImageList, model: Tokenizer, config: EncodeConfig) -> dict[str, Any]:
     """What the codes depend on, as JSON: pieces of another state are not gone on with."""
-    from ..data.check import file_states  # brings PIL
+    from ..data.check import file_states
 
     files = hashlib.sha256()
     for path, state in zip(images.paths, file_states(images), strict=True):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from ..models.inputs import normalise
+from ..models.vit import normalise
 from .draws import AUGMENT, Draws, jitter_steps, mask_keys, patch_masks, random_crops, random_flips, uniforms
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}

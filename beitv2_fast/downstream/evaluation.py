@@ -17,7 +17,7 @@ from ..data.images import ImageFolder, ImageList
 from ..data.loaders import keyed_loader
 from ..distributed import World
 from ..errors import UserError, first_few
-from ..models.inputs import normalise
+from ..models.vit import normalise
 
 
 def listed_classes(file: Path) -> list[str]:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .classifier import Classifier
-from .inputs import normalise
 from .student import Student
 from .tokenizer import Tokenizer
+from .vit import normalise
 
 
 class Features(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..quantize.options import DEAD_AFTER
 from ..quantize.quantizer import FusedVectorQuantizer
-from .vit import FullPrecisionLinear, Linear, ViT, ViTConfig, init_weights, rescale_outputs
+from .vit import Linear, ViT, ViTConfig, init_weights, rescale_outputs
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,15 @@ class PatchViT(ViT):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc_norm(self.forward_tokens(images)[:, 1:])
+
+
+class FullPrecisionLinear(nn.Linear):
+    """``nn.Linear`` in fp32, or fp64 for fp64 inputs, whatever autocast and the dtype of its weights are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if x.dtype == torch.float64 else x.float()
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class Tokenizer(nn.Module):

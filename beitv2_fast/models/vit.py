@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import RelativePositionBias, add_bias_table, attend, position_bias
-from .inputs import require_floating
 
 FAST_BF16_ON_CPU = torch.cpu._is_amx_tile_supported()  # see ``linear``
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 POSITIONS = ("absolute", "shared_relative", "relative", "none")
 SIZES: dict[str, dict[str, int]] = {  # ViT-S/16, B/16, L/16, H/14: ViTConfig(**SIZES["large"], ...)
     "small": {"dim": 384, "depth": 12, "heads": 6, "patch_size": 16},
@@ -75,15 +76,6 @@ class Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", gelu=True" if self.gelu else "")
-
-
-class FullPrecisionLinear(nn.Linear):
-    """``nn.Linear`` in fp32, or fp64 for fp64 inputs, whatever autocast and the dtype of its weights are."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x if x.dtype == torch.float64 else x.float()
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
@@ -300,3 +292,23 @@ def rescale_outputs(block: Block, layer: int) -> None:
     with torch.no_grad():
         block.attn.proj.weight.div_((2.0 * layer) ** 0.5)
         block.mlp.fc2.weight.div_((2.0 * layer) ** 0.5)
+
+
+def normalise(image: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> Tensor:
+    """(image - mean) / std by channel: [..., 3 or 1, H, W] in [0, 1] -> [..., 3, H, W]. TypeError: integers."""
+    require_floating(image)
+    statistics = torch.tensor((mean, std), dtype=image.dtype).view(2, 3, 1, 1)
+    mean_, std_ = statistics.to(image.device, non_blocking=True)  # image.new_tensor would wait for a GPU
+    return (image - mean_) / std_
+
+
+def require_floating(images: Tensor) -> None:
+    """TypeError if images are integers, of which the arithmetic on them would make wrong numbers.
+
+    Their range is not looked at: on a GPU that would wait for them.
+    """
+    if not images.is_floating_point():
+        raise TypeError(
+            f"the images are {str(images.dtype).removeprefix('torch.')}, but floating-point numbers are needed. Of "
+            "pixels from 0 to 255 make images.float() / 255, in [0, 1]."
+        )

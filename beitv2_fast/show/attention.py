@@ -31,7 +31,7 @@ def attention_probabilities(
     Raises:
         UserError: a layer that the model does not have.
     """
-    from ..models.inputs import normalise
+    from ..models.vit import normalise
 
     vit, views = (model.encoder, 2 * images - 1) if isinstance(model, Tokenizer) else (model, normalise(images))
     depth = len(vit.blocks)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, UserError
-from ..models.inputs import require_floating
+from ..models.vit import require_floating
 from ..runs.checkpoints import read_weights
 from .torchscript import is_torchscript, read_torchscript
 

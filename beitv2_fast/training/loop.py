@@ -19,9 +19,8 @@ from ..runs.checkpoints import Checkpoints
 from ..runs.folder import RunFolder
 from .deepspeed import DeepSpeedBackend
 from .ema import ModelEMA
-from .guards import BadSteps, StopSignal, Undo, Watchdog, poisoned
 from .launch import Backend
-from .log import TrainingLog
+from .monitor import BadSteps, StopSignal, TrainingLog, Undo, Watchdog, poisoned
 from .optim import Schedule, TorchBackend, parameter_groups
 from .resume import resume, save
 from .task import ON_HOST, AfterEpoch, Batch, Task

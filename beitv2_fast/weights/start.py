@@ -60,7 +60,7 @@ def reading_normalised(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     2x - 1 = 2 std y + 2 mean - 1 for y = (x - mean) / std: both numbers go into the patch embedding.
     """
-    from ..models.inputs import IMAGENET_MEAN, IMAGENET_STD  # brings PIL
+    from ..models.vit import IMAGENET_MEAN, IMAGENET_STD
 
     weight, bias = (encoder[f"patch_embed.proj.{name}"] for name in ("weight", "bias"))
     mean, std = (weight.new_tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))

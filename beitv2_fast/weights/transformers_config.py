@@ -56,7 +56,7 @@ def to_transformers(config: ModelConfig) -> dict[str, Any]:
 
 def preprocessor(config: ModelConfig) -> dict[str, Any]:
     """preprocessor_config.json of BeitImageProcessor: the images as BEiT v2 was trained on them."""
-    from ..models.inputs import IMAGENET_MEAN, IMAGENET_STD  # brings PIL
+    from ..models.vit import IMAGENET_MEAN, IMAGENET_STD
 
     side = config.vit.image_size
     return {

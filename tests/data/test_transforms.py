@@ -9,7 +9,7 @@ from PIL import Image
 
 from beitv2_fast.data.draws import image_keys, random_crops
 from beitv2_fast.data.views import EvalView, FinetuneView, PretrainView, TokenizerView
-from beitv2_fast.models.inputs import IMAGENET_MEAN, IMAGENET_STD
+from beitv2_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
 
 def gradient(width=96, height=80, mode="RGB"):

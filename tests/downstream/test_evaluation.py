@@ -53,7 +53,7 @@ def world(rank: int = 0, size: int = 1) -> World:
 
 
 def expected(model: Rows, dataset: ImageFolder, columns: torch.Tensor) -> dict[str, float]:
-    from beitv2_fast.models.inputs import normalise
+    from beitv2_fast.models.vit import normalise
 
     scores, labels = [], []
     for i in range(len(dataset)):

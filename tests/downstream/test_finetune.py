@@ -17,8 +17,8 @@ from beitv2_fast.config.presets import FINETUNE
 from beitv2_fast.data.find import find_images
 from beitv2_fast.data.views import EvalView
 from beitv2_fast.downstream.classification import HEAD_SCALE, crop_share, start_model
-from beitv2_fast.models.inputs import normalise
 from beitv2_fast.models.positions import resize_bias_table, resize_embedding
+from beitv2_fast.models.vit import normalise
 from beitv2_fast.train import evaluate as evaluate_command
 from beitv2_fast.weights.build import load_run_model
 from beitv2_fast.weights.start import reading_normalised

@@ -13,7 +13,7 @@ from beitv2_fast.distributed import World
 from beitv2_fast.downstream.probes.exact import few_shot
 from beitv2_fast.downstream.probes.features import Extractor, feature_names, global_features
 from beitv2_fast.models.features import features
-from beitv2_fast.models.inputs import normalise
+from beitv2_fast.models.vit import normalise
 from beitv2_fast.weights.build import load_run_model
 
 from ..support.downstream import results, write_colours

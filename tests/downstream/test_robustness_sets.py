@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from beitv2_fast.data.find import find_images
 from beitv2_fast.data.views import EvalView
 from beitv2_fast.models.classifier import Classifier, ClassifierConfig
-from beitv2_fast.models.inputs import normalise
-from beitv2_fast.models.vit import ViTConfig
+from beitv2_fast.models.vit import ViTConfig, normalise
 from beitv2_fast.weights.files import write
 
 from ..support.downstream import EVALUATE, results

@@ -15,7 +15,7 @@ from PIL import Image
 from beitv2_fast.config.downstream import SEGMENT, SegmentConfig
 from beitv2_fast.config.options import parse
 from beitv2_fast.downstream.segmentation.training import load_segmenter, start_segmenter
-from beitv2_fast.models.inputs import normalise
+from beitv2_fast.models.vit import normalise
 from beitv2_fast.train.segment import PolySchedule, SegmentTask
 from beitv2_fast.weights.build import load_run_model
 

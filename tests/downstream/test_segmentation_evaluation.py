@@ -21,7 +21,7 @@ from beitv2_fast.downstream.segmentation.head import resize
 from beitv2_fast.downstream.segmentation.masks import IGNORED, find_masks, label_table
 from beitv2_fast.downstream.segmentation.overlays import GAP, overlay, picture, write_overlays
 from beitv2_fast.downstream.segmentation.views import SegmentationFolder
-from beitv2_fast.models.inputs import normalise
+from beitv2_fast.models.vit import normalise
 from beitv2_fast.pictures import class_colours
 from beitv2_fast.runs.folder import RunFolder
 

@@ -7,7 +7,7 @@ import torch
 
 from beitv2_fast import classify, features, read_images
 from beitv2_fast.downstream.probes.features import global_features
-from beitv2_fast.models.inputs import normalise
+from beitv2_fast.models.vit import normalise
 
 from ..support.small_runs import TinyTeacher
 from ..support.training import write_images

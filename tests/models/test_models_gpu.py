@@ -13,7 +13,7 @@ from beitv2_fast.distributed import World
 from beitv2_fast.models.features import features
 from beitv2_fast.show.attention import attention_probabilities
 from beitv2_fast.training.ema import ModelEMA
-from beitv2_fast.training.guards import Undo, poisoned
+from beitv2_fast.training.monitor import Undo, poisoned
 from beitv2_fast.training.optim import TorchBackend, parameter_groups
 
 from ..support.gpu import HERE, TOLERANCE, autocast, cuda_only, deterministic, distance, here, no_waiting

@@ -7,10 +7,9 @@ import torch
 
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.classifier import Classifier, ClassifierConfig
-from beitv2_fast.models.inputs import normalise
 from beitv2_fast.models.student import Student, StudentConfig
 from beitv2_fast.models.tokenizer import Tokenizer, TokenizerModelConfig
-from beitv2_fast.models.vit import ViTConfig
+from beitv2_fast.models.vit import ViTConfig, normalise
 from beitv2_fast.show.attention import attention_probabilities, most_attended, query_attention
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # fp32 sums in another order

@@ -7,12 +7,12 @@ import os
 import runpy
 import sys
 
-from beitv2_fast.training import log as training_log
+from beitv2_fast.training import monitor
 
 local_rank = [a for a in sys.argv[1:] if a.startswith("--local_rank")]  # the DeepSpeed launcher puts it first
 step, script, *options = [a for a in sys.argv[1:] if a not in local_rank]
 rank = os.environ.get("RANK", "0")
-add = training_log.TrainingLog.add
+add = monitor.TrainingLog.add
 
 
 def add_and_halt(self, at, *args):
@@ -22,6 +22,6 @@ def add_and_halt(self, at, *args):
         sys.stdin.readline()
 
 
-training_log.TrainingLog.add = add_and_halt
+monitor.TrainingLog.add = add_and_halt
 sys.argv = [script, *options, *local_rank]
 runpy.run_path(script, run_name="__main__")

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from beitv2_fast.distributed import run_main
 from beitv2_fast.train import evaluate, finetune, linear_probe, pretrain, segment, tokenizer
-from beitv2_fast.training.log import TrainingLog
+from beitv2_fast.training.monitor import TrainingLog
 
 
 def copy(run: str, other: str, step: str) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from beitv2_fast import teachers
 from beitv2_fast.errors import UserError
-from beitv2_fast.models.inputs import IMAGENET_MEAN, IMAGENET_STD, normalise
+from beitv2_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD, normalise
 from beitv2_fast.runs.checkpoints import save_weights
 from beitv2_fast.teachers import create_teacher
 from beitv2_fast.teachers.networks import CLIP_MEAN, CLIP_STD

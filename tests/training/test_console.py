@@ -15,7 +15,7 @@ import pytest
 
 from beitv2_fast.data.torch_loader import deaths_explained
 from beitv2_fast.errors import DataError
-from beitv2_fast.training.guards import StopSignal, stopping_signals
+from beitv2_fast.training.monitor import StopSignal, stopping_signals
 
 from ..support.small_runs import small_runs
 from ..support.training import ENVIRONMENT, ROOT, TINY, TOKENIZER, Halted, call, checkpoints, write_images

@@ -23,8 +23,7 @@ from beitv2_fast.errors import CheckpointError
 from beitv2_fast.quantize.collapse import CollapseWatch
 from beitv2_fast.runs.checkpoints import read_weights
 from beitv2_fast.train import tokenizer
-from beitv2_fast.training.guards import EXIT_HUNG
-from beitv2_fast.training.log import TrainingLog
+from beitv2_fast.training.monitor import EXIT_HUNG, TrainingLog
 
 from ..support.training import TINY, TOKENIZER, Halted, assert_same_bits, call, checkpoints, write_images
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from beitv2_fast.config.training import TrainConfig
 from beitv2_fast.errors import DataError
-from beitv2_fast.training.log import TrainingLog
+from beitv2_fast.training.monitor import TrainingLog
 from beitv2_fast.training.optim import Schedule
 
 from ..support.training import TINY, TOKENIZER, call, write_images

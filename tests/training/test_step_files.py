@@ -6,7 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
-from beitv2_fast.training.log import TrainingLog
+from beitv2_fast.training.monitor import TrainingLog
 
 from ..support.training import PRETRAIN, ROOT, TINY, TOKENIZER, call, write_images
 

@@ -7,7 +7,7 @@ import torch
 from beitv2_fast.config.training import TrainConfig
 from beitv2_fast.distributed import World
 from beitv2_fast.runs.folder import RunFolder
-from beitv2_fast.training.log import TrainingLog
+from beitv2_fast.training.monitor import TrainingLog
 from beitv2_fast.training.optim import Schedule
 
 

@@ -7,8 +7,7 @@ import torch
 
 from beitv2_fast import Classifier, ClassifierConfig, ViTConfig
 from beitv2_fast.errors import CheckpointError, UserError
-from beitv2_fast.models.inputs import normalise
-from beitv2_fast.models.vit import SIZES
+from beitv2_fast.models.vit import SIZES, normalise
 from beitv2_fast.weights import convert, detect, kind_of
 from beitv2_fast.weights.names import FORMATS
 from beitv2_fast.weights.shapes import describe

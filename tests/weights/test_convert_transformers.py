@@ -100,7 +100,7 @@ def test_the_image_processor_prepares_images_as_the_students_view_does(tmp_path)
     from PIL import Image
 
     from beitv2_fast.data.views import EvalView
-    from beitv2_fast.models.inputs import normalise
+    from beitv2_fast.models.vit import normalise
 
     ours = classifier()
     write(tmp_path / "model", convert(ours.state_dict(), "transformers"), "transformers", ours.config)

@@ -21,7 +21,7 @@ from typing import Any
 
 from beitv2_fast.errors import UserError
 from beitv2_fast.runs.files import write_atomically
-from beitv2_fast.training.guards import StopSignal
+from beitv2_fast.training.monitor import StopSignal
 
 POLL = 0.2  # seconds between two looks at the running steps
 THREADS = "OMP_NUM_THREADS"

@@ -14,7 +14,7 @@ from ...data.draws import rank_share
 from ...data.loaders import keyed_loader
 from ...distributed import World
 from ...errors import require
-from ...models.inputs import normalise
+from ...models.vit import normalise
 from .head import resize
 from .masks import IGNORED
 from .views import SegmentationFolder, scaled_size

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from ...data.draws import Key, image_keys
 from ...data.images import ImageList
 from ...errors import DataError, require
-from ...models.inputs import IMAGENET_MEAN
+from ...models.vit import IMAGENET_MEAN
 from .masks import IGNORED, MaskList
 
 LONGEST = 4  # an image's longer side is at most this many times the base size: the reference's 2048 for 512

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...data.images import name_of, open_image
 from ...data.views import EvalView
 from ...kernels.block_masks import block_masks
-from ...models.inputs import normalise
+from ...models.vit import normalise
 from ..attention import attention_probabilities, most_attended, query_attention
 from ..codes import choose_patches
 from ..index import Index, nearest_patches, sprite

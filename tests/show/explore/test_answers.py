@@ -12,7 +12,7 @@ from PIL import Image
 from beitv2_fast.data.images import read_images
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.features import features
-from beitv2_fast.models.inputs import normalise
+from beitv2_fast.models.vit import normalise
 from beitv2_fast.show.attention import attention_probabilities
 from beitv2_fast.show.explore.answers import MAX_PIXELS, BadRequest
 from beitv2_fast.show.index import TypicalPatches, sprite
