@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from ..config.show import ExploreConfig
 from ..data.find import sample_images
 from ..data.images import name_of, open_image
-from ..data.views import EvalView
 from ..errors import UserError
 from ..pictures import code_colours
 from ..runs.logs import read_logs
@@ -24,7 +22,7 @@ from ..show.index import build_index, nearest_patches
 from ..show.patch_sheets import attention_columns, attention_sheet, nearest_sheet, similarity_sheet
 from ..show.plots import compared_panels, draw_rows
 from ..show.runs import Runs, Views, open_runs
-from ..show.sheets import code_sheet, display_size, token_map_sheet
+from ..show.sheets import code_sheet, display_size, squares, token_map_sheet
 from ..show.theme import DARK, LIGHT, Theme
 from .picture_options import (
     AttentionConfig,
@@ -112,27 +110,22 @@ def _photo(path: Path) -> Image.Image:
         raise UserError(f"{path} cannot be read as an image ({error}). Name another file.") from error
 
 
-def _squares(photos: list[Image.Image], grid: tuple[int, int], columns: int, scale: float) -> list[Tensor]:
-    """The centre squares that the models see, as large as a column of a sheet allows."""
-    view = EvalView(display_size(grid, columns, scale), 1.0)
-    return [view(photo)["image"] for photo in photos]
-
-
 def _tokens(run: Path, config: TokensConfig, theme: Theme) -> Image.Image:
     runs = _open(run, config, images=not config.images)
     photos, names = _photos(runs, config)
     quantizer = runs.tokenizer.quantize
     colours = code_colours(quantizer.codebook.cpu(), quantizer.cluster_size.cpu())
     codes = runs.views(photos).codes().unflatten(1, runs.grid)
-    return token_map_sheet(_squares(photos, runs.grid, len(photos), config.scale), codes, colours, names, theme,
-                           config.scale)  # fmt: skip
+    shown = squares(photos, display_size(runs.grid, len(photos), config.scale))
+    return token_map_sheet(shown, codes, colours, names, theme, config.scale)
 
 
 def _similarity(run: Path, config: SimilarityConfig, theme: Theme) -> Image.Image:
     runs = _open(run, config, images=not config.images, teacher=True)
     photos, names = _photos(runs, config)
     values = runs.views(photos).similarity().unflatten(1, runs.grid)
-    return similarity_sheet(_squares(photos, runs.grid, len(photos), config.scale), values, names, theme, config.scale)
+    shown = squares(photos, display_size(runs.grid, len(photos), config.scale))
+    return similarity_sheet(shown, values, names, theme, config.scale)
 
 
 def _patch(runs: Runs, config: PatchPicture) -> tuple[Image.Image, Views, int]:
@@ -153,7 +146,7 @@ def _attention(run: Path, config: AttentionConfig, theme: Theme) -> Image.Image:
     photo, views, patch = _patch(runs, config)
     everything = attention_probabilities(model, views.of[config.model], config.layer or None)
     heads = query_attention(everything, patch, runs.grid)[0].cpu()
-    square = _squares([photo], runs.grid, attention_columns(len(heads)), config.scale)[0]
+    square = squares([photo], display_size(runs.grid, attention_columns(len(heads)), config.scale))[0]
     depth = len((model.encoder if config.model == "tokenizer" else model).blocks)
     what = f"{config.model}, layer {config.layer or depth}"
     return attention_sheet(square, heads, patch, what, theme, config.scale, config.share)

@@ -17,7 +17,6 @@ from ..config.training import PretrainConfig, TokenizerConfig
 from ..data.check import check_images
 from ..data.find import find_images, held_out_images, sample_images
 from ..data.images import ImageList
-from ..data.views import EvalView
 from ..distributed import start
 from ..errors import UserError
 from ..models.features import features
@@ -27,6 +26,7 @@ from ..runs.folder import CONFIG
 from ..teachers.base import Teacher
 from ..weights.build import load_run_model, load_teacher
 from ..weights.create import create_model
+from .sheets import squares
 
 _log = logging.getLogger(__name__)
 
@@ -65,10 +65,7 @@ class Runs:
             sizes["student"] = self.student.vit_config.image_size
         if self.teacher is not None:
             sizes["teacher"] = self.teacher_size
-        of_size = {
-            size: torch.stack([EvalView(size, 1.0)(photo)["image"] for photo in photos]).to(self.device)
-            for size in set(sizes.values())
-        }
+        of_size = {size: torch.stack(squares(photos, size)).to(self.device) for size in set(sizes.values())}
         return Views(self, {name: of_size[size] for name, size in sizes.items()})
 
 

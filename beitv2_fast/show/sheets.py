@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..data.images import ImageList
+from ..data.views import EvalView
 from ..pictures import masked_picture, token_map
 from .codes import CodeUsage, choose_patches
 from .theme import WIDTH, Theme
@@ -167,6 +169,12 @@ def code_sheet(
         lines = [f"code {code}", f"#{rank[code]}: {usage.shares[code]:.2%}", f"{int(usage.counts[code]):,} ×"]
         labels.append(Label(lines, colours[code]))
     return Sheet(theme, scale).draw(pictures, labels, [], cell, gap)
+
+
+def squares(photos: Iterable[Image.Image], size: int) -> list[Tensor]:
+    """The centre squares that the models see, [3, size, size] in [0, 1]."""
+    view = EvalView(size, 1.0)
+    return [view(photo)["image"] for photo in photos]
 
 
 def display_size(grid: tuple[int, int], columns: int, scale: float) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..config.downstream import StartConfig
 from ..errors import UserError
 from ..models.positions import resize_positions
-from ..models.vit import ViTConfig
+from ..models.vit import IMAGENET_MEAN, IMAGENET_STD, ViTConfig
 from ..runs.checkpoints import compact, load_model
 from . import kind_of
 from .build import trained_vit
@@ -60,8 +60,6 @@ def reading_normalised(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     2x - 1 = 2 std y + 2 mean - 1 for y = (x - mean) / std: both numbers go into the patch embedding.
     """
-    from ..models.vit import IMAGENET_MEAN, IMAGENET_STD
-
     weight, bias = (encoder[f"patch_embed.proj.{name}"] for name in ("weight", "bias"))
     mean, std = (weight.new_tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     scaled, shift = weight.double() * 2 * std, (weight.double() * (2 * mean - 1)).sum((1, 2, 3))

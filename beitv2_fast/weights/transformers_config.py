@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..models.student import StudentConfig
 from ..models.tokenizer import TokenizerModelConfig
+from ..models.vit import IMAGENET_MEAN, IMAGENET_STD
 from .shapes import ModelConfig
 
 # BeitConfig's name -> ours, for what has the same meaning
@@ -56,8 +57,6 @@ def to_transformers(config: ModelConfig) -> dict[str, Any]:
 
 def preprocessor(config: ModelConfig) -> dict[str, Any]:
     """preprocessor_config.json of BeitImageProcessor: the images as BEiT v2 was trained on them."""
-    from ..models.vit import IMAGENET_MEAN, IMAGENET_STD
-
     side = config.vit.image_size
     return {
         "image_processor_type": "BeitImageProcessor",
