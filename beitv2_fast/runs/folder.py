@@ -162,7 +162,7 @@ class RunFolder:
 def read_config(cls: type[RunConfig], path: Path) -> RunConfig:
     """The config of a finished or interrupted run; UserError if it is one of another stage."""
     values = stored_config(path)
-    if values["stage"] != cls.stage:
+    if values["stage"] not in (None, cls.stage):
         raise UserError(f"{path} is a run folder of {values['stage']}, but {cls.stage}'s is needed. Name another one.")
     try:
         return from_json(cls, values)

@@ -88,9 +88,9 @@ def load_run_model(
 
 def _config_of(run: Path) -> TokenizerConfig | PretrainConfig | FinetuneConfig:
     configs = {config.stage: config for config in (TokenizerConfig, PretrainConfig, FinetuneConfig)}
-    stage = stored_config(run)["stage"]
+    stage = str(stored_config(run)["stage"])
     if stage not in configs:
-        raise UserError(f"{run} is a run folder of {stage}. Name one of {', '.join(configs)}.")
+        raise UserError(f"{run} is a run folder of {stage}, but one of {', '.join(configs)} is needed.")
     return read_config(configs[stage], run)
 
 
