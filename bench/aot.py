@@ -91,7 +91,7 @@ class Binary:
 
     @property
     def wide_loads(self) -> int:
-        """Loads from global memory of 16 bytes a lane (or bulk copies)."""
+        """Loads from global memory of 16 bytes per lane (or bulk copies)."""
         return sum(bool(_WIDE_LOAD.match(i.opcode)) for i in self.instructions)
 
     @property

@@ -6,7 +6,7 @@ with the defaults, and plots the used share of codes and the similarity to the t
     demo           the demo's photographs of solar cells, 128 px, K = 256 as in the demo preset
     tiny_imagenet  12,000 photographs of 100 classes, 64 px, K = 1024; unpacked from --tiny-imagenet, skipped without
 
-Used is a code that was chosen in a window of 80 vectors a code (--log-every). Every run takes 5 to 15 minutes on one
+Used is a code that was chosen in a window of 80 vectors per code (--log-every). Every run takes 5 to 15 minutes on one
 processor; a run that is complete is not trained again. Written are a table on the terminal, docs/collapse.json and
 docs/collapse.png.
 """

@@ -22,7 +22,7 @@ from bench.gpu_peers import cut_cross_entropy_cases, flash_kmeans_cases
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak rates. Lanes and FLOPs are per clock and multiprocessor; bandwidths in bytes a second."""
+    """Peak rates. Lanes and FLOPs are per clock and multiprocessor; bandwidths in bytes per second."""
 
     name: str
     processors: int
@@ -34,7 +34,7 @@ class Gpu:
 
 
 # From the vendors' white papers and instruction throughput tables (CUDA programming guide; CDNA3 white paper). The L2
-# rates are not all published: 5,120 bytes a clock for A100, assumed for H100, twice that for B200.
+# rates are not all published: 5,120 bytes per clock for A100, assumed for H100, twice that for B200.
 _NVIDIA = {"alu": 64, "memory": 32, "special": 16, "fp64": 64, "issue": 128}
 GPUS = {
     "sm_80": Gpu("A100 SXM", 108, 1.41e9, 2048, {**_NVIDIA, "fma": 64, "fp64": 32}, 5120 * 1.41e9, 2.04e12),

@@ -23,7 +23,7 @@ from beitv2_fast.models.vit import ViTConfig
 
 GPUS = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12)}  # dense bf16 FLOP/s, bytes/s; the vendor's numbers
 EFFICIENCY = 0.5  # assumed share of both peaks that a part reaches
-BATCH = 64  # images a GPU
+BATCH = 64  # images per GPU
 BF16, FP32 = 2, 4
 ADAMW_BYTES = 7 * FP32  # read weight, gradient, two averages; write weight and averages
 ATTENTION_PRODUCTS = 2 + 4 + 1  # forward; backward; the scores again, which were not kept
@@ -92,7 +92,7 @@ def optimizer_part(parameters: int) -> Part:
 
 
 def tokenizer_parts(config: TokenizerModelConfig, batch: int, parameters: int) -> list[Part]:
-    """A VQ-KD step, the teacher (CLIP B/16, its forward alone) included."""
+    """A VQ-KD step, the teacher (CLIP B/16, only its forward) included."""
     encoder, decoder = config.encoder, config.decoder
     rows, dim = batch * encoder.num_patches, encoder.dim
     search = 2.0 * rows * config.num_codes * config.code_dim
@@ -111,7 +111,7 @@ def tokenizer_parts(config: TokenizerModelConfig, batch: int, parameters: int) -
 
 
 def student_parts(config: StudentConfig, batch: int, num_masked: int, parameters: int) -> list[Part]:
-    """A pre-training step; the tokenizer's encoder, which makes the labels, included (B/16, its forward alone)."""
+    """A pre-training step; the tokenizer's encoder, which makes the labels, included (B/16, only its forward)."""
     vit, tokenizer = config.vit, TokenizerModelConfig()
     patches, branches = batch * vit.num_patches, 2 if config.aggregation_depth else 1
     rows = branches * batch * num_masked
@@ -176,7 +176,7 @@ def memory(parts: list[Part], parameters: int) -> dict[str, float]:
 def report(name: str, parts: list[Part], parameters: int) -> str:
     gpus = list(GPUS)
     lines = [
-        f"\n**{name}, {BATCH} images a GPU, {parameters / 1e6:.1f} M parameters** (model, not measured)\n",
+        f"\n**{name}, {BATCH} images per GPU, {parameters / 1e6:.1f} M parameters** (model, not measured)\n",
         f"| part | GFLOP | GB moved | {' | '.join(f'{gpu} ms' for gpu in gpus)} |",
         f"|---|---|---|{'---|' * len(gpus)}",
     ]
@@ -190,7 +190,7 @@ def report(name: str, parts: list[Part], parameters: int) -> str:
     kinds = memory(parts, parameters)
     text = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in kinds.items())
     speed = ", ".join(f"{gpu} {BATCH / t:.0f}" for gpu, t in seconds.items())
-    lines.append(f"\nGB: {text}; together {sum(kinds.values()) / 1e9:.1f}. Images a second: {speed}.")
+    lines.append(f"\nGB: {text}; together {sum(kinds.values()) / 1e9:.1f}. Images per second: {speed}.")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ STEPS = 5_000_000
 
 
 def peak_rates() -> dict[str, float]:
-    """Multiply-adds a second of one core, by arithmetic: "fp32" and, where there is an instruction, "bytes".
+    """Multiply-adds per second of one core, by arithmetic: "fp32" and, where there is an instruction, "bytes".
 
     Empty without a C compiler. The best of several short runs, in the thread's own processor time.
     """
@@ -49,4 +49,4 @@ def _rate(loop: ctypes._CFuncPtr) -> float:
 
 if __name__ == "__main__":
     for kind, rate in peak_rates().items():
-        print(f"{kind}: {rate / 1e9:.0f} G multiply-adds a second on one core")
+        print(f"{kind}: {rate / 1e9:.0f} G multiply-adds per second on one core")

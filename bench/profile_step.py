@@ -106,7 +106,7 @@ def teacher_seconds(batch: int, dtype: torch.dtype | None) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=4, help="images a step")
+    parser.add_argument("--batch", type=int, default=4, help="images per step")
     parser.add_argument("--precision", choices=list(PRECISIONS), help="of the networks; by default both")
     parser.add_argument("--stage", choices=list(STAGES), help="by default both")
     args = parser.parse_args()

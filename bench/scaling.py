@@ -85,7 +85,7 @@ def plot(results: dict[str, dict[str, list[tuple[int, float]]]], rates: dict[str
             sizes = [{**DEFAULT, axis: value} for value in AXES[axis]]
             floor = [1e3 * s["N"] * s["K"] * s["D"] / (rate * s["threads"]) for s in sizes]
             axes.plot(AXES[axis], floor, "k--" if kind == "fp32" else "k:", label=f"peak, {kind} multiply-adds")
-        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms of processor time a thread")
+        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms of processor time per thread")
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     figure.suptitle("codebook_search, " + ", ".join(f"{k} = {v:,}" for k, v in DEFAULT.items()) + " unless on the axis")

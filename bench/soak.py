@@ -2,7 +2,7 @@
 
 A small tokenizer training (with checkpoints, pictures, two data workers, k-means, restarts of codes) on drawn images,
 in a process of its own that is looked at every few seconds through /proc: resident memory and open files of it and its
-workers, and its processor time a step, which other users of the machine disturb less than wall-clock time.
+workers, and its processor time per step, which other users of the machine disturb less than wall-clock time.
 """
 
 from __future__ import annotations

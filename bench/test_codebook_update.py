@@ -1,4 +1,4 @@
-"""The EMA step of the codebook alone: beside the one-hot form of published quantizers, and torch's own scatter."""
+"""Only the EMA step of the codebook, beside the one-hot form of published quantizers, and torch's own scatter."""
 
 from __future__ import annotations
 

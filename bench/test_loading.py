@@ -1,6 +1,6 @@
 """Pre-training's batches from JPEG files: both loaders beside torchvision's DataLoader with the reference's transforms.
 
-Images a second with two workers, the time of each stage, and how long a step waits for its batch.
+Images per second with two workers, the time of each stage, and how long a step waits for its batch.
 """
 
 from __future__ import annotations
@@ -197,14 +197,14 @@ STAGES = dict(zip(LOADERS, (_our_stages("dali"), _our_stages("torchvision"), _re
 
 @pytest.mark.parametrize("name", STAGES)
 def test_time_by_stage(folder, name):
-    """Processor milliseconds an image in one process; the least of three passes for each stage."""
+    """Processor milliseconds per image in one process; the least of three passes for each stage."""
     passes = [STAGES[name](folder) for _ in range(3)]
     _rows[name]["stages_ms"] = {s: min(p[s] for p in passes) / FILES * 1e3 for s in passes[0]}
 
 
 @pytest.mark.parametrize("name", list(LOADERS)[:2])
 def test_a_step_does_not_wait_where_decoding_is_fast_enough(folder, name):
-    """Steps that take 1.5 times as long as a batch, and leave the processors alone, as a GPU's do."""
+    """Steps that take 1.5 times as long as a batch, and leave the processors free, as a GPU's do."""
     started, batches = time.perf_counter(), 0
     for _ in LOADERS[name](folder):
         batches += 1
@@ -233,8 +233,8 @@ def _report(request):
     for name, row in _rows.items():
         stages = ", ".join(f"{stage} {ms:.2f}" for stage, ms in row.get("stages_ms", {}).items())
         speed, processor = row.get("images_per_second", 0), row.get("processor_ms", 0)
-        write(f"  {name}: {speed:.0f} images/s, {processor:.2f} CPU ms an image")
-        write(f"      CPU ms an image by stage: {stages}")
+        write(f"  {name}: {speed:.0f} images/s, {processor:.2f} CPU ms per image")
+        write(f"      CPU ms per image by stage: {stages}")
         if "wait_ms" in row:
             write(
                 f"      a step of {row['step_ms']:.0f} ms waits {row['wait_ms']:.2f} ms for its batch (median; longest "

@@ -30,7 +30,7 @@ def ours(codebook: Tensor) -> Forward:
     return forward
 
 
-def ops_alone(codebook: Tensor) -> Forward:
+def only_ops(codebook: Tensor) -> Forward:
     """vector_quantize and codebook_update, without the module's usage statistics."""
     codebook, cluster_size = codebook.clone(), torch.zeros(len(codebook), device=DEVICE)
 
@@ -76,7 +76,7 @@ def vector_quantize_pytorch(codebook: Tensor) -> Forward:
 
 IMPLEMENTATIONS: dict[str, Callable[[Tensor], Forward]] = {
     OURS: ours,
-    "beitv2_fast.kernels alone": ops_alone,
+    "beitv2_fast.kernels, only the ops": only_ops,
     "reference implementation's structure": reference_structure,
     "vector-quantize-pytorch": vector_quantize_pytorch,
 }

@@ -59,10 +59,8 @@ def zero_cost(parameters: int, stage: int, ranks: int, accumulate: int = 1) -> C
 
 
 def table(parameters: int, accumulate: int) -> str:
-    lines = [
-        "| GPUs | ZeRO | weights GB | gradients GB | moments GB | master GB | passing GB | peak GB | sent GB a step |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    kept = " | ".join(f"{name} GB" for name in ("weights", "gradients", "moments", "master", "passing", "peak"))
+    lines = [f"| GPUs | ZeRO | {kept} | sent GB per step |", "|" + "---|" * 9]
     for ranks in GPUS:
         for stage in STAGES:
             c = zero_cost(parameters, stage, ranks, accumulate)
@@ -79,7 +77,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=("base", "large"), default="large", help="of the pre-training [large]")
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step [1]")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step [1]")
     arguments = parser.parse_args()
     with torch.device("meta"):
         student = build_student(PRETRAIN[arguments.preset], num_codes=8192)

@@ -1,4 +1,4 @@
-"""The Python examples of docs/quantizer.md and docs/weights.md run as they stand; defaults on pages are true."""
+"""The pages: Python examples run as they stand, defaults are true, files, modules and tests that are named exist."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import importlib.util
+import pkgutil
 import re
 from pathlib import Path
 
@@ -22,7 +23,11 @@ from beitv2_fast.weights.files import write
 
 from .support.training import write_images
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS, TESTS = ROOT / "docs", ROOT / "tests"
+PAGES = [page for folder in (".", "docs", "bench", "kernels") for page in sorted((ROOT / folder).glob("*.md"))]
+FILE = re.compile(r"(?<![\w/{.*-])(?:[\w-]+/)+[\w-]+\.(?:py|md|sh|json|png)\b")
+MADE = ("docs/gpu.md", "runs/")  # by the commands of the pages
 SMALL = dict(dim=32, depth=3, heads=4)
 
 
@@ -51,10 +56,6 @@ def test_the_table_of_options_has_every_option_with_its_default():
     assert stated == {field.name: field.default for field in dataclasses.fields(QuantizerOptions)}
 
 
-def test_the_page_has_examples():
-    assert len(EXAMPLES) >= 7
-
-
 def test_the_defaults_told_on_the_page_on_reliability_are_those_of_the_code():
     page = (DOCS / "reliability.md").read_text(encoding="utf-8")
     told = {
@@ -62,6 +63,40 @@ def test_the_defaults_told_on_the_page_on_reliability_are_those_of_the_code():
     }
     defaults = {field.name.replace("_", "-"): field.default for field in dataclasses.fields(TrainConfig)}
     assert told == {name: defaults[name] for name in ("stop-after-bad", "hang-after")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
+def test_the_files_and_modules_that_a_page_names_exist(page):
+    text = page.read_text(encoding="utf-8")
+    files = {name for name in FILE.findall(text) if not name.startswith(MADE)}
+    assert [f for f in files if not any((at / f).exists() for at in (ROOT, page.parent, TESTS, ROOT / "kernels"))] == []
+    for name in re.findall(r"\bbeitv2_fast(?:\.[A-Za-z_]\w*)+(?![\w/])", text):
+        pkgutil.resolve_name(name)
+    for name in re.findall(r"\bbench\.\w+", text):
+        assert importlib.util.find_spec(name), name
+
+
+def named_on_the_page_on_reliability() -> list[tuple[str, str]]:
+    """(file, test) in the order of the page; a name without a file belongs to the file before it."""
+    found, file = [], ""
+    page = (DOCS / "reliability.md").read_text(encoding="utf-8")
+    for given, test in re.findall(r"`([\w/]*\.py)?::(test_\w+)`", page):
+        file = given or file
+        found.append((file, test))
+    return found
+
+
+def test_every_test_that_the_page_on_reliability_names_exists():
+    named = named_on_the_page_on_reliability()
+    assert len(named) > 30
+    texts = {file: "".join(path.read_text(encoding="utf-8") for path in TESTS.rglob(file)) for file, _ in named}
+    assert [f"{file}::{test}" for file, test in named if f"def {test}(" not in texts[file]] == []
+
+
+def test_every_test_of_faults_is_named_on_the_page_on_reliability():
+    files = [TESTS / "training" / "test_faults.py", *(TESTS / "faults").glob("test_*.py")]
+    tests = {test for file in files for test in re.findall(r"^def (test_\w+)\(", file.read_text(), re.MULTILINE)}
+    assert tests - {test for _, test in named_on_the_page_on_reliability()} == set()
 
 
 @pytest.fixture(scope="module")
@@ -102,5 +137,5 @@ def test_the_examples_of_the_page_on_weights_run(files, monkeypatch, code):
     exec(compile(code, str(WEIGHTS), "exec"), {"__name__": "example"})
 
 
-def test_the_page_on_weights_has_an_example_for_each_way_in():
-    assert len(WEIGHTS_EXAMPLES) >= 9
+def test_the_pages_have_examples():
+    assert len(EXAMPLES) >= 7 and len(WEIGHTS_EXAMPLES) >= 9  # of weights, one for each way in

@@ -1,4 +1,4 @@
-"""C++ ops that are missing: the installation says so where pip cannot hide it, and the first use says why."""
+"""What is installed is complete; where the C++ ops are missing the installation says so, and the first use says why."""
 
 from __future__ import annotations
 
@@ -62,6 +62,18 @@ def build(sources: Path, command: str = BUILD, **environment: str) -> tuple[str,
     )
     assert done.returncode == 0, (sources / "hidden").read_text()
     return done.stdout, sources / "out" / "beitv2_fast" / "kernels"
+
+
+def test_all_of_the_package_is_installed_and_an_experiment_starts_from_there(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    folders = {ROOT / "beitv2_fast": "", ROOT / "kernels": "kernels", ROOT / "train": "train"}
+    files = {Path(to, file.relative_to(folder)) for folder, to in folders.items() for file in folder.rglob("*.*")}
+    compiled = (".cpp", ".h", ".so", ".txt", ".pyc", ".md")  # and what the C++ ops are compiled from
+    installed = {file.relative_to(tmp_path / "beitv2_fast") for file in tmp_path.rglob("*.*")}
+    assert installed == {file for file in files if file.suffix not in compiled}
+    listing = [sys.executable, "-m", "beitv2_fast.train.experiments.ablate"]
+    assert "codebook_size" in subprocess.run(listing, cwd=tmp_path, capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize(

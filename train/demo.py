@@ -53,7 +53,7 @@ def commands(root: Path, data: Path) -> list[tuple[str, list[str]]]:
     ]  # fmt: skip
 
 
-def run(command: list[str]) -> int:
+def run_stage(command: list[str]) -> int:
     """Run a stage to its end; asked to stop, pass that on to all of its processes and wait until they have saved.
 
     A launcher may die of the signal at once, while the training that it started finishes its step: the whole process
@@ -109,7 +109,7 @@ def main() -> int:
     data = args.data or write_demo_images(args.out / "data")
     for title, command in commands(args.out, data):
         print(f"\n== {title}\n   {' '.join(command)}", flush=True)
-        code = run(command)
+        code = run_stage(command)
         if code:
             print("stopped; the same command goes on from here", file=sys.stderr)
             return code

@@ -11,20 +11,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from ..errors import DataError
-from .images import SPLIT_ENDS, ImageList, PassedOver, counted, told
-
-IMAGE_SUFFIXES = tuple(
-    ".apng .avif .bmp .dib .gif .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .pbm .pcx .pgm .png .pnm .ppm .qoi "
-    ".tga .tif .tiff .webp".split()
-)
-SPLITS = {  # whatever their case, and what SPLIT_ENDS may follow
-    "train": ("train", "training", "trn"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing", "tst"),
-}
-# Beginnings of the names of folders that systems and programs leave in data sets, thumbnails in some of them.
-SYSTEM_FOLDERS = ("__macosx", "@eadir", "@recycle", "#recycle", "$recycle.bin", "lost+found", "paxheaders")
-SYSTEM_FOLDERS += ("system volume information", "__pycache__")
+from .images import ImageList
+from .names import IMAGE_SUFFIXES, SPLITS, PassedOver, counted, is_image, is_left_over, split_of, split_of_shard, told
+from .shards import find_shard_images, shards_of
 
 
 def find_images(
@@ -50,8 +39,6 @@ def find_images(
         DataError: the folder is missing, is no folder, or holds no image file; it has splits, but not this one; or more
             than one folder, or as many shards as folders of images, might be meant.
     """
-    from .shards import find_shard_images, shards_of
-
     root = Path(root)
     if not root.is_dir():
         shards = shards_of(root)
@@ -68,24 +55,8 @@ def find_images(
     return _list_folder(folder, split, labelled, beside)
 
 
-def split_of(name: str) -> str | None:
-    """The split that a folder's name means, whatever its case: "train", "val", "test"; None if it is another name."""
-    for split, names in SPLITS.items():
-        for spelling in names:
-            if name.lower().startswith(spelling) and SPLIT_ENDS.fullmatch(name.lower(), len(spelling)):
-                return split
-    return None
-
-
-def is_left_over(name: str) -> bool:
-    """Whether a file or folder is hidden, or something that a system leaves beside the images."""
-    return name.startswith(".") or name.lower().startswith(SYSTEM_FOLDERS)
-
-
 def splits_in(root: Path) -> dict[str, list[str]]:
     """The names of the folders and shards in root that are named as a split, sorted, by split."""
-    from .shards import split_of_shard
-
     found: dict[str, list[str]] = {}
     with os.scandir(root) if root.is_dir() else nullcontext(()) as entries:
         for entry in entries:
@@ -120,8 +91,6 @@ def split_folder(root: Path, split: str) -> Path | None:
 
 def _place(root: Path, split: str | None) -> tuple[Path, list[Path], PassedOver]:
     """The folder that a split lies in, its shards, if it consists of such, and what lies beside these or the folder."""
-    from .shards import shards_in
-
     folder = None if split is None else split_folder(root, split)
     if folder is not None and not folder.resolve().is_relative_to(root):
         raise DataError(
@@ -131,7 +100,7 @@ def _place(root: Path, split: str | None) -> tuple[Path, list[Path], PassedOver]
         beside = counted(
             (entry.name, f"folders and images beside {folder.name}")
             for entry in os.scandir(root)
-            if not is_left_over(entry.name) and entry.name != folder.name and (entry.is_dir() or _is_image(entry.name))
+            if not is_left_over(entry.name) and entry.name != folder.name and (entry.is_dir() or is_image(entry.name))
         )
         shards, more = shards_in(folder.resolve())
         return folder.resolve(), shards, {**beside, **more}
@@ -150,17 +119,31 @@ def _place(root: Path, split: str | None) -> tuple[Path, list[Path], PassedOver]
     return root, own, {**beside, **counted((path.name, "other shards") for path in shards if path not in own)}
 
 
+def shards_in(folder: Path) -> tuple[list[Path], PassedOver]:
+    """The shards of a folder and the images that lie beside them; none if these are more, and so are meant.
+
+    Raises:
+        DataError: as many shards as image files and folders with images.
+    """
+    shards = sorted(path for path in folder.glob("*.tar") if path.is_file() and not is_left_over(path.name))
+    images = sorted(entry.name for entry in os.scandir(folder) if has_images(entry)) if shards else []
+    if shards and len(images) == len(shards):
+        raise DataError(
+            f"{folder} holds as many .tar files ({shards[0].name}, ...) as folders and files of images ({images[0]}, "
+            f"...): it is not clear which are meant. Move the ones away, or for the shards pass '{folder}/*.tar'."
+        )
+    if len(images) > len(shards):
+        return [], {}
+    return shards, counted((name, "folders and images beside the shards") for name in images)
+
+
 def has_images(entry: os.DirEntry) -> bool:
     """Whether it is an image file, or a folder with one somewhere in it."""
     if is_left_over(entry.name):
         return False
     if entry.is_dir(follow_symlinks=False):
         return any(why is kind is None for _, why, kind in _walk(Path(entry.path), Path(entry.path), None))
-    return _is_image(entry.name)
-
-
-def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES
+    return is_image(entry.name)
 
 
 def _list_folder(folder: Path, split: str | None, labelled: bool, beside: PassedOver) -> ImageList:
@@ -207,7 +190,7 @@ def _walk(folder: Path, root: Path, split: str | None) -> Iterator[tuple[str, st
                 folders.append(path)
             elif entry.is_dir():
                 yield name, "a link to a folder, which is not followed", None
-            elif _is_image(entry.name):
+            elif is_image(entry.name):
                 outside = entry.is_symlink() and not path.resolve().is_relative_to(root)
                 yield name, "a link that leads out of the folder" if outside else None, None
             else:

@@ -10,8 +10,7 @@ import io
 import json
 import logging
 import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,15 +24,12 @@ from torch.utils.data import Dataset
 
 from ..errors import DataError
 from .draws import Draws, Key, image_keys
+from .names import PassedOver, shared_keys, told
 from .views import EvalView, View, cut_out
 
-SPLIT_ENDS = re.compile(r"[-_ ]?(set|data|dataset|images|imgs|img|split)?[-_ ]?\d*")  # of training_set and train2017
 EXIF_ORIENTATION = 0x0112
-_TOLD = 6  # kinds of what is passed over
 
 _log = logging.getLogger(__name__)
-
-PassedOver = dict[str, tuple[int, str]]  # by kind, such as "files ending in .txt": how many, and the first one's name
 
 
 @dataclass(frozen=True)
@@ -89,8 +85,6 @@ class ImageList:
     @property
     def summary(self) -> str:
         """One line: how many images of which classes, in which layout, and what was passed over."""
-        from .shards import shared_keys
-
         names = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
         classes = f"{len(self.classes):,} classes ({names})" if self.classes else "no classes"
         if self.spans is None:
@@ -122,23 +116,6 @@ class _Shard:
 
 
 _shard = functools.lru_cache(maxsize=256)(_Shard)  # opening costs a round trip on network storage
-
-
-def counted(others: Iterable[tuple[str, str]]) -> PassedOver:
-    """(Name, kind) of each -> by kind how many there are and the first one's name."""
-    found: dict[str, tuple[int, str]] = {}
-    for name, kind in others:
-        count, first = found.get(kind, (0, name))
-        found[kind] = count + 1, min(first, name)
-    return dict(sorted(found.items()))
-
-
-def told(passed_over: PassedOver) -> str:
-    """The end of a line of the log: what was passed over, the most frequent kinds first; nothing if nothing was."""
-    kinds = sorted(passed_over.items(), key=lambda item: -item[1][0])
-    listed = [f"{count:,} {kind} ({first}{', ...' if count > 1 else ''})" for kind, (count, first) in kinds[:_TOLD]]
-    more = [f"{len(kinds) - _TOLD} more kinds"] if len(kinds) > _TOLD else []
-    return "; passed over: " + ", ".join(listed + more) if kinds else ""
 
 
 def open_image(path: str | Path | io.BytesIO) -> Image.Image:

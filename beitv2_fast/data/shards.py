@@ -19,8 +19,8 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import DataError, require
 from ..runs.files import write_atomically
-from .find import IMAGE_SUFFIXES, has_images, is_left_over, split_of
-from .images import ImageList, PassedOver, counted, told
+from .images import ImageList
+from .names import IMAGE_SUFFIXES, PassedOver, counted, is_left_over, sample_key, short_sample_key, told
 
 INDEX_VERSION = 2
 SCANNERS = 8  # shards that are scanned at once: on network storage most of the time is waiting
@@ -48,32 +48,6 @@ def shards_of(root: Path) -> list[Path]:
             raise DataError(f"No file matches the pattern {text}. Quote it on the command line, and check the folder.")
         return found
     return []
-
-
-def shards_in(folder: Path) -> tuple[list[Path], PassedOver]:
-    """The shards of a folder and the images that lie beside them; none if these are more, and so are meant.
-
-    Raises:
-        DataError: as many shards as image files and folders with images.
-    """
-    shards = sorted(path for path in folder.glob("*.tar") if path.is_file() and not is_left_over(path.name))
-    images = sorted(entry.name for entry in os.scandir(folder) if has_images(entry)) if shards else []
-    if shards and len(images) == len(shards):
-        raise DataError(
-            f"{folder} holds as many .tar files ({shards[0].name}, ...) as folders and files of images ({images[0]}, "
-            f"...): it is not clear which are meant. Move the ones away, or for the shards pass '{folder}/*.tar'."
-        )
-    if len(images) > len(shards):
-        return [], {}
-    return shards, counted((name, "folders and images beside the shards") for name in images)
-
-
-def split_of_shard(name: str) -> str | None:
-    """The split that a word of a shard's name means (imagenet-train-0001.tar); None if none does, or several do."""
-    if not name.endswith(".tar") or is_left_over(name):
-        return None
-    found = {split_of(word) for word in re.findall("[a-z]+", name.lower())} - {None}
-    return found.pop() if len(found) == 1 else None
 
 
 def _ranges(pattern: str) -> Iterator[str]:
@@ -135,7 +109,9 @@ def _image_list(root: Path, scanned: dict[str, dict], labelled: bool, beside: Pa
             f"and KEY.cls.{reasons}"
         )
     without = [
-        (name, why or f"no label: there is no {_key(name)}.cls") for name, _, _, label, why in members if label is None
+        (name, why or f"no label: there is no {sample_key(name)}.cls")
+        for name, _, _, label, why in members
+        if label is None
     ]
     any_label = len(without) < len(members)
     if labelled and any_label:
@@ -188,7 +164,7 @@ def scan_shard(path: Path) -> Scanned:
                     images[member.name] = (member.offset_data, member.size)
                 elif member.isreg() and suffix in LABEL_SUFFIXES:
                     content = os.pread(file.fileno(), min(member.size, MAX_LABEL_BYTES), member.offset_data)
-                    labels.setdefault(_key(member.name), {})[member.name] = _label(content)
+                    labels.setdefault(sample_key(member.name), {})[member.name] = _label(content)
                 elif member.isreg():
                     others.append(
                         (member.name, f"members ending in {suffix}" if suffix else "members without a suffix")
@@ -207,10 +183,10 @@ def _with_labels(
     Where a label has no image of its key, that may be webdataset's, all up to the first dot: x.cls is the label of
     x.input.png if no other image begins so.
     """
-    keys, short = {_key(name) for name in images}, Counter(map(_short_key, images))
+    keys, short = {sample_key(name) for name in images}, Counter(map(short_sample_key, images))
     found, used = [], set()
     for name, span in images.items():
-        key, other = _key(name), _short_key(name)
+        key, other = sample_key(name), short_sample_key(name)
         if key not in labels and other not in keys and short[other] == 1:
             key = other
         used.add(key)
@@ -224,15 +200,6 @@ def _with_labels(
         name for key, files in labels.items() if key not in used for name, label in files.items() if label is not None
     ]
     return found, [(name, "labels without an image") for name in lost]
-
-
-def shared_keys(paths: list[str]) -> str:
-    """For the log: that images have one key, or one that adds to another's, as an image's masks may; else nothing."""
-    keys = Counter(map(_key, paths))
-    same = [path for path in paths if keys[_key(path)] > 1]
-    more = [path for path in paths if _short_key(path) != _key(path) and _short_key(path) in keys]
-    texts = [(same, "share their key with another one"), (more, "have another one's key with something added")]
-    return "".join(f"; {len(found):,} of them {what} ({found[0]}): all are read" for found, what in texts if found)
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -261,17 +228,6 @@ def _refusal(member: tarfile.TarInfo, shard_size: int) -> str | None:
     if member.size < 0 or member.offset_data + member.size > shard_size:
         return "cut off by the end of the shard"
     return None
-
-
-def _key(name: str) -> str:
-    """What files of one sample share: the whole path without its last suffix."""
-    return str(PurePosixPath(name).with_suffix(""))
-
-
-def _short_key(name: str) -> str:
-    """webdataset's key: all up to the first dot of the file's name."""
-    path = PurePosixPath(name)
-    return str(path.with_name(path.name.split(".", 1)[0]))
 
 
 def _label(content: bytes) -> int | None:

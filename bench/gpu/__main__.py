@@ -26,7 +26,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="all sections")
     parser.add_argument(
         "--minutes", type=float,
-        help=f"leave out what does not fit, the least important first; of a part alone {PART_MINUTES}",
+        help=f"leave out what does not fit, the least important first; of one part only {PART_MINUTES}",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results")
     parser.add_argument("--tiny", action="store_true", help="small sizes also where there is a GPU")

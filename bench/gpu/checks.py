@@ -41,7 +41,7 @@ def tests(run: Run) -> None:
 
 
 def gpu_tests() -> list[str]:
-    """The files of the tests marked ``gpu``: each process imports these alone."""
+    """The files of the tests marked ``gpu``: each process imports only these."""
     return [str(file.relative_to(ROOT)) for file in sorted(Path(ROOT, "tests").rglob("test_*_gpu.py"))]
 
 

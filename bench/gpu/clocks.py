@@ -1,4 +1,4 @@
-"""The time of a call by four clocks, because on a GPU one alone misleads.
+"""The time of a call by four clocks, because on a GPU any single one misleads.
 
 | clock | what it shows |
 |---|---|
@@ -9,7 +9,7 @@
 
 A queue holds about a thousand launches: a call of more cannot be queued whole, nor one that waits for the device; its
 gpu time is the sum of its kernels' times by the profiler. Inputs that fit in the L2 cache lie there, as in a training
-the layer before leaves them. Without a GPU there is the wall's clock alone.
+the layer before leaves them. Without a GPU there is only the wall's clock.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LONGEST_SLEEP = 0.5  # seconds
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds a call; None where there is no such clock. peak: bytes above what was in use before."""
+    """Milliseconds per call; None where there is no such clock. peak: bytes above what was in use before."""
 
     gpu: float | None
     graph: float | None
@@ -65,7 +65,7 @@ def wait() -> None:
 def all_times(call: Callable[[], object], *, seconds: float = 1.0, graph: bool = True, on_device: bool = True) -> Times:
     """Time a call by every clock, for about ``seconds`` each; two calls of warm-up come first.
 
-    on_device: whether it has work there; what runs on the CPU has the clocks of the host alone.
+    on_device: whether it has work there; what runs on the CPU has only the clocks of the host.
     """
     for _ in range(2):
         call()
@@ -85,7 +85,7 @@ def all_times(call: Callable[[], object], *, seconds: float = 1.0, graph: bool =
 
 
 def pipelined(call: Callable[[], object], seconds: float) -> float:
-    """ms a call of several that are waited for together, as a training loop runs them."""
+    """ms per call of several that are waited for together, as a training loop runs them."""
     count, started = 0, time.perf_counter()
     while count < 2 or time.perf_counter() - started < seconds:
         call()

@@ -49,11 +49,11 @@ def learn(run: Run) -> None:
             return
         scale = _workers(TINY_SCALE if run.tiny else SCALE)
         if not run.tiny:
-            scale = _fit(run, root, data, scale)
+            scale = fitting_scale(run, root, data, scale)
         steps = steps_of(root / "runs", data, scale, tiny=run.tiny)
         run.say("plan", scale=dataclasses.asdict(scale), steps=[step.name for step in steps])
-        outcome = _until(run.left() - 10, steps, root / "runs", scale.steps_at_once)
-        _report(run, root / "runs", steps, outcome)
+        outcome = run_until(run.left() - 10, steps, root / "runs", scale.steps_at_once)
+        say_tables(run, root / "runs", steps, outcome)
 
 
 def _images(run: Run, root: Path) -> Path | None:
@@ -121,19 +121,19 @@ class Pace:
         return max(1, min(most, int((seconds - self.start) / self.epoch)))
 
 
-def _fit(run: Run, root: Path, data: Path, scale: SmallScale) -> SmallScale:
+def fitting_scale(run: Run, root: Path, data: Path, scale: SmallScale) -> SmallScale:
     """Epochs that fit, by a short training of each kind; both students run at once, so their pace is measured so."""
     short = dataclasses.replace(
         scale, tokenizer_epochs=CALIBRATION_EPOCHS, pretrain_epochs=CALIBRATION_EPOCHS, finetune_epochs=1
     )
     steps = [step for step in steps_of(root / "pace", data, short) if step.name.split("/")[-1] in PACED]
     # The teacher's features are computed here and used again.
-    _until(CALIBRATION_SHARE * run.left(), steps, root / "pace", scale.steps_at_once)
+    run_until(CALIBRATION_SHARE * run.left(), steps, root / "pace", scale.steps_at_once)
     features = root / "pace" / "teacher_features"
     if features.is_dir():
         (root / "runs").mkdir(exist_ok=True)
         features.rename(root / "runs" / "teacher_features")
-    paces = {step.name.split("/")[-1]: _pace(root / "pace", step) for step in steps}
+    paces = {step.name.split("/")[-1]: read_pace(root / "pace", step) for step in steps}
     run.say("pace", **{name: pace and dataclasses.asdict(pace) for name, pace in paces.items()})
     chosen, left = {}, run.left()
     for field, name, share in (
@@ -146,8 +146,8 @@ def _fit(run: Run, root: Path, data: Path, scale: SmallScale) -> SmallScale:
     return dataclasses.replace(scale, **chosen)
 
 
-def _pace(root: Path, step: Step) -> Pace | None:
-    """From a training's record and its log of images a second; None if it did not end."""
+def read_pace(root: Path, step: Step) -> Pace | None:
+    """From a training's record and its log of images per second; None if it did not end."""
     record = read_record(root, step)
     lines = root / step.name / "metrics.jsonl"
     if not record["done"] or not lines.is_file():
@@ -160,7 +160,7 @@ def _pace(root: Path, step: Step) -> Pace | None:
     return Pace(max(seconds - training, 0.0), training / config["epochs"])
 
 
-def _until(seconds: float, steps: Sequence[Step], root: Path, jobs: int) -> Any:
+def run_until(seconds: float, steps: Sequence[Step], root: Path, jobs: int) -> Any:
     """Run the steps for so long; those that run then are told to stop, as by Ctrl-C."""
     alarm = threading.Timer(max(seconds, 1.0), os.kill, (os.getpid(), signal.SIGTERM))
     alarm.daemon = True
@@ -171,9 +171,9 @@ def _until(seconds: float, steps: Sequence[Step], root: Path, jobs: int) -> Any:
         alarm.cancel()
 
 
-def _report(run: Run, root: Path, steps: Sequence[Step], outcome: Any) -> None:
+def say_tables(run: Run, root: Path, steps: Sequence[Step], outcome: Any) -> None:
     """The tables of train.downstream, of what is done."""
-    tokenizers, backbones = downstream.collect(root, 1)
+    tokenizers, backbones = downstream.tables_of(root, 1)
     for name, numbers in tokenizers.items():
         run.say(name, table="tokenizer", **{key: values[0] for key, values in numbers.items()})
     for name, numbers in backbones.items():

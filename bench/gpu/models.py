@@ -97,7 +97,7 @@ def host_waits(step: Callable[[], object]) -> int:
 
 
 def _measure(run: Run, name: str, step: Callable[[], object], about: dict[str, Any]) -> None:
-    """A step by the clocks, and images a second when steps follow one another."""
+    """A step by the clocks, and images per second when steps follow one another."""
     with run.item(name, **about):
         run.need_time()
         started = time.perf_counter()

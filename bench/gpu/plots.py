@@ -22,7 +22,7 @@ def write(records: Records, folder: Path) -> dict[str, Path]:
     found = {}
     for title, name, draw in (
         ("Device time of each op beside its peers, ms", "ops", _ops),
-        ("Training steps, images a second", "steps", _steps),
+        ("Training steps, images per second", "steps", _steps),
         ("The search as N, K and D grow, ms", "scaling", _scaling),
     ):
         figure = draw(records)

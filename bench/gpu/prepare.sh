@@ -70,7 +70,6 @@ strip -o "$out/_cpu$suffix" "$built"
 
 # The package is imported from this tree, whatever is installed for that Python.
 mkdir -p "$scratch/tree" && cp -rs "$PWD/beitv2_fast" "$PWD/bench" "$PWD/tests" "$scratch/tree/"
-[ -e "$scratch/tree/beitv2_fast/kernels" ] || cp -rs "$PWD/kernels" "$scratch/tree/beitv2_fast/kernels"
 (cd "$scratch/tree" && TRITON_CACHE_DIR=$scratch/triton OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} PYTHONPATH=$scratch/tree \
     "$python" -m bench.gpu.kernel_cache --target "$target" "${tiny[@]}")
 tar cJf "$out/triton.tar.xz" -C "$scratch/triton" .

@@ -42,9 +42,9 @@ if [ -d "$site" ]; then
     [ -d "$runtime" ] && export LD_LIBRARY_PATH=$runtime${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-if ! "$PYTHON" -c 'import beitv2_fast.kernels' 2>/dev/null; then # not installed: as setup.py lays it out
-    ln -sfn ../kernels beitv2_fast/kernels
-fi
+for folder in kernels train; do # links that were not carried
+    [ -e "beitv2_fast/$folder" ] || ln -sfn "../$folder" "beitv2_fast/$folder"
+done
 for library in "$CARRIED"/_cpu*.so; do
     [ -e "$library" ] && [ ! -e "kernels/${library##*/}" ] && cp "$library" kernels/
 done

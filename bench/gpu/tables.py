@@ -121,7 +121,7 @@ def steps(records: Records) -> Iterator[str]:
             continue
         title = "Training steps" if section == "steps" else "Training steps under torch.compile"
         yield f"\n**{title}**\n"
-        yield from header("step", "", "images/s", "ms a step", "GPU ms", "host ms", "wall ms", "peak GB", "first s")
+        yield from header("step", "", "images/s", "ms per step", "GPU ms", "host ms", "wall ms", "peak GB", "first s")
         for r in found:
             peak = number(r["peak_bytes"] / 1e9, 3) if r.get("peak_bytes") is not None else "—"
             times = (number(r["pipelined_ms"]), number(r.get("gpu_ms")), number(r["host_ms"]), number(r["wall_ms"]))

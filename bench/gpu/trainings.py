@@ -24,15 +24,11 @@ from beitv2_fast.data.views import PretrainView
 from beitv2_fast.errors import UserError
 from bench.gpu.run import ROOT, Run
 from bench.harness import DEVICE, Unavailable
+from tests.support.training import PRETRAIN, TINY, TOKENIZER
 
 PICTURES = {"files": 4000, "dali": 1500, "deepspeed": 1500, "demo": 2600}
 TINY_PICTURES = 60
-TINY = (
-    "--preset demo --image-size 32 --patch-size 8 --dim 24 --depth 2 --heads 2 --batch-size 4 --epochs 1 --workers 0 "
-    "--precision fp32 --log-every 2 --warmup-epochs 0 --no-in-memory"
-).split()
-TINY_TOKENIZER = "--teacher-image-size 128 --views 0 --num-codes 16 --code-dim 8 --decoder-depth 1".split()
-TINY_PRETRAIN = "--early-layer 1 --num-masked 6 --min-mask-patches 2".split()
+TINY_RUN = [*TINY, *"--device auto --epochs 1 --warmup-epochs 0 --no-in-memory".split()]
 
 
 @contextlib.contextmanager
@@ -49,14 +45,14 @@ def _pictures(run: Run) -> Iterator[Path]:
 
 def _options(run: Run, *, tokenizer: bool) -> list[str]:
     if run.tiny:
-        return [*TINY, *(TINY_TOKENIZER if tokenizer else TINY_PRETRAIN)]
+        return [*TINY_RUN, *(["--views", "0", *TOKENIZER] if tokenizer else PRETRAIN)]
     workers = str(max((os.cpu_count() or 4) - 2, 1))
     shared = ["--preset", "base", "--epochs", "1", "--warmup-epochs", "0", "--workers", workers, "--log-every", "5"]
     return [*shared, "--batch-size", "64", *(["--teacher-image-size", "448"] if tokenizer else [])]
 
 
 def _train(run: Run, what: str, command: list[object], out: Path, limit: float, **about: object) -> bool:
-    """Run a training; its images a second, once it runs evenly, and how it ended."""
+    """Run a training; its images per second, once it runs evenly, and how it ended."""
     started = time.monotonic()
     env = {} if run.on_gpu else {"DS_ACCELERATOR": "cpu"}
     done = run.command(what, [*map(str, command), "--out", str(out)], limit=limit, env=env, **about)
@@ -116,7 +112,7 @@ def files(run: Run) -> None:
 
 
 def dali(run: Run) -> None:
-    """Batches of pre-training views: pixels of the GPU's decoder against the CPU's, images a second of each loader."""
+    """Batches of pre-training views: pixels of the GPU's decoder against the CPU's, images/s of each loader."""
     if "dali" not in _loaders():
         return run.say("dali", skipped="DALI is not installed (extra: dali)")
     size, grid, masked = (32, (4, 4), 6) if run.tiny else (224, (14, 14), 75)

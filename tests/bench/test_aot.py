@@ -40,7 +40,7 @@ def test_a_good_kernel_is_seen_as_good(target: str, tensor_core: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-def test_the_hot_loop_holds_the_dot_and_one_maximum_a_score(target: str) -> None:
+def test_the_hot_loop_holds_the_dot_and_one_maximum_per_score(target: str) -> None:
     loop = [i.opcode for i in _compile(target).hot_loop()]
     maxima = sum(op.startswith(("FMNMX", "v_max")) for op in loop)
     scores = 64 * 128 // (4 * TARGETS[target].warp)  # of one lane

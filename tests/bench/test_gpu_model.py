@@ -61,7 +61,7 @@ def test_the_hot_loop_is_counted_by_pipe(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_slowest_resource_sets_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     estimate = _estimate(monkeypatch)
-    assert estimate.bound == "issue"  # 7 instructions a step through 4 slots a clock: 7 clocks
+    assert estimate.bound == "issue"  # 7 instructions per step through 4 slots per clock: 7 clocks
     assert estimate.seconds["issue"] == pytest.approx(7000 / 1.755e9)
     assert estimate.seconds["alu"] == pytest.approx(4000 / 1.755e9)
     assert _estimate(monkeypatch, read=3.35e12).bound == "DRAM"

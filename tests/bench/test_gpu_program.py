@@ -262,7 +262,7 @@ def test_calls_that_fit_in_the_queue_are_timed_by_events_and_others_by_their_ker
 
 
 @pytest.mark.parametrize(("device", "on_device"), [("cpu", True), ("cuda", False)])
-def test_what_runs_on_the_cpu_has_the_clocks_of_the_host_alone(device, on_device, monkeypatch):
+def test_what_runs_on_the_cpu_has_only_the_clocks_of_the_host(device, on_device, monkeypatch):
     monkeypatch.setattr(clocks, "DEVICE", torch.device(device))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(clocks, "time", SimpleNamespace(perf_counter=itertools.count().__next__))  # a second a look
@@ -295,15 +295,15 @@ def test_the_epochs_fill_their_share_of_the_time():
 
 
 def test_trainings_that_did_not_end_in_their_time_get_as_few_epochs_as_can_be(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(learning, "_until", lambda *_: None)
-    scale = learning._fit(run.Run("learn", False, time.monotonic() + 400), tmp_path, tmp_path, learning.SCALE)
+    monkeypatch.setattr(learning, "run_until", lambda *_: None)
+    scale = learning.fitting_scale(run.Run("learn", False, time.monotonic() + 400), tmp_path, tmp_path, learning.SCALE)
     assert scale.tokenizer_epochs == scale.pretrain_epochs == learning.CALIBRATION_EPOCHS
     assert spoken(capsys)[0]["pretrain"] is None
 
 
 def test_the_pace_of_a_training_is_read_from_its_record_and_log(tmp_path):
     step = learning.steps_of(tmp_path, tmp_path, learning.SCALE)[0]
-    assert learning._pace(tmp_path, step) is None
+    assert learning.read_pace(tmp_path, step) is None
     for file, content in {
         f"steps/{step.name}.json": {"command": list(step.command), "done": True, "attempts": [{"seconds": 50.0}]},
         f"{step.name}/config.json": {"batch_size": 512, "accumulate": 1, "epochs": 2},
@@ -311,7 +311,7 @@ def test_the_pace_of_a_training_is_read_from_its_record_and_log(tmp_path):
     }.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(json.dumps(content) + "\n")
-    assert learning._pace(tmp_path, step) == learning.Pace(start=pytest.approx(20), epoch=pytest.approx(15))
+    assert learning.read_pace(tmp_path, step) == learning.Pace(start=pytest.approx(20), epoch=pytest.approx(15))
 
 
 def test_the_epochs_follow_the_pace_of_short_trainings_whose_teacher_s_features_are_used_again(
@@ -334,9 +334,9 @@ def test_the_epochs_follow_the_pace_of_short_trainings_whose_teacher_s_features_
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(record))
 
-    monkeypatch.setattr(learning, "_until", trained)  # 10 s to start, 5 s an epoch
+    monkeypatch.setattr(learning, "run_until", trained)  # 10 s to start, 5 s per epoch
     section = run.Run("learn", False, time.monotonic() + 402)
-    scale = learning._fit(section, tmp_path, tmp_path, learning.SCALE)
+    scale = learning.fitting_scale(section, tmp_path, tmp_path, learning.SCALE)
     # 60 s; 201 s for both students at once; 25 s for a fine-tuning and half of the probes' start; less the starts
     assert (scale.tokenizer_epochs, scale.pretrain_epochs, scale.finetune_epochs) == (10, 38, 2)
     assert (tmp_path / "runs" / "teacher_features").is_dir()
@@ -350,7 +350,7 @@ def test_every_step_of_the_learning_ends_in_the_tables(tmp_path, capsys):
     steps = learning.steps_of(tmp_path / "runs", tmp_path / "images", learning.TINY_SCALE)
     outcome = run_here(steps, tmp_path / "runs")
     capsys.readouterr()
-    learning._report(run.Run("learn", True, time.monotonic() + 60), tmp_path / "runs", steps, outcome)
+    learning.say_tables(run.Run("learn", True, time.monotonic() + 60), tmp_path / "runs", steps, outcome)
     said = spoken(capsys)
     rows = {r["what"]: r.keys() for r in said if r.get("table") == "backbones"}
     everything = {"probe_cls", "probe_mean", "knn_cls", "knn_mean", "finetune"}

@@ -25,7 +25,7 @@ def measured(tmp_path_factory) -> dict[str, dict[str, float]]:
     (folder / "zero0.json").write_text(json.dumps({"zero_optimization": {"stage": 0}}))
     files = [folder / "zero0.json", *(settings(f"zero{stage}", folder)[1] for stage in STAGES[1:])]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    command += [str(ROOT / "tests" / "zero_meter.py"), *map(str, files)]
+    command += [str(ROOT / "tests" / "support" / "zero_meter.py"), *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.split("RESULTS ")[1].splitlines()[0])

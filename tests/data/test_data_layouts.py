@@ -11,7 +11,8 @@ from PIL import Image
 
 from beitv2_fast.cli.encode import EncodeConfig, encode_folder
 from beitv2_fast.config.downstream import ProbeConfig
-from beitv2_fast.data.find import SPLITS, find_images, find_split, held_out_images
+from beitv2_fast.data.find import find_images, find_split, held_out_images
+from beitv2_fast.data.names import SPLITS
 from beitv2_fast.distributed import World
 from beitv2_fast.errors import DataError
 from beitv2_fast.runs.folder import RunFolder

@@ -9,7 +9,11 @@ import sys
 # A launcher that dies of SIGTERM at once, and the training that it started, which saves first.
 TRAINING = "trap 'echo saved; exit' TERM; echo ready; tail -f /dev/null & wait"
 LAUNCHER = f'bash -c "{TRAINING}" & wait'
-DEMO = "import sys; from train.demo import run; print('code', run(['bash', '-c', sys.argv[1]]), flush=True)"
+DEMO = """
+import sys
+from beitv2_fast.train.demo import run_stage
+print("code", run_stage(["bash", "-c", sys.argv[1]]), flush=True)
+"""
 
 
 def test_a_stop_signal_reaches_the_training_behind_the_launcher_and_is_waited_for():
@@ -22,7 +26,7 @@ def test_a_stop_signal_reaches_the_training_behind_the_launcher_and_is_waited_fo
 
 EARLY = """
 import os, signal, subprocess
-from beitv2_fast.train.demo import run
+from beitv2_fast.train.demo import run_stage
 
 class SignalledWhileItStarts(subprocess.Popen):
     def __init__(self, *args, **options):
@@ -30,7 +34,7 @@ class SignalledWhileItStarts(subprocess.Popen):
         os.kill(os.getpid(), signal.SIGTERM)
 
 subprocess.Popen = SignalledWhileItStarts
-print("code", run(["tail", "-f", "/dev/null"]), flush=True)
+print("code", run_stage(["tail", "-f", "/dev/null"]), flush=True)
 """
 
 

@@ -34,13 +34,20 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+def started(step: Step) -> tuple[str, tuple[str, ...]]:
+    """The stage that a step starts by its module, as from a wheel, and its options."""
+    python, flag, module, *options = step.command
+    assert (python, flag) == (sys.executable, "-m") and module.startswith("beitv2_fast.train.")
+    return module.rpartition(".")[2], tuple(options)
+
+
 def run_here(steps: Iterable[Step], root: Path, jobs: int = 0, **_: object) -> Outcome:
     """``run_steps`` without processes, which take seconds each to import torch."""
     for step in steps:
         if record_file(root, step.name).is_file():
             continue
-        assert step.command[0] == sys.executable
-        assert call(Path(step.command[1]).stem, *step.command[2:]) == 0, step.name
+        stage, options = started(step)
+        assert call(stage, *options) == 0, step.name
         record_file(root, step.name).parent.mkdir(parents=True, exist_ok=True)
         about = {"command": list(step.command), "done": True, "attempts": [{"seconds": 2.0, "cpu_seconds": 1.0}]}
         record_file(root, step.name).write_text(json.dumps(about))
@@ -54,7 +61,7 @@ def test_one_command_gives_the_table_of_all_backbones(data, monkeypatch, capsys)
     found = json.loads((data / "table" / "results.json").read_text())
     rows = found["backbones"]
     assert list(rows) == list(downstream.ROWS.values())
-    everything = {column.key for column in downstream.COLUMNS}
+    everything = {column.key for column in downstream.BACKBONE_COLUMNS}
     assert rows[downstream.STUDENT].keys() == rows[downstream.RANDOM].keys() == everything
     assert rows[downstream.ENCODER].keys() == rows[downstream.PLAIN].keys() == everything - {"segment"}
     assert rows[downstream.TEACHER].keys() == {"probe_mean", "knn_mean"}
@@ -93,7 +100,7 @@ def test_an_ablation_trains_the_base_once_and_collects_with_the_others(data, mon
     base = found["masks"]["rows"]["blocks, 40 %"]
     assert found["early_layer"]["rows"]["l = 2"] == base == found["aggregation"]["rows"]["with"]
     assert base.keys() == {"probe_cls", "probe_mean", "knn_cls", "knn_mean"}
-    # A tokenizer is judged by itself, too; without students by itself alone.
+    # A tokenizer is judged by itself, too; without students only by itself.
     assert ablate.main(["decoder_depth", *OPTIONS, *where, "--no-students"]) == 0
     stages = ("quality", "encoder", "tokenizer-decoder_depth_3", "quality-decoder_depth_3", "encoder-decoder_depth_3")
     assert ran[15:] == [f"seed0/{stage}" for stage in stages]
@@ -113,10 +120,10 @@ def test_every_command_of_an_ablation_is_understood(name, tmp_path):
     made = ablate.plan([name], config, tmp_path)
     known = {"tokenizer": presets.TOKENIZER, "pretrain": presets.PRETRAIN, "linear_probe": presets.PROBE}
     for step in made.steps.values():
-        stage = Path(step.command[1]).stem
+        stage, options = started(step)
         assert stage in MODULES
         if stage in known:
-            parse(type(known[stage]["demo"]), known[stage], step.command[2:])
+            parse(type(known[stage]["demo"]), known[stage], options)
     probes = [runs["probe"] for runs in made.runs.values()]
     assert len(set(probes)) == len(probes) == len(ablate.ABLATIONS[name].variants)
     assert any(runs["probe"] == "seed0/probe" for runs in made.runs.values())  # one of them is the base

@@ -82,7 +82,7 @@ def test_each_step_gets_its_share_of_the_cores_as_threads(tmp_path, monkeypatch)
 RUNS = """
 import sys
 from pathlib import Path
-from beitv2_fast.experiments import Step, run_steps
+from beitv2_fast.train.experiments.runner import Step, run_steps
 script = "trap 'echo saved; exit 143' TERM; kill -{0} $PPID; tail -f /dev/null & wait"
 steps = [Step("long", ("bash", "-c", script)), Step("never", ("true",), ("long",))]
 outcome = run_steps(steps, Path(sys.argv[1]), jobs=1)

@@ -22,7 +22,7 @@ def test_a_cell_is_the_mean_and_the_deviation_over_seeds():
     assert cell([], SHARE) == "—"
 
 
-def test_the_table_has_a_line_a_row_and_a_dash_where_nothing_was_measured():
+def test_the_table_has_one_line_per_row_and_a_dash_where_nothing_was_measured():
     assert markdown("network", TABLE, [SHARE, COUNT]).splitlines() == [
         "| network | right, % | codes |",
         "|---|---|---|",

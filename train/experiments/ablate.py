@@ -22,11 +22,11 @@ from beitv2_fast.errors import UserError
 from beitv2_fast.runs.files import write_atomically
 from beitv2_fast.train.experiments.packed_images import unpacked
 from beitv2_fast.train.experiments.runner import Step, is_done, machine, run_steps, times
-from beitv2_fast.train.experiments.stages import SmallScale, Stages, probe_numbers, result
+from beitv2_fast.train.experiments.stages import SmallScale, Stages, probe_numbers, step_result
 from beitv2_fast.train.experiments.tables import Column, Table, markdown, plot
 
 Options = dict[str, Any]
-COLUMNS = (
+RESULT_COLUMNS = (
     Column("used_codes", "codes used"),
     Column("perplexity", "perplexity", percent=False, digits=0),
     Column("similarity", "similarity to teacher", percent=False, digits=3),
@@ -132,7 +132,7 @@ BASE = AblateConfig(tokenizer_epochs=3, pretrain_epochs=3)
 
 
 @dataclass
-class Plan:
+class AblationSteps:
     """steps: of all ablations, each once. runs: by (ablation, variant's title, seed) the names of its steps."""
 
     steps: dict[str, Step] = field(default_factory=dict)
@@ -143,9 +143,8 @@ class Plan:
         return step.name
 
 
-def plan(names: Sequence[str], config: AblateConfig, images: Path) -> Plan:
-    scale = SmallScale(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SmallScale)})
-    stages, made = Stages(config.out.resolve(), images.resolve(), scale, config.teacher_cache), Plan()
+def plan(names: Sequence[str], config: AblateConfig, images: Path) -> AblationSteps:
+    stages, made = Stages(config.out.resolve(), images.resolve(), config, config.teacher_cache), AblationSteps()
     for name in names:
         for variant in ABLATIONS[name].variants:
             for seed in range(config.seeds):
@@ -156,7 +155,9 @@ def plan(names: Sequence[str], config: AblateConfig, images: Path) -> Plan:
     return made
 
 
-def _runs(made: Plan, stages: Stages, variant: Variant, seed: int, *, encoder: bool, student: bool) -> dict[str, str]:
+def _runs(
+    made: AblationSteps, stages: Stages, variant: Variant, seed: int, *, encoder: bool, student: bool
+) -> dict[str, str]:
     """The steps of a variant. Their names tell all that differs from the base, so equal ones are the same step."""
     scale = stages.scale
     base = {**FIXED, "num_codes": scale.num_codes, "early_layer": scale.early_layer, "masked": scale.masked}
@@ -181,14 +182,14 @@ def _slug(options: Options) -> str:
     return "".join(f"-{key}_{value}" for key, value in sorted(options.items()))
 
 
-def collect(name: str, made: Plan, config: AblateConfig) -> Table:
+def ablation_table(name: str, made: AblationSteps, config: AblateConfig) -> Table:
     """What the steps of an ablation have left, by variant."""
     table: Table = {}
     for variant in ABLATIONS[name].variants:
         row = table.setdefault(variant.title, {})
         for seed in range(config.seeds):
             runs = made.runs[name, variant.title, seed]
-            found = {kind: result(config.out, step) for kind, step in runs.items()}
+            found = {kind: step_result(config.out, step) for kind, step in runs.items()}
             numbers: dict[str, float] = {}
             if (quality := found.get("quality")) is not None:
                 numbers |= {key: quality[key] for key in OF_TOKENIZERS}
@@ -201,16 +202,18 @@ def collect(name: str, made: Plan, config: AblateConfig) -> Table:
     return table
 
 
-def write(names: Sequence[str], made: Plan, config: AblateConfig, started: float, before: dict[str, Any]) -> None:
+def write_ablations(
+    names: Sequence[str], made: AblationSteps, config: AblateConfig, started: float, before: dict[str, Any]
+) -> None:
     """results.json, in which other ablations stay, and a table and a plot of each of these."""
     config.out.mkdir(parents=True, exist_ok=True)
     file = config.out / "results.json"
     content = json.loads(file.read_text()) if file.is_file() else {}
     for name in names:
-        table = collect(name, made, config)
+        table = ablation_table(name, made, config)
         used = {step for key, runs in made.runs.items() if key[0] == name for step in runs.values()}
         seconds, cpu = times(config.out, [made.steps[step] for step in used])
-        columns = [c for c in COLUMNS if any(row.get(c.key) for row in table.values())]
+        columns = [c for c in RESULT_COLUMNS if any(row.get(c.key) for row in table.values())]
         text = markdown(ABLATIONS[name].title, table, columns) if columns else f"{name}: nothing is done yet\n"
         state = {"last_call_seconds": round(time.monotonic() - started, 1), "machine": [before, machine()]}
         if config.show and name in content:  # nothing ran now
@@ -261,11 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = plan(names, config, unpacked(config.images, config.out / "images"))
     code = 0
     if not config.show:
-        outcome = run_steps(list(made.steps.values()), config.out, jobs=config.steps_at_once)
-        code = outcome.code
-        for name in outcome.failed:
-            print(f"failed: {name}; see {config.out / 'logs' / name}.txt. The same command tries again.")
-    write(names, made, config, started, before)
+        code = run_steps(list(made.steps.values()), config.out, jobs=config.steps_at_once).code
+    write_ablations(names, made, config, started, before)
     return code
 
 

@@ -20,13 +20,13 @@ from beitv2_fast.distributed import run_main
 from beitv2_fast.runs.files import write_atomically
 from beitv2_fast.train.experiments.packed_images import unpacked
 from beitv2_fast.train.experiments.runner import Step, machine, run_steps, times
-from beitv2_fast.train.experiments.stages import SmallScale, Stages, probe_numbers, result
+from beitv2_fast.train.experiments.stages import SmallScale, Stages, probe_numbers, step_result
 from beitv2_fast.train.experiments.tables import Column, Table, markdown, ordering, plot
 
 RANDOM, ENCODER, PLAIN, STUDENT = "random weights", "VQ-KD encoder", "student, no aggregation", "student"
 TEACHER = "teacher (saw ImageNet's labels)"
 ROWS = {"random": RANDOM, "tokenizer": ENCODER, "pretrain_plain": PLAIN, "pretrain": STUDENT, "teacher": TEACHER}
-COLUMNS = (
+BACKBONE_COLUMNS = (
     Column("probe_cls", "probe, CLS"),
     Column("probe_mean", "probe, mean"),
     Column("knn_cls", "10-NN, CLS"),
@@ -68,8 +68,7 @@ class DownstreamConfig(SmallScale):
 
 def steps_of(config: DownstreamConfig, images: Path, scenes: Path | None) -> list[Step]:
     """All steps, a seed after the other, so that what is stopped early has whole seeds."""
-    scale = SmallScale(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SmallScale)})
-    stages, found = Stages(config.out.resolve(), images.resolve(), scale), []
+    stages, found = Stages(config.out.resolve(), images.resolve(), config), []
     for seed in range(config.seeds):
         at = f"seed{seed}"
         run = {row: f"{at}/{row}" for row in ("tokenizer", "pretrain_plain", "pretrain")}
@@ -93,7 +92,7 @@ def steps_of(config: DownstreamConfig, images: Path, scenes: Path | None) -> lis
     return found
 
 
-def collect(root: Path, seeds: int) -> tuple[Table, Table]:
+def tables_of(root: Path, seeds: int) -> tuple[Table, Table]:
     """(tokenizers, backbones): what the steps that are done have left."""
     tokenizers: Table = {"VQ-KD": {}}
     backbones: Table = {title: {} for title in ROWS.values()}
@@ -104,28 +103,28 @@ def collect(root: Path, seeds: int) -> tuple[Table, Table]:
 
     for seed in range(seeds):
         at = f"seed{seed}"
-        if (found := result(root, f"{at}/tokenizer_quality")) is not None:
+        if (found := step_result(root, f"{at}/tokenizer_quality")) is not None:
             add(tokenizers, "VQ-KD", {column.key: found[column.key] for column in TOKENIZER_COLUMNS})
         for row, title in ROWS.items():
-            if (found := result(root, f"{at}/probe_{row}")) is not None:
+            if (found := step_result(root, f"{at}/probe_{row}")) is not None:
                 add(backbones, title, probe_numbers(found))
-            if (found := result(root, f"{at}/finetune_{row}")) is not None:
+            if (found := step_result(root, f"{at}/finetune_{row}")) is not None:
                 add(backbones, title, {"finetune": found["weights"]["top1"]})
-            if (found := result(root, f"{at}/segment_{row}")) is not None:
+            if (found := step_result(root, f"{at}/segment_{row}")) is not None:
                 add(backbones, title, {"segment": found["weights"]["miou"]})
     return tokenizers, backbones
 
 
 def orderings(table: Table) -> list[str]:
-    titles = {column.key: column for column in COLUMNS}
+    titles = {column.key: column for column in BACKBONE_COLUMNS}
     return [f"{a} > {b}, {titles[key].title}: {ordering(table, a, b, titles[key])}" for a, b, key in ORDERINGS]
 
 
-def write(config: DownstreamConfig, steps: list[Step], before: dict[str, object], started: float) -> str:
+def write_tables(config: DownstreamConfig, steps: list[Step], before: dict[str, object], started: float) -> str:
     """results.json, table.md and table.png; the text of the table."""
     root = config.out
     root.mkdir(parents=True, exist_ok=True)
-    tokenizers, backbones = collect(root, config.seeds)
+    tokenizers, backbones = tables_of(root, config.seeds)
     step_seconds, cpu_seconds = times(root, steps)
     known = root / "results.json"
     earlier = json.loads(known.read_text()) if known.is_file() else {}
@@ -146,14 +145,14 @@ def write(config: DownstreamConfig, steps: list[Step], before: dict[str, object]
     text = "\n".join(
         [
             markdown("tokenizer", tokenizers, TOKENIZER_COLUMNS),
-            markdown("backbone", backbones, COLUMNS),
+            markdown("backbone", backbones, BACKBONE_COLUMNS),
             *(f"- {line}" for line in content["orderings"]),
             f"\n{content['wall_seconds'] / 60:.1f} minutes of the command, {cpu_seconds / 60:.1f} of processor time.\n",
         ]
     )
     write_atomically(known, json.dumps(content, indent=1) + "\n")
     write_atomically(root / "table.md", text)
-    plot(backbones, COLUMNS, root / "table.png", aside=[TEACHER])
+    plot(backbones, BACKBONE_COLUMNS, root / "table.png", aside=[TEACHER])
     return text
 
 
@@ -165,11 +164,8 @@ def main(argv: list[str] | None = None) -> int:
     steps = steps_of(config, images, scenes)
     code = 0
     if not config.show:
-        outcome = run_steps(steps, config.out, jobs=config.steps_at_once)
-        code = outcome.code
-        for name in outcome.failed:
-            print(f"failed: {name}; see {config.out / 'logs' / name}.txt. The same command tries again.")
-    print(write(config, steps, before, started))
+        code = run_steps(steps, config.out, jobs=config.steps_at_once).code
+    print(write_tables(config, steps, before, started))
     return code
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from beitv2_fast.errors import UserError, require
 from beitv2_fast.runs.files import write_atomically
 
-SPLITS = ("train", "val", "test")
+PACKED_SPLITS = ("train", "val", "test")
 
 
 def unpacked(source: Path, folder: Path) -> Path:
@@ -30,7 +30,7 @@ def unpacked(source: Path, folder: Path) -> Path:
     np = require("numpy", "train", "Reading packed images")
     try:
         with np.load(source) as pack:
-            splits = [split for split in SPLITS if f"{split}_data" in pack]
+            splits = [split for split in PACKED_SPLITS if f"{split}_data" in pack]
             if not splits:
                 raise KeyError("train_data")
             for split in splits:

@@ -130,6 +130,8 @@ def run_steps(steps: Sequence[Step], root: Path, *, jobs: int = 0, say: Callable
                 (done if code == 0 else failed).add(one.step.name)
                 if code and stop.received is None:
                     say(f"{one.step.name} failed with code {code}:\n{_tail(root, one.step.name)}")
+    for name in sorted(failed):
+        say(f"failed: {name}; see {root / 'logs' / name}.txt. The same command tries again.")
     left = [step.name for step in waiting]
     code = 128 + stop.received if stop.received is not None else int(bool(failed or left))
     return Outcome(sorted(done), sorted(failed), left, code)

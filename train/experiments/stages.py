@@ -34,7 +34,7 @@ class SmallScale:
     finetune_epochs: int = option(3, "passes of each fine-tuning", at_least=1)
     segment_epochs: int = option(8, "passes of each segmentation over the scenes", at_least=1)
     probe_epochs: int = option(30, "passes of the linear probe over the cached features", at_least=1)
-    batch_size: int = option(32, "images a step", at_least=1)
+    batch_size: int = option(32, "images per step", at_least=1)
     quality_images: int = option(2000, "held-out images on which a tokenizer is judged", at_least=1)
     in_memory: bool = option(True, "decode the images once and keep them in memory")
     workers: int = option(0, "processes that load images, for each step", at_least=0)
@@ -42,7 +42,7 @@ class SmallScale:
         "auto", "what trains; auto: a CUDA or ROCm GPU if there is one, else the CPU", choices=("auto", "cpu", "cuda")
     )
     jobs: int = option(
-        0, "steps that run at once, each with its share of the cores; 0: one a core on the CPU, one on a GPU",
+        0, "steps that run at once, each with its share of the cores; 0: one per core on the CPU, one on a GPU",
         at_least=0,
     )  # fmt: skip
 
@@ -141,7 +141,7 @@ class Stages:
         return self._step("segment", name, () if run is None else (run,), "demo", {**values, **options})
 
 
-def result(root: Path, name: str) -> dict[str, Any] | None:
+def step_result(root: Path, name: str) -> dict[str, Any] | None:
     """results.json of a step; None if there is none."""
     file = root / name / "results.json"
     return json.loads(file.read_text()) if file.is_file() else None

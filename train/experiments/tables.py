@@ -12,7 +12,7 @@ from beitv2_fast.show.theme import LIGHT, WIDTH
 
 PANELS = 6  # side by side
 
-Table = dict[str, dict[str, list[float]]]  # row -> column -> a number a seed
+Table = dict[str, dict[str, list[float]]]  # row -> column -> one number per seed
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def deviation(values: Sequence[float]) -> float:
 
 
 def cell(values: Sequence[float], column: Column) -> str:
-    """Mean ± deviation; of a single seed the number alone."""
+    """Mean ± deviation; of a single seed only the number."""
     if not values:
         return column.empty
     spread = f" ± {column.text(deviation(values))}" if len(values) > 1 else ""
@@ -67,8 +67,7 @@ def plot(
     aside: Sequence[str] = (),
     scale: float = 1.5,
 ) -> None:
-    """A panel a column: a row's seeds as dots, their mean as a bar mark, its deviation as a line. Empty ones are left
-    out.
+    """One panel per column with numbers: a row's seeds as dots, their mean as a bar mark, its deviation as a line.
 
     aside: rows whose number is written instead, so that the others are not squeezed by them.
     """

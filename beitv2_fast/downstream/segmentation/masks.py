@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...data.find import IMAGE_SUFFIXES, is_left_over, split_folder, splits_in
+from ...data.find import split_folder, splits_in
 from ...data.images import EXIF_ORIENTATION, ImageList
+from ...data.names import IMAGE_SUFFIXES, is_left_over
 from ...errors import DataError, first_few, first_lines, require
 from ...runs.files import write_atomically
 
