@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ PEER_ADVICE = (
     "same command resumes from the last checkpoint."
 )
 _left = False  # this process was a rank: see World.leave
+_T = TypeVar("_T")
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
@@ -62,6 +63,12 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+    def rank_0_first(self, find: Callable[[], _T]) -> _T:
+        """What ``find`` returns, called on rank 0 first, so that the others read what it wrote."""
+        found = find() if self.rank == 0 else None
+        self.barrier()
+        return found if self.rank == 0 else find()
 
     def leave(self) -> None:
         """The end of the common work: what follows is one rank's, and the others need not wait for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 
@@ -16,6 +17,17 @@ class CheckpointError(UserError):
 
 class DataError(UserError):
     """The images given cannot be used; the message says which and what to do about it."""
+
+
+def first_lines(lines: Sequence[str], most: int = 10) -> str:
+    """The first lines, indented, and how many more there are."""
+    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n".join(f"  {line}" for line in [*lines[:most], *more])
+
+
+def first_few(names: Sequence[object], most: int = 8, between: str = ", ") -> str:
+    """The first names, and dots if there are more."""
+    return between.join(map(str, [*names[:most], *(["..."] if len(names) > most else [])]))
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

@@ -1,6 +1,6 @@
 """Top-1 and top-5 of a fine-tuned classifier: `python train/evaluate.py --model RUN --data FOLDER [FOLDER ...]`.
 
-A folder with some of the classes alone (ImageNet-A, ImageNet-R) is evaluated among these. Also under `torchrun` and
+A folder with only some of the classes (ImageNet-A, ImageNet-R) is evaluated among these. Also under `torchrun` and
 `deepspeed`, whose ranks share the images. Stopped and started again, it goes on with the next folder.
 """
 
@@ -19,12 +19,11 @@ from beitv2_fast.config.presets import EVALUATE
 from beitv2_fast.data.find import find_images
 from beitv2_fast.data.views import EvalView
 from beitv2_fast.distributed import autocast_dtype, run_main, start
-from beitv2_fast.downstream.classification import crop_share, describe, labelled_images, stored_classes
-from beitv2_fast.downstream.evaluation import columns_of, evaluate, listed_classes
+from beitv2_fast.downstream.classification import crop_share, labelled_images, stored_classes, top1_line
+from beitv2_fast.downstream.evaluation import columns_of, evaluate_classifier, listed_classes
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.classifier import Classifier
 from beitv2_fast.runs.checkpoints import latest_weights
-from beitv2_fast.runs.files import write_atomically
 from beitv2_fast.runs.folder import RunFolder
 from beitv2_fast.weights.build import load_run_model
 
@@ -56,7 +55,7 @@ def class_names(config: EvaluateConfig, model: Classifier) -> list[str]:
     if names is None:
         raise UserError(
             f"nothing says which classes {config.model} knows. Give --classes: the training's folder of class folders, "
-            "or a text file with a name a line."
+            "or a text file with one name per line."
         )
     if len(names) != model.config.num_classes:
         raise UserError(
@@ -111,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
             if row.items() <= finished.get((name, kind), {}).items():
                 rows.append(finished[name, kind])
                 continue
-            result = evaluate(
+            result = evaluate_classifier(
                 model,
                 dataset,
                 columns,
@@ -122,10 +121,8 @@ def main(argv: list[str] | None = None) -> int:
             )
             rows.append({**row, **result})
             among = f"{len(columns)} of {len(classes)} classes"
-            run.print(f"evaluate  {name:<20} {kind:<8} {describe(result, len(columns))}, {among}")
-            if run.writes:
-                content = {"model": str(config.model), "state": state, "rows": rows}
-                write_atomically(run.path / "results.json", json.dumps(content, indent=2) + "\n")
+            run.print(f"evaluate  {name:<20} {kind:<8} {top1_line(result, len(columns))}, {among}")
+            run.results({"model": str(config.model), "state": state, "rows": rows})
     return 0
 
 

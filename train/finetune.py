@@ -15,7 +15,7 @@ from beitv2_fast.data.views import FinetuneView
 from beitv2_fast.distributed import World, run_main
 from beitv2_fast.downstream.augment import BatchAugment
 from beitv2_fast.downstream.classification import (
-    Validation,
+    ClassifierValidation,
     start_model,
     store_classes,
     stored_classes,
@@ -60,7 +60,7 @@ def _evaluate(config: FinetuneConfig, world: World) -> int:
         raise UserError(f"--evaluate: {config.out} has {what}.")
     kinds = ("weights", "average") if config.ema_decay else ("weights",)
     models = {kind: load_run_model(config.out, average=kind == "average")[0] for kind in kinds}
-    return evaluate_newest(config, world, models, lambda run: Validation(config, classes, run, world))
+    return evaluate_newest(config, world, models, lambda run: ClassifierValidation(config, classes, run, world))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     validation = None
     if validation_images(config) is not None:
-        validation = Validation(config, classes, run, world)
+        validation = ClassifierValidation(config, classes, run, world)
     else:
         run.print("no images to evaluate on: neither --val nor a folder val or test in --data")
 

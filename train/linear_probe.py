@@ -1,17 +1,16 @@
 """Probes of a frozen backbone: `deepspeed train/linear_probe.py --run RUN --data FOLDER --out RUN`.
 
-A sweep of linear classifiers over layers and learning rates, as published; k nearest neighbours; few images a class.
+A sweep of linear classifiers over layers and learning rates, as published; k nearest neighbours; few images per class.
 With --exact also the probe to convergence, on what a representation has to beat too: the untrained backbone and raw
 pixels, and on the teacher's features, from which the tokenizer learnt.
 
-Also under `torchrun` and plain `python`. The ranks share the images of which the features are computed; rank 0 alone
-then fits the classifiers, and the others end.
+Also under `torchrun` and plain `python`. The ranks share the images of which the features are computed; only
+rank 0 then fits the classifiers, and the others end.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,18 +26,17 @@ from beitv2_fast.data.images import ImageList
 from beitv2_fast.distributed import World, run_main, start
 from beitv2_fast.downstream.probes.backbones import Backbone, Run, choose_backbone, labels_seen, teacher, untrained
 from beitv2_fast.downstream.probes.exact import ProbeResult, balanced_accuracy, few_shot, linear_probe
-from beitv2_fast.downstream.probes.features import KINDS, Extractor, Features
+from beitv2_fast.downstream.probes.features import POOLED, Extractor, SplitFeatures
 from beitv2_fast.downstream.probes.knn import knn_predict
 from beitv2_fast.downstream.probes.sweep import SweepResult, sweep
 from beitv2_fast.errors import UserError
-from beitv2_fast.runs.files import write_atomically
 from beitv2_fast.runs.folder import RunFolder, read_config
 from beitv2_fast.training.images import checked_images
 from beitv2_fast.weights.build import load_run_model
 
 PIXELS = 32  # side of the images whose raw pixels are probed
 Split = dict[str, ImageList]
-Row = tuple[str, list[Features]]  # name, features [N, C] by split, for each seed (the same ones, if it changes nothing)
+Probed = tuple[str, list[SplitFeatures]]  # name, features [N, C] by split: one for all seeds, or one per seed
 
 
 def find_labelled(config: ProbeConfig, run: RunFolder, world: World, min_size: int) -> Split:
@@ -67,25 +65,25 @@ def find_labelled(config: ProbeConfig, run: RunFolder, world: World, min_size: i
 
 def kept_columns(config: ProbeConfig, backbone: Backbone) -> list[int]:
     """Those of the features that --features names, and those of single blocks."""
-    dropped = [title for kind, title in KINDS.items() if config.features not in ("auto", kind)]
+    dropped = [title for kind, title in POOLED.items() if config.features not in ("auto", kind)]
     keep = [i for i, title in enumerate(backbone.columns) if title not in dropped]
     if not keep:
         raise UserError(f"--features {config.features}: a teacher has only the {backbone.columns[0]}. Leave it out.")
     return keep
 
 
-def extracted(extract: Extractor, backbone: Backbone) -> Features:
+def extracted(extract: Extractor, backbone: Backbone) -> SplitFeatures:
     return extract(backbone.title, backbone.image_size, backbone.features, backbone.key)
 
 
-def rows_of(title: str, columns: Sequence[str], keep: Sequence[int], by_seed: list[Features]) -> Iterator[Row]:
+def rows_of(title: str, columns: Sequence[str], keep: Sequence[int], by_seed: list[SplitFeatures]) -> Iterator[Probed]:
     """The rows of a backbone: those of the whole network."""
     for i in keep:
-        if columns[i] in KINDS.values():
+        if columns[i] in POOLED.values():
             yield f"{title}, {columns[i]}", [{split: x[:, i] for split, x in found.items()} for found in by_seed]
 
 
-def compared(config: ProbeConfig, run: Run, extract: Extractor) -> Iterator[Row]:
+def compared(config: ProbeConfig, run: Run, extract: Extractor) -> Iterator[Probed]:
     """What --exact compares a trained network with."""
     whole = dataclasses.replace(config, layers=())
     seeds = range(config.seed, config.seed + config.seeds)
@@ -99,7 +97,7 @@ def compared(config: ProbeConfig, run: Run, extract: Extractor) -> Iterator[Row]
         yield from rows_of(known.title, known.columns, [0], [extracted(extract, known)])
 
 
-def probe_row(row: Row, labels: Features, config: ProbeConfig, device: torch.device) -> dict[str, Any]:
+def probe_row(row: Probed, labels: SplitFeatures, config: ProbeConfig, device: torch.device) -> dict[str, Any]:
     """A row of results.json: balanced accuracies of the k nearest neighbours, few-shot probes and the exact probe."""
     name, by_seed = row
     seeds = range(config.seed, config.seed + config.seeds)
@@ -133,7 +131,13 @@ def line(row: dict[str, Any]) -> str:
 
 
 def swept(
-    config: ProbeConfig, names: list[str], train: Tensor, test: Tensor, labels: Features, run: RunFolder, world: World
+    config: ProbeConfig,
+    names: list[str],
+    train: Tensor,
+    test: Tensor,
+    labels: SplitFeatures,
+    run: RunFolder,
+    world: World,
 ) -> list[SweepResult]:
     """The published probe, of several layers and learning rates at once: top-1 and top-5."""
     how = {"learning_rates": config.learning_rates, "epochs": config.epochs, "batch_size": config.sgd_batch_size}
@@ -176,35 +180,23 @@ def main(argv: list[str] | None = None) -> int:
     if not config.exact:  # the published probe's number stands for the row
         metric, top1 = "top-1 accuracy", {f"{backbone.title}, {r.features}": r.top1 for r in sweeps}
         table = [{**row, "mean": top1[row["features"]], "std": 0.0, "runs": [top1[row["features"]]]} for row in table]
-    write_results(run, config, backbone, labels_seen(config, (model, stored)), splits, metric, table, sweeps)
+    classes = splits["train"].classes
+    run.results(
+        {
+            "backbone": backbone.title,
+            "task": f"which of {len(classes)} classes: {', '.join(classes[:10])}",
+            "metric": metric,
+            "metric_of_knn_and_few_shot": "balanced accuracy",
+            "chance": 1 / len(classes),
+            "seeds": config.seeds,
+            "images": {split: len(images) for split, images in splits.items()},
+            "rows": table,
+            "sweep": [dataclasses.asdict(result) for result in sweeps],
+            "notes": [labels_seen(config, (model, stored))],
+        }
+    )
     run.print(f"probe: done; {run.path / 'results.json'}")
     return 0
-
-
-def write_results(
-    run: RunFolder,
-    config: ProbeConfig,
-    backbone: Backbone,
-    note: str,
-    splits: Split,
-    metric: str,
-    table: list[dict[str, Any]],
-    sweeps: list[SweepResult],
-) -> None:
-    classes = splits["train"].classes
-    content = {
-        "backbone": backbone.title,
-        "task": f"which of {len(classes)} classes: {', '.join(classes[:10])}",
-        "metric": metric,
-        "metric_of_knn_and_few_shot": "balanced accuracy",
-        "chance": 1 / len(classes),
-        "seeds": config.seeds,
-        "images": {split: len(images) for split, images in splits.items()},
-        "rows": table,
-        "sweep": [dataclasses.asdict(result) for result in sweeps],
-        "notes": [note],
-    }
-    write_atomically(run.path / "results.json", json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,12 @@ from beitv2_fast.downstream.segmentation.head import across_ranks, resize
 from beitv2_fast.downstream.segmentation.masks import IGNORED, validation_folders
 from beitv2_fast.downstream.segmentation.model import Segmenter
 from beitv2_fast.downstream.segmentation.overlays import overlay
-from beitv2_fast.downstream.segmentation.training import Validation, load_segmenter, start_segmenter, training_folder
+from beitv2_fast.downstream.segmentation.training import (
+    SegmenterValidation,
+    load_segmenter,
+    start_segmenter,
+    training_folder,
+)
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.vit import normalise
 from beitv2_fast.training.launch import evaluate_newest, launched, open_run
@@ -85,8 +90,9 @@ def _evaluate(config: SegmentConfig, world: World) -> int:
     if folders is None:
         raise UserError(f"--evaluate: {config.data} has no images to evaluate on. Give --val.")
     model = load_segmenter(config.out)[0]
+    num_classes = model.config.num_classes
     return evaluate_newest(
-        config, world, {"weights": model}, lambda run: Validation(config, folders, model.config.num_classes, run, world)
+        config, world, {"weights": model}, lambda run: SegmenterValidation(config, folders, num_classes, run, world)
     )
 
 
@@ -104,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     model = across_ranks(start_segmenter(config, num_classes, run.print), world)
     validation, folders = None, validation_folders(config.data, config.val)
     if folders is not None:
-        validation = Validation(config, folders, num_classes, run, world)
+        validation = SegmenterValidation(config, folders, num_classes, run, world)
     else:
         run.print("no images to evaluate on: neither --val nor val, validation or test of --data")
     return train(

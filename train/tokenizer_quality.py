@@ -5,7 +5,6 @@ On held-out images, FOLDER/test or FOLDER/val. One process is enough.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,7 +23,6 @@ from beitv2_fast.data.views import EvalView
 from beitv2_fast.distributed import autocast_dtype, run_main, start
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.tokenizer import Tokenizer
-from beitv2_fast.runs.files import write_atomically
 from beitv2_fast.runs.folder import RunFolder, read_config
 from beitv2_fast.teachers import create_teacher
 from beitv2_fast.teachers.base import Teacher
@@ -85,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     loader = eval_loader(folder, config.batch_size, config.workers)
     batches = (batch["image"].to(world.device) for batch in loader)
     found = tokenizer_quality(model.to(world.device), teacher.to(world.device), batches)
-    write_atomically(run.path / "results.json", json.dumps(found, indent=2) + "\n")
+    run.results(found)
     run.print(
         f"similarity to the teacher {found['similarity']:.3f}, codes used {found['used_codes']:.1%}, perplexity "
         f"{found['perplexity']:.0f} of {found['codes']}; {found['images']:,} images"

@@ -18,7 +18,7 @@ from ..weights.create import ALIASES, MODELS
 from ..weights.names import FORMATS
 from .convert import convert_file
 from .encode import EncodeConfig, encode_folder
-from .picture import KINDS, write_picture
+from .picture_options import PICTURES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     pictures = commands.add_parser(
         "picture", help="pictures of a run as PNG files", description="Pictures of a run as PNG files."
     ).add_subparsers(dest="kind", required=True)
-    for kind, config in KINDS.items():
+    for kind, config in PICTURES.items():
         text = " ".join((type(config).__doc__ or "").split())
         picture = pictures.add_parser(kind, help=text.split(":")[0].split(".")[0], description=text)
         picture.add_argument("run", metavar="RUN", type=path, nargs="+", help="folder of the runs, or a run folder")
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def run(argv: Sequence[str] | None = None) -> int:
+def run_command(argv: Sequence[str] | None = None) -> int:
     """One command; mistakes are UserErrors."""
     given = vars(parser().parse_args(argv))
     command = given.pop("command")
@@ -69,9 +69,11 @@ def run(argv: Sequence[str] | None = None) -> int:
     if command == "convert":
         _convert(**given)
     elif command == "picture":
+        from .picture import write_picture  # brings PIL
+
         kind, runs, out = given.pop("kind"), given.pop("run"), given.pop("out")
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-        print(write_picture(kind, runs, out, given_options(KINDS[kind], given)))
+        print(write_picture(kind, runs, out, given_options(PICTURES[kind], given)))
     elif command == "explore":
         folder = given.pop("run")
         return explore(folder, given_options(ExploreConfig(), given))
@@ -98,12 +100,12 @@ def _convert(input: Path, output: Path, to: str, source: str | None, model: str 
     print(f"{input} ({read_as}) -> {output} ({to}): {len(state)} tensors")
     if state.extras:
         names = ", ".join(compact(list(state.extras)))
-        print(f"{to} has no place for {len(state.extras)} more, which lie beside it for the way back: {names}")
+        print(f"{to} has no place for {len(state.extras)} more, which are kept next to it for the way back: {names}")
 
 
 def main() -> None:
     """The entry point: a mistake is one paragraph and exit code 2."""
-    run_main(run)
+    run_main(run_command)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..weights import Weights, convert
-from ..weights.files import METADATA, SUFFIXES, read, write
+from ..weights.create import model_config
+from ..weights.files import METADATA, WEIGHT_SUFFIXES, read, write
 from ..weights.shapes import flatten
 
 
@@ -25,8 +26,6 @@ def convert_file(
     Returns:
         the format that was read, and the weights as written.
     """
-    from ..weights.create import model_config
-
     loaded = read(path, source)
     state = convert(loaded.weights, target, loaded.format)
     hints = flatten(model_config(model)) if model else {}
@@ -34,8 +33,8 @@ def convert_file(
     if target in (METADATA, "transformers"):
         try:
             config = loaded.config(**hints)
-        except CheckpointError:  # weights alone can be written without
-            if Path(out).suffix not in SUFFIXES:
+        except CheckpointError:  # a file of only weights is written without
+            if Path(out).suffix not in WEIGHT_SUFFIXES:
                 raise
     write(out, state, target, config, force=force)
     return loaded.format, state

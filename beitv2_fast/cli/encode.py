@@ -1,18 +1,16 @@
 """Images -> a file of their codes: `beitv2-fast encode IMAGES --tokenizer RUN_OR_FILE --out codes.npz`.
 
-Finished pieces lie in a hidden folder beside the output until all are there. A process that is killed at any point
-loses the piece it was at; the same command goes on after the last one and ends with the same bytes.
+Finished pieces are kept in a hidden folder next to the output until all are there. A process that is killed at any
+point loses the piece it was at; the same command goes on after the last one and ends with the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,20 +21,19 @@ from torch.utils.data import Dataset
 
 from ..config.options import option
 from ..distributed import autocast_dtype
-from ..errors import UserError, require
+from ..errors import UserError, first_lines, require
 from ..models.tokenizer import Tokenizer
-from ..runs.files import atomically, check_no_folder, write_atomically
+from ..runs.files import check_no_folder
 from ..runs.folder import lock
 from ..weights.create import create_model
+from .pieces import open_pieces, read_piece, write_codes, write_piece
 
 if TYPE_CHECKING:
     from ..data.images import ImageList
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 PIECE_BATCHES = 16  # batches between two states on disk
-LISTED = 10
-STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class EncodeConfig:
     crop_pct: float = option(
         1.0, "side of the central square that is encoded, as a share of the shorter side", above=0, at_most=1
     )
-    batch_size: int = option(64, "images a forward pass", at_least=1)
+    batch_size: int = option(64, "images per forward pass", at_least=1)
     precision: str = option(
         "auto", "arithmetic of the encoder; auto: bf16 on GPUs and CPUs with AMX, else fp32",
         choices=("auto", "fp32", "bf16"),
@@ -60,8 +57,8 @@ class EncodeConfig:
         "auto", "what computes; auto: all GPUs if there are any, else the CPU", choices=("auto", "cpu", "cuda")
     )
     workers: int | None = option(
-        None, "processes that decode images; 0: none but this one; none: one a core with a GPU (16 at most), else half",
-        at_least=0,
+        None, "processes that decode images; 0: only this one; none given: one per core with a GPU (16 at most), else "
+        "half", at_least=0,
     )  # fmt: skip
     force: bool = option(False, "replace the output, and pieces that were made with other options or images")
 
@@ -84,7 +81,7 @@ def encode_folder(images: Path, config: EncodeConfig) -> tuple[int, list[tuple[s
 
     _check_out(config)
     found = find_images(images)
-    log.info(found.summary)
+    _log.info(found.summary)
     model = create_model(checkpoint=config.tokenizer)
     if not isinstance(model, Tokenizer):
         raise UserError(
@@ -94,22 +91,18 @@ def encode_folder(images: Path, config: EncodeConfig) -> tuple[int, list[tuple[s
     state = _state(found, model, config)
     pieces.mkdir(parents=True, exist_ok=True)
     held = lock(pieces)
-    _open_pieces(pieces, state, config.force)
-    for _ in _encode_pieces(found, model, config, pieces):
-        pass
-    parts = [_read_piece(pieces / f"{first:09d}.npz") for first in range(0, len(found.paths), _piece(config))]
+    open_pieces(pieces, state, config.force)
+    _encode_pieces(found, model, config, pieces)
+    parts = [read_piece(pieces / f"{first:09d}.npz") for first in range(0, len(found.paths), _piece(config))]
     left_out = found.rejected + [(path, reason) for part in parts for path, reason in part[1].items()]
     if len(left_out) == len(found.paths) + len(found.rejected):
-        raise UserError(f"none of the {len(left_out)} files in {images} can be read:\n{_listed(left_out)}")
-    _write(config.out, found.paths, parts, left_out)
+        raise UserError(f"none of the {len(left_out)} files in {images} can be read:\n{_reasons(left_out)}")
+    write_codes(config.out, found.paths, parts, left_out)
     held.close()
     shutil.rmtree(pieces)
     if left_out:
-        log.warning("%d files were left out:\n%s", len(left_out), _listed(left_out))
+        _log.warning("%d files were left out:\n%s", len(left_out), _reasons(left_out))
     return sum(len(part[0]) for part in parts), left_out
-
-
-Batch = tuple[list[int], Tensor | None, dict[int, str]]
 
 
 class _Images(Dataset):
@@ -123,7 +116,7 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, indices: list[int]) -> Batch:
+    def __getitems__(self, indices: list[int]) -> tuple[list[int], Tensor | None, dict[int, str]]:
         good: list[int] = []
         views: list[Tensor] = []
         bad: dict[int, str] = {}
@@ -145,8 +138,8 @@ class _Images(Dataset):
             return self.view(self.images.open(index))["image"]
 
 
-def _encode_pieces(images: ImageList, model: Tokenizer, config: EncodeConfig, pieces: Path) -> Iterator[Path]:
-    """Encode what has no piece on disk yet; yields each piece's file when it is complete."""
+def _encode_pieces(images: ImageList, model: Tokenizer, config: EncodeConfig, pieces: Path) -> None:
+    """Encode what has no piece on disk yet."""
     from ..data.torch_loader import TorchLoader
 
     tqdm = require("tqdm", "train", "A progress bar").tqdm
@@ -157,7 +150,7 @@ def _encode_pieces(images: ImageList, model: Tokenizer, config: EncodeConfig, pi
         for first in todo
         for at in range(first, min(first + step, len(paths)), config.batch_size)
     ]
-    devices = _devices(config.device)
+    devices = devices_of(config.device)
     models = [model.to(devices[0]), *(_copy(model, device) for device in devices[1:])]
     workers = _workers(config.workers, devices[0])
     dataset = _Images(images, model.config.encoder.image_size, config.crop_pct)
@@ -177,9 +170,8 @@ def _encode_pieces(images: ImageList, model: Tokenizer, config: EncodeConfig, pi
             last = batches[number][-1] + 1
             if last % step == 0 or last == len(paths):
                 file = pieces / f"{batches[number][0] // step * step:09d}.npz"
-                _write_piece(file, indices, [c.cpu() for c in codes], left_out, model.grid)
+                write_piece(file, indices, [c.cpu() for c in codes], left_out, model.grid)
                 indices, codes, left_out = [], [], {}
-                yield file
 
 
 @torch.inference_mode()
@@ -198,7 +190,7 @@ def _copy(model: Tokenizer, device: torch.device) -> Tokenizer:
     return copy.eval().to(device)
 
 
-def _devices(device: str) -> list[torch.device]:
+def devices_of(device: str) -> list[torch.device]:
     count = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and not count:
         raise UserError("--device cuda was asked for, but torch sees no GPU. Use --device cpu, or install a GPU torch.")
@@ -234,73 +226,8 @@ def _state(images: ImageList, model: Tokenizer, config: EncodeConfig) -> dict[st
         "piece": _piece(config),
         "crop_pct": config.crop_pct,
         "precision": config.precision,
-        "device": _devices(config.device)[0].type,
+        "device": devices_of(config.device)[0].type,
     }
-
-
-def _open_pieces(pieces: Path, state: dict[str, Any], force: bool) -> None:
-    """Check that pieces in the folder belong to this encoding; without any, or forced, begin anew."""
-    file = pieces / STATE
-    try:
-        stored = json.loads(file.read_text())
-    except (OSError, ValueError):
-        stored = None  # killed before it was written: there are no pieces either
-    if stored == state:
-        return
-    if stored is not None and not force and any(pieces.glob("*.npz")):
-        different = [name for name in state if not isinstance(stored, dict) or stored.get(name) != state[name]]
-        raise UserError(
-            f"{pieces} holds the beginning of an encoding with other {', '.join(different)}. Nothing was changed. Give "
-            "the same options and images to go on with it, --force to begin anew, or another --out."
-        )
-    for piece in pieces.glob("*.npz"):
-        piece.unlink()
-    write_atomically(file, json.dumps(state, indent=2) + "\n")
-
-
-def _write_piece(file: Path, indices: list[int], codes: list[Tensor], left_out: dict, grid: tuple[int, int]) -> None:
-    numpy = require("numpy", "train", "Writing codes")
-    grids = torch.cat(codes).view(-1, *grid).to(torch.int32) if codes else torch.empty(0, *grid, dtype=torch.int32)
-    text = numpy.frombuffer(json.dumps(left_out).encode(), dtype=numpy.uint8)
-    _save(file, "npz", {"codes": grids.numpy(), "indices": numpy.array(indices, numpy.int64), "left_out": text})
-
-
-def _read_piece(file: Path) -> tuple[Any, dict[str, str], Any]:
-    """(codes [n, h, w] int32, {path: reason}, indices [n])"""
-    with require("numpy", "train", "Reading codes").load(file) as part:
-        return part["codes"], json.loads(part["left_out"].tobytes()), part["indices"]
-
-
-def _write(out: Path, paths: list[str], parts: list[tuple], left_out: list[tuple[str, str]]) -> None:
-    numpy = require("numpy", "train", "Writing codes")
-    codes = numpy.concatenate([part[0] for part in parts])
-    codes = codes.astype(numpy.uint16 if codes.max() < 2**16 else numpy.int32)
-    names = [paths[index] for part in parts for index in part[2]]
-    missing = [path for path, _ in left_out]
-    if out.suffix == ".npz":
-        _save(out, "npz", {"codes": codes, "paths": _strings(names), "left_out": _strings(missing)})
-        return
-    texts = {"paths": "\0".join(names), "left_out": "\0".join(missing)}
-    raw = {key: numpy.frombuffer(text.encode("utf-8", "surrogateescape"), numpy.uint8) for key, text in texts.items()}
-    _save(out, "safetensors", {"codes": codes, **raw})
-
-
-def _strings(values: list[str]) -> Any:
-    numpy = require("numpy", "train", "Writing codes")
-    return numpy.array(values, dtype=numpy.str_) if values else numpy.array([], dtype="U1")
-
-
-def _save(path: Path, kind: str, arrays: dict[str, Any]) -> None:
-    """So that a crash leaves the old file or the new one."""
-
-    def write(temporary: Path) -> None:
-        if kind == "npz":
-            with temporary.open("wb") as file:
-                require("numpy", "train", "Writing codes").savez(file, **arrays)
-        else:
-            require("safetensors.numpy", "train", "Writing codes").save_file(arrays, temporary)
-
-    atomically(path, write)
 
 
 def _check_out(config: EncodeConfig) -> None:
@@ -311,6 +238,5 @@ def _check_out(config: EncodeConfig) -> None:
         raise UserError(f"{config.out} exists. Give another --out, or --force to replace it.")
 
 
-def _listed(files: list[tuple[str, str]]) -> str:
-    lines = [f"  {path}: {reason}" for path, reason in files[:LISTED]]
-    return "\n".join(lines + ([f"  ... and {len(files) - LISTED} more"] if len(files) > LISTED else []))
+def _reasons(files: list[tuple[str, str]]) -> str:
+    return first_lines([f"{path}: {reason}" for path, reason in files])

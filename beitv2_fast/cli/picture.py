@@ -4,114 +4,42 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..config.options import option
+import torch
+from PIL import Image
+
+from ..config.show import ExploreConfig
+from ..data.find import sample_images
+from ..data.images import name_of, open_image
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
-    from torch import Tensor
-
-    from ..show.runs import Runs, Views
-    from ..show.theme import Theme
-
-
-@dataclass(frozen=True)
-class PictureConfig:
-    """What every picture has."""
-
-    scale: float = option(2.0, "size of the picture: 1 is 1080 pixels wide", above=0, at_most=8)
-    theme: str = option("light", "background and colours", choices=("light", "dark"))
-
-
-@dataclass(frozen=True)
-class CurvesConfig(PictureConfig):
-    """Training curves of several runs beside each other, each run a curve of its folder's name: losses, accuracies,
-    similarity to the teacher, codebook usage, learning rate, speed, whatever their logs have."""
-
-
-@dataclass(frozen=True)
-class ModelPicture(PictureConfig):
-    """What every picture that the models make has."""
-
-    data: Path | None = option(None, "folder of images; none: the run's own")
-    device: str = option(
-        "auto", "what computes; auto: a CUDA or ROCm GPU if there is one, else the CPU", choices=("auto", "cpu", "cuda")
-    )
-    seed: int = option(0, "draws the images and patches that are shown", at_least=0)
-
-
-@dataclass(frozen=True)
-class CodesConfig(ModelPicture):
-    """The codebook sheet: a row for each code, with patches of the data set that share it, from as many photographs as
-    possible."""
-
-    max_images: int = option(1000, "images of the data set that are looked at, drawn class by class", at_least=1)
-    codes: tuple[int, ...] = option((), "the codes to show; none: half are the most frequent, half spread by rank")
-    rows: int = option(16, "how many, if none are named", at_least=1)
-
-
-@dataclass(frozen=True)
-class PhotoPicture(ModelPicture):
-    """What every picture of photographs has."""
-
-    images: tuple[Path, ...] = option((), "image files; none: some of the run's, held-out ones where there are any")
-    count: int = option(5, "how many, if none are named", at_least=1, at_most=24)
-
-
-@dataclass(frozen=True)
-class TokensConfig(PhotoPicture):
-    """Photographs, their token maps (a colour a code, similar codes in similar colours), and both over each other."""
-
-
-@dataclass(frozen=True)
-class SimilarityConfig(PhotoPicture):
-    """How close the features that the tokenizer rebuilds from its codes alone are to its teacher's: the cosine of every
-    patch. Loads the teacher."""
-
-
-@dataclass(frozen=True)
-class PatchPicture(ModelPicture):
-    """What every picture of a chosen patch has."""
-
-    image: Path | None = option(None, "image file; none: one of the run's, a held-out one where there are any")
-    patch: tuple[int, int] = option((0, 0), "row and column of the patch, counted from 1; 0 0: the middle", at_least=0)
-
-
-@dataclass(frozen=True)
-class AttentionConfig(PatchPicture):
-    """What a chosen query patch attends to in one layer: the mean of the heads, every head, and the patches that hold
-    most of a head's attention (what the reference's visualize_attention.py shows)."""
-
-    model: str = option("student", "whose attention", choices=("student", "tokenizer"))
-    layer: int = option(0, "counted from 1; 0: the last", at_least=0)
-    share: float = option(0.6, "of a head's attention that the kept patches hold", above=0, at_most=1)
-
-
-@dataclass(frozen=True)
-class NearestConfig(PatchPicture):
-    """The patches of the data set whose features are most like a chosen patch's, at most one of an image."""
-
-    by: str = option("student", "whose features", choices=("student", "tokenizer", "teacher"))
-    max_images: int = option(1000, "images of the data set that are looked at, drawn class by class", at_least=1)
-
-
-KINDS: dict[str, PictureConfig] = {
-    "codes": CodesConfig(),
-    "tokens": TokensConfig(),
-    "nearest": NearestConfig(),
-    "attention": AttentionConfig(),
-    "similarity": SimilarityConfig(),
-    "curves": CurvesConfig(),
-}
+from ..pictures import code_colours
+from ..runs.logs import read_logs
+from ..show.attention import attention_probabilities, query_attention
+from ..show.codes import choose_codes
+from ..show.index import build_index, nearest_patches
+from ..show.patch_sheets import attention_columns, attention_sheet, nearest_sheet, similarity_sheet
+from ..show.plots import compared_panels, draw_rows
+from ..show.runs import Runs, Views, open_runs
+from ..show.sheets import code_sheet, display_size, squares, token_map_sheet
+from ..show.theme import DARK, LIGHT, Theme
+from .picture_options import (
+    AttentionConfig,
+    CodesConfig,
+    CurvesConfig,
+    ModelPicture,
+    NearestConfig,
+    PatchPicture,
+    PhotoPicture,
+    PictureConfig,
+    SimilarityConfig,
+    TokensConfig,
+)
 
 
 def write_picture(kind: str, runs: list[Path], out: Path, config: PictureConfig) -> Path:
-    """Draw a picture of one of ``KINDS`` and write it as PNG; an existing file is replaced.
+    """Draw a picture of one of ``PICTURES`` and write it as PNG; an existing file is replaced.
 
     Args:
         runs: one; of "curves" several. See ``explore`` for what a run may be.
@@ -119,8 +47,6 @@ def write_picture(kind: str, runs: list[Path], out: Path, config: PictureConfig)
     Raises:
         UserError: no such run, model, image, patch or layer, or a file that cannot be written.
     """
-    from ..show.theme import DARK, LIGHT
-
     if out.suffix.lower() != ".png":
         raise UserError(f"-o {out} should end in .png, which is what is written.")
     theme = DARK if config.theme == "dark" else LIGHT
@@ -141,9 +67,6 @@ def write_picture(kind: str, runs: list[Path], out: Path, config: PictureConfig)
 
 
 def draw_curves(runs: list[Path], config: CurvesConfig, theme: Theme) -> Image.Image:
-    from ..runs.logs import read_logs
-    from ..show.plots import compared_panels, draw_rows
-
     logs = read_logs(runs)
     for run, metrics in zip(runs, logs.values(), strict=True):
         if not metrics:
@@ -152,18 +75,12 @@ def draw_curves(runs: list[Path], config: CurvesConfig, theme: Theme) -> Image.I
 
 
 def _open(run: Path, config: ModelPicture, *, images: bool, teacher: bool = False) -> Runs:
-    from ..config.show import ExploreConfig
-    from ..show.runs import open_runs
-
     most = getattr(config, "max_images", 24)
     options = ExploreConfig(data=config.data, max_images=most, teacher=teacher, device=config.device, seed=config.seed)
     return open_runs(run, options, with_images=images)
 
 
 def _codes(run: Path, config: CodesConfig, theme: Theme) -> Image.Image:
-    from ..show.codes import choose_codes
-    from ..show.sheets import code_sheet
-
     runs, index = _indexed(run, config)
     wrong = [code for code in config.codes if not 0 <= code < runs.tokenizer.num_codes]
     if wrong:
@@ -174,18 +91,12 @@ def _codes(run: Path, config: CodesConfig, theme: Theme) -> Image.Image:
 
 
 def _indexed(run: Path, config: Any, *, teacher: bool = False) -> tuple[Runs, Any]:
-    from ..config.show import ExploreConfig
-    from ..show.index import build_index
-
     runs = _open(run, config, images=True, teacher=teacher)
     return runs, build_index(runs, ExploreConfig(seed=config.seed))
 
 
 def _photos(runs: Runs, config: PhotoPicture) -> tuple[list[Image.Image], list[str]]:
     """The photographs that are named, or some of the run's; and their names."""
-    from ..data.find import sample_images
-    from ..data.images import name_of
-
     if config.images:
         return [_photo(path) for path in config.images], [path.name for path in config.images]
     chosen = sample_images(runs.samples, config.count, config.seed)
@@ -193,43 +104,28 @@ def _photos(runs: Runs, config: PhotoPicture) -> tuple[list[Image.Image], list[s
 
 
 def _photo(path: Path) -> Image.Image:
-    from ..data.images import open_image
-
     try:
         return open_image(path)
     except Exception as error:  # a decoder may raise anything at all on a damaged file
         raise UserError(f"{path} cannot be read as an image ({error}). Name another file.") from error
 
 
-def _squares(photos: list[Image.Image], grid: tuple[int, int], columns: int, scale: float) -> list[Tensor]:
-    """The centre squares that the models see, as large as a column of a sheet allows."""
-    from ..data.views import EvalView
-    from ..show.sheets import display_size
-
-    view = EvalView(display_size(grid, columns, scale), 1.0)
-    return [view(photo)["image"] for photo in photos]
-
-
 def _tokens(run: Path, config: TokensConfig, theme: Theme) -> Image.Image:
-    from ..pictures import code_colours
-    from ..show.sheets import token_map_sheet
-
     runs = _open(run, config, images=not config.images)
     photos, names = _photos(runs, config)
     quantizer = runs.tokenizer.quantize
     colours = code_colours(quantizer.codebook.cpu(), quantizer.cluster_size.cpu())
     codes = runs.views(photos).codes().unflatten(1, runs.grid)
-    return token_map_sheet(_squares(photos, runs.grid, len(photos), config.scale), codes, colours, names, theme,
-                           config.scale)  # fmt: skip
+    shown = squares(photos, display_size(runs.grid, len(photos), config.scale))
+    return token_map_sheet(shown, codes, colours, names, theme, config.scale)
 
 
 def _similarity(run: Path, config: SimilarityConfig, theme: Theme) -> Image.Image:
-    from ..show.patch_sheets import similarity_sheet
-
     runs = _open(run, config, images=not config.images, teacher=True)
     photos, names = _photos(runs, config)
     values = runs.views(photos).similarity().unflatten(1, runs.grid)
-    return similarity_sheet(_squares(photos, runs.grid, len(photos), config.scale), values, names, theme, config.scale)
+    shown = squares(photos, display_size(runs.grid, len(photos), config.scale))
+    return similarity_sheet(shown, values, names, theme, config.scale)
 
 
 def _patch(runs: Runs, config: PatchPicture) -> tuple[Image.Image, Views, int]:
@@ -245,24 +141,18 @@ def _patch(runs: Runs, config: PatchPicture) -> tuple[Image.Image, Views, int]:
 
 
 def _attention(run: Path, config: AttentionConfig, theme: Theme) -> Image.Image:
-    from ..show.attention import attention_probabilities, query_attention
-    from ..show.patch_sheets import attention_columns, attention_sheet
-
     runs = _open(run, config, images=config.image is None)
     model = _model(runs, config.model)
     photo, views, patch = _patch(runs, config)
     everything = attention_probabilities(model, views.of[config.model], config.layer or None)
     heads = query_attention(everything, patch, runs.grid)[0].cpu()
-    square = _squares([photo], runs.grid, attention_columns(len(heads)), config.scale)[0]
+    square = squares([photo], display_size(runs.grid, attention_columns(len(heads)), config.scale))[0]
     depth = len((model.encoder if config.model == "tokenizer" else model).blocks)
     what = f"{config.model}, layer {config.layer or depth}"
     return attention_sheet(square, heads, patch, what, theme, config.scale, config.share)
 
 
 def _nearest(run: Path, config: NearestConfig, theme: Theme) -> Image.Image:
-    from ..show.index import nearest_patches
-    from ..show.patch_sheets import nearest_sheet
-
     runs, index = _indexed(run, config, teacher=config.by == "teacher")
     if config.by != "teacher":
         _model(runs, config.by)

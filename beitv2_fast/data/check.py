@@ -15,12 +15,11 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import DataError, require
+from ..errors import DataError, first_few, first_lines, require
 from ..runs.files import write_atomically
 from .forks import kept_from_the_collector
 from .images import ImageList
 
-LISTED_REJECTIONS = 10
 CACHE_VERSION = 1
 FILES_PER_TASK = 16
 FILES_BETWEEN_SAVES = 20_000
@@ -78,14 +77,11 @@ def _without(images: ImageList, bad: dict[str, str], *, listed: bool) -> ImageLi
     rejected = images.rejected + [(path, bad[path]) for path in images.paths if path in bad]
     keep = [i for i, path in enumerate(images.paths) if path not in bad]
     total = len(images.paths) + len(images.rejected)
-    lines = [f"  {path}: {reason}" for path, reason in rejected[:LISTED_REJECTIONS]]
-    if len(rejected) > LISTED_REJECTIONS:
-        lines.append(f"  ... and {len(rejected) - LISTED_REJECTIONS} more")
+    lines = [first_lines([f"{path}: {reason}" for path, reason in rejected])] if rejected else []
     labels = images.labels or []
     lost = [images.classes[i] for i in sorted({*labels} - {labels[i] for i in keep if labels})]
     if lost and keep:
-        names = ", ".join(lost[:LISTED_REJECTIONS]) + (", ..." if len(lost) > LISTED_REJECTIONS else "")
-        lines.append(f"  so that no image is left of the classes {names}")
+        lines.append(f"  so that no image is left of the classes {first_few(lost, 10)}")
     if not keep:
         raise DataError(
             f"None of the {total} files in {images.root} can be used:\n" + "\n".join(lines) + "\n"

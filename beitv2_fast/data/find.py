@@ -220,9 +220,9 @@ def sample_images(images: ImageList, count: int, seed: int) -> list[int]:
     generator = random.Random(seed)
     for members in by_class.values():
         generator.shuffle(members)
-    return sorted(_in_turns([by_class[label] for label in sorted(by_class)])[:count])
+    return sorted(in_turns([by_class[label] for label in sorted(by_class)])[:count])
 
 
-def _in_turns(lists: list[list]) -> list:
+def in_turns(lists: list[list]) -> list:
     """The first of each list, then the second of each, and so on."""
     return [item for turn in itertools.zip_longest(*lists) for item in turn if item is not None]

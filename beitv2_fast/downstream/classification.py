@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,15 +23,13 @@ from ..runs.folder import RunFolder
 from ..training.images import checked_images
 from ..weights.build import vit_config
 from ..weights.files import read
-from ..weights.start import describe_new, start_classifier
-from .evaluation import columns_of, evaluate
+from ..weights.start import describe_new, start_config, start_from
+from .evaluation import columns_of, evaluate_classifier
 
-CLASSES = "classes.json"  # in the run folder: the names of the classes, in the order of the logits
+CLASSES_FILE = "classes.json"  # in the run folder: the names of the classes, in the order of the logits
 # a new head starts so small that the first gradients do not disturb the backbone (--init_scale of the reference's
 # run_class_finetuning.py)
 HEAD_SCALE = 1e-3
-POSITION = {"shared_relative": "relative"}  # the table that all blocks shared is copied into each
-SHAPE = ("dim", "depth", "heads", "patch_size")
 
 
 def start_model(config: FinetuneConfig, classes: list[str], say: Callable[[str], None]) -> Classifier:
@@ -48,23 +45,12 @@ def start_model(config: FinetuneConfig, classes: list[str], say: Callable[[str],
         model = Classifier(ClassifierConfig(vit_config(config, position="relative"), len(classes)))
         return _small_head(model)
     loaded = read(config.weights)
-    backbone = loaded.backbone(heads=config.heads)
-    wrong = [
-        f"--{n.replace('_', '-')} {getattr(backbone, n)}" for n in SHAPE if getattr(backbone, n) != getattr(config, n)
-    ]
-    if wrong:
-        raise UserError(
-            f"{config.weights} has another shape than these options: give it as {' '.join(wrong)}, choose the --preset "
-            "of that size, or name other weights."
-        )
-    position = POSITION.get(backbone.position, backbone.position)
-    own = ("image_size", "drop_path", "attention", "checkpointing", "init_std")
-    shape = {name: value for name, value in dataclasses.asdict(backbone).items() if name not in own}
-    model = Classifier(ClassifierConfig(vit_config(config, **{**shape, "position": position}), len(classes)))
+    vit = start_config(config, loaded.backbone(heads=config.heads))
+    model = Classifier(ClassifierConfig(vit, len(classes)))
     state = loaded.ours
     if (known := stored_classes(config.weights)) is not None and known != classes:
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
-    new = start_classifier(model, state, str(config.weights))
+    new = start_from(model, state, str(config.weights))
     say(f"weights from {config.weights}; {describe_new(new)}")
     return _small_head(model) if "head.weight" in new else model
 
@@ -78,7 +64,7 @@ def _small_head(model: Classifier) -> Classifier:
 
 def stored_classes(run: Path) -> list[str] | None:
     """The classes that a fine-tuning wrote into its run folder; None if this is none."""
-    file = run / CLASSES
+    file = run / CLASSES_FILE
     return json.loads(file.read_text()) if file.is_file() else None
 
 
@@ -91,7 +77,7 @@ def store_classes(run: RunFolder, classes: list[str]) -> None:
             f"({', '.join(classes[:5])}, ...). Restore the class folders, or choose another --out."
         )
     if run.writes:
-        write_atomically(run.path / CLASSES, json.dumps(classes) + "\n")
+        write_atomically(run.path / CLASSES_FILE, json.dumps(classes) + "\n")
 
 
 def labelled_images(
@@ -105,7 +91,7 @@ def labelled_images(
     view: EvalView,
     min_size: int,
 ) -> ImageFolder:
-    """A folder's images for evaluation. ``name``: of the list that is kept beside the run."""
+    """A folder's images for evaluation. ``name``: of the list that is kept with the run."""
     images = checked_images(folder, split, config, run, world, min_size=min_size, name=f"_{name}", labelled=True)
     return ImageFolder(images, view, loader=choose_loader(config.loader)[0], device=world.device)
 
@@ -125,7 +111,7 @@ def validation_images(config: FinetuneConfig) -> tuple[Path, str | None] | None:
     return None if split is None else (config.data, split)
 
 
-class Validation:
+class ClassifierValidation:
     """Evaluates at the ends of epochs: a line in the log, evaluation.jsonl and, in the end, results.json."""
 
     def __init__(self, config: FinetuneConfig, classes: list[str], run: RunFolder, world: World):
@@ -138,7 +124,7 @@ class Validation:
     def __call__(self, step: int, models: dict[str, nn.Module], progress: Callable[[], None]) -> dict[str, dict]:
         """The results by model, logged."""
         results = {
-            name: evaluate(
+            name: evaluate_classifier(
                 model,
                 self.dataset,
                 self.columns,
@@ -151,19 +137,17 @@ class Validation:
             for name, model in models.items()
         }
         for name, found in results.items():
-            self.run.print(f"evaluation  step {step}  {name:<8} {describe(found, len(self.columns))}")
+            self.run.print(f"evaluation  step {step}  {name:<8} {top1_line(found, len(self.columns))}")
         self.run.metrics(
             step,
             {f"{name}_{key}": v for name, found in results.items() for key, v in found.items()},
             "evaluation.jsonl",
         )
-        if self.run.writes:
-            content = {"step": step, "classes": len(self.columns), **results}
-            write_atomically(self.run.path / "results.json", json.dumps(content, indent=2) + "\n")
+        self.run.results({"step": step, "classes": len(self.columns), **results})
         return results
 
 
-def describe(found: dict[str, float], classes: int) -> str:
-    """A line of the log. Top-5 is told of more than five classes, where it says something."""
+def top1_line(found: dict[str, float], classes: int) -> str:
+    """A line of the log. Top-5 is left out for five classes or fewer, where it is always 1."""
     top5 = f"  top-5 {found['top5']:.2%}" if classes > 5 else ""
     return f"top-1 {found['top1']:.2%}{top5}  loss {found['loss']:.3f}  {found['images']:,} images"

@@ -1,4 +1,4 @@
-"""How well a classifier names images: top-1 and top-5, also of a folder with some of its classes alone."""
+"""How well a classifier names images: top-1 and top-5, also of a folder with only some of its classes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..data.find import splits_in
 from ..data.images import ImageFolder, ImageList
 from ..data.loaders import keyed_loader
 from ..distributed import World
-from ..errors import UserError
+from ..errors import UserError, first_few
 from ..models.vit import normalise
 
 
 def listed_classes(file: Path) -> list[str]:
-    """The classes of a text file with a name a line: UTF-8, or UTF-16 with its mark at the start.
+    """The classes of a text file with one name per line: UTF-8, or UTF-16 with its mark at the start.
 
     Raises:
         UserError: it is no such text, names no class, or one twice.
@@ -39,7 +39,9 @@ def listed_classes(file: Path) -> list[str]:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice or not names:
         found = f"the classes {', '.join(twice[:8])} more than once" if twice else "no class"
-        raise UserError(f"{file} names {found}. It needs every class once, a name a line, in the classifier's order.")
+        raise UserError(
+            f"{file} names {found}. It needs every class once, one name per line, in the classifier's order."
+        )
     return names
 
 
@@ -54,7 +56,9 @@ def columns_of(images: ImageList, classes: Sequence[str], source: Path | str) ->
             raise UserError(f"{source} is divided into {', '.join(splits)}. Give the one to evaluate on, {source}/....")
         return class_columns(images.classes, classes, source)
     if not images.classes:
-        raise UserError(f"{source}: no image of the shards has a label. Evaluation needs KEY.cls beside KEY.jpg.")
+        raise UserError(
+            f"{source}: no image of the shards has a label. Evaluation needs a KEY.cls next to each KEY.jpg."
+        )
     if len(images.classes) > len(classes):
         raise UserError(
             f"{source} has an image of class {len(images.classes) - 1}, but the classifier knows 0 to "
@@ -75,18 +79,16 @@ def class_columns(folder_classes: Sequence[str], classes: Sequence[str], folder:
     number = {name: i for i, name in enumerate(classes)}
     unknown = [name for name in folder_classes if name not in number]
     if not folder_classes or unknown:
-        named = (
-            f"the classes {', '.join(unknown[:8])}{', ...' if len(unknown) > 8 else ''}" if unknown else "no classes"
-        )
+        named = f"the classes {first_few(unknown)}" if unknown else "no classes"
         raise UserError(
-            f"{folder} has {named}, but the classifier knows {len(classes)}: {', '.join(classes[:8])}"
-            f"{', ...' if len(classes) > 8 else ''}. Evaluation needs class folders under the training's names."
+            f"{folder} has {named}, but the classifier knows {len(classes)}: {first_few(classes)}. Evaluation needs "
+            "class folders under the training's names."
         )
     return torch.tensor([number[name] for name in folder_classes])
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_classifier(
     model: nn.Module,
     dataset: ImageFolder,
     columns: Tensor,

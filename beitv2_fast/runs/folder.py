@@ -136,6 +136,11 @@ class RunFolder:
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
 
+    def results(self, content: dict[str, Any]) -> None:
+        """results.json."""
+        if self.writes:
+            write_atomically(self.path / "results.json", json.dumps(content, indent=2) + "\n")
+
     def image(self, name: str, image: Tensor, step: int) -> None:
         """A picture [3, H, W] in [0, 1] for TensorBoard."""
         if self.writes:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data.find import _in_turns
+from ..data.find import in_turns
 from ..data.images import ImageFolder, ImageList
 from ..data.loaders import eval_loader
 from ..data.views import EvalView
@@ -27,7 +27,7 @@ def choose_patches(codes: Tensor, code: int, count: int, seed: int) -> list[tupl
     generator.shuffle(found)
     for patches in found:
         generator.shuffle(patches)
-    return _in_turns(found)[:count]
+    return in_turns(found)[:count]
 
 
 def choose_codes(usage: CodeUsage, rows: int) -> tuple[list[int], int]:
@@ -69,7 +69,7 @@ class CodeUsage:
 
     @property
     def entropy(self) -> float:
-        """In nats: the cross entropy of a guess that knows the frequencies alone."""
+        """In nats: the cross entropy of a guess that knows only the frequencies."""
         return float(-torch.special.xlogy(self.shares, self.shares).sum())
 
     @property

@@ -73,7 +73,7 @@ def cut(images: Tensor, grid: tuple[int, int]) -> np.ndarray:
 class TypicalPatches:
     """For each code the patch that stands for it: of a sample, the one nearest to the sample's median, pixel by pixel.
 
-    The median alone is a blur that no photograph contains; the patch nearest to it has the median's brightness and
+    The median itself is a blur that no photograph contains; the patch nearest to it has the median's brightness and
     layout, and a real texture. The sample is uniform over all patches of the code (reservoir sampling, by seed).
     """
 
@@ -117,13 +117,13 @@ def sprite(typical: np.ndarray) -> np.ndarray:
 
 
 def nearest_patches(index: Index, query: Tensor, model: str, count: int) -> list[dict[str, Any]]:
-    """The patches of the data set with the largest cosine to a feature [C], one an image, the nearest first."""
-    found = one_an_image(index.features[model], query, index.codes.shape[1], count)
+    """The patches of the data set with the largest cosine to a feature [C], one per image, the nearest first."""
+    found = one_per_image(index.features[model], query, index.codes.shape[1], count)
     return [{**row, "code": int(index.codes[row["image"], row["patch"]])} for row in found]
 
 
-def one_an_image(features: Tensor, query: Tensor, patches: int, count: int) -> list[dict[str, int | float]]:
-    """The patches with the largest cosine to a query, at most one an image: ``image``, ``patch``, ``cosine`` of each.
+def one_per_image(features: Tensor, query: Tensor, patches: int, count: int) -> list[dict[str, int | float]]:
+    """The patches with the largest cosine to a query, at most one per image: ``image``, ``patch``, ``cosine`` of each.
 
     Looked for among the ``16 * count`` nearest patches, so there may be fewer than ``count``.
 

@@ -11,17 +11,16 @@ from torch import Tensor
 from ..data.images import ImageList
 from ..pictures import heat_map
 from .attention import KEPT, most_attended
-from .plots import stack
-from .sheets import Label, Sheet, cell_width, image_of, patch_picture
+from .sheets import Label, Sheet, cell_width, image_of, patch_picture, stack
 from .theme import Theme
 
-COLUMNS = 6  # most pictures in a row
+MOST_COLUMNS = 6  # most pictures in a row
 OVER = 0.7  # share of the heat where it lies over a photograph
 
 
 def attention_columns(heads: int) -> int:
-    """Columns of the sheet for so many heads."""
-    return min(COLUMNS, heads + 2)
+    """Columns of the sheet for this many heads."""
+    return min(MOST_COLUMNS, heads + 2)
 
 
 def attention_sheet(
@@ -36,7 +35,7 @@ def attention_sheet(
     mean = heads.mean(0)
     kept = most_attended(torch.stack([mean, *heads]), share)
     heat = [_marked(_lit(photo, values / values.max()), patch, mean.shape, theme) for values in (mean, *heads)]
-    dark = [_marked(_kept(photo, k), patch, mean.shape, theme) for k in kept]
+    dark = [_marked(darkened(photo, k), patch, mean.shape, theme) for k in kept]
     names = ["mean of the heads", *(f"head {i + 1}" for i in range(len(heads)))]
     columns = attention_columns(len(heads))
     photograph = _marked(photo, patch, mean.shape, theme), "photograph"
@@ -90,7 +89,7 @@ def nearest_sheet(
 def _with_headings(
     rows: list[tuple[Label, list[Image.Image | None], list[str]]], columns: int, theme: Theme, scale: float
 ) -> Image.Image:
-    """Rows of (label, pictures, a heading for each), so many columns wide."""
+    """Rows of (label, pictures, a heading for each), in this many columns."""
     sheet, gap = Sheet(theme, scale), 8
     drawn = [sheet.draw([pictures], [label], heads, cell_width(columns, gap), gap) for label, pictures, heads in rows]
     return stack(drawn, theme.paper, round(gap * scale))
@@ -108,7 +107,7 @@ def _lit(photo: Tensor, values: Tensor) -> Tensor:
     return torch.lerp(photo * (0.5 + 0.5 * share), heat_map(0.35 + 0.5 * values, cell), 0.1 + 0.65 * share)
 
 
-def _kept(photo: Tensor, kept: Tensor) -> Tensor:
+def darkened(photo: Tensor, kept: Tensor) -> Tensor:
     """The photograph, dark where a patch is not kept."""
     cell = photo.shape[1] // kept.shape[0]
     shown = kept.repeat_interleave(cell, 0).repeat_interleave(cell, 1)

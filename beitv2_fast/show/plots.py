@@ -12,6 +12,7 @@ from PIL import Image
 from ..errors import require
 from ..models.student import BRANCHES
 from .codes import CodeUsage
+from .sheets import stack
 from .theme import WIDTH, Theme
 
 SMOOTH_FROM = 200  # points from which a moving average is drawn over the raw curve
@@ -47,18 +48,15 @@ def curve(metrics: Metrics, name: str, key: str, of: Callable[[float], float] = 
     return [Curve(name, [y for _, y in found], [x for x, _ in found])] if found else []
 
 
+def rate_panel(metrics: Metrics) -> Panel:
+    return Panel("learning rate, thousandths", curve(metrics, "lr", "lr", lambda y: 1000 * y), zero=True)
+
+
 def tokenizer_panels(metrics: Metrics) -> list[Panel]:
     return [
         Panel("similarity to the teacher (cosine)", curve(metrics, "similarity", "rec_loss", lambda y: 1 - y)),
-        Panel(
-            "loss",
-            [
-                *curve(metrics, "whole", "loss"),
-                *curve(metrics, "commitment", "commit_loss"),
-            ],
-            zero=True,
-        ),
-        Panel("learning rate, thousandths", curve(metrics, "lr", "lr", lambda y: 1000 * y), zero=True),
+        Panel("loss", [*curve(metrics, "whole", "loss"), *curve(metrics, "commitment", "commit_loss")], zero=True),
+        rate_panel(metrics),
     ]
 
 
@@ -73,14 +71,14 @@ def codebook_panels(metrics: Metrics, usage: CodeUsage | None) -> list[Panel]:
 
 def pretrain_panels(metrics: Metrics, usage: CodeUsage | None) -> list[Panel]:
     """Losses and accuracies; usage: of the codes asked for, to show what a guess gains that knows nothing else."""
-    guess = [] if usage is None else [(usage.entropy, "frequencies alone")]
+    guess = [] if usage is None else [(usage.entropy, "frequencies only")]
     share = [] if usage is None else [(float(usage.shares.max()), "most frequent code")]
     names = list(zip(BRANCHES, ("mim", "agg"), strict=True))
     return [
         Panel("loss (cross entropy)", [c for n, k in names for c in curve(metrics, n, f"loss_{k}")], guess),
         Panel("masked tokens right", [c for n, k in names for c in curve(metrics, n, f"accuracy_{k}")], share,
               percent=True, zero=True),
-        Panel("learning rate, thousandths", curve(metrics, "lr", "lr", lambda y: 1000 * y), zero=True),
+        rate_panel(metrics),
     ]  # fmt: skip
 
 
@@ -93,7 +91,7 @@ COMPARED = (  # title, key of metrics.jsonl, what is drawn of it, is it a share,
     ("masked tokens right, aggregation branch", "accuracy_agg", None, True, True),
     ("loss", "loss", None, False, False),
     ("learning rate, thousandths", "lr", lambda y: 1000 * y, False, True),
-    ("images a second", "images_per_second", None, False, True),
+    ("images per second", "images_per_second", None, False, True),
 )
 
 
@@ -105,17 +103,6 @@ def compared_panels(runs: dict[str, Metrics]) -> list[Panel]:
         if curves:
             panels.append(Panel(title, curves, percent=percent, zero=zero))
     return panels
-
-
-def stack(pictures: list[Image.Image], paper: str, gap: int = 0) -> Image.Image:
-    """Pictures below one another."""
-    height = sum(p.height + gap for p in pictures) - gap
-    whole = Image.new("RGB", (max(p.width for p in pictures), height), paper)
-    top = 0
-    for picture in pictures:
-        whole.paste(picture, (0, top))
-        top += picture.height + gap
-    return whole
 
 
 def draw_panels(panels: Iterable[Panel], theme: Theme, scale: float) -> Image.Image:
@@ -136,7 +123,7 @@ def draw_panels(panels: Iterable[Panel], theme: Theme, scale: float) -> Image.Im
 
 
 def draw_rows(panels: Sequence[Panel], theme: Theme, scale: float, columns: int = 3) -> Image.Image:
-    """``draw_panels``, so many in a row."""
+    """``draw_panels``, in rows of ``columns``."""
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     return stack([draw_panels(row, theme, scale) for row in rows], theme.paper)
 

@@ -17,7 +17,6 @@ from ..config.training import PretrainConfig, TokenizerConfig
 from ..data.check import check_images
 from ..data.find import find_images, held_out_images, sample_images
 from ..data.images import ImageList
-from ..data.views import EvalView
 from ..distributed import start
 from ..errors import UserError
 from ..models.features import features
@@ -27,8 +26,9 @@ from ..runs.folder import CONFIG
 from ..teachers.base import Teacher
 from ..weights.build import load_run_model, load_teacher
 from ..weights.create import create_model
+from .sheets import squares
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 SAMPLES = 24
 NO_STUDENT = "There is no pre-training here, so there is no mask game: it needs a student that predicts hidden tokens."
@@ -65,10 +65,7 @@ class Runs:
             sizes["student"] = self.student.vit_config.image_size
         if self.teacher is not None:
             sizes["teacher"] = self.teacher_size
-        of_size = {
-            size: torch.stack([EvalView(size, 1.0)(photo)["image"] for photo in photos]).to(self.device)
-            for size in set(sizes.values())
-        }
+        of_size = {size: torch.stack(squares(photos, size)).to(self.device) for size in set(sizes.values())}
         return Views(self, {name: of_size[size] for name, size in sizes.items()})
 
 
@@ -113,7 +110,7 @@ def open_runs(run: Path, config: ExploreConfig, *, with_images: bool = True) -> 
     if not isinstance(tokenizer, Tokenizer):
         raise UserError(f"{folder} holds a {type(tokenizer).__name__.lower()}, where a tokenizer was expected.")
     if student is not None:
-        _check_belong(tokenizer, student)
+        check_belong(tokenizer, student)
     teacher = _teacher(stored, folder, tokenizer) if config.teacher else None
     images, samples, held_out = ImageList(run, []), ImageList(run, []), False
     if with_images:
@@ -151,12 +148,14 @@ def _find(run: Path) -> tuple[Path, PretrainConfig | None, Student | None, str |
     return run / "tokenizer", config, model, None
 
 
-def _check_belong(tokenizer: Tokenizer, student: Student) -> None:
+def check_belong(tokenizer: Tokenizer, student: Student) -> None:
+    """UserError if the student was not trained on this tokenizer's codes."""
     ours, theirs = (tokenizer.num_codes, tokenizer.grid), (student.config.num_codes, student.grid)
     if ours != theirs:
         raise UserError(
             f"The tokenizer has {ours[0]} codes on a grid of {ours[1]}, the pre-training predicts {theirs[0]} on "
-            f"{theirs[1]}: they do not belong together. Name the pre-training's own folder, which says its tokenizer."
+            f"{theirs[1]}: they do not belong together. Name the tokenizer that the pre-training used, or only the "
+            "pre-training's own folder, which says it."
         )
 
 
@@ -178,13 +177,15 @@ def _images(
     if data is None:
         raise UserError(f"The run's images are not at {places[0]}. Name a folder of images with --data.")
     found = find_images(data, "train")
-    log.info(found.summary)
+    _log.info(found.summary)
     held_out = held_out_images(data)
-    images = _readable(found, config.max_images, config.seed, tokenizer)
-    samples = _readable(held_out or images, SAMPLES, config.seed, tokenizer)
+    smallest = tokenizer.patch_size
+    images = readable_sample(found, config.max_images, config.seed, min_size=smallest)
+    samples = readable_sample(held_out or images, SAMPLES, config.seed, min_size=smallest)
     return images, samples, held_out is not None
 
 
-def _readable(images: ImageList, count: int, seed: int, tokenizer: Tokenizer) -> ImageList:
+def readable_sample(images: ImageList, count: int, seed: int, *, min_size: int, workers: int = 0) -> ImageList:
+    """At most ``count`` of the images, drawn by seed, without those that cannot be decoded."""
     chosen = images.subset(sample_images(images, count, seed))
-    return check_images(chosen, cache=None, min_size=tokenizer.patch_size, workers=0)
+    return check_images(chosen, cache=None, min_size=min_size, workers=workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..data.images import ImageList
+from ..data.views import EvalView
 from ..pictures import masked_picture, token_map
 from .codes import CodeUsage, choose_patches
 from .theme import WIDTH, Theme
@@ -92,7 +94,7 @@ def token_map_sheet(
     """
     maps = [token_map(c, photo.shape[1] // c.shape[0], colours) for photo, c in zip(photos, codes, strict=True)]
     both = [_over(photo, m) for photo, m in zip(photos, maps, strict=True)]
-    labels = [Label(["photograph"]), Label(["token map", "one colour a code"]), Label(["both"])]
+    labels = [Label(["photograph"]), Label(["token map", "one colour per code"]), Label(["both"])]
     rows = [[image_of(x) for x in row] for row in (photos, maps, both)]
     return Sheet(theme, scale).draw(rows, labels, names, cell_width(len(photos)))
 
@@ -169,8 +171,14 @@ def code_sheet(
     return Sheet(theme, scale).draw(pictures, labels, [], cell, gap)
 
 
+def squares(photos: Iterable[Image.Image], size: int) -> list[Tensor]:
+    """The centre squares that the models see, [3, size, size] in [0, 1]."""
+    view = EvalView(size, 1.0)
+    return [view(photo)["image"] for photo in photos]
+
+
 def display_size(grid: tuple[int, int], columns: int, scale: float) -> int:
-    """Pixels of a photograph in a sheet of so many columns: the most that fit and divide into the grid."""
+    """Pixels of a photograph in a sheet of this many columns: the most that fit and divide into the grid."""
     return max(1, int(cell_width(columns) * scale) // grid[0]) * grid[0]
 
 
@@ -217,10 +225,15 @@ def overlay_sheet(run: Path) -> Image.Image | None:
     if not pictures:
         return None
     width = pictures[0].width
-    pictures = [p.resize((width, max(round(p.height * width / p.width), 1))) for p in pictures]
-    sheet = Image.new("RGB", (width, sum(p.height for p in pictures) + GAP * (len(pictures) - 1)), "white")
+    return stack([p.resize((width, max(round(p.height * width / p.width), 1))) for p in pictures], "white", GAP)
+
+
+def stack(pictures: list[Image.Image], paper: str, gap: int = 0) -> Image.Image:
+    """Pictures below one another."""
+    height = sum(p.height + gap for p in pictures) - gap
+    whole = Image.new("RGB", (max(p.width for p in pictures), height), paper)
     top = 0
     for picture in pictures:
-        sheet.paste(picture, (0, top))
-        top += picture.height + GAP
-    return sheet
+        whole.paste(picture, (0, top))
+        top += picture.height + gap
+    return whole

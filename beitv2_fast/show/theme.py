@@ -31,4 +31,3 @@ class Theme:
 
 LIGHT = Theme("light", "#f3f5f8", "#ffffff", "#1b222c", "#5d6875", "#dbe0e6", "#2563c9", "#d9700a")
 DARK = Theme("dark", "#0f1216", "#171b21", "#e4e8ee", "#97a3b2", "#2c333d", "#6ba5ff", "#ffac54")
-THEMES = (LIGHT, DARK)

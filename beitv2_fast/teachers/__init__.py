@@ -1,4 +1,4 @@
-"""Teachers of the tokenizer: frozen networks that turn an image into one feature vector a patch.
+"""Teachers of the tokenizer: frozen networks that turn an image into one feature vector per patch.
 
 All have one interface: ``teacher(images [B, 3, S, S] in [0, 1], grid (h, w)) -> features [B, h*w, C]``. They are named
 
@@ -16,8 +16,7 @@ from ..errors import UserError, require
 from .base import Teacher
 from .networks import CLIP, DINO_NAME, EfficientNetLite0, Timm, timm_source
 
-TAUGHT_BY = {"clip": "captions of images", "dino": "images alone", "efficientnet_lite0": "ImageNet's labels"}
-NAMES = "clip, dino, timm:NAME, timm:NAME@LAYER, efficientnet_lite0"
+TAUGHT_BY = {"clip": "captions of images", "dino": "images only", "efficientnet_lite0": "ImageNet's labels"}
 
 
 def create_teacher(
@@ -41,7 +40,7 @@ def create_teacher(
     except Exception as error:  # the packages have their own for a failed download or a damaged file
         reason = str(error).strip().split("\n")[0][:300].rstrip(".")
         raise UserError(
-            f"the weights of the teacher {name} could not be had ({reason}). {_source(name)}; give the file with "
+            f"the weights of the teacher {name} could not be obtained ({reason}). {_source(name)}; give the file with "
             "--teacher-weights."
         ) from error
 
@@ -55,7 +54,10 @@ def _build(name: str, grid: tuple[int, int], weights: str | None) -> Teacher:
         return EfficientNetLite0(grid, weights)
     model, at, layer = name.removeprefix("timm:").partition("@")
     if not name.startswith("timm:") or not model or (at and not layer.removeprefix("-").isdigit()):
-        raise UserError(f"unknown teacher {name!r}; there are {NAMES} (LAYER: from 0, or from the end if negative)")
+        raise UserError(
+            f"unknown teacher {name!r}; there are clip, dino, timm:NAME, timm:NAME@LAYER, efficientnet_lite0 (LAYER: "
+            "from 0, or from the end if negative)"
+        )
     return Timm(model, int(layer) if at else -1, grid, weights)
 
 

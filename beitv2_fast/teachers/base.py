@@ -70,7 +70,7 @@ class Teacher(nn.Module):
         return digest.hexdigest()
 
 
-def _read_file(weights: str | Path, teacher: str, source: str) -> dict[str, Any]:
+def read_file(weights: str | Path, teacher: str, source: str) -> dict[str, Any]:
     """The state dict in a weights file; no code in it is run. A missing file: where to get it."""
     path = Path(weights).expanduser()
     if not path.is_file():

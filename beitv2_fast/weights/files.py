@@ -18,11 +18,12 @@ from ..runs.checkpoints import read_weights, save_weights
 from ..runs.files import atomically, check_no_folder
 from ..runs.folder import CONFIG, stored_config
 from . import Weights, convert, detect, without_wrapping
+from .build import load_run_model
 from .shapes import ModelConfig, describe, describe_backbone, flatten
 from .transformers_config import from_transformers, preprocessor, to_transformers
 
 METADATA = "beitv2_fast"  # key of the config in our files' metadata
-SUFFIXES = (".safetensors", ".pth", ".pt")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
 # in a folder of transformers, the first that is there; the second of each pair: of a variant, such as fp16
 FOLDER_WEIGHTS = (
     ("model.safetensors", r"model\.\w+\.safetensors"),
@@ -86,7 +87,7 @@ def write(
         path: NAME.safetensors; NAME.pth or NAME.pt (a dict with the weights under "model", as the published files); for
             "transformers" also a folder, which gets config.json and preprocessor_config.json, for from_pretrained.
         state: under the names of ``target``. Its ``extras``, if there are any, are written to NAME.extras.safetensors
-            beside it, or extras.safetensors in the folder; ``read`` finds them there.
+            next to it, or extras.safetensors in the folder; ``read`` finds them there.
         config: of the model: needed for a folder; in files of ours it says what shapes do not.
         force: replace what is there.
 
@@ -94,8 +95,8 @@ def write(
         UserError: something is there already, or the name has no suffix that says what to write.
     """
     path, extras = Path(path), dict(getattr(state, "extras", {}))
-    folder = target == "transformers" and path.suffix not in SUFFIXES
-    if not folder and path.suffix not in SUFFIXES:
+    folder = target == "transformers" and path.suffix not in WEIGHT_SUFFIXES
+    if not folder and path.suffix not in WEIGHT_SUFFIXES:
         raise UserError(f"{path} should end in .safetensors (or .pth), so that it is clear what to write.")
     if not folder:
         check_no_folder(path)
@@ -131,8 +132,6 @@ def _is_of_transformers(path: Path) -> bool:
 def _read_folder(path: Path, source: str | None) -> Loaded:
     values = stored_config(path)
     if values.get("model_type") is None:  # a run folder
-        from .build import load_run_model
-
         model = load_run_model(path)[0]
         return Loaded(Weights(model.state_dict()), "beitv2_fast", flatten(model.config))
     known = from_transformers(path / CONFIG)
@@ -165,7 +164,7 @@ def _read_pieces(index: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
         if Path(name).name != name:
-            raise CheckpointError(f"{index} lists {name!r}, which is not the name of a file beside it.")
+            raise CheckpointError(f"{index} lists {name!r}, which is not the name of a file in its folder.")
         state.update(read_weights(index.parent / name))
     missing = sorted(places.keys() - state.keys())
     if missing:

@@ -22,7 +22,7 @@ VIT = (*EMBEDDING, *(f"blocks.{{i}}.{name}" for name in BLOCK))
 CLASSIFIER = ("fc_norm.*", "head.*")
 STUDENT = ("norm.*", "mask_token", "lm_head.*")
 AGGREGATION = (*(f"cls_pt_layers.{{i}}.{name}" for name in BLOCK), "cls_pt_norm.*", "cls_pt_lm_head.*")
-TOKENIZER = (
+TOKENIZER_NAMES = (
     *(f"{part}.{name}" for part in ("encoder", "decoder") for name in (*VIT, "fc_norm.*")),
     *(f"{part}_task_layer.{layer}.*" for part in ("encode", "decode") for layer in (0, 2)),
 )
@@ -89,10 +89,10 @@ def _same(*names: str) -> Names:
     return {name: name for name in names}
 
 
-OURS: Names = _same(*VIT, *CLASSIFIER, *STUDENT, *AGGREGATION, *TOKENIZER, *QUANTIZER, *OUR_COUNTERS)
+OURS: Names = _same(*VIT, *CLASSIFIER, *STUDENT, *AGGREGATION, *TOKENIZER_NAMES, *QUANTIZER, *OUR_COUNTERS)
 FORMATS: dict[str, Names] = {
     "beitv2_fast": OURS,
-    "published": {**_same(*VIT, *CLASSIFIER, *STUDENT, *AGGREGATION, *TOKENIZER), **QUANTIZER},
+    "published": {**_same(*VIT, *CLASSIFIER, *STUDENT, *AGGREGATION, *TOKENIZER_NAMES), **QUANTIZER},
     "timm": _same(*VIT, *CLASSIFIER, "norm.*"),
     "transformers": TRANSFORMERS,
     "transformers_modules": TRANSFORMERS_MODULES,

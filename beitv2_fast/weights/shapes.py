@@ -19,7 +19,7 @@ from .names import BIAS_TABLE
 
 ModelConfig = TokenizerModelConfig | StudentConfig | ClassifierConfig
 VIT_FIELD = {TokenizerModelConfig: "encoder", StudentConfig: "vit", ClassifierConfig: "vit"}
-HEADS = {size["dim"]: size["heads"] for size in SIZES.values()}
+HEADS_OF_WIDTH = {size["dim"]: size["heads"] for size in SIZES.values()}
 EARLY_LAYERS = {12: 9, 24: 21, 32: 28}  # depth -> layer that the aggregation branch reads
 
 
@@ -61,7 +61,7 @@ def describe(ours: Mapping[str, Tensor], known: Mapping[str, Any] | None = None)
 
 
 def describe_backbone(ours: Mapping[str, Tensor], known: Mapping[str, Any] | None = None) -> ViTConfig:
-    """As ``describe``, of the ViT alone (a tokenizer's encoder): of weights without a head, too."""
+    """As ``describe``, of only the ViT (a tokenizer's encoder): of weights without a head, too."""
     known = dict(known or {})
     with _explained(kind := kind_of(ours)):
         values = {**known, **_vit(ours, "encoder." if kind == "tokenizer" else "", known)}
@@ -117,12 +117,12 @@ def _vit(ours: Mapping[str, Tensor], prefix: str, known: Mapping[str, Any]) -> d
 
 
 def _heads(dim: int) -> int:
-    if dim not in HEADS:
+    if dim not in HEADS_OF_WIDTH:
         raise CheckpointError(
             f"the number of attention heads does not show in these weights (width {dim}, no bias tables). "
             "Give it: create_model(..., heads=N)."
         )
-    return HEADS[dim]
+    return HEADS_OF_WIDTH[dim]
 
 
 def _tokenizer(ours: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -1,31 +1,39 @@
-"""From pre-trained weights to the start of fine-tuning (arXiv 2208.06366 section 3.2)."""
+"""Where a training starts (arXiv 2208.06366 section 3.2): any model's weights in a classifier or a segmenter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..config.downstream import StartConfig
+from ..errors import UserError
 from ..models.positions import resize_positions
+from ..models.vit import IMAGENET_MEAN, IMAGENET_STD, ViTConfig
 from ..runs.checkpoints import compact, load_model
 from . import kind_of
+from .build import trained_vit
 from .names import BIAS_TABLE
 from .shapes import count_blocks
 
-# what a student has for pre-training alone
+SHAPE = ("dim", "depth", "heads", "patch_size")
+BACKBONE = ("cls_token", "pos_embed", "patch_embed.", "rel_pos_bias.", "blocks.")
+SHARED_TABLE = f"rel_pos_bias.{BIAS_TABLE}"
+CLASSIFIER_HEAD = ("fc_norm.", "head.")
+# what a student has only for its pre-training
 LEFT_BEHIND = ("mask_token", "norm.", "lm_head.", "cls_pt_layers.", "cls_pt_norm.", "cls_pt_lm_head.")
-NEW = ("fc_norm.", "head.")
+LAST_LAYERS = ("head.", "decode_head.conv_seg.", "auxiliary_head.conv_seg.")  # as wide as there are classes
 
 
 def to_classifier(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The backbone of a student or a tokenizer under a classifier's names, with no head.
 
-    A bias table that a student's layers share is copied into every layer, which then learns its own. What serves the
-    pre-training alone is left behind: mask token, final norm, heads, aggregation branch. Of a tokenizer the encoder
-    remains, with its norm, and reads images normalised as a student's instead of in [-1, 1]. A classifier's own weights
-    come back as they are.
+    A bias table that a student's layers share is copied into every layer, which then learns its own. What only serves
+    the pre-training is left behind: mask token, final norm, heads, aggregation branch. Of a tokenizer the encoder
+    remains, with its norm, and reads images normalised as a student's instead of in [-1, 1]. The weights of a
+    classifier or a segmenter come back as they are.
 
     Args:
         ours: state dict under our names (see ``convert``).
@@ -36,12 +44,15 @@ def to_classifier(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if kind == "tokenizer":
         encoder = {n.removeprefix("encoder."): value for n, value in ours.items() if n.startswith("encoder.")}
         return reading_normalised(encoder)
-    result = {name: value for name, value in ours.items() if not name.startswith(LEFT_BEHIND)}
-    shared = result.pop(f"rel_pos_bias.{BIAS_TABLE}", None)
+    return _own_tables({name: value for name, value in ours.items() if not name.startswith(LEFT_BEHIND)})
+
+
+def _own_tables(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    shared = state.pop(SHARED_TABLE, None)
     if shared is not None:
-        for layer in range(count_blocks(result, "blocks.")):
-            result[f"blocks.{layer}.attn.{BIAS_TABLE}"] = shared.clone()
-    return result
+        for layer in range(count_blocks(state, "blocks.")):
+            state[f"blocks.{layer}.attn.{BIAS_TABLE}"] = shared.clone()
+    return state
 
 
 def reading_normalised(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -49,8 +60,6 @@ def reading_normalised(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     2x - 1 = 2 std y + 2 mean - 1 for y = (x - mean) / std: both numbers go into the patch embedding.
     """
-    from ..models.vit import IMAGENET_MEAN, IMAGENET_STD
-
     weight, bias = (encoder[f"patch_embed.proj.{name}"] for name in ("weight", "bias"))
     mean, std = (weight.new_tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     scaled, shift = weight.double() * 2 * std, (weight.double() * (2 * mean - 1)).sum((1, 2, 3))
@@ -58,24 +67,53 @@ def reading_normalised(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**encoder, **new}
 
 
-def start_classifier(model: nn.Module, ours: Mapping[str, Tensor], source: str) -> list[str]:
-    """Load a student's, a tokenizer's or a classifier's weights into a ``Classifier`` for fine-tuning.
+def own_positions(backbone: ViTConfig) -> ViTConfig:
+    """The backbone with a bias table in every block where all blocks shared one."""
+    shared = backbone.position == "shared_relative"
+    return dataclasses.replace(backbone, position="relative") if shared else backbone
 
-    The head, and the norm before it, keep their initial values where the weights have none; so does a head for another
-    number of classes. Positions are resized to the model's image size. Everything else has to fit.
+
+def start_config(config: StartConfig, backbone: ViTConfig) -> ViTConfig:
+    """The ViT of a training that starts from weights of this shape, at its own image size and drop path.
+
+    Raises:
+        UserError: the options say another shape.
+    """
+    check_shape(config, backbone)
+    return trained_vit(config, own_positions(backbone))
+
+
+def check_shape(config: StartConfig, found: object, names: Iterable[str] = SHAPE) -> None:
+    """UserError if ``found``, a config, has other values of these names than the options."""
+    wrong = [f"--{n.replace('_', '-')} {getattr(found, n)}" for n in names if getattr(found, n) != getattr(config, n)]
+    if wrong:
+        raise UserError(
+            f"{config.weights} has another shape than these options: give it as {' '.join(wrong)}, choose the --preset "
+            "of that size, or name other weights."
+        )
+
+
+def start_from(model: nn.Module, ours: Mapping[str, Tensor], source: str) -> list[str]:
+    """Load the weights of a student, a tokenizer, a classifier or a segmenter into a ``Classifier`` or a ``Segmenter``.
+
+    What is no backbone keeps its initial values where the weights have none; so do last layers for another number of
+    classes. Positions are resized to the model's image size. Everything else has to fit.
 
     Returns:
-        the names of the parameters that keep their initial values.
+        the names of the parameters and buffers that keep their initial values.
 
     Raises:
         CheckpointError: anything but these is missing, unexpected or of another shape; it names every entry.
     """
-    state, own = resize_positions(to_classifier(ours), model), model.state_dict()
-    head = state.get("head.weight")
-    if head is not None and head.shape != own["head.weight"].shape:
-        state = {name: value for name, value in state.items() if not name.startswith("head.")}
-    new = [name for name in own if name.startswith(NEW) and name not in state]
-    load_model(model, {**state, **{name: own[name] for name in new}}, source)
+    own, state = model.state_dict(), to_classifier(ours)
+    if SHARED_TABLE not in own:
+        state = _own_tables(state)
+    state = {name: v for name, v in state.items() if name in own or not name.startswith(CLASSIFIER_HEAD)}
+    state = {
+        name: v for name, v in state.items() if not name.startswith(LAST_LAYERS) or v.shape == own.get(name, v).shape
+    }
+    new = [name for name in own if not name.startswith(BACKBONE) and name not in state]
+    load_model(model, {**resize_positions(state, model), **{name: own[name] for name in new}}, source)
     return new
 
 
@@ -84,9 +122,4 @@ def describe_new(new: list[str]) -> str:
     return f"not in the weights, so as initialised: {', '.join(compact(new))}" if new else "all weights were loaded"
 
 
-def check_backbone(kind: str, wanted: str) -> None:
-    """Only a classifier can start from another kind of model."""
-    if kind != wanted and wanted != "classifier":
-        raise CheckpointError(
-            f"these are the weights of a {kind}, but a {wanted} was asked for. Name a {kind}, or use other weights."
-        )
+start_classifier = start_from  # its name in earlier versions

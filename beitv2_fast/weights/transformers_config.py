@@ -9,10 +9,11 @@ from typing import Any
 from ..errors import CheckpointError
 from ..models.student import StudentConfig
 from ..models.tokenizer import TokenizerModelConfig
+from ..models.vit import IMAGENET_MEAN, IMAGENET_STD
 from .shapes import ModelConfig
 
 # BeitConfig's name -> ours, for what has the same meaning
-SAME = {
+SAME_MEANING = {
     "hidden_size": "dim",
     "num_hidden_layers": "depth",
     "num_attention_heads": "heads",
@@ -24,7 +25,7 @@ SAME = {
     "drop_path_rate": "drop_path",
     "initializer_range": "init_std",
 }
-POSITIONS = {
+POSITION_FLAGS = {
     "use_absolute_position_embeddings": "absolute",
     "use_shared_relative_position_bias": "shared_relative",
     "use_relative_position_bias": "relative",
@@ -39,8 +40,8 @@ def to_transformers(config: ModelConfig) -> dict[str, Any]:
     values = {
         "architectures": ["BeitForMaskedImageModeling" if student else "BeitForImageClassification"],
         "model_type": "beit",
-        **{theirs: getattr(vit, ours) for theirs, ours in SAME.items()},
-        **{theirs: vit.position == ours for theirs, ours in POSITIONS.items()},
+        **{theirs: getattr(vit, ours) for theirs, ours in SAME_MEANING.items()},
+        **{theirs: vit.position == ours for theirs, ours in POSITION_FLAGS.items()},
         "intermediate_size": int(vit.dim * vit.mlp_ratio),
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
@@ -56,8 +57,6 @@ def to_transformers(config: ModelConfig) -> dict[str, Any]:
 
 def preprocessor(config: ModelConfig) -> dict[str, Any]:
     """preprocessor_config.json of BeitImageProcessor: the images as BEiT v2 was trained on them."""
-    from ..models.vit import IMAGENET_MEAN, IMAGENET_STD
-
     side = config.vit.image_size
     return {
         "image_processor_type": "BeitImageProcessor",
@@ -84,13 +83,13 @@ def from_transformers(file: Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{file} cannot be read ({error}). Restore it, or name the weights file alone."
+            f"{file} cannot be read ({error}). Restore it, or name the weights file instead."
         ) from error
     if not isinstance(values, dict) or values.get("model_type") != "beit":
         raise CheckpointError(f'{file} is no config of a Beit model (its model_type is not "beit").')
     if values.get("hidden_act", "gelu") != "gelu":
         raise CheckpointError(f"{file}: hidden_act is {values['hidden_act']!r}, but the models here have gelu.")
-    known = {ours: values[theirs] for theirs, ours in SAME.items() if theirs in values}
+    known = {ours: values[theirs] for theirs, ours in SAME_MEANING.items() if theirs in values}
     known.setdefault("eps", 1e-12)  # BeitConfig's default
     sides = {name: known[name] for name in ("image_size", "patch_size") if isinstance(known.get(name), list)}
     for name, (height, width) in sides.items():

@@ -23,7 +23,7 @@ from bench.gpu import checks, clocks, learning, ops, plan, run, runner
 from bench.gpu.__main__ import main
 from bench.gpu.plan import BY_NAME, SECTIONS
 
-from ..downstream.test_finetune import write_colours
+from ..support.downstream import write_colours
 from ..train.test_downstream import run_here
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,7 +26,7 @@ from ..support.weights import assert_same_state, classifier, images, student, to
 def command(*words: object) -> int:
     """The command in this process: its exit code."""
     with pytest.raises(SystemExit) as exit:
-        distributed.run_main(lambda: cli.run([str(word) for word in words]))
+        distributed.run_main(lambda: cli.run_command([str(word) for word in words]))
     return exit.value.code or 0
 
 
@@ -63,14 +63,6 @@ def test_a_classifier_becomes_a_folder_for_transformers_and_comes_back(tmp_path,
     assert command("convert", tmp_path / "hf", tmp_path / "back.safetensors", "--to", "beitv2_fast") == 0
     again = create_model(checkpoint=tmp_path / "back.safetensors")
     assert torch.equal(again(images()), model(images()))
-
-
-def test_a_tokenizer_becomes_a_published_file(tmp_path):
-    model = tokenizer()
-    torch.save(model.state_dict(), tmp_path / "t.pth")
-    assert command("convert", tmp_path / "t.pth", tmp_path / "p.pth", "--to", "published") == 0
-    stored = torch.load(tmp_path / "p.pth", weights_only=True)["model"]
-    assert torch.equal(stored["quantize.embedding.weight"], model.quantize.codebook)
 
 
 MISTAKES = [

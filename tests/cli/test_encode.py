@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 from beitv2_fast import create_model
-from beitv2_fast.cli import encode
+from beitv2_fast.cli import encode, pieces
 from beitv2_fast.cli.encode import EncodeConfig, encode_folder
 from beitv2_fast.data.images import open_image
 from beitv2_fast.data.views import EvalView
@@ -45,6 +45,21 @@ def world(tmp_path_factory) -> Path:
     model = tokenizer()
     write(folder / "t.safetensors", convert(model.state_dict(), "beitv2_fast"), "beitv2_fast", model.config)
     return folder
+
+
+class Interrupted:
+    """In place of ``atomically``: notes what was written; raises KeyboardInterrupt once before each of these names."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *names: str):
+        self.names, self.written, self.atomically = list(names), [], pieces.atomically
+        patch.setattr(pieces, "atomically", self)
+
+    def __call__(self, path: Path, write) -> None:
+        if path.name in self.names:
+            self.names.remove(path.name)
+            raise KeyboardInterrupt
+        self.atomically(path, write)
+        self.written.append(path.name)
 
 
 def config(world: Path, out: Path, **values) -> EncodeConfig:
@@ -105,16 +120,12 @@ def test_shards_give_the_codes_of_a_folder_with_the_same_images(world, tmp_path)
 def test_a_shard_that_changed_is_another_encoding(world, tmp_path, monkeypatch):
     content = (world / "images" / "00.png").read_bytes()
     path = write_tar(tmp_path / "a.tar", [(f"{i}.png", content) for i in range(6)])
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(encode, "_read_piece", interrupt)
+    Interrupted(monkeypatch, "codes.npz")
+    with pytest.raises(KeyboardInterrupt):
         encode_folder(path, config(world, tmp_path / "codes.npz"))
     os.utime(path, ns=(1, 1))
     with pytest.raises(UserError, match="the beginning of an encoding with other images"):
         encode_folder(path, config(world, tmp_path / "codes.npz"))
-
-
-def interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def test_a_folder_without_a_readable_image_is_an_error(world, tmp_path):
@@ -127,36 +138,30 @@ def test_a_folder_without_a_readable_image_is_an_error(world, tmp_path):
 @pytest.mark.parametrize("suffix", (".npz", ".safetensors"))
 def test_an_interrupted_encoding_goes_on_and_ends_with_the_same_bytes(world, tmp_path, monkeypatch, suffix):
     encode_folder(world / "images", config(world, tmp_path / f"whole{suffix}"))
-    out, done, write_piece = tmp_path / f"codes{suffix}", [], encode._write_piece
-
-    def interrupted(file, *rest):
-        write_piece(file, *rest)
-        done.append(file.name)
-        if len(done) in (1, 2):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(encode, "_write_piece", interrupted)
-    for _ in range(2):
+    out = tmp_path / f"codes{suffix}"
+    writer = Interrupted(monkeypatch, "000000004.npz", "000000008.npz", out.name)
+    for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             encode_folder(world / "images", config(world, out))
     assert not out.exists()
     encode_folder(world / "images", config(world, out))
-    assert done == ["000000000.npz", "000000004.npz", "000000008.npz"]  # each once
+    assert writer.written == ["000000000.npz", "000000004.npz", "000000008.npz", out.name]  # each once
     assert out.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
 
 
 KILLED = """
 import os, signal, sys
-from beitv2_fast import cli, encode
+from beitv2_fast import cli
+from beitv2_fast.cli import encode, pieces
 KILL_AT = int(sys.argv.pop(1))
 encode.PIECE_BATCHES = 2
-save, saves = encode._save, []
-def killed(path, *rest):
-    saves.append(path)
-    if len(saves) == KILL_AT:
+atomically, paths = pieces.atomically, []
+def killed(path, write):
+    paths.append(path)
+    if len(paths) == KILL_AT:
         os.kill(os.getpid(), signal.SIGKILL)
-    save(path, *rest)
-encode._save = killed
+    atomically(path, write)
+pieces.atomically = killed
 cli.main()
 """
 
@@ -180,10 +185,9 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(world, tmp_path):
 
 def test_pieces_of_other_options_are_refused_and_replaced_when_forced(world, tmp_path, monkeypatch):
     out = tmp_path / "codes.npz"
-    with monkeypatch.context() as patch:
-        patch.setattr(encode, "_write", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            encode_folder(world / "images", config(world, out))
+    Interrupted(monkeypatch, out.name)
+    with pytest.raises(KeyboardInterrupt):
+        encode_folder(world / "images", config(world, out))
     with pytest.raises(UserError, match="an encoding with other crop_pct"):
         encode_folder(world / "images", config(world, out, crop_pct=0.5))
     encode_folder(world / "images", config(world, out, crop_pct=0.5, force=True))
@@ -207,7 +211,7 @@ def test_workers_change_no_byte(world, tmp_path):
 
 def test_several_devices_take_turns_and_give_the_same_bytes(world, tmp_path, monkeypatch):
     encode_folder(world / "images", config(world, tmp_path / "one.npz"))
-    monkeypatch.setattr(encode, "_devices", lambda device: [torch.device("cpu")] * 2)
+    monkeypatch.setattr(encode, "devices_of", lambda device: [torch.device("cpu")] * 2)
     encode_folder(world / "images", config(world, tmp_path / "two.npz"))
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
 
@@ -246,11 +250,7 @@ def test_a_folder_of_the_output_s_name_is_never_replaced(world, tmp_path, name):
 def test_an_encoding_that_was_stopped_before_its_first_piece_does_not_refuse_other_options(
     world, tmp_path, monkeypatch
 ):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(encode, "_encode_pieces", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            encode_folder(world / "images", config(world, tmp_path / "codes.npz", crop_pct=0.5))
+    Interrupted(monkeypatch, "000000000.npz")
+    with pytest.raises(KeyboardInterrupt):
+        encode_folder(world / "images", config(world, tmp_path / "codes.npz", crop_pct=0.5))
     assert encode_folder(world / "images", config(world, tmp_path / "codes.npz"))[0] == 11

@@ -13,14 +13,15 @@ from PIL import Image
 pytest.importorskip("matplotlib")
 
 from beitv2_fast import cli
-from beitv2_fast.cli.picture import KINDS
+from beitv2_fast.cli import picture as drawing
+from beitv2_fast.cli.picture_options import PICTURES
 from beitv2_fast.config.show import ExploreConfig
 from beitv2_fast.errors import UserError
 from beitv2_fast.pictures import HEAT, heat_map
 from beitv2_fast.runs.logs import short_names
-from beitv2_fast.show import patch_sheets as attention_sheets
 from beitv2_fast.show import runs, sheets
 from beitv2_fast.show.attention import most_attended
+from beitv2_fast.show.patch_sheets import darkened
 from beitv2_fast.show.plots import COMPARED, compared_panels
 from beitv2_fast.show.theme import DARK, LIGHT
 
@@ -35,7 +36,7 @@ def root(tmp_path_factory) -> Path:
 
 
 def picture(out: Path, *words: object) -> Image.Image:
-    assert cli.run(["picture", *map(str, words), "-o", str(out)]) == 0
+    assert cli.run_command(["picture", *map(str, words), "-o", str(out)]) == 0
     return Image.open(out).convert("RGB")
 
 
@@ -59,12 +60,12 @@ def test_the_same_command_draws_the_same_picture(root, tmp_path, kind):
 
 
 def test_help_explains_every_kind_and_option(capsys):
-    for kind in KINDS:
+    for kind in PICTURES:
         with pytest.raises(SystemExit) as ended:
-            cli.run(["picture", kind, "--help"])
+            cli.run_command(["picture", kind, "--help"])
         said = " ".join(capsys.readouterr().out.split())
         assert ended.value.code == 0 and "-o OUT" in said and "--scale" in said and "--theme" in said
-        assert " ".join(type(KINDS[kind]).__doc__.split())[:60] in said
+        assert " ".join(type(PICTURES[kind]).__doc__.split())[:60] in said
 
 
 def test_a_named_code_is_the_one_that_is_drawn(root, tmp_path, monkeypatch):
@@ -94,13 +95,13 @@ def test_the_attention_drawn_is_that_of_the_patch_layer_and_model_asked_for(root
     from beitv2_fast.weights.build import load_run_model
 
     seen = {}
-    whole = attention_sheets.attention_sheet
+    whole = drawing.attention_sheet
 
     def watched(photo, heads, patch, *rest):
         seen.update(heads=heads, patch=patch)
         return whole(photo, heads, patch, *rest)
 
-    monkeypatch.setattr(attention_sheets, "attention_sheet", watched)
+    monkeypatch.setattr(drawing, "attention_sheet", watched)
     file = root / "data" / "test" / "b" / "1.png"
     for model, run in (("student", "pretrain"), ("tokenizer", "tokenizer")):
         picture(tmp_path / "a.png", "attention", root, "--image", file, "--patch", 2, 4, "--layer", 1, "--model", model)
@@ -113,7 +114,7 @@ def test_the_attention_drawn_is_that_of_the_patch_layer_and_model_asked_for(root
 def test_the_kept_patches_stay_bright_and_the_others_go_dark():
     photo, heads = torch.ones(3, 40, 40), torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(0))
     kept = most_attended(heads[1])
-    shown = attention_sheets._kept(photo, kept)[0, ::10, ::10]
+    shown = darkened(photo, kept)[0, ::10, ::10]
     assert torch.equal(shown == 1, kept) and torch.allclose(shown[~kept], torch.tensor(0.2))
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,57 +14,48 @@ import torch
 from safetensors.torch import load_file
 
 from ..faults.test_ranks import ranks_of
+from ..support.downstream import EVALUATE, results, write_colours
 from ..support.training import (
-    PRETRAIN,
     TINY,
-    TOKENIZER,
+    TORCHRUN,
     Halted,
     assert_resumed,
     assert_same_bits,
     call,
-    checkpoints,
     last_weights,
     run,
     run_jobs,
-    write_images,
 )
 from ..training.test_distributed import settings
-from .test_finetune import PLAIN, write_colours
+from .test_finetune import PLAIN
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed")
 STEPS, HALF = 12, 6  # 12 images, 4 a step
 TUNE = [*TINY, "--epochs", 4, "--log-every", 1, "--save-every", HALF, "--eval-every", 2]
 PROBE = "--preset demo --device cpu --workers 0 --epochs 3 --shots 1 --seeds 1 --no-exact --batch-size 4".split()
-EVALUATE = ["--crop-pct", 1.0, "--precision", "fp32", "--workers", 0, "--device", "cpu", "--batch-size", 4]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 # Flat buffers and gradients of halves of the batch are added in another order, over 12 steps of AdamW at 1e-3
 LOSS, WEIGHT = 1e-5, 1e-5
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(starts, tmp_path_factory) -> Path:
     """micro and one: of one process; two, plain, zero2, their resumed copies, probes, evaluations: of two ranks."""
-    root = tmp_path_factory.mktemp("ranks")
+    root = shutil.copytree(starts, tmp_path_factory.mktemp("ranks") / "runs")
     write_colours(root / "data" / "train", 4)
     write_colours(root / "data" / "val", 3)  # 9 images: the ranks have 5 and 4
     write_colours(root / "some", 2, ("green", "red"))
-    common = [*TINY, "--epochs", 1, "--data", write_images(root / "images", 8)]
-    assert call("tokenizer", *common, *TOKENIZER, "--out", root / "tokenizer") == 0
-    given = [*common, *PRETRAIN, "--tokenizer", root / "tokenizer", "--layer-scale", 0.1]
-    assert call("pretrain", *given, "--out", root / "pretrain") == 0
     zero2 = settings("zero2", root)
 
-    def tune(out: str, *more: object) -> list[str]:
-        options = [*TUNE, "--data", root / "data", "--weights", root / "pretrain", "--out", root / out, *more]
-        return list(map(str, options))
+    def tune(out: str, *more: object) -> list[object]:
+        return [*TUNE, "--data", root / "data", "--weights", root / "pretrain", "--out", root / out, *more]
 
-    def probe(out: str) -> list[str]:
-        return list(map(str, [*PROBE, "--data", root / "data", "--run", root / "pretrain", "--out", root / out]))
+    def probe(out: str) -> list[object]:
+        return [*PROBE, "--data", root / "data", "--run", root / "pretrain", "--out", root / out]
 
-    def evaluate(out: str) -> list[str]:
-        given = ["--model", root / "micro", "--data", root / "data" / "val", root / "some", "--out", root / out]
-        return list(map(str, [*given, *EVALUATE]))
+    def evaluate(out: str) -> list[object]:
+        folders = root / "data" / "val", root / "some"
+        return ["--model", root / "micro", "--data", *folders, "--out", root / out, *EVALUATE, "--batch-size", 4]
 
     random = ("--drop-path", 0.2)
     assert call("finetune", *tune("micro", *random, "--batch-size", 2, "--accumulate", 2)) == 0
@@ -76,7 +66,7 @@ def runs(tmp_path_factory) -> Path:
     jobs.append(("finetune", tune("plain", *PLAIN, "--batch-size", 2)))
     jobs.append(("finetune", tune("zero2", *random, "--batch-size", 2, *zero2)))
     for name, more in (("two", ()), ("zero2", zero2)):
-        jobs.append(("copy", [str(root / name), str(root / f"{name}_resumed"), HALF]))
+        jobs.append(("copy", [root / name, root / f"{name}_resumed", HALF]))
         jobs.append(("finetune", tune(f"{name}_resumed", *random, "--batch-size", 2, *more)))
     jobs.append(("evaluate", evaluate("evaluated_by_two")))
     jobs.append(("linear_probe", probe("probed_by_two")))  # the last: its ranks part
@@ -89,11 +79,7 @@ def lines(file: Path) -> list[dict]:
 
 
 def average(run_folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_folder / "checkpoints" / checkpoints(run_folder)[-1] / "ema.safetensors")
-
-
-def results(run_folder: Path) -> dict:
-    return json.loads((run_folder / "results.json").read_text())
+    return last_weights(run_folder, "ema")
 
 
 def assert_close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:

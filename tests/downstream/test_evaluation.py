@@ -11,7 +11,7 @@ from beitv2_fast.data.find import find_images
 from beitv2_fast.data.images import ImageFolder
 from beitv2_fast.data.views import EvalView
 from beitv2_fast.distributed import World
-from beitv2_fast.downstream.evaluation import class_columns, evaluate, listed_classes
+from beitv2_fast.downstream.evaluation import class_columns, evaluate_classifier, listed_classes
 from beitv2_fast.errors import UserError
 
 from ..support.training import write_images
@@ -77,7 +77,7 @@ def test_every_image_counts_once_whatever_the_batch(tmp_path, batch_size):
     with torch.no_grad():
         wanted = expected(model, dataset, columns)
     assert 0 < wanted["top5"] < 1
-    found = evaluate(model, dataset, columns, world(), batch_size=batch_size)
+    found = evaluate_classifier(model, dataset, columns, world(), batch_size=batch_size)
     assert found == {name: pytest.approx(value, rel=1e-5) for name, value in wanted.items()}
 
 
@@ -86,10 +86,10 @@ def test_ranks_run_as_many_batches_each_and_count_every_image_once(tmp_path):
     calls, images, right = [], 0, 0.0
     for rank in range(4):
         model = Rows(5)
-        found = evaluate(model, dataset, columns, world(rank, 4), batch_size=2)
+        found = evaluate_classifier(model, dataset, columns, world(rank, 4), batch_size=2)
         calls.append(len(model.modes))
         images, right = images + found["images"], right + found["top1"] * found["images"]
-    alone = evaluate(Rows(5), dataset, columns, world(), batch_size=2)
+    alone = evaluate_classifier(Rows(5), dataset, columns, world(), batch_size=2)
     assert calls == [2, 2, 2, 2] and images == 15 and right == pytest.approx(alone["top1"] * 15)
 
 
@@ -101,14 +101,14 @@ def test_a_folder_with_some_classes_is_evaluated_among_these(tmp_path):
     with torch.no_grad():
         model.linear.bias[[0, 2, 3, 5, 7]] = 1e4  # classes that the folder does not have win among all
         wanted = expected(model, dataset, columns)
-    found = evaluate(model, dataset, columns, world(), batch_size=4)
+    found = evaluate_classifier(model, dataset, columns, world(), batch_size=4)
     assert found == {name: pytest.approx(value, rel=1e-5) for name, value in wanted.items()} and found["top5"] == 1
 
 
 def test_the_model_is_in_eval_mode_meanwhile_and_as_before_afterwards(tmp_path):
     dataset, model = folder(tmp_path, CLASSES[:2], 1), Rows()
     for training in (True, False):
-        evaluate(model.train(training), dataset, torch.arange(2), world(), batch_size=4)
+        evaluate_classifier(model.train(training), dataset, torch.arange(2), world(), batch_size=4)
         assert model.training == training
     assert not any(model.modes)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from beitv2_fast import create_model
@@ -24,47 +23,19 @@ from beitv2_fast.train import evaluate as evaluate_command
 from beitv2_fast.weights.build import load_run_model
 from beitv2_fast.weights.start import reading_normalised
 
-from ..support.training import (
-    PRETRAIN,
-    ROOT,
-    TINY,
-    TOKENIZER,
-    assert_same_bits,
-    call,
-    checkpoints,
-    last_weights,
-    run,
-    write_images,
-)
+from ..support.downstream import COLOURS, EVALUATE, results, write_colours
+from ..support.training import ROOT, TINY, assert_same_bits, call, checkpoints, last_weights, run
 
-COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 30)}
 PLAIN = "--augment-ops 0 --erasing 0 --mixup 0 --cutmix 0 --smoothing 0".split()
 SHARP = "--epochs 12 --lr 2e-2 --lr-batch 4 --layer-decay 0.9".split()
 
 
-def write_colours(folder: Path, count: int, names=tuple(COLOURS)) -> Path:
-    """Noisy images of one colour a class."""
-    generator = torch.Generator().manual_seed(count)
-    for name in names:
-        (folder / name).mkdir(parents=True)
-        for i in range(count):
-            noise = torch.randint(-20, 21, (40, 40, 3), generator=generator)
-            pixels = (torch.tensor(COLOURS[name]) + noise).clamp(0, 255).to(torch.uint8)
-            Image.fromarray(pixels.numpy()).save(folder / name / f"{i}.png")
-    return folder
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(starts, tmp_path_factory) -> Path:
     """A folder with data/train and data/val of three classes, a tokenizer, a pre-training and a fine-tuning of it."""
-    folder = tmp_path_factory.mktemp("finetune")
+    folder = shutil.copytree(starts, tmp_path_factory.mktemp("finetune") / "runs")
     write_colours(folder / "data" / "train", 4)
     write_colours(folder / "data" / "val", 3)
-    images = write_images(folder / "images", 8)
-    common = [*TINY, "--epochs", 1, "--data", images]
-    assert call("tokenizer", *common, *TOKENIZER, "--out", folder / "tokenizer") == 0
-    command = [*common, *PRETRAIN, "--tokenizer", folder / "tokenizer", "--out", folder / "pretrain"]
-    assert call("pretrain", *command, "--layer-scale", 0.1) == 0
     assert finetune(folder, "tuned") == 0
     return folder
 
@@ -78,10 +49,6 @@ def config(runs: Path, weights: str, *more: object) -> FinetuneConfig:
     return parse(FinetuneConfig, FINETUNE, [str(option) for option in options])[0]
 
 
-def results(run: Path) -> dict:
-    return json.loads((run / "results.json").read_text())
-
-
 def test_it_starts_as_the_student_with_its_bias_table_in_every_layer_and_a_small_new_head(runs):
     said: list[str] = []
     model = start_model(config(runs, "pretrain"), ["a", "b"], said.append).eval()
@@ -90,15 +57,6 @@ def test_it_starts_as_the_student_with_its_bias_table_in_every_layer_and_a_small
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(model.forward_tokens(x), student.forward_tokens(x), rtol=1e-5, atol=1e-5)
     assert 0 < model.head.weight.std() < 2 * HEAD_SCALE and "head.weight" in said[0]
-
-
-def test_the_tokenizers_encoder_is_fine_tuned_with_its_norm_and_sees_what_it_saw(runs):
-    model = start_model(config(runs, "tokenizer"), ["a", "b"], print).eval()
-    tokenizer = load_run_model(runs / "tokenizer")[0]
-    x = torch.rand(2, 3, 32, 32)
-    ours, theirs = model.forward_tokens(normalise(x)), tokenizer.encoder.forward_tokens(2 * x - 1)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert torch.equal(model.fc_norm.weight, tokenizer.encoder.fc_norm.weight)
 
 
 def test_the_tokenizer_s_encoder_is_trained_from_its_weights_and_learns(runs):
@@ -211,9 +169,8 @@ def test_at_another_resolution_it_starts_from_resized_positions_and_all_else_as_
 
 def test_a_classifier_is_evaluated_at_another_resolution_with_resized_positions(runs):
     assert finetune(runs, "sure", *SHARP) == 0
-    command = ["--model", runs / "sure", "--data", runs / "data" / "val", "--image-size", 48, "--crop-pct", 1.0]
-    options = ["--precision", "fp32", "--workers", 0, "--device", "cpu", "--out", runs / "evaluated_larger"]
-    assert call("evaluate", *command, *options) == 0
+    command = ["--model", runs / "sure", "--data", runs / "data" / "val", "--image-size", 48, *EVALUATE]
+    assert call("evaluate", *command, "--out", runs / "evaluated_larger") == 0
     found = results(runs / "evaluated_larger")["rows"][0]
     model = load_run_model(runs / "sure", 48)[0]
     images = find_images(runs / "data" / "val")
@@ -261,8 +218,8 @@ def test_other_classes_in_the_same_run_folder_are_refused(runs, capsys):
 def test_folders_with_some_or_all_classes_are_evaluated_in_one_table(runs):
     write_colours(runs / "some", 2, ("green", "red"))
     command = ["--model", runs / "tuned", "--data", runs / "data" / "val", runs / "some", "--out", runs / "table"]
-    assert call("evaluate", *command, "--crop-pct", 1.0, "--precision", "fp32", "--workers", 0, "--device", "cpu") == 0
-    rows = json.loads((runs / "table" / "results.json").read_text())["rows"]
+    assert call("evaluate", *command, *EVALUATE) == 0
+    rows = results(runs / "table")["rows"]
     found = [(row["folder"], row["model"], row["classes"], row["images"]) for row in rows]
     assert found == [(f, m, c, n) for f, c, n in (("val", 3, 9), ("some", 2, 4)) for m in ("weights", "average")]
     tuned = results(runs / "tuned")
@@ -274,13 +231,13 @@ def test_folders_with_some_or_all_classes_are_evaluated_in_one_table(runs):
 
 def test_an_interrupted_evaluation_goes_on_with_what_is_missing_unless_the_weights_have_changed(runs, monkeypatch):
     command = ["--model", runs / "again", "--data", runs / "data" / "val", "--out", runs / "interrupted"]
-    command += ["--crop-pct", 1.0, "--precision", "fp32", "--workers", 0, "--device", "cpu"]
+    command += EVALUATE
     shutil.copytree(runs / "tuned", runs / "again")
     assert call("evaluate", *command) == 0
     whole = results(runs / "interrupted")
     file, counted = runs / "interrupted" / "results.json", []
-    evaluate = evaluate_command.evaluate
-    monkeypatch.setattr(evaluate_command, "evaluate", lambda *a, **k: counted.append(0) or evaluate(*a, **k))
+    evaluate = evaluate_command.evaluate_classifier
+    monkeypatch.setattr(evaluate_command, "evaluate_classifier", lambda *a, **k: counted.append(0) or evaluate(*a, **k))
     file.write_text(json.dumps({**whole, "rows": whole["rows"][:1]}))
     assert call("evaluate", *command) == 0
     assert results(runs / "interrupted") == whole and len(counted) == 1
@@ -298,9 +255,8 @@ def test_a_file_of_weights_needs_to_be_told_its_classes(runs, capsys):
     (runs / "two.txt").write_text("blue\nred\n")
     assert call("evaluate", *command, "--classes", runs / "two.txt") == 2
     assert "names 2 classes, the classifier has 3" in capsys.readouterr().err
-    options = ("--crop-pct", 1.0, "--precision", "fp32", "--device", "cpu", "--classes", runs / "data" / "train")
-    assert call("evaluate", *command, *options) == 0
-    loss = json.loads((runs / "of_file" / "results.json").read_text())["rows"][0]["loss"]
+    assert call("evaluate", *command, *EVALUATE, "--classes", runs / "data" / "train") == 0
+    loss = results(runs / "of_file")["rows"][0]["loss"]
     assert loss == pytest.approx(results(runs / "tuned")["average"]["loss"], rel=1e-5)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ..data.test_shards import write_tar
+from ..support.downstream import COLOURS, EVALUATE, results, write_colours
 from ..support.training import TINY, assert_same_bits, call
-from .test_finetune import COLOURS, write_colours
 
 CLASSES = sorted(COLOURS)
 TUNE = [*TINY, "--epochs", 1, "--weights", "none", "--eval-every", 1]
@@ -39,10 +39,6 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
-def results(run: Path) -> dict:
-    return json.loads((run / "results.json").read_text())
-
-
 def test_shards_train_and_evaluate_to_the_bits_of_class_folders(runs):
     assert_same_bits(runs / "of_shards", runs / "of_data")
     assert results(runs / "of_shards") == results(runs / "of_data")
@@ -51,16 +47,15 @@ def test_shards_train_and_evaluate_to_the_bits_of_class_folders(runs):
 
 def test_a_run_on_folders_is_evaluated_on_shards_by_the_classes_numbers(runs, tmp_path):
     command = ["--model", runs / "of_data", "--data", runs / "shards" / "val", "--out", tmp_path / "run"]
-    assert call("evaluate", *command, "--workers", 0, "--device", "cpu", "--crop-pct", 1.0) == 0
+    assert call("evaluate", *command, *EVALUATE) == 0
     found = results(tmp_path / "run")["rows"][0]
     assert found["loss"] == pytest.approx(results(runs / "of_data")["weights"]["loss"], rel=1e-5)
 
 
 def test_a_run_on_shards_is_evaluated_on_folders_once_it_is_told_its_classes_names(runs, tmp_path):
     command = ["--model", runs / "of_shards", "--data", runs / "data" / "val", "--out", tmp_path / "run"]
-    command += ["--workers", 0, "--device", "cpu", "--crop-pct", 1.0]
-    assert call("evaluate", *command) == 2
-    assert call("evaluate", *command, "--classes", runs / "data" / "train") == 0
+    assert call("evaluate", *command, *EVALUATE) == 2
+    assert call("evaluate", *command, *EVALUATE, "--classes", runs / "data" / "train") == 0
     found = results(tmp_path / "run")["rows"][0]
     assert found["loss"] == pytest.approx(results(runs / "of_data")["weights"]["loss"], rel=1e-5)
 
@@ -69,7 +64,7 @@ def test_shards_with_some_classes_are_evaluated_among_all(runs, tmp_path):
     some = write_colours(tmp_path / "some", 2, CLASSES[:2])
     write_shards(some, tmp_path / "shards")
     command = ["--model", runs / "of_data", "--data", tmp_path / "shards", "--out", tmp_path / "run"]
-    assert call("evaluate", *command, "--workers", 0, "--device", "cpu") == 0
+    assert call("evaluate", *command, *EVALUATE) == 0
     assert results(tmp_path / "run")["rows"][0]["classes"] == 3
 
 
@@ -85,5 +80,5 @@ def test_shards_without_labels_or_with_unknown_ones_are_refused(runs, tmp_path, 
     members = [(name, image if name.endswith(".png") else content) for name, content in shards]
     write_tar(tmp_path / "shards" / "0.tar", members)
     command = ["--model", runs / "of_data", "--data", tmp_path / "shards", "--out", tmp_path / "run"]
-    assert call("evaluate", *command, "--workers", 0, "--device", "cpu") == 2
+    assert call("evaluate", *command, *EVALUATE) == 2
     assert said in capsys.readouterr().err

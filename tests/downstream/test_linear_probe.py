@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,21 +16,18 @@ from beitv2_fast.models.features import features
 from beitv2_fast.models.vit import normalise
 from beitv2_fast.weights.build import load_run_model
 
-from ..support.training import PRETRAIN, TINY, TOKENIZER, call, write_images
-from .test_finetune import write_colours
+from ..support.downstream import results, write_colours
+from ..support.training import TINY, call
 
 OPTIONS = "--preset demo --device cpu --workers 0 --seeds 2 --layers 1 2 --epochs 3 --shots 1 2".split()
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(starts, tmp_path_factory) -> Path:
     """data/train and data/test of three classes, a tokenizer, a pre-training and its probe."""
-    folder = tmp_path_factory.mktemp("probe")
+    folder = shutil.copytree(starts, tmp_path_factory.mktemp("probe") / "runs")
     write_colours(folder / "data" / "train", 8)
     write_colours(folder / "data" / "test", 3)
-    common = [*TINY, "--epochs", 1, "--data", write_images(folder / "images", 8)]
-    assert call("tokenizer", *common, *TOKENIZER, "--out", folder / "tokenizer") == 0
-    assert call("pretrain", *common, *PRETRAIN, "--tokenizer", folder / "tokenizer", "--out", folder / "pretrain") == 0
     assert probe(folder, "probe", "--exact") == 0
     return folder
 
@@ -38,10 +35,6 @@ def runs(tmp_path_factory) -> Path:
 def probe(runs: Path, out: str, *more: object) -> int:
     options = [*OPTIONS, "--data", runs / "data", "--run", runs / "pretrain", "--tokenizer", runs / "tokenizer"]
     return call("linear_probe", *options, "--out", runs / out, *more)
-
-
-def results(run: Path) -> dict:
-    return json.loads((run / "results.json").read_text())
 
 
 def test_features_are_the_aggregated_cls_token_the_mean_and_those_of_each_block(runs):

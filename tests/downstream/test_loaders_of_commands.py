@@ -5,7 +5,6 @@ Tokenizer training, pre-training, fine-tuning with its evaluation, and probe.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ from beitv2_fast.data.views import EvalView, FinetuneView, PretrainView, Tokeniz
 from beitv2_fast.downstream.probes import features as probe_features
 from beitv2_fast.errors import UserError
 
+from ..support.downstream import results, write_colours
 from ..support.training import PRETRAIN, TINY, TOKENIZER, assert_same_bits, call
-from .test_finetune import write_colours
 
 dali = pytest.importorskip("beitv2_fast.data.dali", reason="DALI is not installed (extra: dali)", exc_type=UserError)
 pytestmark = pytest.mark.slow
@@ -79,5 +78,5 @@ def test_a_training_ends_with_the_same_bits_whatever_loads(runs, stage):
 @pytest.mark.parametrize("stage", ["finetune", "linear_probe"])
 def test_an_evaluation_and_a_probe_measure_the_same_whatever_loads(runs, stage):
     root, _ = runs
-    one, two = (json.loads((root / f"{stage}_{loader}" / "results.json").read_text()) for loader in LOADERS)
+    one, two = (results(root / f"{stage}_{loader}") for loader in LOADERS)
     assert one == two

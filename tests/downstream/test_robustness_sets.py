@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from beitv2_fast.models.classifier import Classifier, ClassifierConfig
 from beitv2_fast.models.vit import ViTConfig, normalise
 from beitv2_fast.weights.files import write
 
+from ..support.downstream import EVALUATE, results
 from ..support.training import call, write_images
 
 SIZE = 16
@@ -50,9 +50,8 @@ def picture(folder: Path, number: int) -> bytes:
 def test_a_set_is_evaluated_as_by_a_head_that_has_only_the_rows_of_its_classes(files, tmp_path, name, classes):
     folder, model = files
     command = ["--model", folder / "model.safetensors", "--data", folder / name, "--classes", folder / "names.txt"]
-    options = ["--out", tmp_path / "run", "--workers", 0, "--device", "cpu", "--precision", "fp32", "--crop-pct", 1.0]
-    assert call("evaluate", *command, *options) == 0
-    found = json.loads((tmp_path / "run" / "results.json").read_text())["rows"][0]
+    assert call("evaluate", *command, *EVALUATE, "--out", tmp_path / "run") == 0
+    found = results(tmp_path / "run")["rows"][0]
 
     images = find_images(folder / name)
     x = torch.stack([EvalView(SIZE, 1.0)(images.open(i))["image"] for i in range(len(images))])

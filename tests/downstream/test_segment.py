@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from dataclasses import replace
@@ -20,40 +19,18 @@ from beitv2_fast.models.vit import normalise
 from beitv2_fast.train.segment import PolySchedule, SegmentTask
 from beitv2_fast.weights.build import load_run_model
 
-from ..support.training import PRETRAIN, TINY, TOKENIZER, assert_same_bits, call, write_images
+from ..support.downstream import SMALL, results, write_scenes
+from ..support.training import assert_same_bits, call
 
-COLOURS = np.array([(20, 40, 220), (30, 200, 40), (220, 30, 30)])
-SMALL = [*TINY, "--channels", 16, "--auxiliary-channels", 8, "--ignore-labels", 7, "--base-size", 40, "--overlays", 2]
 PLAIN = ["--no-distortion", "--scale-range", 1, 1, "--dropout", 0]
 
 
-def write_scenes(folder: Path, count: int, seed: int = 0) -> Path:
-    """Noisy images 48x40 of three rectangles of one colour a class, a border of void (7)."""
-    draw = np.random.default_rng(seed)
-    for kind in ("images", "masks"):
-        (folder / kind).mkdir(parents=True)
-    for i in range(count):
-        labels = np.full((40, 48), draw.integers(3), np.uint8)
-        labels[: draw.integers(10, 30), : draw.integers(10, 40)] = draw.integers(3)
-        labels[draw.integers(10, 30) :, draw.integers(10, 40) :] = draw.integers(3)
-        pixels = (COLOURS[labels] + draw.integers(-20, 21, (40, 48, 3))).clip(0, 255).astype(np.uint8)
-        labels[:, :1] = 7
-        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
-        Image.fromarray(labels).save(folder / "masks" / f"{i}.png")
-    return folder
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(starts, tmp_path_factory) -> Path:
     """A folder with data/train and data/val of three classes, a tokenizer, a pre-training and a segmentation of it."""
-    folder = tmp_path_factory.mktemp("segment")
+    folder = shutil.copytree(starts, tmp_path_factory.mktemp("segment") / "runs")
     write_scenes(folder / "data" / "train", 12)
     write_scenes(folder / "data" / "val", 5, 1)
-    images = write_images(folder / "images", 8)
-    common = [*TINY, "--epochs", 1, "--data", images]
-    assert call("tokenizer", *common, *TOKENIZER, "--out", folder / "tokenizer") == 0
-    command = [*common, *PRETRAIN, "--tokenizer", folder / "tokenizer", "--out", folder / "pretrain"]
-    assert call("pretrain", *command, "--layer-scale", 0.1) == 0
     assert segment(folder, "trained") == 0
     return folder
 
@@ -66,10 +43,6 @@ def segment(runs: Path, out: str, *more: object, weights: str = "pretrain", data
 def config(runs: Path, weights: str, *more: object) -> SegmentConfig:
     options = [*SMALL, "--weights", runs / weights, *more]
     return parse(SegmentConfig, SEGMENT, [str(option) for option in options])[0]
-
-
-def results(run: Path) -> dict:
-    return json.loads((run / "results.json").read_text())
 
 
 def test_it_learns_to_tell_colours(runs):

@@ -9,15 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ..support.training import (
-    Halted,
-    assert_same_bits,
-    call,
-    last_weights,
-    run_jobs,
-)
+from ..support.downstream import SMALL, results, write_scenes
+from ..support.training import Halted, assert_same_bits, call, last_weights, run_jobs
 from ..training.test_distributed import settings
-from .test_segment import SMALL, results, write_scenes
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed")
@@ -38,8 +32,8 @@ def runs(tmp_path_factory) -> Path:
     write_scenes(root / "data" / "train", 12)
     write_scenes(root / "data" / "val", 5, 1)
 
-    def options(name: str, *more: object) -> list[str]:
-        return list(map(str, [*COMMON, "--data", root / "data", "--out", root / name, *more]))
+    def options(name: str, *more: object) -> list[object]:
+        return [*COMMON, "--data", root / "data", "--out", root / name, *more]
 
     assert call("segment", *options("one", *ALONE)) == 0
     zero = {name: settings(name, root) for name in ("zero3",)}
@@ -48,7 +42,7 @@ def runs(tmp_path_factory) -> Path:
         jobs.append(("segment", options(name, *ALONE, "--batch-size", 2, *zero.get(name, []))))
     for target in ("torch", "zero3"):
         moved = f"torch_to_{target}"
-        jobs.append(("copy", [str(root / "torch"), str(root / moved), 6]))
+        jobs.append(("copy", [root / "torch", root / moved, 6]))
         jobs.append(("segment", options(moved, *ALONE, "--batch-size", 2, *zero.get(target, []))))
     run_jobs(root, jobs)
     return root

@@ -16,7 +16,7 @@ from beitv2_fast.config.downstream import SEGMENT
 from beitv2_fast.data.find import find_images
 from beitv2_fast.distributed import World
 from beitv2_fast.downstream.segmentation import evaluation
-from beitv2_fast.downstream.segmentation.evaluation import Scores, Slide, evaluate, sliding_logits
+from beitv2_fast.downstream.segmentation.evaluation import Scores, Slide, evaluate_segmenter, sliding_logits
 from beitv2_fast.downstream.segmentation.head import resize
 from beitv2_fast.downstream.segmentation.masks import IGNORED, find_masks, label_table
 from beitv2_fast.downstream.segmentation.overlays import GAP, overlay, picture, write_overlays
@@ -131,7 +131,7 @@ SLIDE = Slide(16, 11, 20)
 def test_the_scores_are_torchmetrics_and_those_by_hand(tmp_path):
     torchmetrics = importlib.import_module("torchmetrics.classification")
     data, model = folder(tmp_path), Brightest()
-    scores = evaluate(model, data, CLASSES, SLIDE, ONE, keep=range(len(data)))
+    scores = evaluate_segmenter(model, data, CLASSES, SLIDE, ONE, keep=range(len(data)))
     shown = [data.__getitems__([(0, i)]) for i in range(len(data))]
     truth = torch.cat([x["mask"].flatten() for x in shown]).long()
     found = torch.cat([scores.predictions[i].flatten() for i in range(len(data))]).long()
@@ -162,9 +162,9 @@ def test_every_rank_runs_as_many_forwards_and_together_they_see_every_image_once
     data, models = folder(tmp_path), [Brightest(), Brightest()]
     slide = Slide(16, 11, 20, batch=2)
     monkeypatch.setattr(World, "sum", lambda self, x: x)
-    parts = [evaluate(m, data, CLASSES, slide, World(rank, 2, ONE.device)) for rank, m in enumerate(models)]
+    parts = [evaluate_segmenter(m, data, CLASSES, slide, World(rank, 2, ONE.device)) for rank, m in enumerate(models)]
     assert len(models[0].sizes) == len(models[1].sizes)
-    alone = evaluate(Brightest(), data, CLASSES, slide, ONE)
+    alone = evaluate_segmenter(Brightest(), data, CLASSES, slide, ONE)
     assert torch.equal(parts[0].confusion + parts[1].confusion, alone.confusion)
 
 
@@ -176,7 +176,7 @@ def test_the_model_is_in_eval_mode_meanwhile_and_the_caller_hears_of_every_image
             return super().forward(x)
 
     heard, model = [], Watched()
-    evaluate(model, folder(tmp_path), CLASSES, SLIDE, ONE, progress=lambda: heard.append(1))
+    evaluate_segmenter(model, folder(tmp_path), CLASSES, SLIDE, ONE, progress=lambda: heard.append(1))
     assert model.training and len(heard) == 5
 
 
@@ -213,4 +213,4 @@ def test_evaluating_without_torchmetrics_names_the_extra(tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluation, "require", missing)
     with pytest.raises(ImportError, match=r"torchmetrics.* segment"):
-        evaluate(Brightest(), folder(tmp_path), CLASSES, SLIDE, ONE)
+        evaluate_segmenter(Brightest(), folder(tmp_path), CLASSES, SLIDE, ONE)

@@ -9,11 +9,10 @@ from torch import nn
 from beitv2_fast.distributed import World
 from beitv2_fast.downstream.segmentation.head import FCNHead, UPerNetHead, across_ranks
 from beitv2_fast.downstream.segmentation.model import Segmenter, SegmenterConfig, pyramid_layers
-from beitv2_fast.downstream.segmentation.training import load_backbone
 from beitv2_fast.errors import CheckpointError
 from beitv2_fast.models.vit import ViTConfig
 from beitv2_fast.training.optim import parameter_groups
-from beitv2_fast.weights.start import to_classifier
+from beitv2_fast.weights.start import start_from
 
 from ..support.weights import DIM, assert_same_state, classifier, images, randomise, student, vit
 
@@ -138,9 +137,9 @@ def test_blocks_learn_by_layer_decay_and_the_heads_at_the_full_rate():
 
 @pytest.mark.parametrize("start", (student, classifier))
 def test_a_backbone_is_loaded_whole_with_positions_of_the_new_size(start):
-    state = to_classifier(start().state_dict())
+    state = start().state_dict()
     model = segmenter(image_size=64)
-    new = load_backbone(model, state, "here")
+    new = start_from(model, state, "here")
     assert {name.split(".")[0] for name in new} == {"fpn1", "fpn2", "decode_head", "auxiliary_head"}
     assert torch.equal(model.blocks[2].mlp.fc1.weight, state["blocks.2.mlp.fc1.weight"])
     assert len(model.blocks[0].attn.relative_position_bias_table) == 7 * 7 + 3
@@ -148,18 +147,18 @@ def test_a_backbone_is_loaded_whole_with_positions_of_the_new_size(start):
 
 def test_another_segmenters_heads_are_kept_but_for_last_layers_of_other_classes():
     state = segmenter().state_dict()
-    assert load_backbone(segmenter(), state, "here") == []
+    assert start_from(segmenter(), state, "here") == []
     model = segmenter(num_classes=9)
-    new = load_backbone(model, state, "here")
+    new = start_from(model, state, "here")
     assert {name.rpartition(".")[0] for name in new} == {"decode_head.conv_seg", "auxiliary_head.conv_seg"}
     assert torch.equal(model.decode_head.bottleneck.conv.weight, state["decode_head.bottleneck.conv.weight"])
 
 
 def test_a_backbone_with_missing_weights_is_refused():
-    state = to_classifier(student().state_dict())
+    state = student().state_dict()
     del state["blocks.1.norm1.weight"]
     with pytest.raises(CheckpointError, match=r"missing: blocks\.1\.norm1\.weight"):
-        load_backbone(segmenter(), state, "here")
+        start_from(segmenter(), state, "here")
 
 
 def test_on_several_gpus_torchs_own_batch_norm_takes_the_same_weights():

@@ -21,8 +21,8 @@ from beitv2_fast.downstream.probes import features as probe_features
 from beitv2_fast.training import launch, loop
 from beitv2_fast.training.optim import TorchBackend, parameter_groups
 
-from ..downstream.test_segment import SMALL, write_scenes
 from ..quantize.test_quantizer_gpu import EMA, RULES
+from ..support.downstream import SMALL, write_scenes
 from ..support.model_cases import CASES
 from ..support.pretend_gpu import GPU, Placing, pretend_gpu
 from ..support.training import MODULES, call, last_weights
@@ -179,7 +179,7 @@ def test_a_probe_reads_its_features_on_the_device(runs, gpu, backbone):
 
 
 def test_a_folder_is_encoded_and_a_tokenizer_judged_on_the_device(runs, gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "_devices", lambda device: [GPU])
+    monkeypatch.setattr(encode, "devices_of", lambda device: [GPU])
     config = EncodeConfig(runs / "tokenizer", tmp_path / "codes.npz", batch_size=5, precision="fp32", workers=0)
     assert encode_folder(runs / "images", config) == (12, [])
     assert np.load(tmp_path / "codes.npz")["codes"].shape == (12, 4, 4)

@@ -1,4 +1,4 @@
-"""The report: self-contained, complete, and honest about what is missing; its sheet shows the patches of the code."""
+"""The report: self-contained, complete, and honest about what is missing."""
 
 from __future__ import annotations
 
@@ -17,14 +17,10 @@ from beitv2_fast.config.show import ReportConfig
 from beitv2_fast.config.training import PretrainConfig, TokenizerConfig
 from beitv2_fast.data.find import find_images, sample_images
 from beitv2_fast.errors import UserError
-from beitv2_fast.pictures import HIDDEN, code_colours, masked_picture, token_map
 from beitv2_fast.runs.logs import read_metrics
-from beitv2_fast.show.codes import CodeUsage, choose_codes, choose_patches
 from beitv2_fast.show.report import build_report
 from beitv2_fast.show.report.findings import gather
 from beitv2_fast.show.report.text import verdict
-from beitv2_fast.show.sheets import code_sheet, patch_picture
-from beitv2_fast.show.theme import LIGHT
 from beitv2_fast.weights.build import build_student, build_tokenizer
 
 from ..support.small_runs import SHAPE, TinyTeacher, write_images, write_run
@@ -35,7 +31,6 @@ SECTIONS = [
 PICTURES = [
     "tokenizer", "codebook", "token_maps", "similarity", "codes", "pretraining", "masks", "attention", "nearest",
 ]  # fmt: skip
-COLOURS = [(220, 40, 40), (40, 200, 60), (50, 70, 230), (230, 210, 40)]
 
 
 def tokenizer_line(step: int, **values: float) -> dict:
@@ -234,94 +229,8 @@ def test_a_tokenizer_that_the_student_did_not_learn_from_is_refused(runs, tmp_pa
         gather(config(runs, tmp_path / "report", tokenizer=tmp_path / "tokenizer"), torch.device("cpu"))
 
 
-def quartered(folder: Path, count: int) -> tuple:
-    """Images of 2x2 patches, each of one of four colours, wider than high; and the colours' numbers [count, 4]."""
-    generator = torch.Generator().manual_seed(1)
-    codes = torch.randint(0, len(COLOURS), (count, 4), generator=generator)
-    for i, image_codes in enumerate(codes.tolist()):
-        image = Image.new("RGB", (60, 40), "black")
-        for patch, code in enumerate(image_codes):
-            image.paste(
-                COLOURS[code], [10 + patch % 2 * 20, patch // 2 * 20, 30 + patch % 2 * 20, 20 + patch // 2 * 20]
-            )
-        image.save(folder / f"{i:02d}.png")
-    return find_images(folder), codes
-
-
-def framed_centre(side: int, patch: int) -> tuple[int, int]:
-    """Where the patch is in its picture: there is room for half a patch left and right of it, not above and below."""
-    return side // 2, side // 4 + patch // 2 * side // 2
-
-
-def test_a_framed_patch_is_the_patch(tmp_path):
-    images, codes = quartered(tmp_path, 1)
-    for patch, code in enumerate(codes[0].tolist()):
-        picture = patch_picture(Image.open(tmp_path / images.paths[0]), (2, 2), patch, 100, LIGHT)
-        assert picture.getpixel(framed_centre(100, patch)) == COLOURS[code]
-
-
-def test_a_row_of_the_sheet_shows_patches_of_its_code_alone(tmp_path, monkeypatch):
-    images, codes = quartered(tmp_path, 9)
-    usage = CodeUsage(torch.bincount(codes.flatten(), minlength=5))
-    drawn = []
-
-    def remember(photo, grid, patch, side, theme):
-        picture = patch_picture(photo, grid, patch, side, theme)
-        drawn.append(picture.getpixel(framed_centre(side, patch)))
-        return picture
-
-    monkeypatch.setattr("beitv2_fast.show.sheets.patch_picture", remember)
-    code_sheet(images, codes, (2, 2), usage, [2, 0], torch.rand(5, 3), LIGHT, 0.5, columns=3)
-    assert drawn == [COLOURS[2]] * 3 + [COLOURS[0]] * 3
-
-
-def test_patches_come_from_as_many_images_as_possible():
-    codes = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]])
-    assert {image for image, _ in choose_patches(codes, 1, 2, seed=3)} == {0, 1}
-    found = choose_patches(codes, 1, 99, seed=3)
-    assert sorted(found) == [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2)]
-    assert choose_patches(codes, 7, 4, seed=3) == []
-
-
-def test_the_sheet_has_the_most_frequent_codes_and_a_spread_of_the_others():
-    usage = CodeUsage(torch.arange(20).flip(0))  # code 0 most frequent, code 19 not used
-    rows, top = choose_codes(usage, 6)
-    assert (rows[:3], top) == ([0, 1, 2], 3)
-    assert rows[3:] == sorted(rows[3:]) and rows[3] > 4 and 12 < rows[-1] < 19
-    assert choose_codes(usage, 50) == (list(range(19)), 19)
-
-
-def test_usage_numbers_of_a_known_distribution():
-    usage = CodeUsage(torch.tensor([50, 25, 25, 0]))
-    assert usage.used == 3 and usage.ranking.tolist() == [0, 1, 2, 3]
-    assert usage.perplexity == pytest.approx(2**1.5) and (usage.covering(0.5), usage.covering(0.9)) == (1, 3)
-
-
 def test_a_sample_shows_every_class(runs):
     images = find_images(runs / "data", "train")
     chosen = sample_images(images, 4, seed=0)
     assert sorted(images.labels[i] for i in chosen) == [0, 0, 1, 1]
     assert sample_images(images, 100, seed=0) == list(range(8))
-
-
-def test_near_codes_have_near_colours():
-    angles = torch.cat([torch.linspace(0, 0.2, 8), torch.linspace(3, 3.2, 8)])
-    codebook = torch.stack([angles.cos(), angles.sin(), torch.zeros(16)], dim=1)
-    colours = code_colours(codebook, torch.ones(16, dtype=torch.int64))
-    assert colours.shape == (16, 3) and colours.min() >= 0 and colours.max() <= 1
-    within, between = (colours[0] - colours[1]).norm(), (colours[:8].mean(0) - colours[8:].mean(0)).norm()
-    assert within < between / 2
-
-
-def test_a_token_map_has_the_colour_of_each_code():
-    colours = torch.rand(4, 3)
-    picture = token_map(torch.tensor([[3, 1]]), 2, colours)
-    assert picture.shape == (3, 2, 4) and torch.equal(picture[:, 0, 0], colours[3])
-    assert torch.equal(picture[:, 1, 3], colours[1])
-
-
-def test_a_masked_picture_hides_the_masked_patches_alone():
-    image = torch.rand(3, 4, 4)
-    picture = masked_picture(image, torch.tensor([[True, False], [False, False]]))
-    assert torch.equal(picture[:, 0, 1], torch.tensor(HIDDEN)) and torch.equal(picture[:, 2:], image[:, 2:])
-    assert torch.equal(picture[:, :2, 2:], image[:, :2, 2:])

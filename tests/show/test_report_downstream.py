@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 
 from beitv2_fast.config.downstream import FinetuneConfig
 from beitv2_fast.config.options import to_json
-from beitv2_fast.show.report.downstream import body, panels, pictures_of, probe_details, read_downstream
+from beitv2_fast.show.report.downstream import body, curve_pictures, panels, probe_details, read_downstream
 from beitv2_fast.show.sheets import GAP, overlay_sheet
 
 from .test_report import report, runs  # noqa: F401
@@ -79,7 +79,7 @@ def test_evaluations_on_other_sets_and_segmentations_have_their_tables(tmp_path)
     found = [read_downstream(run) for run in (evaluated(tmp_path / "robust"), segmented(tmp_path / "segment"))]
     html = "".join(body(found, lambda name, caption: []))
     assert all(text in html for text in ("imagenet-a, weights", "50.00%", "75.00%", "7,500", "mIoU", "53.10%"))
-    assert not any(p.curves for _, panels in pictures_of(found).values() for p in panels)
+    assert not any(p.curves for _, panels in curve_pictures(found).values() for p in panels)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from PIL import Image
 from beitv2_fast import teachers
 from beitv2_fast.data.check import check_images
 from beitv2_fast.data.find import find_images
-from beitv2_fast.data.images import ImageFolder
+from beitv2_fast.data.images import ImageFolder, ImageList
 from beitv2_fast.data.loaders import train_loader
 from beitv2_fast.data.views import TokenizerView
 from beitv2_fast.distributed import World
@@ -56,7 +56,7 @@ def dataset(tmp_path: Path) -> ImageFolder:
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_features, "IMAGES_A_FILE", 3)
+    monkeypatch.setattr(teacher_features, "IMAGES_PER_FILE", 3)
 
 
 def features(folder: Path, dataset: ImageFolder, network: Teacher, **identity: object) -> TeacherFeatures:
@@ -159,8 +159,10 @@ def test_an_image_that_was_replaced_under_its_name_is_seen_by_the_teacher(datase
 
 def test_bytes_of_unchanged_images_are_read_once(dataset, tmp_path, monkeypatch):
     features(tmp_path, dataset, Teacher())
-    monkeypatch.setattr(teacher_features, "_hash_files", lambda images, first: pytest.fail(f"{first} was read again"))
+    read, whole = [], ImageList.read
+    monkeypatch.setattr(ImageList, "read", lambda self, index: read.append(index) or whole(self, index))
     features(tmp_path, dataset, Teacher())
+    assert read == [0]  # for the crop that stands for the code before the teacher
 
 
 @pytest.mark.parametrize("damage", ["cut", "longer", "empty", "header", "other_shape", "pickle"])

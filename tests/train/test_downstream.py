@@ -14,8 +14,7 @@ from beitv2_fast.train.experiments import ablate, downstream
 from beitv2_fast.train.experiments.runner import Outcome, Step, record_file
 from beitv2_fast.train.experiments.stages import SmallScale, flags
 
-from ..downstream.test_finetune import write_colours
-from ..downstream.test_segment import write_scenes
+from ..support.downstream import write_colours, write_scenes
 from ..support.training import MODULES, call
 
 TINY = SmallScale(

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from beitv2_fast.cli.encode import EncodeConfig, encode_folder
 from beitv2_fast.train import pretrain as pretrain_command
 
-from ..downstream.test_finetune import write_colours
-from ..downstream.test_segment import SMALL, write_scenes
+from ..support.downstream import SMALL, write_colours, write_scenes
 from ..support.gpu import DRY, HERE, cuda_only, deterministic, distance
 from ..support.training import (
     ENVIRONMENT,

@@ -11,7 +11,7 @@ from beitv2_fast.models.vit import SIZES, normalise
 from beitv2_fast.weights import convert, detect, kind_of
 from beitv2_fast.weights.names import FORMATS
 from beitv2_fast.weights.shapes import describe
-from beitv2_fast.weights.start import start_classifier, to_classifier
+from beitv2_fast.weights.start import start_from
 
 from ..support.golden import load, needs_golden, under
 from ..support.weights import POSITIONS, assert_same_state, classifier, student, tokenizer, vit
@@ -137,11 +137,6 @@ def test_an_index_of_another_grid_is_refused():
         convert(state, "beitv2_fast")
 
 
-def test_names_under_module_are_read():
-    state = classifier().state_dict()
-    assert_same_state(convert({f"module.{name}": v for name, v in state.items()}, "beitv2_fast"), state)
-
-
 def test_keys_with_a_bias_of_zeros_are_read_and_others_refused():
     state = classifier().state_dict()
     theirs = convert(state, "transformers")
@@ -169,17 +164,9 @@ def test_heads_that_no_shape_tells_are_asked_for():
         describe(tokenizer().state_dict())
 
 
-def test_fine_tuning_starts_with_the_shared_table_in_every_layer():
-    state = student().state_dict()
-    start = to_classifier(state)
-    for layer in range(3):
-        name = "rel_pos_bias.relative_position_bias_table"
-        assert torch.equal(start[f"blocks.{layer}.attn.relative_position_bias_table"], state[name])
-
-
 def test_fine_tuning_starts_with_the_backbones_features():
     model, start = student(), Classifier(ClassifierConfig(vit("relative"), 5))
-    new = start_classifier(start, model.state_dict(), "FILE")
+    new = start_from(start, model.state_dict(), "FILE")
     assert new == ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"]
     x = torch.randn(2, 3, 48, 48)
     torch.testing.assert_close(start.eval().forward_tokens(x), model.forward_tokens(x), rtol=1e-5, atol=1e-5)
@@ -187,15 +174,22 @@ def test_fine_tuning_starts_with_the_backbones_features():
 
 def test_the_tokenizers_encoder_keeps_its_norm_and_sees_the_same_in_normalised_images():
     model, start = tokenizer(), Classifier(ClassifierConfig(vit("absolute", 0.0), 5))
-    assert start_classifier(start, model.state_dict(), "FILE") == ["head.weight", "head.bias"]
+    assert start_from(start, model.state_dict(), "FILE") == ["head.weight", "head.bias"]
     x = torch.rand(2, 3, 48, 48)
     tokens = start.eval().forward_tokens(normalise(x))
     torch.testing.assert_close(tokens, model.encoder.forward_tokens(2 * x - 1), rtol=1e-4, atol=1e-4)
 
 
+def test_a_classifier_with_one_table_for_all_layers_starts_one_with_a_table_in_every_layer():
+    model, start = classifier("shared_relative"), Classifier(ClassifierConfig(vit("relative"), 7))
+    assert start_from(start, model.state_dict(), "FILE") == []
+    x = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(start.eval()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_a_head_for_other_classes_is_new_and_the_rest_loaded():
     model, start = classifier(num_classes=7), Classifier(ClassifierConfig(vit("relative"), 5))
-    assert start_classifier(start, model.state_dict(), "FILE") == ["head.weight", "head.bias"]
+    assert start_from(start, model.state_dict(), "FILE") == ["head.weight", "head.bias"]
     assert torch.equal(start.fc_norm.weight, model.fc_norm.weight)
 
 

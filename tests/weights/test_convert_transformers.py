@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -24,6 +26,14 @@ def beit(cls, position: str, **values):
         use_shared_relative_position_bias=position == "shared_relative", **values,
     )  # fmt: skip
     return randomised(cls(config))
+
+
+def read_by_transformers(cls, ours: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    """Their model from a folder that ``write`` made, every entry of which it has loaded."""
+    write(folder, convert(ours.state_dict(), "transformers"), "transformers", ours.config)
+    theirs, report = cls.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    return theirs.eval()
 
 
 @pytest.mark.parametrize("position", ("relative", "shared_relative", "absolute"))
@@ -49,25 +59,17 @@ def test_transformers_own_masked_image_model_gives_its_logits_here():
 @torch.no_grad()
 def test_a_folder_for_transformers_gives_the_classifiers_logits(tmp_path, position):
     ours = classifier(position)
-    write(tmp_path / "model", convert(ours.state_dict(), "transformers"), "transformers", ours.config)
-    theirs, report = transformers.BeitForImageClassification.from_pretrained(
-        tmp_path / "model", output_loading_info=True
-    )
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    torch.testing.assert_close(theirs.eval()(images()).logits, ours(images()), **TOLERANCE)
+    theirs = read_by_transformers(transformers.BeitForImageClassification, ours, tmp_path / "model")
+    torch.testing.assert_close(theirs(images()).logits, ours(images()), **TOLERANCE)
 
 
 @pytest.mark.parametrize("position", ("shared_relative", "relative", "absolute"))
 @torch.no_grad()
 def test_a_folder_for_transformers_gives_the_students_features_and_logits(tmp_path, position):
     ours = student(position)
-    write(tmp_path / "model", convert(ours.state_dict(), "transformers"), "transformers", ours.config)
-    theirs, report = transformers.BeitForMaskedImageModeling.from_pretrained(
-        tmp_path / "model", output_loading_info=True
-    )
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    theirs = read_by_transformers(transformers.BeitForMaskedImageModeling, ours, tmp_path / "model")
     mask = torch.arange(9).repeat(3, 1) % 2 == 0
-    found = theirs.eval()(images(), bool_masked_pos=mask).logits
+    found = theirs(images(), bool_masked_pos=mask).logits
     torch.testing.assert_close(found, ours.predict(images(), mask)[0], **TOLERANCE)
     features = theirs.beit(images()).last_hidden_state
     torch.testing.assert_close(features, ours.encode(images())[0], **TOLERANCE)

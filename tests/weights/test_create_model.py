@@ -185,23 +185,6 @@ def test_a_classifier_of_another_image_size_starts_from_a_student(tmp_path):
     assert len(tables) == 1 and len(large.blocks[0].attn.relative_position_bias_table) == 9**2 + 3
 
 
-class Harmful:
-    """Unpickling it would write a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
-    torch.save({"model": student().state_dict(), "args": Harmful(tmp_path / "proof")}, tmp_path / "weights.pth")
-    with pytest.raises(CheckpointError, match="no PyTorch file of plain tensors"):
-        create_model("tiny", checkpoint=tmp_path / "weights.pth")
-    assert not (tmp_path / "proof").exists()
-
-
 def test_a_checkpoint_with_the_options_of_the_references_training_is_read(tmp_path):
     state = student().state_dict()
     options = argparse.Namespace(batch_size=64, output_dir="out")

@@ -18,7 +18,7 @@ from ...models.tokenizer import Tokenizer
 from ...runs.checkpoints import latest_weights
 from ...runs.folder import CONFIG, read_config
 from ...teachers import TAUGHT_BY, create_teacher
-from .features import KINDS, feature_names, global_features
+from .features import POOLED, feature_names, global_features
 
 TITLES = {Student: "pre-trained", Tokenizer: "VQ-KD encoder", Classifier: "fine-tuned"}
 Run = tuple[nn.Module, object]  # what ``load_run_model`` gives
@@ -68,14 +68,14 @@ def teacher(tokenizer: Path, device: torch.device) -> Backbone:
     return Backbone(
         f"teacher ({stored.teacher})",
         stored.teacher_image_size or stored.image_size,
-        [KINDS["mean"]],
+        [POOLED["mean"]],
         lambda images: network(images, grid).mean(1)[:, None],
         f"{stored.teacher}/{stored.teacher_weights}/{grid}",
     )
 
 
 def labels_seen(config: ProbeConfig, run: Run) -> str:
-    """What is to be said beside the numbers: whether a label was in the trainings behind them."""
+    """A remark for the report: whether labels were used in the trainings behind the numbers."""
     model, stored = run
     if isinstance(model, Classifier) and config.backbone == "trained":
         return "The backbone was fine-tuned with labels."

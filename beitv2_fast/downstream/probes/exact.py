@@ -15,7 +15,7 @@ VALIDATION_SHARE = 0.2
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Balanced accuracies on the test images, one a seed."""
+    """Balanced accuracies on the test images, one per seed."""
 
     features: str
     runs: list[float]
@@ -42,7 +42,7 @@ def fit_linear(x: Tensor, labels: Tensor, num_classes: int, l2: float) -> Callab
     """Multinomial logistic regression on standardised features, classes weighted equally, by L-BFGS.
 
     Args:
-        x: [N, F]. labels: [N] int64. l2: weight of ``||W||^2 / 2`` beside the mean cross entropy.
+        x: [N, F]. labels: [N] int64. l2: weight of ``||W||^2 / 2``, which is added to the mean cross entropy.
 
     Returns:
         a function from features [M, F] to scores [M, num_classes].
@@ -73,7 +73,7 @@ FEW_SHOT_L2 = 0.1  # there are too few images to choose it on
 def few_shot(
     train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, shots: int, seeds: Iterable[int]
 ) -> list[float]:
-    """Balanced accuracies on test of linear classifiers that have seen ``shots`` images a class, others for each seed.
+    """Balanced accuracies on test of linear classifiers that saw ``shots`` images per class, other ones for each seed.
 
     A class with fewer images gives all of them.
 
@@ -96,10 +96,10 @@ def linear_probe(
     test_labels: Tensor,
     seeds: Iterable[int],
 ) -> ProbeResult:
-    """Balanced accuracy on the test images, once a seed.
+    """Balanced accuracy on the test images, once per seed.
 
     A seed splits the training images into 80 % to fit and 20 % to choose the L2 penalty; the classifier is then fitted
-    again on all of them. Test labels are used for the final number alone.
+    again on all of them. Test labels are used only for the final number.
 
     Args:
         features: seed -> (train [N, F], test [M, F]); it may differ by seed, as for an untrained network.

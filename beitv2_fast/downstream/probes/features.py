@@ -1,4 +1,4 @@
-"""The features that the probes read: computed once for every image, kept beside the run, shared by all probes."""
+"""The features that the probes read: computed once per image, kept with the run, shared by all probes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ...models.tokenizer import Tokenizer
 from ...runs.checkpoints import read_weights, save_weights
 from ...runs.files import atomically
 
-KINDS = {"cls": "CLS token", "mean": "mean of patches"}  # of the whole model, in the order of ``global_features``
-Features = dict[str, Tensor]  # by split
+POOLED = {"cls": "CLS token", "mean": "mean of patches"}  # of the whole model, in the order of ``global_features``
+SplitFeatures = dict[str, Tensor]  # by split
 
 
 def global_features(model: Student | Classifier | Tokenizer, layers: Sequence[int] = ()) -> Callable[[Tensor], Tensor]:
     """Images [B, 3, H, W] in [0, 1] -> global features [B, 2 + 2 layers, C].
 
-    First the CLS token and the mean of the patches that ``models.features`` gives, in the order of ``KINDS``: of a
+    First the CLS token and the mean of the patches that ``models.features`` gives, in the order of ``POOLED``: of a
     student the CLS token of the aggregation branch and the last layer's patches, both normed. Then for each block
     (counted from 1) its CLS token and the mean of its patches as they are. One forward gives them all.
     """
@@ -55,13 +55,13 @@ def global_features(model: Student | Classifier | Tokenizer, layers: Sequence[in
 
 def feature_names(layers: Sequence[int]) -> list[str]:
     """Of the columns of ``global_features``."""
-    return [*KINDS.values(), *(f"{title}, block {layer}" for layer in layers for title in KINDS.values())]
+    return [*POOLED.values(), *(f"{title}, block {layer}" for layer in layers for title in POOLED.values())]
 
 
 class Extractor:
     """Runs a feature function over all splits. What it made lies in the run folder, so a stopped probe goes on there.
 
-    The ranks share the images; rank 0 gets the features of all of them, which it alone writes and fits classifiers to.
+    The ranks share the images; rank 0 gets the features of all of them, writes them and fits classifiers to them.
 
     Args:
         splits: the images. folder: for the files.
@@ -72,7 +72,7 @@ class Extractor:
         self.device, self.batch_size, self.workers = world.device, batch_size, workers
 
     @torch.inference_mode()
-    def __call__(self, name: str, size: int, function: Callable[[Tensor], Tensor], key: str = "") -> Features:
+    def __call__(self, name: str, size: int, function: Callable[[Tensor], Tensor], key: str = "") -> SplitFeatures:
         """Features [N, ...] on the CPU by split, on rank 0; on the others nothing.
 
         Args:

@@ -118,7 +118,7 @@ def sweep(
     """Top-1 and top-5 on test of a linear classifier of each feature.
 
     The learning rate of a feature is the best on a fifth of the training images, held out; its classifier is then
-    fitted on all of them. Test labels are used for the final numbers alone.
+    fitted on all of them. Test labels are used only for the final numbers.
 
     Args:
         names: of the F features. train, test: (features [N, F, C], labels [N] int64).

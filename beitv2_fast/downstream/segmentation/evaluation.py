@@ -26,7 +26,7 @@ class Slide:
 
     Attributes:
         window: side of what the model reads. stride: from one window to the next. base_size: the image's shorter side
-            at scale 1. scales, flip: of which the mean of the probabilities is taken. batch: windows a forward.
+            at scale 1. scales, flip: of which the mean of the probabilities is taken. batch: windows per forward.
     """
 
     window: int
@@ -119,7 +119,7 @@ class Scores:
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_segmenter(
     model: nn.Module,
     folder: SegmentationFolder,
     num_classes: int,

@@ -80,7 +80,7 @@ class FCNHead(nn.Module):
 class BatchNorm(nn.BatchNorm2d):
     """Batch norm whose statistics are those of the images of all ranks, with any backend of torch.distributed.
 
-    torch's nn.SyncBatchNorm is for GPUs alone; ``across_ranks`` puts it in place there.
+    torch's nn.SyncBatchNorm is only for GPUs; ``across_ranks`` puts it in place there.
     """
 
     def forward(self, x: Tensor) -> Tensor:

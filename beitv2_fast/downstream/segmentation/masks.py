@@ -10,17 +10,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...data.check import LISTED_REJECTIONS
 from ...data.find import split_folder, splits_in
 from ...data.images import EXIF_ORIENTATION, ImageList
 from ...data.names import IMAGE_SUFFIXES, is_left_over
-from ...errors import DataError, require
+from ...errors import DataError, first_few, first_lines, require
 from ...runs.files import write_atomically
 
 IGNORED = 255  # the label that counts for nothing
 BEYOND = 254  # the label that no class has, which --label-values gives to what it does not name
 MASK_FOLDERS = ("masks", "annotations", "labels")
-LABELS = ("L", "P", "1")  # PIL's modes whose pixels are labels
+LABEL_MODES = ("L", "P", "1")  # PIL's modes whose pixels are labels
 LOSSY = ("JPEG", "JPEG2000")  # PIL's formats that do not keep labels
 MOST_LABELS = 64  # in one mask: more are shades of a picture that was resized, smoothed or compressed
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -99,8 +98,8 @@ class MaskList:
         if wrong:
             raise DataError(
                 f"{len(wrong)} of {len(self)} masks in {self.root} have labels beyond the {num_classes} classes:\n"
-                f"{_listed(wrong)}\nGive --num-classes as many as there are, or with --label-values those that are "
-                "classes, name labels that count for nothing with --ignore-labels, or mend the masks."
+                f"{first_lines(wrong)}\nGive --num-classes as many as there are, or with --label-values those that are "
+                "classes, name labels that count for nothing with --ignore-labels, or correct the masks."
             )
 
     def doubt(self, table: np.ndarray, num_classes: int) -> str | None:
@@ -109,21 +108,21 @@ class MaskList:
         counting = {int(table[label]) for label in used} - {IGNORED}
         if 2 * len(counting) >= num_classes:
             return None
+        some = first_few(used, between=" ")
         return (
-            f"the masks in {self.root} have labels of {len(counting)} of {num_classes} classes: {_some(used)}. If "
-            "these are no numbers of classes, say which label is class 0, which class 1, ...: --label-values "
-            f"{_some(used)}"
+            f"the masks in {self.root} have labels of {len(counting)} of {num_classes} classes: {some}. If these are "
+            f"no numbers of classes, say which label is class 0, which class 1, ...: --label-values {some}"
         )
 
     def check_foreground(self, table: np.ndarray) -> None:
         """DataError if only one class is left because 255 counts for nothing, as in masks that are black and white."""
-        used = {label for labels in self.labels for label in labels}
+        used = sorted({label for labels in self.labels for label in labels})
         counting = {int(table[label]) for label in used} - {IGNORED}
         if IGNORED in used and table[IGNORED] == IGNORED and len(counting) < 2:
             raise DataError(
-                f"The masks in {self.root} have the labels {_some(sorted(used))}, of which 255 counts for nothing, so "
-                f"that {len(counting)} is left to learn. If 255 is a class, as in black and white masks, give "
-                "--label-values 0 255: black is class 0, white is class 1."
+                f"The masks in {self.root} have the labels {first_few(used, between=' ')}, of which 255 counts for "
+                f"nothing, so that {len(counting)} is left to learn. If 255 is a class, as in black and white masks, "
+                "give --label-values 0 255: black is class 0, white is class 1."
             )
 
 
@@ -151,7 +150,7 @@ def open_mask(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         if image.format in LOSSY:
             raise ValueError(f"a {image.format} picture, which does not keep labels as they were; save them as PNG")
-        if image.mode in LABELS:
+        if image.mode in LABEL_MODES:
             return np.array(image, dtype=np.uint8)
         if image.mode.startswith("I"):
             labels = np.array(image)
@@ -187,7 +186,7 @@ def find_masks(images: ImageList, folder: Path, cache: Path | None, workers: int
     if wrong:
         raise DataError(
             f"{len(wrong)} of {len(images)} images in {images.root} have no mask in {folder} that fits:\n"
-            f"{_listed(wrong)}\nMend or remove these, or name another folder."
+            f"{first_lines(wrong)}\nMend or remove these, or name another folder."
         )
     paths = [path for (path,) in named]
     entries = dict(zip(paths, found, strict=True))
@@ -197,7 +196,7 @@ def find_masks(images: ImageList, folder: Path, cache: Path | None, workers: int
 
 
 def _lossless(paths: list[str]) -> list[str]:
-    """Without the JPEG files beside others, which show the masks."""
+    """Without JPEG files that only show a mask of another format."""
     return [path for path in paths if not path.lower().endswith((".jpg", ".jpeg"))] or paths
 
 
@@ -227,24 +226,15 @@ def _check(images: ImageList, index: int, folder: Path, named: list[str], known:
     if len(entry["labels"]) > MOST_LABELS:
         return {
             "problem": f"the mask {path} has {len(entry['labels'])} labels: shades of a picture that was smoothed, "
-            "resized or compressed. Make it anew, resized to nearest labels and saved as PNG"
+            "resized or compressed. Make it again, resized with nearest-neighbor interpolation and saved as PNG"
         }
     return entry
 
 
 def _upright_size(path: Path) -> list[int]:
-    with Image.open(path) as image:  # reads the header alone
+    with Image.open(path) as image:  # reads only the header
         width, height = image.size
         return [height, width] if image.getexif().get(EXIF_ORIENTATION, 1) in TURNED else [width, height]
-
-
-def _some(labels: list[int]) -> str:
-    return " ".join(map(str, labels[:8])) + (" ..." if len(labels) > 8 else "")
-
-
-def _listed(lines: list[str]) -> str:
-    more = [f"  ... and {len(lines) - LISTED_REJECTIONS} more"] if len(lines) > LISTED_REJECTIONS else []
-    return "\n".join([f"  {line}" for line in lines[:LISTED_REJECTIONS]] + more)
 
 
 def _read_cache(cache: Path | None, folder: Path) -> dict[str, dict]:

@@ -42,7 +42,7 @@ class Segmenter(ViT):
     """Images [B, 3, S, S], normalised -> logits [B, classes, S/4, S/4] (with patches of 16 or 8 pixels), and those of
     the auxiliary head, [B, classes, S/16, S/16].
 
-    The latter in evaluation too, where they cost half a percent and nobody needs them: ZeRO 3 fetches weights ahead in
+    The latter in evaluation too, where they are not needed and cost half a percent: ZeRO 3 fetches weights ahead in
     the order of the training's forward, and those that were not used then could not be saved.
     """
 
@@ -50,7 +50,7 @@ class Segmenter(ViT):
         super().__init__(config.vit)
         self.config = config
         self.layers = config.layers or pyramid_layers(config.vit.depth)
-        init_weights(self, config.vit.init_std)  # of the ViT alone: the heads bring their own
+        init_weights(self, config.vit.init_std)  # of the ViT only: the heads bring their own
         for i, block in enumerate(self.blocks):
             rescale_outputs(block, i + 1)
         dim = config.vit.dim

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,33 +11,25 @@ from torch import Tensor, nn
 from ...config.downstream import SegmentConfig
 from ...distributed import World, autocast_dtype
 from ...errors import UserError
-from ...models.positions import resize_positions
+from ...models.vit import ViTConfig
 from ...runs.checkpoints import latest_weights, load_model, read_weights
-from ...runs.files import write_atomically
 from ...runs.folder import RunFolder, read_config, stored_config
 from ...training.images import checked_images
-from ...weights.build import vit_config
+from ...weights.build import same_options, trained_vit, vit_config
 from ...weights.files import read
-from ...weights.start import describe_new, to_classifier
-from ..classification import POSITION, SHAPE
-from .evaluation import Slide, evaluate
+from ...weights.shapes import describe_backbone
+from ...weights.start import SHAPE, check_shape, describe_new, start_config, start_from
+from .evaluation import Slide, evaluate_segmenter
 from .masks import MaskList, find_masks, label_table, training_folders
 from .model import Segmenter, SegmenterConfig
 from .overlays import write_overlays
 from .views import SegmentationFolder, TrainView
 
-HEADS = ("fpn1.", "fpn2.", "fpn3.", "fpn4.", "decode_head.", "auxiliary_head.")
-LEFT_BEHIND = ("fc_norm.", "head.")  # of a classifier or a tokenizer's encoder
-LAST_LAYERS = ("decode_head.conv_seg.", "auxiliary_head.conv_seg.")
 
-
-def segmenter_config(config: SegmentConfig, num_classes: int, **vit: object) -> SegmenterConfig:
-    own = {name: getattr(config, name) for name in ("layers", "channels", "auxiliary_channels", "dropout")}
+def segmenter_config(config: SegmentConfig, vit: ViTConfig, num_classes: int) -> SegmenterConfig:
     try:
-        return SegmenterConfig(vit_config(config, **vit), num_classes, **own)
+        return SegmenterConfig(**{**same_options(config, SegmenterConfig), "vit": vit, "num_classes": num_classes})
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{error}. Change --layers or --depth.") from error
 
 
@@ -53,46 +44,17 @@ def start_segmenter(config: SegmentConfig, num_classes: int, say: Callable[[str]
     """
     if config.from_scratch:
         say("random weights")
-        return Segmenter(segmenter_config(config, num_classes, position="relative"))
+        return Segmenter(segmenter_config(config, vit_config(config, position="relative"), num_classes))
     if is_segmentation(config.weights):
-        stored = read_config(SegmentConfig, config.weights)
-        state = read_weights(latest_weights(config.weights))
-        wrong = [n for n in (*SHAPE, "channels", "auxiliary_channels") if getattr(stored, n) != getattr(config, n)]
-        _check_shape(config, {n: getattr(stored, n) for n in wrong})
-        position = "absolute" if "pos_embed" in state else "relative"
-        scale = config.layer_scale or 0.1 if "blocks.0.gamma_1" in state else 0.0
-        shape = {"position": position, "layer_scale": scale}
+        stored, backbone, state = _read_segmentation(config.weights)
+        check_shape(config, stored, (*SHAPE, "channels", "auxiliary_channels"))
     else:
         loaded = read(config.weights)
-        backbone = loaded.backbone(heads=config.heads)
-        _check_shape(config, {n: getattr(backbone, n) for n in SHAPE if getattr(backbone, n) != getattr(config, n)})
-        own = ("image_size", "drop_path", "attention", "checkpointing", "init_std")
-        shape = {name: value for name, value in dataclasses.asdict(backbone).items() if name not in own}
-        shape["position"] = POSITION.get(backbone.position, backbone.position)
-        state = to_classifier(loaded.ours)
-    model = Segmenter(segmenter_config(config, num_classes, **shape))
-    new = load_backbone(model, state, str(config.weights))
+        backbone, state = loaded.backbone(heads=config.heads), loaded.ours
+    model = Segmenter(segmenter_config(config, start_config(config, backbone), num_classes))
+    new = start_from(model, state, str(config.weights))
     say(f"weights from {config.weights}; {describe_new(new)}")
     return model
-
-
-def load_backbone(model: Segmenter, state: dict[str, Tensor], source: str) -> list[str]:
-    """Load what a classifier's or segmenter's weights have for a segmenter; positions are resized to its image size.
-
-    Returns:
-        the names of the parameters that keep their initial values: those of the heads, or of their last layers.
-
-    Raises:
-        CheckpointError: anything else is missing, unexpected or of another shape.
-    """
-    own = model.state_dict()
-    state = {name: value for name, value in state.items() if not name.startswith(LEFT_BEHIND)}
-    state = resize_positions(state, model)
-    for name in [name for name in state if name.startswith(LAST_LAYERS) and state[name].shape != own[name].shape]:
-        del state[name]
-    new = [name for name in own if name.startswith(HEADS) and name not in state]
-    load_model(model, {**state, **{name: own[name] for name in new}}, source)
-    return new
 
 
 def is_segmentation(path: Path) -> bool:
@@ -100,27 +62,20 @@ def is_segmentation(path: Path) -> bool:
     return (path / "config.json").is_file() and stored_config(path)["stage"] == SegmentConfig.stage
 
 
-def _check_shape(config: SegmentConfig, wrong: dict[str, object]) -> None:
-    if wrong:
-        options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in wrong.items())
-        raise UserError(
-            f"{config.weights} has another shape than these options: give it as {options}, choose the --preset of that "
-            "size, or name other weights."
-        )
-
-
 def load_segmenter(run: Path) -> tuple[Segmenter, SegmentConfig]:
     """The model of a segmentation's run folder, from its newest checkpoint, in eval mode."""
     if not is_segmentation(run):
         raise UserError(f"{run} is no run folder of a segmentation. Name one that train/segment.py wrote.")
-    config, path = read_config(SegmentConfig, run), latest_weights(run)
-    state = read_weights(path)
-    scale = (config.layer_scale or 0.1) if "blocks.0.gamma_1" in state else 0.0
-    position = "absolute" if "pos_embed" in state else "relative"
+    config, backbone, state = _read_segmentation(run)
     num_classes = state["decode_head.conv_seg.weight"].shape[0]
-    model = Segmenter(segmenter_config(config, num_classes, position=position, layer_scale=scale))
-    load_model(model, state, str(path))
+    model = Segmenter(segmenter_config(config, trained_vit(config, backbone), num_classes))
+    load_model(model, state, str(latest_weights(run)))
     return model.eval(), config
+
+
+def _read_segmentation(run: Path) -> tuple[SegmentConfig, ViTConfig, dict[str, Tensor]]:
+    config, state = read_config(SegmentConfig, run), read_weights(latest_weights(run))
+    return config, describe_backbone(state, {"heads": config.heads}), state
 
 
 def checked_pairs(
@@ -132,10 +87,7 @@ def checked_pairs(
     def masks() -> MaskList:
         return find_masks(images, folders[1].resolve(), run.path / f"masks{name}.json", config.workers)
 
-    if world.rank == 0:
-        found = masks()
-    world.barrier()
-    return images, found if world.rank == 0 else masks()
+    return images, world.rank_0_first(masks)
 
 
 def training_folder(config: SegmentConfig, run: RunFolder, world: World) -> tuple[SegmentationFolder, int]:
@@ -162,7 +114,7 @@ def training_folder(config: SegmentConfig, run: RunFolder, world: World) -> tupl
     return folder, num_classes
 
 
-class Validation:
+class SegmenterValidation:
     """Evaluates at the ends of epochs: a line in the log, evaluation.jsonl, results.json, and overlays in the end."""
 
     def __init__(
@@ -189,17 +141,16 @@ class Validation:
             slides["multi_scale"] = dataclasses.replace(self.slide, scales=self.config.scales, flip=True)
         drawn = self._drawn()
         for name, slide in slides.items():
-            scores = evaluate(
+            scores = evaluate_segmenter(
                 model, self.folder, self.num_classes, slide, self.world, workers=self.config.workers,
                 amp=autocast_dtype(self.config.precision, self.world.device), keep=drawn, progress=progress,
             )  # fmt: skip
             numbers = scores.numbers()
-            self.run.print(f"evaluation  step {step}  {name:<11} {describe(numbers)}")
+            self.run.print(f"evaluation  step {step}  {name:<11} {miou_line(numbers)}")
             results[name] = {**numbers, "iou": [None if x != x else x for x in scores.iou().tolist()]}
             self.run.metrics(step, {f"{name}_{key}": v for key, v in numbers.items()}, "evaluation.jsonl")
+        self.run.results({"step": step, "classes": self.num_classes, **results})
         if self.run.writes:
-            content = {"step": step, "classes": self.num_classes, **results}
-            write_atomically(self.run.path / "results.json", json.dumps(content, indent=2) + "\n")
             write_overlays(self.run, step, self.folder, scores.predictions)
 
     def _drawn(self) -> list[int]:
@@ -209,7 +160,7 @@ class Validation:
         return [own[i * len(own) // count] for i in range(count)]
 
 
-def describe(numbers: dict[str, float]) -> str:
+def miou_line(numbers: dict[str, float]) -> str:
     return (
         f"mIoU {numbers['miou']:.2%}  mAcc {numbers['macc']:.2%}  aAcc {numbers['aacc']:.2%}  "
         f"{numbers['images']:,} images"

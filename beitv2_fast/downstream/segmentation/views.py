@@ -17,8 +17,8 @@ from ...errors import DataError, require
 from ...models.vit import IMAGENET_MEAN
 from .masks import IGNORED, MaskList
 
-LONGEST = 4  # an image's longer side is at most so many times the base size: the reference's 2048 for 512
-CROP_ATTEMPTS = 10
+LONGEST = 4  # an image's longer side is at most this many times the base size: the reference's 2048 for 512
+PLACES_TRIED = 10
 DISTORTIONS = {"brightness": (0.875, 1.125), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.05, 0.05)}
 
 
@@ -76,7 +76,7 @@ class TrainView:
     def _crop(self, mask: Tensor) -> tuple[int, int, int, int]:
         """Top, left, height, width."""
         height, width = (min(side, self.size) for side in mask.shape)
-        for _ in range(CROP_ATTEMPTS):
+        for _ in range(PLACES_TRIED):
             top, left = (
                 int(torch.randint(side - cut + 1, ())) for side, cut in zip(mask.shape, (height, width), strict=True)
             )
@@ -104,7 +104,7 @@ def _distort(picture: Tensor) -> Tensor:
 
 
 class SegmentationFolder(Dataset):
-    """Images and masks as the training loop reads them: ``folder[keys]`` follows from (seed, epoch, index) alone.
+    """Images and masks as the training loop reads them: ``folder[keys]`` follows from (seed, epoch, index) only.
 
     Args:
         images, masks: as ``check_images`` and ``find_masks`` returned them.
@@ -155,5 +155,5 @@ class SegmentationFolder(Dataset):
         except Exception as error:  # a decoder may raise anything at all on a damaged file
             raise DataError(
                 f"{path} could be read when it was checked, but cannot be now ({error}). Put it back, or start again "
-                "so that the images are checked anew."
+                "so that the images are checked again."
             ) from error

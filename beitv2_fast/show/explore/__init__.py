@@ -1,8 +1,6 @@
 """`beitv2-fast explore RUN`: a local page to see what the tokens of an image mean, and to play the mask game.
 
-runs.py      which runs, images and teacher a RUN stands for
-index.py     every patch of the data set: its code, its features, what is typical of a code
-answers.py   what the page asks, answered by models and index
+answers.py   what the page asks, answered by the models (``show.runs``) and the patches (``show.index``)
 server.py    HTTP on 127.0.0.1
 page/        the page: put together into one document that loads nothing from elsewhere
 """

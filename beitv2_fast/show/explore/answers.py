@@ -16,19 +16,18 @@ from PIL import Image
 from torch import Tensor
 
 from ...data.images import name_of, open_image
-from ...data.views import EvalView
 from ...kernels.block_masks import block_masks
 from ...models.vit import normalise
 from ..attention import attention_probabilities, most_attended, query_attention
 from ..codes import choose_patches
 from ..index import Index, nearest_patches, sprite
 from ..runs import Runs, Views
-from ..sheets import patch_picture
+from ..sheets import image_of, patch_picture, squares
 from ..theme import LIGHT
 
 MAX_UPLOAD = 24 << 20  # bytes
 MAX_PIXELS = 64_000_000  # of an upload: more is refused before it is decoded
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+UPLOADED_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 REMEMBERED = 32  # images
 SHOWN = 12  # patches of a sheet
 SIDE = 112  # pixels of a patch's picture
@@ -52,7 +51,7 @@ class Shown:
 
 
 class Answers:
-    """One method a question. The models run one question at a time, whatever thread asks."""
+    """One method per question. The models run one question at a time, whatever thread asks."""
 
     def __init__(self, runs: Runs, index: Index, seed: int = 0):
         self.runs, self.index, self.seed = runs, index, seed
@@ -104,7 +103,7 @@ class Answers:
 
     def _thumb(self, number: int) -> bytes:
         self._check(number, len(self.runs.samples), "sample")
-        return _jpeg(_square(self.runs.samples.open(number), 96))
+        return _jpeg(image_of(squares([self.runs.samples.open(number)], 96)[0]))
 
     def code(self, code: int) -> dict[str, Any]:
         """How often a code occurs, and patches of the data set that have it, from as many images as possible."""
@@ -194,7 +193,7 @@ class Answers:
             if key not in self.shown:
                 views = self.runs.views([photo])
                 size = max(1, DISPLAY // self.runs.grid[0]) * self.runs.grid[0]
-                shown = Shown(key, name, views, views.codes()[0], _png(_square(photo, size)))
+                shown = Shown(key, name, views, views.codes()[0], _png(image_of(squares([photo], size)[0])))
                 self.shown[key] = shown
             self.shown.move_to_end(key)
             while len(self.shown) > REMEMBERED:
@@ -225,7 +224,7 @@ def _decode(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit on pixels here is the page's own, and lower
-            with Image.open(io.BytesIO(data), formats=FORMATS) as header:
+            with Image.open(io.BytesIO(data), formats=UPLOADED_FORMATS) as header:
                 pixels = header.width * header.height
             if pixels > MAX_PIXELS:
                 raise BadRequest(
@@ -236,12 +235,6 @@ def _decode(data: bytes) -> Image.Image:
         raise
     except Exception as error:  # a decoder may raise anything at all on a damaged file
         raise BadRequest("this is no image that can be read; use a JPEG, PNG, WebP, TIFF, GIF or BMP file") from error
-
-
-def _square(photo: Image.Image, size: int) -> Image.Image:
-    """The centre square that the models see, at another size."""
-    pixels = EvalView(size, 1.0)(photo)["image"]
-    return Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
 
 def _png(picture: Image.Image) -> bytes:

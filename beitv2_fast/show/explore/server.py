@@ -1,4 +1,4 @@
-"""The page's server: HTTP of the standard library on 127.0.0.1, for the person at this computer alone.
+"""The page's server: HTTP of the standard library on 127.0.0.1, only for the person at this computer.
 
 Every request has to name this server as its host, so that a web page elsewhere cannot reach it under a name of its own
 that resolves to 127.0.0.1 (DNS rebinding); a request that another page makes is refused by its Origin. Bodies are
@@ -31,7 +31,7 @@ STYLES = ("style.css",)
 SCRIPTS = ("server.js", "board.js", "patch.js", "game.js", "main.js")
 
 
-def page(nonce: str) -> str:
+def explore_page(nonce: str) -> str:
     """The page as one document, with its styles and scripts in it; ``nonce``: of its content security policy."""
     folder = files(__package__) / "page"
     themes = f":root {{ {LIGHT.css()} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {DARK.css()} }} }}\n"
@@ -87,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
         allowed = self.headers.get("Host") in self.server.hosts
         if not allowed or origin not in (None, *(f"http://{host}" for host in self.server.hosts)):
             here = f"{self.server.url} (through ssh -L: the same port at both ends)"
-            self._refuse(HTTPStatus.FORBIDDEN, f"this page answers at its own address alone: {here}")
+            self._refuse(HTTPStatus.FORBIDDEN, f"this page answers only at its own address: {here}")
             return
         try:
             find([part for part in urlsplit(self.path).path.split("/") if part])
@@ -101,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
         match path:
             case []:
                 nonce = secrets.token_urlsafe(16)
-                self._send(page(nonce).encode(), "text/html; charset=utf-8", nonce=nonce)
+                self._send(explore_page(nonce).encode(), "text/html; charset=utf-8", nonce=nonce)
             case ["api", "info"]:
                 self._json(answers.info())
             case ["api", "sample", number]:

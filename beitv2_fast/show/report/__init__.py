@@ -1,4 +1,4 @@
-"""The report of the main job: one self-contained HTML file, and its pictures as PNG files beside it.
+"""The report of the main job: one self-contained HTML file, and its pictures as PNG files next to it.
 
 Curves of both trainings, what the codes mean, what the student guesses, and what the probe found. Whatever is not there
 yet, or was interrupted, is said in its place.
@@ -19,7 +19,7 @@ from ..codes import choose_codes
 from ..theme import DARK, LIGHT
 from .drawings import drawings_of
 from .findings import gather
-from .page import Picture, page
+from .page import Figure, page
 from .text import TITLE, introduction, sections, tiles
 
 __all__ = ["PAGE", "build_report"]
@@ -50,7 +50,7 @@ def build_report(config: ReportConfig, device: torch.device, say: Callable[[str]
     drawings = drawings_of(found, config, rows)
     pictures = []
     for name, (alt, photo, draw) in tqdm(drawings.items(), desc="report: pictures", unit="picture", dynamic_ncols=True):
-        pictures.append(Picture(name, draw(LIGHT), draw(DARK), alt, photo))
+        pictures.append(Figure(name, draw(LIGHT), draw(DARK), alt, photo))
     body = sections(found, {p.name: p for p in pictures}, config.data, {"all": len(rows), "top": top})
     _write(config.out, page(TITLE, introduction(found), tiles(found), body), pictures)
     return config.out / PAGE
@@ -61,7 +61,7 @@ def _check_folder(out: Path) -> None:
         raise UserError(f"{out} exists and is no report's folder (it has no {PAGE}). Choose another --out.")
 
 
-def _write(out: Path, html: str, pictures: list[Picture]) -> None:
+def _write(out: Path, html: str, pictures: list[Figure]) -> None:
     """The page first: a folder that has it is known to be a report's."""
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...runs.folder import stored_config
 from ...runs.logs import read_metrics
-from ..plots import Panel, curve
+from ..plots import Panel, curve, rate_panel
 from ..sheets import CAPTION
 from .page import note, paragraph, table
 
@@ -69,11 +69,11 @@ def panels(run: Downstream) -> list[Panel]:
         Panel("training loss, labels mixed and smoothed" if score == "top1" else "training loss",
               curve(run.metrics, "loss", "loss")),
         Panel(f"evaluation, {SCORES.get(score, '')}", scores[:2], percent=True),
-        Panel("learning rate, thousandths", curve(run.metrics, "lr", "lr", lambda y: 1000 * y), zero=True),
+        rate_panel(run.metrics),
     ]  # fmt: skip
 
 
-def pictures_of(runs: list[Downstream]) -> dict[str, tuple[str, list[Panel]]]:
+def curve_pictures(runs: list[Downstream]) -> dict[str, tuple[str, list[Panel]]]:
     """(alternative text, panels) by picture."""
     return {_picture(i): (f"Curves of {run.name}", panels(run)) for i, run in enumerate(runs)}
 
@@ -97,8 +97,8 @@ def body(runs: list[Downstream], figure: Callable[[str, str], list[str]]) -> lis
             lines.append(scores_table(run))
         lines += figure(
             _picture(i),
-            "Left: the loss in training. Middle: on the evaluation's images, the weights, and dashed what is evaluated "
-            "beside them: their moving average or another procedure. Right: the learning rate of the head.",
+            "Left: the loss in training. Middle: on the evaluation's images, the weights, and dashed what else "
+            "is evaluated: their moving average or another procedure. Right: the learning rate of the head.",
         )
         lines += figure(f"overlays_{i}", CAPTION)
     return lines
@@ -137,13 +137,12 @@ def probe_details(results: Row) -> list[str]:
             few = [row["few_shot"][n] for n in shots]
             values = [f"{row['knn'][k]:.3f}" for k in near] + [f"{f['mean']:.3f} ± {f['std']:.3f}" for f in few]
             body.append([row["features"], *values])
+        metric = results.get("metric_of_knn_and_few_shot", "balanced accuracy")
         said = (
-            "k nearest neighbours by cosine (temperature 0.07), and linear classifiers that saw so many images a class"
+            f"{metric}: k nearest neighbours by cosine (temperature 0.07), and linear classifiers that saw this many "
+            "images per class."
         )
-        lines += [
-            paragraph(f"{said}: {results.get('metric_of_knn_and_few_shot', 'balanced accuracy')}."),
-            table(head, body),
-        ]
+        lines += [paragraph(said[0].upper() + said[1:]), table(head, body)]
     if swept := results.get("sweep"):
         fifth = any(row.get("top5") is not None for row in swept)
         head = ["features", "top-1", *(["top-5"] if fifth else []), "learning rate"]
@@ -152,7 +151,7 @@ def probe_details(results: Row) -> list[str]:
             for row in swept
         ]
         said = (
-            "Linear classifiers by SGD on several features at once; the learning rate is the best on a fifth of train"
+            "Linear classifiers by SGD on several features at once; the learning rate is the best on a fifth of train."
         )
-        lines += [paragraph(f"{said}."), table(head, body)]
+        lines += [paragraph(said), table(head, body)]
     return lines

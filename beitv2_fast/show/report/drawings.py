@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -12,22 +11,22 @@ from torch import Tensor
 
 from ...config.show import ReportConfig
 from ...data.find import sample_images
-from ...data.images import ImageFolder, ImageList
+from ...data.images import ImageFolder, name_of
 from ...data.loaders import eval_loader
 from ...data.views import EvalView
 from ...models.features import features
 from ..attention import attention_probabilities, query_attention
 from ..guesses import pretrain_view
-from ..index import one_an_image
+from ..index import one_per_image
 from ..patch_sheets import attention_columns, attention_sheet, nearest_sheet, similarity_sheet
 from ..plots import codebook_panels, compared_panels, draw_panels, draw_rows, pretrain_panels, tokenizer_panels
-from ..sheets import code_sheet, display_size, mask_sheet, overlay_sheet, token_map_sheet
+from ..sheets import code_sheet, display_size, mask_sheet, overlay_sheet, squares, token_map_sheet
 from ..theme import Theme
-from .downstream import pictures_of
+from .downstream import curve_pictures
 from .findings import Findings
 
 MASK_EXAMPLES = 4
-PATCHES_A_CODE = 12
+PATCHES_PER_CODE = 12
 NEAREST_IMAGES = 500  # whose patches are compared with the chosen one
 NEAREST_SHOWN = 13
 
@@ -42,7 +41,7 @@ def drawings_of(found: Findings, config: ReportConfig, rows: list[int]) -> dict[
         ("codebook", "Use of the codebook", codebook_panels(found.tokenizer.metrics, found.usage)),
         ("pretraining", "Curves of the pre-training", pretrain_panels(found.pretrain.metrics, found.hidden_usage)),
     )
-    for name, alt, panels in (*curves, *((n, *picture) for n, picture in pictures_of(found.downstream).items())):
+    for name, alt, panels in (*curves, *((n, *picture) for n, picture in curve_pictures(found.downstream).items())):
         if any(p.curves or p.bars for p in panels):
             drawings[name] = alt, False, lambda theme, panels=panels: draw_panels(panels, theme, config.scale)
     if panels := compared_panels(found.compared):
@@ -72,7 +71,7 @@ def drawings_of(found: Findings, config: ReportConfig, rows: list[int]) -> dict[
     if rows:
         drawings["codes"] = "Patches grouped by code", True, lambda theme: code_sheet(
             found.images, found.codes, grid, found.usage, rows, found.colours, theme, config.scale,
-            columns=PATCHES_A_CODE, seed=config.seed,
+            columns=PATCHES_PER_CODE, seed=config.seed,
         )  # fmt: skip
     return drawings
 
@@ -89,9 +88,9 @@ class _Examples:
 
 def _examples(found: Findings, config: ReportConfig, grid: tuple[int, int]) -> _Examples:
     chosen = sample_images(found.shown, config.examples, config.seed)
-    photos = list(_photos(found.shown, chosen, display_size(grid, len(chosen), config.scale)))
+    photos = squares(map(found.shown.open, chosen), display_size(grid, len(chosen), config.scale))
     views = _views(found, chosen, found.tokenizer.model.config.encoder.image_size)
-    return _Examples(chosen, [_name(found.shown, i) for i in chosen], photos, views)
+    return _Examples(chosen, [name_of(found.shown, i) for i in chosen], photos, views)
 
 
 def _maps(found: Findings, shown: _Examples, scale: float) -> Callable[[Theme], Image.Image]:
@@ -108,7 +107,7 @@ def _masks(found: Findings, config: ReportConfig, grid: tuple[int, int]) -> Call
     photos = [crops[0, i]["tokenizer"] for i in chosen]
     g = found.guesses
     masks, codes, guesses = (x[chosen].unflatten(1, grid) for x in (g.masks, g.codes, g.guesses))
-    names = [_name(found.shown, i) for i in chosen]
+    names = [name_of(found.shown, i) for i in chosen]
     return lambda theme: mask_sheet(photos, masks, codes, guesses, found.colours, names, theme, config.scale)
 
 
@@ -119,10 +118,11 @@ def _chosen_patch(
     model, device = found.pretrain.model, found.tokenizer.model.quantize.codebook.device
     # Another photograph than the other pictures', where there are enough.
     chosen = sample_images(found.shown, 1, config.seed + 2)
+    photo = found.shown.open(chosen[0])
     view = _views(found, chosen, model.vit_config.image_size)
     patch = grid[0] // 2 * grid[1] + grid[1] // 2
     heads = query_attention(attention_probabilities(model, view), patch, grid)[0].cpu()
-    square = next(_photos(found.shown, chosen, display_size(grid, attention_columns(len(heads)), config.scale)))
+    square = squares([photo], display_size(grid, attention_columns(len(heads)), config.scale))[0]
     what = f"student, layer {len(model.blocks)}"
 
     others = found.images.subset(sample_images(found.images, NEAREST_IMAGES, config.seed))
@@ -131,8 +131,7 @@ def _chosen_patch(
     )
     every = torch.cat([features(model, batch["image"].to(device)).patches.half().cpu() for batch in loader])
     query = features(model, view).patches[0, patch].cpu()
-    near = one_an_image(every.flatten(0, 1), query, every.shape[1], NEAREST_SHOWN)
-    photo = found.shown.open(chosen[0])
+    near = one_per_image(every.flatten(0, 1), query, every.shape[1], NEAREST_SHOWN)
     return (
         lambda theme: attention_sheet(square, heads, patch, what, theme, config.scale),
         lambda theme: nearest_sheet(photo, patch, others, near, grid, "student", theme, config.scale),
@@ -148,15 +147,4 @@ def _similarity(found: Findings, shown: _Examples, scale: float) -> Callable[[Th
 
 def _views(found: Findings, chosen: list[int], size: int) -> Tensor:
     """Centre squares [photographs, 3, size, size] in [0, 1] on the models' device."""
-    return torch.stack(list(_photos(found.shown, chosen, size))).to(found.tokenizer.model.quantize.codebook.device)
-
-
-def _photos(images: ImageList, indices: list[int], size: int) -> Iterator[Tensor]:
-    """Centre squares [3, size, size] in [0, 1]."""
-    view = EvalView(size, 1.0)
-    return (view(images.open(i))["image"] for i in indices)
-
-
-def _name(images: ImageList, index: int) -> str:
-    """The class of an image, or its file's name."""
-    return Path(images.paths[index]).name if images.labels is None else images.classes[images.labels[index]]
+    return torch.stack(squares(map(found.shown.open, chosen), size)).to(found.tokenizer.model.quantize.codebook.device)

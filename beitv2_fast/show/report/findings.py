@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ...config.show import ReportConfig
-from ...data.check import check_images
-from ...data.find import find_images, held_out_images, sample_images
+from ...data.find import find_images, held_out_images
 from ...data.images import ImageFolder, ImageList
 from ...errors import UserError
 from ...models.student import Student
@@ -22,10 +21,11 @@ from ...teachers.base import Teacher
 from ...weights.build import load_teacher
 from ..codes import CodeUsage, encode_images
 from ..guesses import Guesses, guess_hidden, pretrain_view
+from ..runs import check_belong, readable_sample
 from .downstream import Downstream, read_downstream
 from .stages import Stage, read_results, read_stage
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Findings:
         """What is missing, one sentence or two each."""
         found = [self.tokenizer.problem, self.pretrain.problem, self.no_results, self.no_teacher]
         found += [run.problem for run in self.downstream]
-        found += [f"{name} has no training log (metrics.jsonl)." for name, log in self.compared.items() if not log]
+        found += [f"{name} has no training log (metrics.jsonl)." for name, lines in self.compared.items() if not lines]
         return [problem for problem in found if problem is not None]
 
 
@@ -85,12 +85,13 @@ def gather(config: ReportConfig, device: torch.device) -> Findings:
             "Name run folders with --tokenizer, --pretrain and --probe."
         )
     images = find_images(config.data, "train")
-    log.info(images.summary)
+    _log.info(images.summary)
     found = Findings(tokenizer, pretrain, results, no_results, images, len(images))
     found.downstream = [read_downstream(run) for run in config.downstream]
     found.compared = read_logs(config.compare)
     if tokenizer.model is not None:
-        _check_belong(tokenizer.model, pretrain.model)
+        if pretrain.model is not None:
+            check_belong(tokenizer.model, pretrain.model)
         _add_codes(found, config, device)
         if pretrain.model is not None:
             _add_guesses(found, config, device)
@@ -126,17 +127,4 @@ def _add_teacher(found: Findings, device: torch.device) -> None:
 
 
 def _readable(images: ImageList, config: ReportConfig, min_size: int) -> ImageList:
-    """At most ``max_images`` of them, without those that cannot be decoded."""
-    chosen = images.subset(sample_images(images, config.max_images, config.seed))
-    return check_images(chosen, cache=None, min_size=min_size, workers=config.workers)
-
-
-def _check_belong(tokenizer: Tokenizer, student: Student | None) -> None:
-    if student is None:
-        return
-    ours, theirs = (tokenizer.num_codes, tokenizer.grid), (student.config.num_codes, student.grid)
-    if ours != theirs:
-        raise UserError(
-            f"The tokenizer has {ours[0]} codes on a grid of {ours[1]}, the pre-training predicts {theirs[0]} on "
-            f"{theirs[1]}: they do not belong together. Name the tokenizer that the pre-training used."
-        )
+    return readable_sample(images, config.max_images, config.seed, min_size=min_size, workers=config.workers)

@@ -62,7 +62,7 @@ pre {{ overflow-x: auto; font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas
 
 
 @dataclass(frozen=True)
-class Picture:
+class Figure:
     """A figure of the report, for light and dark screens. ``photo``: it may be compressed with loss in the page."""
 
     name: str
@@ -133,7 +133,7 @@ def note(text: str) -> str:
     return paragraph(text, "note")
 
 
-def tile(name: str, value: str, remark: str) -> str:
+def number_tile(name: str, value: str, remark: str) -> str:
     return f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b><small>{escape(remark)}</small></div>'
 
 

@@ -33,7 +33,7 @@ class Stage:
 
 
 def read_stage(run: Path | None, kind: type[Tokenizer] | type[Student]) -> Stage:
-    """A tokenizer's or a pre-training's run folder; what is not there becomes ``problem``.
+    """A tokenizer's or a pre-training's run folder; what is missing becomes ``problem``.
 
     Raises:
         UserError: the folder is a run of the other kind.

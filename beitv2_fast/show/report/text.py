@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ...config.options import to_json
 from ..codes import CodeUsage
 from . import downstream
+from .downstream import Row
 from .findings import Findings
-from .page import Picture, Section, details, note, paragraph, results_table, table, tile
+from .page import Figure, Section, details, note, number_tile, paragraph, results_table, table
 from .stages import Stage
 
 TITLE = "BEiT v2: what was learnt"
-Row = dict[str, Any]
 
 
 def introduction(found: Findings) -> list[str]:
@@ -35,23 +34,23 @@ def tiles(found: Findings) -> list[str]:
     if own:
         remark = f"untrained backbone: {untrained['mean']:.3f}" if untrained else own["features"]
         metric = found.results.get("metric", "score")
-        result.append(tile(f"Probe, {metric}", f"{own['mean']:.3f}", remark))
+        result.append(number_tile(f"Probe, {metric}", f"{own['mean']:.3f}", remark))
     if found.tokenizer.metrics and "rec_loss" in found.tokenizer.metrics[-1]:
         similarity = 1 - found.tokenizer.metrics[-1]["rec_loss"]
-        result.append(tile("Similarity to the teacher", f"{similarity:.3f}", "cosine, 1 is perfect, last steps"))
+        result.append(number_tile("Similarity to the teacher", f"{similarity:.3f}", "cosine, 1 is perfect, last steps"))
     if found.usage:
         usage = found.usage
-        remark = f"perplexity {usage.perplexity:.1f}: as varied as so many equally frequent ones"
-        result.append(tile("Codes used", f"{usage.used:,} of {usage.num_codes:,}", remark))
+        remark = f"perplexity {usage.perplexity:.1f}: as varied as that many equally frequent codes"
+        result.append(number_tile("Codes used", f"{usage.used:,} of {usage.num_codes:,}", remark))
     if found.guesses:
-        guess = f"{found.hidden_usage.shares.max():.1%} by always naming the most frequent"
-        where = "held-out" if found.held_out else "training"
-        guess = f"{where} photographs; {guess}"
-        result.append(tile("Hidden codes named right", f"{next(iter(found.guesses.right.values()))[0]:.1%}", guess))
+        where, guess = "held-out" if found.held_out else "training", found.hidden_usage.shares.max()
+        remark = f"{where} photographs; {guess:.1%} by always naming the most frequent"
+        right = next(iter(found.guesses.right.values()))[0]
+        result.append(number_tile("Hidden codes named right", f"{right:.1%}", remark))
     return result
 
 
-def sections(found: Findings, pictures: Mapping[str, Picture], data: Path, shown: Mapping[str, int]) -> list[Section]:
+def sections(found: Findings, pictures: Mapping[str, Figure], data: Path, shown: Mapping[str, int]) -> list[Section]:
     """pictures by name; shown: how many codes the sheet holds, and how many of these are the most frequent."""
 
     def figure(name: str, caption: str) -> list[str]:
@@ -70,7 +69,7 @@ def sections(found: Findings, pictures: Mapping[str, Picture], data: Path, shown
         Section("pretraining", "Pre-training", _pretraining(found, figure)),
         Section("masks", "Hidden and guessed", _masks(found, figure)),
         Section("attention", "What a patch attends to", _attention(found, figure)),
-        *([Section("compared", "Runs beside each other", compared)] if compared else []),
+        *([Section("compared", "Runs compared", compared)] if compared else []),
         Section("how", "How it was made", _how(found, data)),
     ]
 
@@ -180,7 +179,7 @@ def _similarity(found: Findings, figure) -> list[str]:
         return [note(found.no_teacher or "The teacher has not been loaded, as asked.")]
     return figure(
         "similarity",
-        "For every patch the cosine between the teacher's feature and what the decoder rebuilds from the codes alone: "
+        "For every patch the cosine between the teacher's feature and what the decoder rebuilds from only the codes: "
         f"dark 0, bright 1. Above each photograph the mean. {_unseen(found)}",
     )
 

@@ -53,7 +53,7 @@ def test_the_patches_of_a_code_have_that_code_in_the_data_set(answers, root):
 
 
 @pytest.mark.parametrize("model", ["student", "tokenizer"])
-def test_the_nearest_patches_are_those_of_the_largest_cosine_one_an_image(answers, image, model):
+def test_the_nearest_patches_are_those_of_the_largest_cosine_one_per_image(answers, image, model):
     found, views = image
     network, images = getattr(answers.runs, model), answers.runs.images
     everything = features(network, read_images([images.root / p for p in images.paths], 32)).patches

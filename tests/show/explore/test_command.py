@@ -42,7 +42,7 @@ def test_the_command_serves_the_page_until_ctrl_c(root):
 
 def test_help_explains_what_a_run_is_and_every_option(capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.run(["explore", "--help"])
+        cli.run_command(["explore", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert ended.value.code == 0 and " ".join(ExploreConfig.__doc__.split()) in said
     assert all(name in said for name in ("--data", "--max-images", "--teacher", "--port", "--no-browser", "127.0.0.1"))

@@ -14,7 +14,7 @@ import pytest
 
 from beitv2_fast.errors import UserError
 from beitv2_fast.show.explore.answers import MAX_UPLOAD
-from beitv2_fast.show.explore.server import MAX_JSON, SCRIPTS, STYLES, Server, page
+from beitv2_fast.show.explore.server import MAX_JSON, SCRIPTS, STYLES, Server, explore_page
 
 
 def ask(server: Server, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes, dict]:
@@ -70,7 +70,7 @@ def test_only_the_pages_own_scripts_may_run(server):
     nonces = [re.search(r"script-src 'nonce-([\w-]{20,})'", policy)[1] for policy in policies]
     assert nonces[0] != nonces[1]
     assert all("default-src 'none'" in policy and "unsafe" not in policy for policy in policies)
-    assert page("abc").count('nonce="abc"') == 2
+    assert explore_page("abc").count('nonce="abc"') == 2
 
 
 def test_a_picture_of_an_uploaded_image_can_be_had(server, answers):
@@ -130,6 +130,6 @@ def test_the_page_is_part_of_what_is_installed(tmp_path):
     source = Path(__file__).resolve().parents[3]
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(command, cwd=source, check=True, capture_output=True)
-    wanted = {path.name for path in (source / "beitv2_fast" / "explore" / "page").iterdir()}
-    assert {path.name for path in (tmp_path / "beitv2_fast" / "explore" / "page").iterdir()} == wanted
+    wanted = {path.name for path in (source / "beitv2_fast" / "show" / "explore" / "page").iterdir()}
+    assert {path.name for path in (tmp_path / "beitv2_fast" / "show" / "explore" / "page").iterdir()} == wanted
     assert {"page.html", *STYLES, *SCRIPTS} == wanted
