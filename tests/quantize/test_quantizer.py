@@ -61,19 +61,6 @@ def test_the_quantized_vector_is_the_nearest_code_and_decode_finds_it_again(metr
     torch.testing.assert_close(quantizer.decode(quantizer.encode(x)), quantizer(x).quantized)
 
 
-def test_euclidean_ema_follows_the_formula_of_vq_vae():
-    quantizer = plain(4, 3, metric="euclidean", decay=0.9, dead_after=0).train()
-    size, average = torch.ones(4), quantizer.codebook.clone()
-    for step in range(3):
-        x = noise(40, 3, seed=step)
-        one_hot = F.one_hot(torch.cdist(x, quantizer.codebook).argmin(1), 4).float()
-        quantizer(x)
-        size = 0.9 * size + 0.1 * one_hot.sum(0)
-        average = 0.9 * average + 0.1 * one_hot.T @ x
-        smoothed = (size + 1e-5) / (size.sum() + 4e-5) * size.sum()
-        torch.testing.assert_close(quantizer.codebook, average / smoothed[:, None])
-
-
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_a_codebook_learnt_by_gradient_gets_the_gradient_of_both_losses(metric):
     quantizer = plain(metric=metric, learning="gradient", commitment_weight=0.25, codebook_weight=2.0).train()
