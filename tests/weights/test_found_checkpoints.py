@@ -6,7 +6,6 @@ import argparse
 import collections
 import json
 import pathlib
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -118,20 +117,6 @@ def test_types_that_only_running_a_file_would_read_are_named_with_the_way_out(tm
     assert 'torch.save(state["model"], "weights.pth")' in said
     torch.save(torch.load(file, weights_only=False)["model"], file)  # the way out
     assert_same_state(create_model(checkpoint=file).state_dict(), student().state_dict())
-
-
-class Harmful:
-    def __reduce__(self):
-        return Path.write_text, (Path("ran"), "the code ran")
-
-
-@pytest.mark.parametrize("save", [torch.save, lambda x, file: file.write_bytes(pickle.dumps(x))])
-def test_naming_them_runs_nothing(tmp_path, monkeypatch, save):
-    monkeypatch.chdir(tmp_path)
-    save({"model": Harmful()}, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match="no PyTorch file of plain tensors"):
-        create_model(checkpoint=tmp_path / "w.pth")
-    assert not (tmp_path / "ran").exists()
 
 
 def folder(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
