@@ -33,15 +33,6 @@ def check(images, cache=None, min_size=8, workers=0):
     return check_images(images, cache=cache, min_size=min_size, workers=workers)
 
 
-def test_the_split_folder_is_used_if_there_is_one(tmp_path):
-    save(tmp_path / "train" / "cat" / "a.png")
-    save(tmp_path / "test" / "cat" / "b.png")
-    assert find_images(tmp_path, "train").paths == ["cat/a.png"]
-    with pytest.raises(DataError, match="has test, train, but nothing for val"):
-        find_images(tmp_path, "val")
-    assert find_images(tmp_path).paths == ["test/cat/b.png", "train/cat/a.png"]
-
-
 def test_first_level_folders_are_the_classes_and_paths_are_sorted(tmp_path):
     for name in ("dog/2.png", "cat/deep/1.JPG", "cat/0.png", "bird/x.webp", "cat/.hidden.png", "dog/notes.txt"):
         save(tmp_path / name) if not name.endswith("txt") else (tmp_path / name).write_text("")
