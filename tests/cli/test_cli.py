@@ -79,6 +79,7 @@ MISTAKES = [
     ("encode images --tokenizer nothing", "there is no checkpoint file nothing"),
     ("encode images --tokenizer c.pth", "a tokenizer is needed"),
     ("encode images --tokenizer t.safetensors --batch-size 0", "--batch-size is 0, but must be at least 1"),
+    ("encode images --tokenizer t.pth --out codes.csv", "should end in .npz or .safetensors"),
 ]
 
 

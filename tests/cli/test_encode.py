@@ -23,8 +23,8 @@ from beitv2_fast.weights import convert
 from beitv2_fast.weights.files import write
 
 from ..data.test_shards import write_tar
-from ..support.training import ENVIRONMENT, TINY, TOKENIZER, call, write_images
-from ..support.weights import student, tokenizer
+from ..support.training import ENVIRONMENT, write_images
+from ..support.weights import tokenizer
 
 OPTIONS = dict(batch_size=2, device="cpu", precision="fp32", workers=0)
 
@@ -214,27 +214,6 @@ def test_several_devices_take_turns_and_give_the_same_bytes(world, tmp_path, mon
     monkeypatch.setattr(encode, "devices_of", lambda device: [torch.device("cpu")] * 2)
     encode_folder(world / "images", config(world, tmp_path / "two.npz"))
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
-
-
-def test_a_student_is_no_tokenizer(world, tmp_path):
-    model = student()
-    write(tmp_path / "s.safetensors", convert(model.state_dict(), "beitv2_fast"), "beitv2_fast", model.config)
-    with pytest.raises(UserError, match="holds a student; a tokenizer is needed"):
-        encode_folder(world / "images", config(world, tmp_path / "c.npz", tokenizer=tmp_path / "s.safetensors"))
-
-
-def test_another_ending_is_refused(world, tmp_path):
-    with pytest.raises(UserError, match=r"should end in \.npz or \.safetensors"):
-        encode_folder(world / "images", config(world, tmp_path / "codes.csv"))
-
-
-def test_a_trainings_run_folder_is_a_tokenizer(tmp_path):
-    images = write_images(tmp_path / "images")
-    options = [*TINY, *TOKENIZER, "--data", images, "--out", tmp_path / "run", "--epochs", "1"]
-    assert call("tokenizer", *options) == 0
-    count, _ = encode_folder(images, EncodeConfig(tokenizer=tmp_path / "run", out=tmp_path / "codes.npz", **OPTIONS))
-    codes = np.load(tmp_path / "codes.npz")["codes"]
-    assert count == 12 and codes.shape == (12, 4, 4) and codes.max() < 16
 
 
 @pytest.mark.parametrize("name", ["codes.npz", "codes.safetensors"])
