@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 
 from beitv2_fast.errors import CheckpointError
@@ -171,15 +170,6 @@ def test_files_that_vanish_or_become_junk_end_the_run_which_then_resumes_to_the_
     assert call("tokenizer", *options) == 0
     assert "resumed at step 3" in capsys.readouterr().out
     assert_same_bits(tmp_path / "run", undisturbed[0])
-
-
-def test_images_that_came_or_went_between_two_starts_are_reported(options, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        bad_losses(patch, range(5, 100), float("nan"))
-        assert call("tokenizer", *options, "--stop-after-bad", 1) == 2
-    Image.new("RGB", (40, 40)).save(tmp_path / "images" / "new.png")
-    assert call("tokenizer", *options) == 0
-    assert "warning: the images are others than at step 3" in capsys.readouterr().out
 
 
 def test_a_data_loading_process_that_is_killed_ends_the_run_which_then_resumes_to_the_same_bits(
