@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,10 +10,7 @@ from hypothesis import strategies as st
 
 from beitv2_fast.config.training import TrainConfig
 from beitv2_fast.errors import DataError
-from beitv2_fast.training.monitor import TrainingLog
 from beitv2_fast.training.optim import Schedule
-
-from ..support.training import TINY, TOKENIZER, call, write_images
 
 IMAGES, EPOCHS = 11, 3
 
@@ -39,23 +35,3 @@ def test_the_warm_up_takes_its_epochs_and_never_more_than_there_are():
     plan = Schedule.of(replace(TrainConfig(), batch_size=4, epochs=10, warmup_epochs=2.5), 10, 1)
     assert (plan.total_steps, plan.warmup_steps) == (25, 6)
     assert Schedule.of(replace(TrainConfig(), batch_size=4, epochs=1, warmup_epochs=9), 10, 1).warmup_steps == 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [(4, 1), (2, 2), (3, 1)], ids="batch {0[0]}, accumulated {0[1]}".format)
-def test_a_training_sees_every_image_once_in_every_epoch(tmp_path, monkeypatch, options):
-    seen, add = Counter(), TrainingLog.add
-
-    def count(self, step, lr, metrics, batch):
-        add(self, step, lr, metrics, batch)
-        seen.update(zip(batch["view"].tolist(), batch["index"].tolist(), strict=True))
-
-    monkeypatch.setattr(TrainingLog, "add", count)
-    batch, accumulate = options
-    given = [*TINY, *TOKENIZER, "--views", 0, "--epochs", EPOCHS, "--batch-size", batch, "--accumulate", accumulate]
-    assert (
-        call("tokenizer", *given, "--data", write_images(tmp_path / "images", IMAGES), "--out", tmp_path / "run") == 0
-    )
-    whole = {(epoch, image): 1 for epoch in range(EPOCHS) for image in range(IMAGES)}
-    assert {key: count for key, count in seen.items() if key[0] < EPOCHS} == whole
-    assert sum(seen.values()) - len(whole) < batch * accumulate  # images of the next epoch fill the last step
