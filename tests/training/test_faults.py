@@ -194,13 +194,21 @@ class Harmful:
         return Path.write_text, (self.file, "the code ran")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
-def test_a_checkpoint_of_pickled_code_is_refused_and_the_one_before_is_used(undisturbed, tmp_path, capsys, name):
+@pytest.mark.parametrize(
+    ("name", "damage"), [("model.safetensors", "code"), ("optimizer.safetensors", "code"), ("model.safetensors", "cut")]
+)
+def test_a_checkpoint_of_pickled_code_or_cut_short_is_refused_and_the_one_before_is_used(
+    undisturbed, tmp_path, capsys, name, damage
+):
     shutil.copytree(undisturbed[0], tmp_path / "run")
-    torch.save({"model": Harmful(tmp_path / "ran")}, tmp_path / "run" / "checkpoints" / "step_00000009" / name)
+    file = tmp_path / "run" / "checkpoints" / "step_00000009" / name
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:1000])
+    else:
+        torch.save({"model": Harmful(tmp_path / "ran")}, file)
     assert call("tokenizer", *undisturbed[1], "--out", tmp_path / "run") == 0
     said = capsys.readouterr().out
-    assert "step_00000009 cannot be used" in said and "resumed at step 6" in said
+    assert "step_00000009 cannot be used" in said and "resumed at step 6 of 9" in said
     assert not (tmp_path / "ran").exists()
     assert_same_bits(tmp_path / "run", undisturbed[0])
 

@@ -1,4 +1,4 @@
-"""A training sees every image in every epoch, whatever the number of images per step and how it is divided."""
+"""The number of steps of a training: every epoch ends once, however many images a step has."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from beitv2_fast.config.training import TrainConfig
 from beitv2_fast.errors import DataError
 from beitv2_fast.training.optim import Schedule
-
-IMAGES, EPOCHS = 11, 3
 
 
 @given(st.integers(1, 300), st.integers(1, 7), st.integers(1, 3), st.integers(1, 4), st.integers(1, 9))

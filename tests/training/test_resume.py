@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +14,7 @@ from ..support.training import (
     TINY,
     TOKENIZER,
     assert_resumes_to_the_same_bits,
-    assert_same_bits,
     call,
-    checkpoints,
     last_weights,
 )
 
@@ -63,14 +60,3 @@ def test_a_run_that_lost_its_last_checkpoint_ends_with_the_same_bits(trained, st
     if stage == "finetune":
         average = last_weights(whole, "ema")
         assert any((average[name] != value).any() for name, value in last_weights(whole).items())
-
-
-def test_a_cut_checkpoint_falls_back_to_the_one_before(trained, capsys):
-    whole = trained("pretrain")
-    shutil.copytree(whole, cut := whole.with_name("cut"))
-    newest = cut / "checkpoints" / checkpoints(cut)[-1] / "model.safetensors"
-    newest.write_bytes(newest.read_bytes()[:1000])
-    assert go("pretrain", cut) == 0
-    said = capsys.readouterr().out
-    assert "step_00000009 cannot be used" in said and "resumed at step 6 of 9" in said
-    assert_same_bits(cut, whole)
