@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from beitv2_fast.kernels.native import native_ops
@@ -16,6 +16,8 @@ from beitv2_fast.models.tokenizer import Tokenizer, TokenizerModelConfig
 from beitv2_fast.models.vit import ViTConfig
 from bench import model_cost, reference_structure
 from bench.model_cost import ATTENTION_PRODUCTS, meta_parameters, student_parts, tokenizer_parts
+
+from ..support.counting import kept
 
 BATCH, MASKED = 2, 6
 VIT = {"image_size": 32, "patch_size": 8, "dim": 48, "depth": 3, "heads": 2}
@@ -70,21 +72,6 @@ def test_parameters_are_counted_as_the_module_has_them(model, config):
     assert meta_parameters(model, config) == sum(p.numel() for p in model(config).parameters())
 
 
-def kept(model: nn.Module, loss: Callable[[], Tensor]) -> int:
-    """Bytes that a forward keeps for backward, beside weights."""
-    own = {p.data_ptr() for p in model.parameters()} | {b.data_ptr() for b in model.buffers()}
-    found: dict[int, Tensor] = {}
-
-    def note(t: Tensor) -> Tensor:
-        if t.data_ptr() not in own:
-            found[t.untyped_storage().data_ptr()] = t  # held, so that no address is used twice
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-        loss()
-    return sum(t.untyped_storage().nbytes() for t in found.values())
-
-
 def test_activations_kept_for_backward_are_those_of_the_module_within_a_tenth():
     """Of one block's worth, the difference between two depths: heads and embeddings are small change."""
     if not native_ops():
@@ -95,7 +82,8 @@ def test_activations_kept_for_backward_are_those_of_the_module_within_a_tenth():
         mask = torch.rand(BATCH, 16).argsort(1) < MASKED
         labels = torch.zeros(BATCH * MASKED, dtype=torch.int64)
         images = torch.rand(BATCH, 3, 32, 32)
-        return kept(model, lambda: model(images, mask, labels, MASKED).loss)
+        with torch.autocast("cpu", torch.bfloat16):
+            return kept(model, images, mask, labels, MASKED)
 
     parts = model_cost.block_parts("block", ViTConfig(**VIT, layer_scale=0.1), BATCH, 1)
     assert measured(4) - measured(3) == pytest.approx(sum(part.kept for part in parts), rel=0.1)

@@ -13,7 +13,7 @@ from beitv2_fast.kernels.codebook_update.reference import unpack_statistics
 from beitv2_fast.kernels.native import native_ops
 
 from ..support.codebook_states import METRICS, make_batch, make_state, update
-from ..support.memory import peak_allocation
+from ..support.counting import allocations
 
 needs_native = pytest.mark.skipif(not native_ops(), reason="the C++ ops are not compiled")
 
@@ -210,7 +210,7 @@ def test_memory_does_not_grow_with_vectors_times_codes():
     x, indices = make_batch(200_000, 8192, 8)
     state = make_state(8192, 8, average=True)
     x = x.bfloat16()
-    peak = peak_allocation(lambda: update(state, x, indices, metric="euclidean"))
+    peak, _, _ = allocations(lambda: update(state, x, indices, metric="euclidean"))
     assert peak < 8192 * (1 + 2 * 8) * 8 + 8192 * 64  # the statistics, and less than one byte per vector and code
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from beitv2_fast.models import vit as module
 from beitv2_fast.models.vit import Linear, linear
 
+from ..support.counting import kept
+
 
 def pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     return F.linear(F.gelu(x) if gelu else x, weight, bias)
@@ -61,22 +63,6 @@ def test_widened_products_round_neither_weights_nor_their_gradients(monkeypatch)
         out, _, grad_weight, _ = results(linear, [x, weight, bias], False)
     assert torch.equal(out, F.linear(x, weight, bias).bfloat16())
     assert not torch.equal(grad_weight, grad_weight.bfloat16().float())
-
-
-def kept(layer: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward keeps for backward, beside the parameters."""
-    own = {p.data_ptr() for p in layer.parameters()}
-    found: dict[int, int] = {}
-
-    def note(t: Tensor) -> Tensor:
-        if t.data_ptr() not in own:
-            found[t.data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        out = layer(x)
-    del out
-    return sum(found.values())
 
 
 def test_after_a_gelu_only_its_input_is_kept():

@@ -8,8 +8,9 @@ from torch import nn
 
 from beitv2_fast.models.vit import Linear, linear
 
+from ..support.counting import kept
 from ..support.gpu import HERE, autocast, distance, here, no_waiting
-from .test_linear import kept, problem, pytorch, results
+from .test_linear import problem, pytorch, results
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}

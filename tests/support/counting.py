@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -22,7 +23,22 @@ def allocations(run: Callable[[], object]) -> tuple[int, int, int]:
     return peak, current, largest
 
 
-def peak_of_backward(loss: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> int:
+def peak_of_backward(loss: Callable[[], Tensor], inputs: list[Tensor]) -> int:
     """Peak bytes of a forward and backward pass beyond the gradients, which any implementation must return."""
     peak, left, _ = allocations(lambda: torch.autograd.grad(loss(), inputs))
     return peak - left
+
+
+def kept(model: nn.Module, *inputs: object) -> int:
+    """Bytes that a forward of the model keeps for its backward, beside parameters and buffers."""
+    own = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, Tensor] = {}
+
+    def note(t: Tensor) -> Tensor:
+        if t.data_ptr() not in own:
+            found[t.untyped_storage().data_ptr()] = t  # held, so that no address is used twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model(*inputs)
+    return sum(t.untyped_storage().nbytes() for t in found.values())
