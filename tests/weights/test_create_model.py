@@ -45,19 +45,17 @@ def test_all_names_have_their_published_shapes():
     assert decoders == {"vqkd_base_clip": 3, "vqkd_base_clip_1": 1, "vqkd_base_dino": 1, "vqkd_base_dino_3": 3}
 
 
-def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match=r"no model 'beit_tiny'.*beitv2_base"):
-        create_model("beit_tiny")
-
-
-def test_an_unknown_option_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match=r"a student has no colour.*image_size"):
-        create_model("beitv2_base", colour=3)
-
-
-def test_an_option_that_makes_no_model_is_refused():
-    with pytest.raises(UserError, match="not a multiple"):
-        create_model("beitv2_base", image_size=225)
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("beit_tiny", {}, r"no model 'beit_tiny'.*beitv2_base"),
+        ("beitv2_base", {"colour": 3}, r"a student has no colour.*image_size"),
+        ("beitv2_base", {"image_size": 225}, "not a multiple"),
+    ],
+)
+def test_unknown_names_and_options_are_refused_with_the_known_ones(name, options, said):
+    with pytest.raises(UserError, match=said):
+        create_model(name, **options)
 
 
 @pytest.mark.parametrize("suffix", (".safetensors", ".pth"))
@@ -98,25 +96,19 @@ def test_a_file_of_transformers_without_its_extras_lacks_the_aggregation_branch(
     assert torch.equal(again.encode(images())[0], model.encode(images())[0])
 
 
-def test_a_name_of_another_size_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "make", "options", "said"),
+    [
+        ("beitv2_base", student, {}, r"holds no beitv2_base: it has dim 32, not 768; depth 3, not 12"),
+        ("tiny", classifier, {}, "the weights of a classifier, but a student was asked for"),
+        ("tiny", student, {"num_codes": 99}, "num_codes 20, not 99"),
+    ],
+)
+def test_a_name_or_option_that_the_weights_have_otherwise_is_refused(tmp_path, name, make, options, said):
     file = tmp_path / "weights.pth"
-    torch.save(student().state_dict(), file)
-    with pytest.raises(CheckpointError, match=r"holds no beitv2_base: it has dim 32, not 768; depth 3, not 12"):
-        create_model("beitv2_base", checkpoint=file)
-
-
-def test_a_name_of_another_kind_is_refused(tmp_path):
-    file = tmp_path / "weights.pth"
-    torch.save(classifier().state_dict(), file)
-    with pytest.raises(CheckpointError, match="the weights of a classifier, but a student was asked for"):
-        create_model("tiny", checkpoint=file)
-
-
-def test_an_option_that_the_weights_have_otherwise_is_refused(tmp_path):
-    file = tmp_path / "weights.pth"
-    torch.save(student().state_dict(), file)
-    with pytest.raises(CheckpointError, match="num_codes 20, not 99"):
-        create_model("tiny", checkpoint=file, num_codes=99)
+    torch.save(make().state_dict(), file)
+    with pytest.raises(CheckpointError, match=said):
+        create_model(name, checkpoint=file, **options)
 
 
 def test_a_classifier_starts_from_a_student_and_says_what_is_new(tmp_path, caplog):
@@ -190,11 +182,6 @@ def test_a_checkpoint_with_the_options_of_the_references_training_is_read(tmp_pa
     options = argparse.Namespace(batch_size=64, output_dir="out")
     torch.save({"model": {"module": state}, "optimizer": {}, "epoch": 3, "args": options}, tmp_path / "weights.pth")
     assert_same_state(read_weights(tmp_path / "weights.pth"), state)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no checkpoint file .*nothing\.pth"):
-        create_model("tiny", checkpoint=tmp_path / "nothing.pth")
 
 
 def test_a_file_is_replaced_only_when_asked(tmp_path):
