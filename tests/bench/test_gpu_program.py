@@ -301,16 +301,21 @@ def test_trainings_that_did_not_end_in_their_time_get_as_few_epochs_as_can_be(tm
     assert spoken(capsys)[0]["pretrain"] is None
 
 
+def leave(root: Path, step: learning.Step, seconds: float, steps: int, rate: float) -> None:
+    """What a training of two epochs leaves: the runner's record, its config and the last line of its log."""
+    for file, content in {
+        f"steps/{step.name}.json": {"command": list(step.command), "done": True, "attempts": [{"seconds": seconds}]},
+        f"{step.name}/config.json": {"batch_size": 512, "accumulate": 1, "epochs": 2},
+        f"{step.name}/metrics.jsonl": {"step": steps, "images_per_second": rate},
+    }.items():
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text(json.dumps(content) + "\n")
+
+
 def test_the_pace_of_a_training_is_read_from_its_record_and_log(tmp_path):
     step = learning.steps_of(tmp_path, tmp_path, learning.SCALE)[0]
     assert learning.read_pace(tmp_path, step) is None
-    for file, content in {
-        f"steps/{step.name}.json": {"command": list(step.command), "done": True, "attempts": [{"seconds": 50.0}]},
-        f"{step.name}/config.json": {"batch_size": 512, "accumulate": 1, "epochs": 2},
-        f"{step.name}/metrics.jsonl": {"step": 156, "images_per_second": 156 * 512 / 30},
-    }.items():
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text(json.dumps(content) + "\n")
+    leave(tmp_path, step, 50.0, 156, 156 * 512 / 30)
     assert learning.read_pace(tmp_path, step) == learning.Pace(start=pytest.approx(20), epoch=pytest.approx(15))
 
 
@@ -322,17 +327,8 @@ def test_the_epochs_follow_the_pace_of_short_trainings_whose_teacher_s_features_
         assert seconds == pytest.approx(100, abs=1)
         (root / "teacher_features").mkdir(parents=True)
         for step in steps:
-            command = list(step.command)
-            assert command[command.index("--epochs") + 1] == "2"
-            record = {"command": command, "done": True, "attempts": [{"seconds": 20.0}]}
-            config, log = {"batch_size": 512, "accumulate": 1, "epochs": 2}, {"step": 100, "images_per_second": 5120}
-            folder = root / step.name
-            folder.mkdir(parents=True)
-            for file, content in (("config.json", config), ("metrics.jsonl", log)):
-                (folder / file).write_text(json.dumps(content) + "\n")
-            file = root / "steps" / f"{step.name}.json"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(record))
+            assert step.command[step.command.index("--epochs") + 1] == "2"
+            leave(root, step, 20.0, 100, 5120)
 
     monkeypatch.setattr(learning, "run_until", trained)  # 10 s to start, 5 s per epoch
     section = run.Run("learn", False, time.monotonic() + 402)
