@@ -191,7 +191,6 @@ def test_a_fine_tuned_run_is_read_by_create_model_and_converts(runs):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--dim", "48"], "another shape than these options: give it as --dim 24"),
         (["--val", "{runs}/images"], "has no classes"),
         (["--data", "{runs}/images"], "at least two class folders"),
         (["--weights", "{runs}/nothing"], "nothing"),

@@ -154,7 +154,6 @@ def test_the_teacher_is_that_of_the_tokenizer(runs):
     [
         (["--backbone", "teacher"], "a teacher is probed as a whole"),
         (["--layers", 3], "the network has 2 blocks"),
-        (["--data", "{runs}/images"], "needs the folders train/CLASS and test/CLASS"),
     ],
 )
 def test_mistakes_end_with_one_paragraph_that_says_what_to_do(runs, capsys, options, said):

@@ -156,13 +156,10 @@ def test_masks_in_black_and_white_train_as_those_of_0_and_1(runs, tmp_path, caps
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--dim", "48"], "another shape than these options: give it as --dim 24"),
         (["--data", "{runs}/images"], "no images with masks"),
         (["--val", "{runs}/images"], "--val"),
         (["--num-classes", "2"], "labels beyond the 2 classes"),
-        (["--layers", "0", "1"], "Change --layers"),
         (["--batch-size", "1"], "two images"),
-        (["--scale-range", "2", "1"], "--scale-range"),
         (["--label-values", "0", "1"], "labels beyond the 2 classes"),
         (["--label-values", "0", "1", "0"], "names a label twice"),
         (["--loader", "dali"], "--loader dali"),

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from beitv2_fast.runs.checkpoints import read_weights
 from beitv2_fast.weights.build import load_run_model
 
+from ..support.quantizers import assert_same
 from ..support.training import (
     PRETRAIN,
     ROOT,
@@ -208,15 +209,14 @@ def assert_same_codes(run: Path, other: Path) -> None:
     if ours or others:  # a student has none
         assert torch.allclose(ours.pop("quantize.codebook"), others.pop("quantize.codebook"), rtol=0, atol=CODE)
         assert "quantize.cluster_size" in ours and "quantize.idle" in ours
-    assert ours.keys() == others.keys()
-    assert [name for name in others if not torch.equal(ours[name], others[name])] == []
+    assert_same(ours, others)
 
 
 def assert_same_state(run: Path, other: Path) -> None:
     """The codebook and its statistics have the same bits."""
-    ours, others = quantizer_state(run), quantizer_state(other)
-    assert "quantize.codebook" in ours and ours.keys() == others.keys()
-    assert [name for name in others if not torch.equal(ours[name], others[name])] == []
+    ours = quantizer_state(run)
+    assert "quantize.codebook" in ours
+    assert_same(ours, quantizer_state(other))
 
 
 @pytest.mark.parametrize("stage", OPTIONS)
