@@ -1,4 +1,4 @@
-"""The kernels of codebook_update and vector_quantize, compiled for GPUs that are not here."""
+"""The kernels of codebook_update, compiled for GPUs that are not here."""
 
 from __future__ import annotations
 
@@ -64,10 +64,3 @@ def test_division_and_root_are_correctly_rounded(target):
     opcodes = [i.opcode for i in compiled("statistics", target, 32).instructions]
     assert any(op.startswith("MUFU.RSQ64H") for op in opcodes) and any(op.startswith("MUFU.RCP64H") for op in opcodes)
     assert not any(op.startswith(("MUFU.RCP", "MUFU.RSQ", "MUFU.SQRT")) and "64H" not in op for op in opcodes)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dim", DIMS)
-def test_the_gradient_of_vector_quantize_fits_and_loads_16_bytes(target, dim):
-    check(compiled("backward", target, dim), wide_loads=3)
-    check(compiled("backward", target, dim, {"x": "*bf16", "out": "*bf16"}), wide_loads=2)
