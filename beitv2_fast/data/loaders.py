@@ -12,8 +12,6 @@ from .draws import EpochSampler, Key, rank_share
 from .images import ImageFolder
 from .torch_loader import TorchLoader
 
-LOADERS = ("auto", "dali", "torchvision")
-
 
 class Loader(Protocol):
     """Batches in turn: dicts of tensors, those of the view [B, ...] and "index", "view" and "label" int64 [B]."""
