@@ -1,4 +1,4 @@
-"""`python -m beitv2_fast`: the command `beitv2-fast`."""
+"""``python -m beitv2_fast``: the command ``beitv2-fast``."""
 
 from .cli import main
 

@@ -47,14 +47,14 @@ Jens Hauch, Christian Camus, Christoph J. Brabec; https://github.com/zae-bayern/
 
 
 def write_demo_images(out: str | Path) -> Path:
-    """Writes out/{train,test}/{defective,intact}/*.png and a README.md with source and licence; returns `out`.
+    """Writes out/{train,test}/{defective,intact}/*.png and a README.md with source and licence; returns ``out``.
 
     A quarter of each (label, cell type) goes to test, by a fixed seed: every machine gets the same split. The folder
-    is made under another name and renamed when complete, so `out` is either whole or not there; if it is there
+    is made under another name and renamed when complete, so ``out`` is either whole or not there; if it is there
     already, nothing is done.
 
     Raises:
-        UserError: elpv-dataset is not installed, or `out` exists and is something else.
+        UserError: elpv-dataset is not installed, or ``out`` exists and is something else.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -1,7 +1,7 @@
-"""Top-1 and top-5 of a fine-tuned classifier: `python train/evaluate.py --model RUN --data FOLDER [FOLDER ...]`.
+"""Top-1 and top-5 of a fine-tuned classifier: ``python train/evaluate.py --model RUN --data FOLDER [FOLDER ...]``.
 
-A folder with only some of the classes (ImageNet-A, ImageNet-R) is evaluated among these. Also under `torchrun` and
-`deepspeed`, whose ranks share the images. Stopped and started again, it goes on with the next folder.
+A folder with only some of the classes (ImageNet-A, ImageNet-R) is evaluated among these. Also under ``torchrun`` and
+``deepspeed``, whose ranks share the images. Stopped and started again, it goes on with the next folder.
 """
 
 from __future__ import annotations

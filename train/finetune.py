@@ -1,6 +1,6 @@
-"""Fine-tune a classifier: `deepspeed train/finetune.py --preset base --data IMAGENET --weights RUN_OR_FILE`.
+"""Fine-tune a classifier: ``deepspeed train/finetune.py --preset base --data IMAGENET --weights RUN_OR_FILE``.
 
-Also under `torchrun` and plain `python`. Stopped and started again with the same options, it goes on where it was.
+Also under ``torchrun`` and plain ``python``. Stopped and started again with the same options, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ class FinetuneTask(Task):
 def _evaluate(config: FinetuneConfig, world: World) -> int:
     """--evaluate: the newest checkpoint's weights and their average."""
     classes = stored_classes(config.out)
-    if classes is None or validation_images(config) is None:
-        what = "no finished step of a fine-tuning in it" if classes is None else "no images to evaluate on: give --val"
-        raise UserError(f"--evaluate: {config.out} has {what}.")
+    if classes is None:
+        raise UserError(f"--evaluate: {config.out} has no finished step of a fine-tuning in it.")
+    if validation_images(config) is None:
+        raise UserError(f"--evaluate: {config.data} has no images to evaluate on. Give --val.")
     kinds = ("weights", "average") if config.ema_decay else ("weights",)
     models = {kind: load_run_model(config.out, average=kind == "average")[0] for kind in kinds}
     return evaluate_newest(config, world, models, lambda run: ClassifierValidation(config, classes, run, world))

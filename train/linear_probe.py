@@ -1,10 +1,10 @@
-"""Probes of a frozen backbone: `deepspeed train/linear_probe.py --run RUN --data FOLDER --out RUN`.
+"""Probes of a frozen backbone: ``deepspeed train/linear_probe.py --run RUN --data FOLDER --out RUN``.
 
 A sweep of linear classifiers over layers and learning rates, as published; k nearest neighbours; few images per class.
 With --exact also the probe to convergence, on what a representation has to beat too: the untrained backbone and raw
 pixels, and on the teacher's features, from which the tokenizer learnt.
 
-Also under `torchrun` and plain `python`. The ranks share the images of which the features are computed; only
+Also under ``torchrun`` and plain ``python``. The ranks share the images of which the features are computed; only
 rank 0 then fits the classifiers, and the others end.
 """
 

@@ -1,6 +1,6 @@
-"""Pre-train the masked-image student: `deepspeed train/pretrain.py --preset base --data IMAGES --tokenizer RUN`.
+"""Pre-train the masked-image student: ``deepspeed train/pretrain.py --preset base --data IMAGES --tokenizer RUN``.
 
-Also under `torchrun` and plain `python`. Stopped and started again with the same options, it goes on where it was.
+Also under ``torchrun`` and plain ``python``. Stopped and started again with the same options, it goes on where it was.
 """
 
 from __future__ import annotations

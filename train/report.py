@@ -1,4 +1,4 @@
-"""The report: `python train/report.py --tokenizer RUN --pretrain RUN --probe RUN --data FOLDER --out FOLDER`.
+"""The report: ``python train/report.py --tokenizer RUN --pretrain RUN --probe RUN --data FOLDER --out FOLDER``.
 
 Writes report.html, self-contained, and its pictures as PNG files next to it. Runs that are missing or unfinished are
 said to be.

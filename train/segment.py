@@ -1,6 +1,6 @@
-"""Train a semantic segmentation: `deepspeed train/segment.py --preset base --data ADE20K --weights RUN_OR_FILE`.
+"""Train a semantic segmentation: ``deepspeed train/segment.py --preset base --data ADE20K --weights RUN_OR_FILE``.
 
-Also under `torchrun` and plain `python`. Stopped and started again with the same options, it goes on where it was.
+Also under ``torchrun`` and plain ``python``. Stopped and started again with the same options, it goes on where it was.
 """
 
 from __future__ import annotations

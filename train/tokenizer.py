@@ -1,6 +1,6 @@
-"""Train the VQ-KD tokenizer: `python train/tokenizer.py --preset base --data IMAGES --out runs/tokenizer`.
+"""Train the VQ-KD tokenizer: ``python train/tokenizer.py --preset base --data IMAGES --out runs/tokenizer``.
 
-Also under `torchrun` and `deepspeed`. Stopped and started again with the same options, it goes on where it was.
+Also under ``torchrun`` and ``deepspeed``. Stopped and started again with the same options, it goes on where it was.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Codes in use and similarity to the teacher: `python train/tokenizer_quality.py --run RUN --data FOLDER --out RUN`.
+"""Codes in use and similarity to the teacher: ``python train/tokenizer_quality.py --run RUN --data FOLDER --out RUN``.
 
 On held-out images, FOLDER/test or FOLDER/val. One process is enough.
 """

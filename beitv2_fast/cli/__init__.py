@@ -1,4 +1,4 @@
-"""The command `beitv2-fast` (also `python -m beitv2_fast`): weights, codes, pictures of runs, names of models."""
+"""The command ``beitv2-fast`` (also ``python -m beitv2_fast``): weights, codes, pictures of runs, names of models."""
 
 from __future__ import annotations
 

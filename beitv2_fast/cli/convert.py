@@ -1,4 +1,4 @@
-"""`beitv2-fast convert`: a file of weights into another format."""
+"""``beitv2-fast convert``: a file of weights into another format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def convert_file(
     path: str | Path, out: str | Path, target: str, *, source: str | None = None, model: str | None = None,
     force: bool = False,
 ) -> tuple[str, Weights]:  # fmt: skip
-    """Read weights, convert them, write them: the command `beitv2-fast convert`.
+    """Read weights, convert them, write them: the command ``beitv2-fast convert``.
 
     Args:
         path, out: see ``read`` and ``write``.

@@ -1,4 +1,4 @@
-"""Images -> a file of their codes: `beitv2-fast encode IMAGES --tokenizer RUN_OR_FILE --out codes.npz`.
+"""Images -> a file of their codes: ``beitv2-fast encode IMAGES --tokenizer RUN_OR_FILE --out codes.npz``.
 
 Finished pieces are kept in a hidden folder next to the output until all are there. A process that is killed at any
 point loses the piece it was at; the same command goes on after the last one and ends with the same bytes.

@@ -1,4 +1,4 @@
-"""Pictures of a run one at a time, as PNG files: `beitv2-fast picture KIND RUN -o FILE.png`."""
+"""Pictures of a run one at a time, as PNG files: ``beitv2-fast picture KIND RUN -o FILE.png``."""
 
 from __future__ import annotations
 

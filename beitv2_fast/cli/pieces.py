@@ -1,4 +1,4 @@
-"""What `beitv2-fast encode` has on disk: the pieces that are finished, and the file of codes that becomes of them."""
+"""What ``beitv2-fast encode`` has on disk: the pieces that are finished, and the file of codes that becomes of them."""
 
 from __future__ import annotations
 

@@ -31,18 +31,18 @@ def check_images(images: ImageList, *, cache: Path | None, min_size: int, worker
     """Decodes every file once and leaves out those that cannot be trained on.
 
     Left out are unreadable, truncated and empty files, files that are no images, images whose shorter side is below
-    `min_size` pixels, and such of more than PIL's limit of pixels (decompression bombs). The first ones and their
+    ``min_size`` pixels, and such of more than PIL's limit of pixels (decompression bombs). The first ones and their
     number are logged when they are found.
 
     Args:
-        images: what `find_images` returned.
+        images: what ``find_images`` returned.
         cache: a JSON file for the result, so that a restart decodes only what has changed (by path, size and
             modification time); None: no file.
         min_size: the least width and height in pixels.
         workers: processes that decode; 0: this one.
 
     Returns:
-        the list without the files that were left out; those are added to `rejected`.
+        the list without the files that were left out; those are added to ``rejected``.
 
     Raises:
         DataError: nothing is left.

@@ -44,7 +44,7 @@ Prepared = tuple[list[Key], dict[str, Any], Draws]  # keys, what is fed to the p
 
 
 class DaliBatches(Dataset):
-    """`dataset[key]` for a batch of keys, decoded by DALI on the CPU: what a worker of torch's loader does.
+    """``dataset[key]`` for a batch of keys, decoded by DALI on the CPU: what a worker of torch's loader does.
 
     The pipeline is made in the process that uses it first, so that forked workers have one each.
     """
@@ -74,7 +74,7 @@ class DaliBatches(Dataset):
 
 
 class DaliLoader:
-    """Batches of `dataset[key]` for the keys of each batch, on the GPU `dataset.device`.
+    """Batches of ``dataset[key]`` for the keys of each batch, on the GPU ``dataset.device``.
 
     While a step works on one batch, DALI makes the next, and the files after it are read.
 
@@ -153,7 +153,7 @@ def submit(pipeline: Any, batch: Prepared) -> None:
 def fetch(
     pipeline: Any, dataset: ImageFolder, batch: Prepared, whole_graph: bool, rebuild: Callable[[], Any]
 ) -> tuple[Any, tuple]:
-    """Waits for what `submit` handed over -> the pipeline to go on with, and its outputs.
+    """Waits for what ``submit`` handed over -> the pipeline to go on with, and its outputs.
 
     An error ends a pipeline. If PIL opens all images that DALI could not decode, it decodes them for a new one.
 
@@ -233,7 +233,7 @@ def inputs(view: View, sizes: np.ndarray, draws: Draws, whole_graph: bool) -> di
 
 
 def build(view: View, device: torch.device, batch_size: int, threads: int, whole_graph: bool) -> Any:
-    """The pipeline of a view, for what is fed to it by name: "encoded" and the `inputs`.
+    """The pipeline of a view, for what is fed to it by name: "encoded" and the ``inputs``.
 
     With the whole graph it makes the pictures, uint8 [size, size, 3]; on a GPU "mixed" decoding begins on the CPU and
     ends there. Otherwise it ends with what the box cuts out, [h, w, 3], or the whole image if the view resizes that
@@ -281,7 +281,7 @@ def build(view: View, device: torch.device, batch_size: int, threads: int, whole
 
 
 def _resized(image: Any, height: Any, size: Any, picture: Cut) -> Any:
-    """From `height` rows to size (rows, columns): rows before columns, with 8 bits between, as PIL does it.
+    """From ``height`` rows to size (rows, columns): rows before columns, with 8 bits between, as PIL does it.
 
     In one pass DALI would keep what overshoots black and white there, and differ by up to 12 levels.
     """
@@ -302,7 +302,7 @@ def _augmented(view: View, image: Any) -> Any:
 
 
 def _chosen(suite: list, first: int, op: Any, image: Any, magnitude: Any) -> Any:
-    """Augmentation number `op` - `first` of the suite; DALI sends each sample down its own branch."""
+    """Augmentation number ``op`` - ``first`` of the suite; DALI sends each sample down its own branch."""
     if len(suite) == 1:
         return suite[0](image, magnitude_bin=magnitude, num_magnitude_bins=MAGNITUDES, fill_value=128)
     half = len(suite) // 2

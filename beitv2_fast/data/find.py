@@ -19,19 +19,20 @@ from .shards import find_shard_images, shards_of
 def find_images(
     root: str | Path, split: str | None = None, *, labelled: bool = False, index: Path | None = None
 ) -> ImageList:
-    """Lists the image files of a split of a data set, or with `split` None all below `root`, only by their names.
+    """Lists the image files of a split of a data set, or with ``split`` None all below ``root``, only by their names.
 
-    A split is the folder `root/split` in any of its usual spellings (`SPLITS`), or the shards in `root` that are named
-    so, or all of `root` where nothing is named as a split. If .tar files lie there, or `root` is one or a pattern of
-    such, their images are meant (see `data.shards`); `index` is where the places of the images in them are kept.
+    A split is the folder ``root/split`` in any of its usual spellings (``SPLITS``), or the shards in ``root`` that are
+    named so, or all of ``root`` where nothing is named as a split. If .tar files lie there, or ``root`` is one or a
+    pattern of such, their images are meant (see ``data.shards``); ``index`` is where the places of the images in them
+    are kept.
 
     The folders of the first level that have images are the classes, unless there are images beside them. Links are
     followed only to files inside the folder. Passed over, and counted, are hidden files and folders, those that systems
-    leave (`SYSTEM_FOLDERS`), files with another suffix than `IMAGE_SUFFIXES`, and the other splits wherever a folder
-    has one of the split's name.
+    leave (``SYSTEM_FOLDERS``), files with another suffix than ``IMAGE_SUFFIXES``, and the other splits wherever a
+    folder has one of the split's name.
 
     Args:
-        split: "train", "val", "test", or the name of another folder; None: `root` is taken as it is.
+        split: "train", "val", "test", or the name of another folder; None: ``root`` is taken as it is.
         labelled: classes are needed, so images without one are rejected by name. Else such images are kept, and the
             list has no classes.
 
@@ -76,7 +77,7 @@ def split_folder(root: Path, split: str) -> Path | None:
     """The folder of a split in root; None if there is none.
 
     Raises:
-        DataError: several have one of its names, and none is `split` itself.
+        DataError: several have one of its names, and none is ``split`` itself.
     """
     if Path(split).name != split or split == "..":
         raise DataError(f"The split {split!r} is not the name of a folder in {root}; expected a name such as 'train'.")

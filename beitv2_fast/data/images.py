@@ -73,7 +73,7 @@ class ImageList:
         return data
 
     def open(self, index: int) -> Image.Image:
-        """`open_image` of image `index`; raises what the decoder raises."""
+        """``open_image`` of image ``index``; raises what the decoder raises."""
         return open_image(io.BytesIO(self.read(index)))
 
     def subset(self, indices: list[int], rejected: list[tuple[str, str]] | None = None) -> ImageList:
@@ -101,7 +101,7 @@ class ImageList:
 
 
 class _Shard:
-    """An open shard, closed when nobody reads from it any more. Processes and threads may share it: `pread` moves no
+    """An open shard, closed when nobody reads from it any more. Processes and threads may share it: ``pread`` moves no
     common position."""
 
     def __init__(self, path: Path) -> None:
@@ -158,18 +158,18 @@ def name_of(images: Any, index: int) -> str:
 class ImageFolder(Dataset):
     """The views of the images of a list.
 
-    `folder[epoch, index]` is the dict of the view's tensors, with "index", "view" (the epoch, or its remainder) and, if
-    the list has labels, "label" (ints); `folder.__getitems__(keys)` is the same for a batch.
+    ``folder[epoch, index]`` is the dict of the view's tensors, with "index", "view" (the epoch, or its remainder) and,
+    if the list has labels, "label" (ints); ``folder.__getitems__(keys)`` is the same for a batch.
     Randomness comes only from (seed, epoch, index).
 
     Args:
-        images: the images, as `check_images` returned them.
+        images: the images, as ``check_images`` returned them.
         view: what to make of an image.
         seed: of the views' randomness.
-        views: V > 0: only V different views of every image, `epoch % V`; 0: a new one in every epoch.
-        in_memory: decode all images now and keep them, 1 byte (grey) or 3 per pixel, `decoded_bytes` in all. Worth it
+        views: V > 0: only V different views of every image, ``epoch % V``; 0: a new one in every epoch.
+        in_memory: decode all images now and keep them, 1 byte (grey) or 3 per pixel, ``decoded_bytes`` in all. Worth it
             where decoding is the larger part of the work and the images fit; forked worker processes share them.
-        loader: what makes batches of them: "torchvision" (PIL and torch's workers) or "dali"; see `choose_loader`.
+        loader: what makes batches of them: "torchvision" (PIL and torch's workers) or "dali"; see ``choose_loader``.
         device: where DALI works and leaves the batches; PIL works on the CPU, whatever it says.
 
     Raises:
@@ -231,7 +231,7 @@ class ImageFolder(Dataset):
 
     @property
     def decoded_bytes(self) -> int:
-        """The memory that the decoded images take; 0 unless `in_memory`."""
+        """The memory that the decoded images take; 0 unless ``in_memory``."""
         return sum(image.width * image.height * len(image.getbands()) for image in self._decoded or [])
 
     def _number(self, epoch: int) -> int:

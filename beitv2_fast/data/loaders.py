@@ -12,8 +12,6 @@ from .draws import EpochSampler, Key, rank_share
 from .images import ImageFolder
 from .torch_loader import TorchLoader
 
-LOADERS = ("auto", "dali", "torchvision")
-
 
 class Loader(Protocol):
     """Batches in turn: dicts of tensors, those of the view [B, ...] and "index", "view" and "label" int64 [B]."""
@@ -24,7 +22,7 @@ class Loader(Protocol):
 
 
 def choose_loader(wanted: str, *, in_memory: bool = False) -> tuple[str, str]:
-    """-> ("dali" or "torchvision", why). `wanted` is one of those or "auto": DALI where it is installed, unless the
+    """-> ("dali" or "torchvision", why). ``wanted`` is one of those or "auto": DALI where it is installed, unless the
     images are decoded in memory, where it would have nothing to do.
 
     Raises:
@@ -59,10 +57,10 @@ def train_loader(
     total_steps: int,
     workers: int = 0,
 ) -> Loader:
-    """Yields this rank's batches for steps start_step .. total_steps - 1 (see `EpochSampler`), then ends.
+    """Yields this rank's batches for steps start_step .. total_steps - 1 (see ``EpochSampler``), then ends.
 
-    `workers` processes prepare them (0: the calling one does); with DALI on a GPU as many threads. Their number changes
-    no pixel.
+    ``workers`` processes prepare them (0: the calling one does); with DALI on a GPU as many threads. Their number
+    changes no pixel.
 
     Raises:
         DataError: a global batch is larger than the data set; while iterating: an image has become unreadable, a worker
@@ -81,13 +79,13 @@ def train_loader(
 
 
 def eval_loader(dataset: ImageFolder, batch_size: int, workers: int = 0, rank: int = 0, world_size: int = 1) -> Loader:
-    """Yields all images once, in the list's order and as epoch 0, in batches like those of `train_loader`; the last one
-    may be smaller. Of several ranks each sees the images rank, rank + world_size, ...: "index" says which."""
+    """Yields all images once, in the list's order and as epoch 0, in batches like those of ``train_loader``; the last
+    one may be smaller. Of several ranks each sees the images rank, rank + world_size, ...: "index" says which."""
     return keyed_loader(dataset, rank_share(len(dataset), rank, world_size), batch_size, workers)
 
 
 def keyed_loader(dataset: ImageFolder, keys: list[Key], batch_size: int, workers: int = 0) -> Loader:
-    """Yields `dataset[key]` for these keys (epoch, index) in their order, in batches; the last one may be smaller."""
+    """Yields ``dataset[key]`` for these keys (epoch, index) in their order, in batches; the last one may be smaller."""
     batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
     return _loader(dataset, batches, batch_size, workers)
 

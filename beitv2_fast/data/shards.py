@@ -66,9 +66,9 @@ def find_shard_images(
 ) -> ImageList:
     """The images of the shards, in the order of their names; labels, if every image has one, or they are asked for.
 
-    Members that a careless reader would write elsewhere or stumble over are left out and listed in `rejected`: absolute
-    paths, paths with "..", backslashes or control characters, links, devices, sparse files, names that come twice, and
-    what is cut off. Hidden members, and others than images and labels, are passed over.
+    Members that a careless reader would write elsewhere or stumble over are left out and listed in ``rejected``:
+    absolute paths, paths with "..", backslashes or control characters, links, devices, sparse files, names that come
+    twice, and what is cut off. Hidden members, and others than images and labels, are passed over.
 
     Args:
         index: a JSON file that keeps what was found, so that a restart scans only shards that have changed.

@@ -31,7 +31,7 @@ class TorchLoader(DataLoader):
     It passes on what a DataError said, without the worker's traceback around it, and a worker that dies is a DataError.
 
     Args:
-        dataset: `dataset.__getitems__(keys)` is a batch.
+        dataset: ``dataset.__getitems__(keys)`` is a batch.
         batches: the keys of each batch, a list of lists or a Sampler.
         workers: processes; 0: the calling one.
     """

@@ -1,8 +1,8 @@
 """The views of a photograph that the trainings see: random crops for the tokenizer and for fine-tuning, pairs with a
 mask for the student, centres for evaluation.
 
-A view has three parts, so that both loaders, PIL with torchvision and DALI, make the same of an image: `draw` makes all
-random decisions of a batch; the loader cuts the `pictures` out of the images; `finish` makes tensors of them.
+A view has three parts, so that both loaders, PIL with torchvision and DALI, make the same of an image: ``draw`` makes
+all random decisions of a batch; the loader cuts the ``pictures`` out of the images; ``finish`` makes tensors of them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class View:
         """The random decisions for images of sizes [B, 2] (width, height) with keys [B] uint64, and the view's own:
 
         "box" [B, 4], left, top, right and bottom in pixels of what is cut out; "flip" [B], whether the left becomes the
-        right; if `resizes_first`, "resized" [B, 2], width and height of the resized image.
+        right; if ``resizes_first``, "resized" [B, 2], width and height of the resized image.
         """
         raise NotImplementedError(f"{type(self).__name__} must have a method draw: what is random about its images.")
 
@@ -71,7 +71,7 @@ class View:
 class TokenizerView(View):
     """A random crop, flipped in half of the cases: {"image": float32 [3, size, size] in [0, 1]}.
 
-    The crop covers a share of the image's area uniform in `crop_scale`, with an aspect ratio log-uniform in
+    The crop covers a share of the image's area uniform in ``crop_scale``, with an aspect ratio log-uniform in
     [3/4, 4/3], and is resized bicubically (arXiv 2208.06366, appendix: VQ-KD's hyperparameters).
     """
 
@@ -101,7 +101,7 @@ class PretrainView(View):
         crop_scale: the range of the crop's share of the image's area.
         color_jitter: how far brightness, contrast and saturation may be scaled: factors in [1 - j, 1 + j].
         mask_kind: "block", or "random" for single patches.
-        masks: "loader", or "device": instead of "mask" there is "mask_key", int64, of which `patch_masks` makes the
+        masks: "loader", or "device": instead of "mask" there is "mask_key", int64, of which ``patch_masks`` makes the
             same masks wherever the keys lie.
         tokenizer_resample: "bicubic" or "lanczos".
     """
@@ -161,7 +161,7 @@ class PretrainView(View):
 class FinetuneView(View):
     """A random crop, flipped in half of the cases, with RandAugment: {"image": float32 [3, size, size] in [0, 1]}.
 
-    Erasing, mixup and cutmix come after it and for the whole batch: `beitv2_fast.downstream.augment.BatchAugment`.
+    Erasing, mixup and cutmix come after it and for the whole batch: ``beitv2_fast.downstream.augment.BatchAugment``.
 
     Args:
         ops, magnitude: RandAugment's number of operations and their strength, 0 .. 30 (arXiv 1909.13719); 0 ops: none.
@@ -272,7 +272,7 @@ def color_jitter(pixels: Tensor, steps: np.ndarray, factors: np.ndarray) -> Tens
         pixels: uint8 [B, H, W, 3]. steps: ints [B, S], 0 brightness, 1 contrast, 2 saturation. factors: floats [B, S].
 
     Returns:
-        a new tensor like `pixels`. By PIL on the CPU, where it is twice as fast; by torch elsewhere, within a level
+        a new tensor like ``pixels``. By PIL on the CPU, where it is twice as fast; by torch elsewhere, within a level
         of it for each step.
     """
     if pixels.device.type != "cpu":
@@ -287,7 +287,7 @@ def color_jitter(pixels: Tensor, steps: np.ndarray, factors: np.ndarray) -> Tens
 
 
 def jitter_batched(pixels: Tensor, steps: np.ndarray, factors: np.ndarray) -> Tensor:
-    """`color_jitter` in torch ops: every step is x <- base + f*(x - base), with base 0, m or g."""
+    """``color_jitter`` in torch ops: every step is x <- base + f*(x - base), with base 0, m or g."""
     x = pixels.float()
     weights = torch.tensor(LUMA).to(x.device, non_blocking=True)
     kinds, values = (torch.from_numpy(a).to(x.device, non_blocking=True) for a in (steps, factors.astype(np.float32)))

@@ -12,8 +12,8 @@ from ..errors import require
 class BatchAugment:
     """Erases, mixes and smooths, by torchvision's transforms.
 
-    Every image is erased with probability `erasing` in one rectangle, filled with normal noise. Then the whole batch is
-    mixed by mixup or by cutmix. The randomness is torch's: seeded before each step, a resumed run repeats it.
+    Every image is erased with probability ``erasing`` in one rectangle, filled with normal noise. Then the whole batch
+    is mixed by mixup or by cutmix. The randomness is torch's: seeded before each step, a resumed run repeats it.
 
     Args:
         num_classes: K.

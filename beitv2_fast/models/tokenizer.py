@@ -114,7 +114,7 @@ class Tokenizer(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] -> the vectors h_i before quantization, [B, N, code_dim].
 
-        They are fp32, whatever autocast or ``tokenizer.half()`` says (of ``tokenizer.double()`` fp64).
+        They are fp32, whatever autocast or ``tokenizer.half()`` says (fp64 after ``tokenizer.double()``).
         """
         return self.encode_task_layer(self.encoder(2 * images - 1))
 
@@ -130,7 +130,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def similarity(self, images: Tensor, teacher_features: Tensor) -> Tensor:
-        """Cosine of what the decoder makes of only the codes and of the teacher's feature, by patch: [B, N] fp32.
+        """Cosine between the teacher's features and what the decoder rebuilds from the codes, per patch: [B, N] fp32.
 
         Args:
             images: [B, 3, H, W] in [0, 1]. teacher_features: [B, N, teacher_dim].

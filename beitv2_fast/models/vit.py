@@ -303,12 +303,12 @@ def normalise(image: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple
 
 
 def require_floating(images: Tensor) -> None:
-    """TypeError if images are integers, of which the arithmetic on them would make wrong numbers.
+    """TypeError if images are integers: the arithmetic that follows would give wrong numbers.
 
-    Their range is not looked at: on a GPU that would wait for them.
+    Their range is not checked: on a GPU that would have to wait for them.
     """
     if not images.is_floating_point():
         raise TypeError(
-            f"the images are {str(images.dtype).removeprefix('torch.')}, but floating-point numbers are needed. Of "
-            "pixels from 0 to 255 make images.float() / 255, in [0, 1]."
+            f"the images are {str(images.dtype).removeprefix('torch.')}, but floating-point numbers are needed. For "
+            "pixels from 0 to 255 pass images.float() / 255, in [0, 1]."
         )

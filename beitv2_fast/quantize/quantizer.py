@@ -193,7 +193,7 @@ class FusedVectorQuantizer(QuantizerState):
         """Keep the codebook as it is in training mode, too, until ``thaw``.
 
         As with ``learning="frozen"`` the gradient and the commitment loss still reach the vectors, and a codebook that
-        was not started yet still starts by k-means. Beside ``usage()`` nothing else changes in training mode. A
+        was not started yet still starts by k-means. Apart from ``usage()`` nothing else changes in training mode. A
         codebook that learns by gradient gets none, and the loss has no term for it; its ``requires_grad`` is off.
         A state dict does not say whether it is frozen; copies and pickles do.
         """
@@ -271,11 +271,12 @@ class FusedVectorQuantizer(QuantizerState):
         """Indices as ``forward`` returns them -> the vectors that it returned, fp32; index -1 gives zeros.
 
         Raises:
-            ValueError: with several heads, a last dimension that is not ``heads``. TypeError: no integers.
+            ValueError: with several heads, a last dimension that is not ``heads``.
+            TypeError: indices that are not integers.
         """
         if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
             raise TypeError(f"decode: indices must be integers; got {indices.dtype}")
-        indices = indices.long()  # uint16 of a file of codes knows no arithmetic
+        indices = indices.long()  # files of codes hold uint16, which torch can neither clamp nor compare
         heads = self.heads
         if heads > 1 and (indices.dim() == 0 or indices.shape[-1] != heads):
             raise ValueError(f"decode: indices must be [..., {heads}], one for each head; got {list(indices.shape)}")

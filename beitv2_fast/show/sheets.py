@@ -94,7 +94,7 @@ def token_map_sheet(
     """
     maps = [token_map(c, photo.shape[1] // c.shape[0], colours) for photo, c in zip(photos, codes, strict=True)]
     both = [_over(photo, m) for photo, m in zip(photos, maps, strict=True)]
-    labels = [Label(["photograph"]), Label(["token map", "one colour per code"]), Label(["both"])]
+    labels = [Label(["photograph"]), Label(["token map", "one colour", "per code"]), Label(["both"])]
     rows = [[image_of(x) for x in row] for row in (photos, maps, both)]
     return Sheet(theme, scale).draw(rows, labels, names, cell_width(len(photos)))
 

@@ -47,7 +47,7 @@ def block_masks_batched(
 
 
 def _filled_up(mask: Tensor, bits: Tensor, missing: Tensor) -> Tensor:
-    """Masks the `missing` [B] visible patches of mask [B, H, W] whose bits [B, H*W], read as unsigned, are lowest."""
+    """Masks the ``missing`` [B] visible patches of mask [B, H, W] whose bits [B, H*W], read as unsigned, are lowest."""
     flat = mask.flatten(1)
     keys = (bits ^ torch.iinfo(torch.int64).min).masked_fill(flat, torch.iinfo(torch.int64).max)
     place = torch.empty_like(keys)

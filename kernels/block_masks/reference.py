@@ -60,6 +60,6 @@ def _block_mask(
 
 
 def _block_bits(h: int, w: int, grid_width: int) -> int:
-    """The bits of an h x w block in the top left corner of a grid `grid_width` wide."""
+    """The bits of an h x w block in the top left corner of a grid ``grid_width`` wide."""
     row = (1 << w) - 1
     return sum(row << (r * grid_width) for r in range(h))

@@ -23,7 +23,7 @@ INTEGER_ROUND = tl.constexpr(6755399441055744.0)  # 1.5 * 2^52
 
 @triton.jit
 def to_fixed(value, round: tl.constexpr):
-    """The integer number of steps, to nearest even; the step is set by `round`."""
+    """The integer number of steps, to nearest even; the step is set by ``round``."""
     shifted = value + round
     origin = tl.full([1], round, tl.float64).to(tl.int64, bitcast=True)
     return shifted.to(tl.int64, bitcast=True) - origin

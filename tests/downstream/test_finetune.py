@@ -103,12 +103,14 @@ def assert_starts_from(weights: dict[str, torch.Tensor], run_folder: Path) -> No
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-9)
 
 
-def test_intermediate_fine_tuning_passes_all_but_the_head_on_to_the_next_label_set(runs):
+def test_intermediate_fine_tuning_passes_all_but_the_head_on_to_the_next_label_set(runs, capsys):
     write_colours(runs / "other" / "train", 3, ("blue", "green"))
     for name in ("cyan", "white"):
         shutil.copytree(runs / "other" / "train" / "blue", runs / "other" / "train" / name)
     assert finetune(runs, "intermediate", *SHARP, data="other") == 0  # of four classes
     assert not (runs / "intermediate" / "results.json").exists()  # nothing to evaluate on, as with ImageNet-21k
+    assert finetune(runs, "intermediate", *SHARP, "--evaluate", data="other") == 2
+    assert f"{runs / 'other'} has no images to evaluate on" in capsys.readouterr().err
     assert finetune(runs, "after", *STILL, weights="intermediate") == 0
     passed = {name: w for name, w in last_weights(runs / "intermediate").items() if not name.startswith("head.")}
     assert_starts_from(passed, runs / "after")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from beitv2_fast import FusedVectorQuantizer
 from beitv2_fast.kernels.sampling import sample_rows
-from beitv2_fast.quantize import collapse as dead_codes
+from beitv2_fast.quantize import collapse
 from beitv2_fast.quantize.kmeans import kmeans
 
 from ..support.quantizers import noise
@@ -162,7 +162,7 @@ def test_without_dead_after_dead_codes_stay_dead_as_in_the_reference():
 @pytest.mark.parametrize("metric", METRICS)
 def test_k_means_starts_again_after_a_collapse_and_only_then(metric, monkeypatch):
     calls = []
-    monkeypatch.setattr(dead_codes, "kmeans", lambda *args, **kw: calls.append(0) or kmeans(*args, **kw))
+    monkeypatch.setattr(collapse, "kmeans", lambda *args, **kw: calls.append(0) or kmeans(*args, **kw))
     options = {"metric": metric, "dead_after": 0, "restart_below": 0.9, "restart_after": 10}
     quantizer = FusedVectorQuantizer(32, 8, **options).train()
     narrow, wide = noise(64, 8) * 0.01 + torch.ones(8), noise(64, 8, seed=1)

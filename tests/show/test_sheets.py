@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 pytest.importorskip("matplotlib")
 
 from beitv2_fast.data.find import find_images
 from beitv2_fast.pictures import HIDDEN, code_colours, masked_picture, token_map
 from beitv2_fast.show.codes import CodeUsage, choose_codes, choose_patches
-from beitv2_fast.show.sheets import code_sheet, patch_picture
+from beitv2_fast.show.sheets import code_sheet, patch_picture, token_map_sheet
 from beitv2_fast.show.theme import LIGHT
 
 COLOURS = [(220, 40, 40), (40, 200, 60), (50, 70, 230), (230, 210, 40)]
@@ -58,6 +58,18 @@ def test_a_row_of_the_sheet_shows_patches_of_its_code_alone(tmp_path, monkeypatc
     monkeypatch.setattr("beitv2_fast.show.sheets.patch_picture", remember)
     code_sheet(images, codes, (2, 2), usage, [2, 0], torch.rand(5, 3), LIGHT, 0.5, columns=3)
     assert drawn == [COLOURS[2]] * 3 + [COLOURS[0]] * 3
+
+
+def test_the_labels_of_a_token_map_sheet_are_not_cut_short(monkeypatch):
+    drawn, text = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda self, at, line, **how: drawn.append(line) or text(self, at, line, **how)
+    )
+    token_map_sheet(
+        [torch.rand(3, 16, 16)], torch.zeros(1, 2, 2, dtype=torch.int64), torch.rand(1, 3), ["a"], LIGHT, 2.0
+    )
+    assert {"photograph", "token map", "both"} <= set(drawn)
+    assert not [line for line in drawn if line.endswith("…")]
 
 
 def test_patches_come_from_as_many_images_as_possible():

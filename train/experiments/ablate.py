@@ -1,4 +1,4 @@
-"""The paper's ablations, small: `python -m beitv2_fast.train.experiments.ablate NAME ...` (no NAME: what there is).
+"""The paper's ablations, small: ``python -m beitv2_fast.train.experiments.ablate NAME ...`` (no NAME: what there is).
 
 Each is a short list of option values. What an option does not touch is trained once for all of them: the tokenizer of
 the masks, the base that every ablation compares with. Stopped and started again, a run goes on where it was; the

@@ -1,10 +1,10 @@
-"""One table of everything, small: `python -m beitv2_fast.train.experiments.downstream`.
+"""One table of everything, small: ``python -m beitv2_fast.train.experiments.downstream``.
 
 Tokenizer, pre-training with and without patch aggregation, and what each backbone is worth afterwards: probes, k-NN,
 fine-tuning, segmentation, for several seeds.
 
 Stopped and started again with the same options, it goes on where it was; finished steps are not run again. What is
-there can be shown at any time: `--show`.
+there can be shown at any time: ``--show``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`beitv2-fast explore RUN`: a local page to see what the tokens of an image mean, and to play the mask game.
+"""``beitv2-fast explore RUN``: a local page to see what the tokens of an image mean, and to play the mask game.
 
 answers.py   what the page asks, answered by the models (``show.runs``) and the patches (``show.index``)
 server.py    HTTP on 127.0.0.1
