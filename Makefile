@@ -1,5 +1,6 @@
-# make demo: the whole of BEiT v2 on 2,624 photographs; make test: lint and the tests; make lint: ruff and the floor plan of
-# pyproject.toml; make test-faults: kills, full disks, fuzzing, soak (30 minutes). They install what they need into .venv.
+# make demo: the whole of BEiT v2 on 2,624 photographs; make test: lint and the tests; make lint: ruff, the floor plan and the
+# spelling, as pyproject.toml has them; make test-faults: kills, full disks, fuzzing, soak (30 minutes). They install what they
+# need into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/pip --disable-pip-version-check
@@ -20,6 +21,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/codespell
 
 # torch comes first: the C++ ops are compiled against the torch they will run with.
 $(VENV)/.installed: setup.py pyproject.toml $(wildcard kernels/*.cpp kernels/*.h kernels/*/*.cpp kernels/*/*.h)

@@ -108,7 +108,7 @@ TEACHERS = ["open_clip_torch>=3.3", TIMM]
 REPLACE = ["diffusers>=0.41", VQ]  # whose quantizers replace_quantizers swaps
 INTEROP = [TIMM, "transformers>=5.20"]  # whose classes the tests of conversion compare with
 TEST = [*INTEROP, *REPLACE, *TEACHERS, *TRAIN, *SEGMENT, *DALI, *DEEPSPEED, *DEMO, *BENCH]
-TEST += ["hypothesis>=6.100", "import-linter>=2.6", "ruff>=0.14"]
+TEST += ["codespell>=2.3", "hypothesis>=6.100", "import-linter>=2.6", "ruff>=0.14"]
 
 setup(
     name="beitv2-fast",
