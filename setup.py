@@ -113,7 +113,7 @@ TEST += ["codespell>=2.3", "hypothesis>=6.100", "import-linter>=2.6", "ruff>=0.1
 setup(
     name="beitv2-fast",
     version="0.1.0",
-    description="BEiT v2 (VQ-KD tokenizer and masked image modelling) on fused vector-quantisation kernels",
+    description="BEiT v2 (VQ-KD tokenizer and masked image modeling) on fused vector-quantization kernels",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

@@ -1,4 +1,4 @@
-"""BEiT v2 on fused vector-quantisation kernels. The package itself needs torch only; extras bring the rest.
+"""BEiT v2 on fused vector-quantization kernels. The package itself needs torch only; extras bring the rest.
 
 The ops and the outputs of modules are registered with torch by the import, so that ``torch.export.load`` finds them.
 All other names load when they are asked for.

@@ -6,34 +6,34 @@ import torch
 from torch import Tensor
 
 HEAT = ((0, 0, 4), (64, 15, 108), (148, 38, 103), (221, 81, 58), (251, 166, 10), (252, 255, 164))
-HIDDEN = (0.36, 0.45, 0.60)  # of masked patches: no colour that a grey photograph has
+HIDDEN = (0.36, 0.45, 0.60)  # of masked patches: no color that a gray photograph has
 
 
-def token_map(codes: Tensor, cell: int, colours: Tensor | None = None) -> Tensor:
-    """Codes [h, w] -> [3, h*cell, w*cell] in [0, 1]: a colour for every code, the same in every picture.
+def token_map(codes: Tensor, cell: int, colors: Tensor | None = None) -> Tensor:
+    """Codes [h, w] -> [3, h*cell, w*cell] in [0, 1]: a color for every code, the same in every picture.
 
     Args:
-        colours: [K, 3], such as ``code_colours``; by default unrelated hues, which need no codebook.
+        colors: [K, 3], such as ``code_colors``; by default unrelated hues, which need no codebook.
     """
-    if colours is not None:
-        cells = colours[codes].movedim(-1, 0)
+    if colors is not None:
+        cells = colors[codes].movedim(-1, 0)
     else:
-        hue = codes.double() * 0.6180339887498949 % 1  # the golden ratio keeps neighbouring ids apart
+        hue = codes.double() * 0.6180339887498949 % 1  # the golden ratio keeps neighboring ids apart
         cells = from_hue(hue, torch.tensor(0.55), torch.tensor(0.35))
     return cells.float().repeat_interleave(cell, 1).repeat_interleave(cell, 2)
 
 
-def code_colours(codebook: Tensor, counts: Tensor) -> Tensor:
-    """A colour for each code such that codes near each other in the codebook look alike: [K, D] -> [K, 3] in [0, 1].
+def code_colors(codebook: Tensor, counts: Tensor) -> Tensor:
+    """A color for each code such that codes near each other in the codebook look alike: [K, D] -> [K, 3] in [0, 1].
 
     The direction in the plane of the first two principal components gives the hue, the third component the lightness,
     both spread evenly over the codes. A code weighs as the root of how often it occurs (counts [K]).
     """
     weight = (counts.double() + 1e-6).sqrt()
     weight = weight / weight.sum()
-    centred = codebook.double() - weight @ codebook.double()
-    axes = torch.linalg.svd(weight.sqrt()[:, None] * centred, full_matrices=False).Vh[:3]
-    x = torch.nn.functional.pad(centred @ axes.T, (0, 3 - len(axes)))  # [K, 3]
+    centered = codebook.double() - weight @ codebook.double()
+    axes = torch.linalg.svd(weight.sqrt()[:, None] * centered, full_matrices=False).Vh[:3]
+    x = torch.nn.functional.pad(centered @ axes.T, (0, 3 - len(axes)))  # [K, 3]
     hue = _evenly(torch.atan2(x[:, 1], x[:, 0]), weight)
     return from_hue(hue, 0.45 + 0.22 * _evenly(x[:, 2], weight), torch.tensor(0.33)).T.clamp(0, 1).float()
 
@@ -51,8 +51,8 @@ def heat_map(values: Tensor, cell: int) -> Tensor:
     stops = torch.tensor(HEAT, dtype=torch.float32) / 255
     at = values.float().clamp(0, 1) * (len(HEAT) - 1)
     low = at.floor().long().clamp(max=len(HEAT) - 2)
-    colours = torch.lerp(stops[low], stops[low + 1], (at - low)[..., None])  # [h, w, 3]
-    return colours.movedim(-1, 0).repeat_interleave(cell, 1).repeat_interleave(cell, 2)
+    colors = torch.lerp(stops[low], stops[low + 1], (at - low)[..., None])  # [h, w, 3]
+    return colors.movedim(-1, 0).repeat_interleave(cell, 1).repeat_interleave(cell, 2)
 
 
 def masked_picture(image: Tensor, mask: Tensor, fill: Tensor | None = None) -> Tensor:
@@ -68,8 +68,8 @@ def from_hue(hue: Tensor, lightness: Tensor, chroma: Tensor) -> Tensor:
     return lightness + chroma * torch.cos(phase)
 
 
-def class_colours(count: int) -> Tensor:
-    """uint8 [count, 3]: neighbouring numbers look unlike one another."""
+def class_colors(count: int) -> Tensor:
+    """uint8 [count, 3]: neighboring numbers look unlike one another."""
     numbers = torch.arange(count)
     hue = numbers.double() * 0.6180339887498949 % 1  # the golden ratio
     lightness = torch.tensor([0.55, 0.72, 0.38], dtype=torch.float64)[numbers % 3]

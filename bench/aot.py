@@ -64,7 +64,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Binary:
-    """What a compiled kernel is made of. ``shared`` in bytes a block, ``stack`` and ``spills`` 0 when all is well."""
+    """What a compiled kernel is made of. ``shared`` in bytes per block, ``stack`` and ``spills`` 0 when all is well."""
 
     target: Target
     num_warps: int

@@ -101,7 +101,7 @@ def plot(results: dict[str, dict[str, list[dict[str, float]]]], path: Path) -> N
             steps = [row["step"] for row in rows]
             used.plot(steps, [100 * row["used_codes"] for row in rows], label=name)
             similarity.plot(steps, [1 - row["rec_loss"] for row in rows], label=name)
-        used.axhline(95, color="grey", linewidth=0.8, linestyle="--")
+        used.axhline(95, color="gray", linewidth=0.8, linestyle="--")
         used.set(title=f"{title}: codes used, %", xlabel="step", ylim=(0, 102))
         similarity.set(title=f"{title}: similarity", xlabel="step")
         used.legend(loc="lower right")

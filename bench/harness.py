@@ -74,7 +74,7 @@ def measure(
     Returns what was measured so far in the group, by name.
     """
 
-    def synchronised() -> None:
+    def synchronized() -> None:
         run()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
@@ -82,12 +82,12 @@ def measure(
     _give_back_from(32 << 20)
     held = result_bytes(run())  # and the warm-up
     started = time.perf_counter()
-    synchronised()
+    synchronized()
     call = time.perf_counter() - started
     rounds = round(min(max(seconds / call, 3 if call > 1 else 5), 50))
     benchmark.group = group
     wall, started, busy = time.perf_counter(), time.process_time(), _busy_seconds()
-    benchmark.pedantic(synchronised, rounds=rounds, iterations=1)
+    benchmark.pedantic(synchronized, rounds=rounds, iterations=1)
     wall, processor = time.perf_counter() - wall, time.process_time() - started
     others = None if busy is None else max((_busy_seconds() or busy) - busy - processor, 0) / wall
     processor /= rounds

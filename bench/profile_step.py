@@ -19,9 +19,9 @@ from beitv2_fast.distributed import autocast_dtype
 from bench.harness import DEVICE, OURS
 from bench.training_steps import NUM_CODES, PRECISIONS, STAGES, Step, steps
 
-OPTIMISER = "bench: optimiser"
+OPTIMIZER = "bench: optimizer"
 PARTS = (
-    "linear layers", "attention", "norms, GELU", "patch embedding", "head", "quantizer", "optimiser",
+    "linear layers", "attention", "norms, GELU", "patch embedding", "head", "quantizer", "optimizer",
     "sums, copies, other",
 )  # fmt: skip
 BY_NAME = (  # the first that fits an op's name counts
@@ -31,7 +31,7 @@ BY_NAME = (  # the first that fits an op's name counts
     ("linear layers", ("addmm", "aten::mm", "linear")),
 )
 BY_CALLER = (  # whatever the op's own name: what it works for
-    ("optimiser", (OPTIMISER,)),
+    ("optimizer", (OPTIMIZER,)),
     ("head", ("masked_cross_entropy",)),
     ("quantizer", ("codebook", "vector_quantize", "dead_codes", "one_hot")),
     ("attention", ("beitv2_fast::attention",)),
@@ -59,7 +59,7 @@ def part_of(event: Any, stage: str) -> str:
 
 def step_in_parts(step: Step) -> None:
     step.forward().backward()
-    with record_function(OPTIMISER):
+    with record_function(OPTIMIZER):
         torch.nn.utils.clip_grad_norm_(step.model.parameters(), step.clip or float("inf"))
         step.optimizer.step()
         step.optimizer.zero_grad(set_to_none=True)

@@ -167,7 +167,7 @@ class Tokenizer(nn.Module):
 
 
 class Student(ViT):
-    """Masked image modelling with patch aggregation and a shared head; ``forward`` gives the loss."""
+    """Masked image modeling with patch aggregation and a shared head; ``forward`` gives the loss."""
 
     def __init__(self, config: StudentConfig):
         super().__init__(config.vit)

@@ -1,4 +1,4 @@
-"""Attention with a learnt bias, and the whole backbone beside timm's: forward, and forward with backward."""
+"""Attention with a learned bias, and the whole backbone beside timm's: forward, and forward with backward."""
 
 from __future__ import annotations
 

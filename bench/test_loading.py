@@ -44,8 +44,8 @@ def folder(tmp_path_factory) -> Path:
     frequency[0, 0] = 1
     for i in range(FILES):
         channels = [np.fft.irfft2(np.fft.rfft2(generator.normal(size=(375, 500))) / frequency) for _ in range(3)]
-        grey = channels[0]
-        pixels = np.stack([grey + 0.3 * channel for channel in channels], -1)
+        gray = channels[0]
+        pixels = np.stack([gray + 0.3 * channel for channel in channels], -1)
         pixels = 127 + 55 * (pixels - pixels.mean()) / pixels.std() + generator.normal(0, 3, pixels.shape)
         Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(root / f"{i:03}.jpg", quality=93)
     return root
@@ -53,7 +53,7 @@ def folder(tmp_path_factory) -> Path:
 
 class ReferenceDataset(Dataset):
     """The reference implementation's transforms in its order: jitter and flip of the whole image, one crop resized
-    twice, normalisation, the mask's Python loop."""
+    twice, normalization, the mask's Python loop."""
 
     def __init__(self, root: Path) -> None:
         self.paths = sorted(root.iterdir())
@@ -66,7 +66,7 @@ class ReferenceDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, np.ndarray]:
         with self.paths[index % FILES].open("rb") as file:
             image = self._timed("decode", lambda: Image.open(file).convert("RGB"))
-        jittered = self._timed("colour jitter", lambda: self.jitter(image))
+        jittered = self._timed("color jitter", lambda: self.jitter(image))
         flipped = self._timed("flip", lambda: F.hflip(jittered) if torch.rand(1) < 0.5 else jittered)
         box = T.RandomResizedCrop.get_params(flipped, [0.2, 1.0], [3 / 4, 4 / 3])
         bicubic = T.InterpolationMode.BICUBIC
@@ -139,7 +139,7 @@ def _reference_stages(root: Path) -> Stages:
 def _our_stages(loader: str) -> Callable[[Path], Stages]:
     def measured(root: Path) -> Stages:
         from beitv2_fast.data.views import color_jitter, resized_cuts, to_float
-        from beitv2_fast.models.vit import normalise
+        from beitv2_fast.models.vit import normalize
 
         dataset, stages = ImageFolder(find_images(root), VIEW, loader=loader), defaultdict(float)
 
@@ -153,8 +153,8 @@ def _our_stages(loader: str) -> Callable[[Path], Stages]:
         for first in range(0, FILES, BATCH):
             cuts, draws = cuts_of([(0, i) for i in range(first, first + BATCH)])
             pixels = timed("crop and resize", resized_cuts, cuts, VIEW, draws)["student"]
-            jittered = timed("colour jitter", color_jitter, pixels, draws["jitter_step"], draws["jitter_factor"])
-            timed("to float", lambda a, b: (normalise(to_float(a)), to_float(b)), jittered, pixels)
+            jittered = timed("color jitter", color_jitter, pixels, draws["jitter_step"], draws["jitter_factor"])
+            timed("to float", lambda a, b: (normalize(to_float(a)), to_float(b)), jittered, pixels)
             timed("mask", VIEW._masks, np.arange(BATCH))
         return stages
 

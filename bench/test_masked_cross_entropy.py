@@ -1,4 +1,4 @@
-"""The masked-image-modelling head, forward and backward, beside eager, torch.compile and F.linear_cross_entropy.
+"""The masked-image-modeling head, forward and backward, beside eager, torch.compile and F.linear_cross_entropy.
 
 The default problem: 64 images of 196 patches, 75 masked, two branches of width 768, a vocabulary of 8192. Every
 implementation returns gradients of 103 MB (of 2 x [64, 197, 768] tokens and of the weight); what its peak holds beyond

@@ -29,7 +29,7 @@ NUM_CODES, TEACHER_DIM, LR = 8192, 512, 1e-4
 
 @dataclass
 class Step:
-    """A model, its optimiser and its batch; calling it trains a step and returns the loss."""
+    """A model, its optimizer and its batch; calling it trains a step and returns the loss."""
 
     model: nn.Module
     loss: Callable[[], Tensor]
@@ -84,12 +84,12 @@ def steps(
         if tokenizer is not None:
             encoders = _frozen_tokenizers(tokenizer, images)
 
-            def labelled() -> Tensor:
+            def labeled() -> Tensor:
                 codes = encoders[0].encode(images)
                 made = masked_gather(codes[..., None], mask, num_masked=config.num_masked)[:, 0]
                 return ours(images, mask, made, config.num_masked).loss
 
-            losses = [labelled, lambda: other(images, mask, encoders[1].encode(images)[mask])]
+            losses = [labeled, lambda: other(images, mask, encoders[1].encode(images)[mask])]
     reference_structure.same_weights(other, ours).to(DEVICE).train()
     groups = [parameter_groups(model, config.weight_decay) for model in (ours, other)]
     plain = [{k: v for k, v in group.items() if k != "names"} for group in groups[1]]

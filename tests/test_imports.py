@@ -63,8 +63,8 @@ def test_type_checkers_and_dir_see_every_public_name():
     assert set(seen) == set(beitv2_fast.__all__) <= set(dir(beitv2_fast))
     for name, module in seen.items():
         assert getattr(importlib.import_module(module), name) is getattr(beitv2_fast, name)
-    with pytest.raises(AttributeError, match="'beitv2_fast' has no attribute 'Quantiser'"):
-        beitv2_fast.Quantiser  # noqa: B018
+    with pytest.raises(AttributeError, match="'beitv2_fast' has no attribute 'Quantizer'"):
+        beitv2_fast.Quantizer  # noqa: B018
 
 
 def test_an_exported_program_loads_where_the_package_was_only_imported(tmp_path):

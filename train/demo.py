@@ -36,7 +36,7 @@ def commands(root: Path, data: Path) -> list[tuple[str, list[str]]]:
             [python, "-m", f"{STAGES}.tokenizer", *common, "--out", str(tokenizer)],
         ),
         (
-            "2/4  pre-training: masked image modelling with patch aggregation",
+            "2/4  pre-training: masked image modeling with patch aggregation",
             [*deepspeed, "--module", f"{STAGES}.pretrain", *common, "--tokenizer", str(tokenizer),
              "--out", str(pretrain)],
         ),

@@ -1,6 +1,6 @@
 """The demo's photographs: 2,624 solar cells of the PyPI package elpv-dataset, laid out as an image folder.
 
-The images are electroluminescence photographs of solar cells, 300x300 grey, each with an annotated probability of a
+The images are electroluminescence photographs of solar cells, 300x300 gray, each with an annotated probability of a
 defect. They are licensed CC BY-NC-SA 4.0 (https://creativecommons.org/licenses/by-nc-sa/4.0/): for non-commercial use,
 with attribution, shared alike. This package does not contain them; it copies them out of elpv-dataset where that is
 installed.
@@ -27,11 +27,11 @@ README = "README.md"
 
 README_TEXT = """# Photographs of solar cells
 
-{count} electroluminescence photographs of solar cells (300x300, grey) from the PyPI package elpv-dataset {version},
+{count} electroluminescence photographs of solar cells (300x300, gray) from the PyPI package elpv-dataset {version},
 unchanged, arranged as an image folder: `train` and `test` (25 %, stratified by label and cell type),
 `defective` where the annotated probability of a defect is at least 0.5, else `intact`.
 
-Licence: Creative Commons Attribution-NonCommercial-ShareAlike 4.0 International (CC BY-NC-SA 4.0),
+License: Creative Commons Attribution-NonCommercial-ShareAlike 4.0 International (CC BY-NC-SA 4.0),
 https://creativecommons.org/licenses/by-nc-sa/4.0/. Not for commercial use.
 
 Authors: Claudia Buerhop-Lutz, Sergiu Deitsch, Andreas Maier, Florian Gallwitz, Stephan Berger, Bernd Doll,
@@ -47,7 +47,7 @@ Jens Hauch, Christian Camus, Christoph J. Brabec; https://github.com/zae-bayern/
 
 
 def write_demo_images(out: str | Path) -> Path:
-    """Writes out/{train,test}/{defective,intact}/*.png and a README.md with source and licence; returns ``out``.
+    """Writes out/{train,test}/{defective,intact}/*.png and a README.md with source and license; returns ``out``.
 
     A quarter of each (label, cell type) goes to test, by a fixed seed: every machine gets the same split. The folder
     is made under another name and renamed when complete, so ``out`` is either whole or not there; if it is there

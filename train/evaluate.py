@@ -19,7 +19,7 @@ from beitv2_fast.config.presets import EVALUATE
 from beitv2_fast.data.find import find_images
 from beitv2_fast.data.views import EvalView
 from beitv2_fast.distributed import autocast_dtype, run_main, start
-from beitv2_fast.downstream.classification import crop_share, labelled_images, stored_classes, top1_line
+from beitv2_fast.downstream.classification import crop_share, labeled_images, stored_classes, top1_line
 from beitv2_fast.downstream.evaluation import columns_of, evaluate_classifier, listed_classes
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.classifier import Classifier
@@ -49,7 +49,7 @@ def class_names(config: EvaluateConfig, model: Classifier) -> list[str]:
     if source is None:
         names = stored_classes(config.model)
     elif source.is_dir():
-        names = find_images(source, "train", labelled=True).classes
+        names = find_images(source, "train", labeled=True).classes
     elif source.is_file():
         names = listed_classes(source)
     if names is None:
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     view = EvalView(size, crop_share(config.crop_pct, size))
     datasets = {}
     for i, (name, folder) in enumerate(zip(folder_names(config.data), config.data, strict=True)):
-        images = labelled_images(
+        images = labeled_images(
             folder, None, str(i), config, run, world, view=view, min_size=first.vit_config.patch_size
         )
         datasets[name] = images, columns_of(images.images, classes, folder)

@@ -23,7 +23,7 @@ from beitv2_fast.downstream.classification import (
 )
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.classifier import Classifier
-from beitv2_fast.models.vit import normalise
+from beitv2_fast.models.vit import normalize
 from beitv2_fast.training.images import training_images
 from beitv2_fast.training.launch import evaluate_newest, launched, open_run
 from beitv2_fast.training.loop import train
@@ -40,7 +40,7 @@ class FinetuneTask(Task):
         self.model, self.augment = model, augment
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        images, targets = self.augment(normalise(batch["image"]), batch["label"])
+        images, targets = self.augment(normalize(batch["image"]), batch["label"])
         logits = model(images).float()
         right = logits.argmax(-1) == targets.argmax(-1)
         return F.cross_entropy(logits, targets), {"accuracy": right.float().mean()}
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     start_model(config, ["", ""], lambda _: None)  # what does not fit is told before all images have been decoded
     run = open_run(config, world, backend)
     view = FinetuneView(config.image_size, config.crop_scale, config.augment_ops, config.augment_magnitude)
-    dataset = training_images(config, view, run, world, labelled=True)
+    dataset = training_images(config, view, run, world, labeled=True)
     classes = dataset.images.classes
     if len(classes) < 2:
         raise UserError(

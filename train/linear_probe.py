@@ -1,8 +1,8 @@
 """Probes of a frozen backbone: ``deepspeed train/linear_probe.py --run RUN --data FOLDER --out RUN``.
 
-A sweep of linear classifiers over layers and learning rates, as published; k nearest neighbours; few images per class.
+A sweep of linear classifiers over layers and learning rates, as published; k nearest neighbors; few images per class.
 With --exact also the probe to convergence, on what a representation has to beat too: the untrained backbone and raw
-pixels, and on the teacher's features, from which the tokenizer learnt.
+pixels, and on the teacher's features, from which the tokenizer learned.
 
 Also under ``torchrun`` and plain ``python``. The ranks share the images of which the features are computed; only
 rank 0 then fits the classifiers, and the others end.
@@ -39,13 +39,13 @@ Split = dict[str, ImageList]
 Probed = tuple[str, list[SplitFeatures]]  # name, features [N, C] by split: one for all seeds, or one per seed
 
 
-def find_labelled(config: ProbeConfig, run: RunFolder, world: World, min_size: int) -> Split:
+def find_labeled(config: ProbeConfig, run: RunFolder, world: World, min_size: int) -> Split:
     splits, test = {}, find_split(config.data, "test", "val")
     if test is None or find_split(config.data, "train") is None:
         raise UserError(f"{config.data} needs the folders train/CLASS and test/CLASS (or val/CLASS) for a probe")
     for split, folder in (("train", "train"), ("test", test)):
         splits[split] = checked_images(
-            config.data, folder, config, run, world, min_size=min_size, name=f"_{split}", labelled=True
+            config.data, folder, config, run, world, min_size=min_size, name=f"_{split}", labeled=True
         )
     if splits["train"].labels is None or len(splits["train"].classes) < 2:
         raise UserError(f"{config.data}/train needs at least two class folders for a probe")
@@ -98,12 +98,12 @@ def compared(config: ProbeConfig, run: Run, extract: Extractor) -> Iterator[Prob
 
 
 def probe_row(row: Probed, labels: SplitFeatures, config: ProbeConfig, device: torch.device) -> dict[str, Any]:
-    """A row of results.json: balanced accuracies of the k nearest neighbours, few-shot probes and the exact probe."""
+    """A row of results.json: balanced accuracies of the k nearest neighbors, few-shot probes and the exact probe."""
     name, by_seed = row
     seeds = range(config.seed, config.seed + config.seeds)
     first, num_classes = by_seed[0], int(labels["train"].max()) + 1
     predicted = knn_predict(
-        first["train"], labels["train"].to(device), first["test"].to(device), num_classes, config.neighbours
+        first["train"], labels["train"].to(device), first["test"].to(device), num_classes, config.neighbors
     )
     knn = {str(k): balanced_accuracy(p.cpu(), labels["test"], num_classes) for k, p in predicted.items()}
     few = {}
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.exact and config.tokenizer is not None:
         read_config(TokenizerConfig, config.tokenizer)  # now, not after the other features have been computed
     run = RunFolder(config, world.rank)
-    splits = find_labelled(config, run, world, stored.patch_size)
+    splits = find_labeled(config, run, world, stored.patch_size)
     extract = Extractor(splits, run.path / "features", world, batch_size=config.batch_size, workers=config.workers)
     found = extracted(extract, backbone)
     others = list(compared(config, (model, stored), extract)) if config.exact and config.backbone == "trained" else []

@@ -24,7 +24,7 @@ from beitv2_fast.downstream.segmentation.training import (
     training_folder,
 )
 from beitv2_fast.errors import UserError
-from beitv2_fast.models.vit import normalise
+from beitv2_fast.models.vit import normalize
 from beitv2_fast.training.launch import evaluate_newest, launched, open_run
 from beitv2_fast.training.loop import train
 from beitv2_fast.training.optim import Schedule
@@ -66,7 +66,7 @@ class SegmentTask(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         labels = batch["mask"].long()
-        logits, auxiliary = (resize(x.float(), labels.shape[1:]) for x in model(normalise(batch["image"] / 255)))
+        logits, auxiliary = (resize(x.float(), labels.shape[1:]) for x in model(normalize(batch["image"] / 255)))
         losses = [_cross_entropy(x, labels) for x in (logits, auxiliary)]
         counted = labels != IGNORED
         right = ((logits.detach().argmax(1) == labels) & counted).float().sum() / counted.sum().clamp(min=1)

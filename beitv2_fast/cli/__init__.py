@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         help="NAME.safetensors, NAME.pth, or for transformers a folder that from_pretrained reads",
     )  # fmt: skip
     convert.add_argument("--to", choices=list(FORMATS), required=True, help="the format to make")
-    convert.add_argument("--from", dest="source", choices=list(FORMATS), help="the format of IN [recognised]")
+    convert.add_argument("--from", dest="source", choices=list(FORMATS), help="the format of IN [recognized]")
     convert.add_argument("--model", help="name of the model, for what weights do not tell, such as heads [none]")
     convert.add_argument("--force", action="store_true", help="replace OUT")
     encode = commands.add_parser(

@@ -14,7 +14,7 @@ from ..config.show import ExploreConfig
 from ..data.find import sample_images
 from ..data.images import name_of, open_image
 from ..errors import UserError
-from ..pictures import code_colours
+from ..pictures import code_colors
 from ..runs.logs import read_logs
 from ..show.attention import attention_probabilities, query_attention
 from ..show.codes import choose_codes
@@ -86,7 +86,7 @@ def _codes(run: Path, config: CodesConfig, theme: Theme) -> Image.Image:
     if wrong:
         raise UserError(f"--codes {wrong[0]} does not exist: they go from 0 to {runs.tokenizer.num_codes - 1}.")
     rows = list(config.codes) or choose_codes(index.usage, config.rows)[0]
-    return code_sheet(runs.images, index.codes, runs.grid, index.usage, rows, index.colours, theme, config.scale,
+    return code_sheet(runs.images, index.codes, runs.grid, index.usage, rows, index.colors, theme, config.scale,
                       seed=config.seed)  # fmt: skip
 
 
@@ -114,10 +114,10 @@ def _tokens(run: Path, config: TokensConfig, theme: Theme) -> Image.Image:
     runs = _open(run, config, images=not config.images)
     photos, names = _photos(runs, config)
     quantizer = runs.tokenizer.quantize
-    colours = code_colours(quantizer.codebook.cpu(), quantizer.cluster_size.cpu())
+    colors = code_colors(quantizer.codebook.cpu(), quantizer.cluster_size.cpu())
     codes = runs.views(photos).codes().unflatten(1, runs.grid)
     shown = squares(photos, display_size(runs.grid, len(photos), config.scale))
-    return token_map_sheet(shown, codes, colours, names, theme, config.scale)
+    return token_map_sheet(shown, codes, colors, names, theme, config.scale)
 
 
 def _similarity(run: Path, config: SimilarityConfig, theme: Theme) -> Image.Image:

@@ -13,7 +13,7 @@ class PictureConfig:
     """What every picture has."""
 
     scale: float = option(2.0, "size of the picture: 1 is 1080 pixels wide", above=0, at_most=8)
-    theme: str = option("light", "background and colours", choices=("light", "dark"))
+    theme: str = option("light", "background and colors", choices=("light", "dark"))
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class PhotoPicture(ModelPicture):
 
 @dataclass(frozen=True)
 class TokensConfig(PhotoPicture):
-    """Photographs, their token maps (one colour per code, similar codes in similar colours), and both laid over
+    """Photographs, their token maps (one color per code, similar codes in similar colors), and both laid over
     each other."""
 
 

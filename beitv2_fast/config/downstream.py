@@ -24,7 +24,7 @@ class ProbeConfig(RunConfig):
     )  # fmt: skip
     backbone: str = option(
         "trained", "trained: the network of --run; untrained: one of its shape with random weights; teacher: the "
-        "frozen network that the tokenizer of --run, or of --tokenizer, learnt from",
+        "frozen network that the tokenizer of --run, or of --tokenizer, learned from",
         choices=("trained", "untrained", "teacher"),
     )  # fmt: skip
     tokenizer: Path | None = option(
@@ -52,7 +52,7 @@ class ProbeConfig(RunConfig):
     )  # fmt: skip
     epochs: int = option(100, "of the sweep, passes over the cached features", at_least=1)
     sgd_batch_size: int = option(1024, "of the sweep, images per step; a small set is cut into ten", at_least=1)
-    neighbours: tuple[int, ...] = option((10, 20), "k of the k nearest neighbours", at_least=1)
+    neighbors: tuple[int, ...] = option((10, 20), "k of the k nearest neighbors", at_least=1)
     shots: tuple[int, ...] = option((1, 5, 10), "images per class of the few-shot probes", at_least=1)
     seeds: int = option(3, "repetitions of the exact and few-shot probes, with other images each", at_least=1)
     batch_size: int = option(64, "images per forward pass", free=True, at_least=1)
@@ -86,7 +86,7 @@ class FinetuneConfig(StartConfig):
     stage: ClassVar[str] = "finetune"
     out: Path = option(Path("runs/finetune"), OUT)
     val: Path | None = option(
-        None, "labelled images to evaluate on: a folder of class folders, or shards; none: FOLDER/val or FOLDER/test "
+        None, "labeled images to evaluate on: a folder of class folders, or shards; none: FOLDER/val or FOLDER/test "
         "of --data, if there is one", free=True,
     )  # fmt: skip
     eval_every: int = option(
@@ -95,7 +95,7 @@ class FinetuneConfig(StartConfig):
     )  # fmt: skip
     eval_batch_size: int = option(128, "images per forward of the evaluation on each rank", free=True, at_least=1)
     crop_pct: float | None = option(
-        None, "share of the shorter side that the evaluation's centre crop shows; none: 0.875 below 384 pixels, else 1",
+        None, "share of the shorter side that the evaluation's center crop shows; none: 0.875 below 384 pixels, else 1",
         free=True, above=0, at_most=1,
     )  # fmt: skip
     layer_decay: float = option(
@@ -145,7 +145,7 @@ class EvaluateConfig(RunConfig):
         None, "side of the images, in pixels, to which positions are resized; none: that of the training", at_least=1
     )
     crop_pct: float | None = option(
-        None, "share of the shorter side that the centre crop shows; none: 0.875 below 384 pixels, else 1", above=0,
+        None, "share of the shorter side that the center crop shows; none: 0.875 below 384 pixels, else 1", above=0,
         at_most=1,
     )  # fmt: skip
     precision: str = option(
@@ -165,7 +165,7 @@ class SegmentConfig(StartConfig):
         Path("data"),
         "folder with FOLDER/train/images and FOLDER/train/masks (also annotations or labels), or as ADE20K has them, "
         "FOLDER/images/training and FOLDER/annotations/training, or FOLDER/images and FOLDER/masks; masks are PNG "
-        "files of the images' names and sizes, grey or with a palette, whose values are the classes (see label_values)",
+        "files of the images' names and sizes, gray or with a palette, whose values are the classes (see label_values)",
         holds="images",
     )
     out: Path = option(Path("runs/segment"), OUT)

@@ -13,7 +13,7 @@ from .options import OUT, RunConfig, option
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """What every training has: data, ViT, optimiser, schedule, checkpoints."""
+    """What every training has: data, ViT, optimizer, schedule, checkpoints."""
 
     data: Path = option(
         Path("data"),
@@ -115,7 +115,7 @@ class TokenizerConfig(TrainConfig):
         "timm:NAME@LAYER (any timm model), efficientnet_lite0",
     )  # fmt: skip
     teacher_weights: str | None = option(
-        None, "the teacher's weights: a file, or a hub name (hf-hub:ORGANISATION/NAME, or a tag of open_clip); none: "
+        None, "the teacher's weights: a file, or a hub name (hf-hub:ORGANIZATION/NAME, or a tag of open_clip); none: "
         "the source of the package that brings the teacher", holds="weights",
     )  # fmt: skip
     teacher_image_size: int | None = option(
@@ -134,7 +134,7 @@ class TokenizerConfig(TrainConfig):
     decoder_depth: int = option(3, "transformer blocks of the decoder", at_least=1)
     decay: float = option(0.99, "how much of a code stays in each step of its moving average", at_least=0, at_most=1)
     commitment_weight: float = option(1.0, "weight of the commitment loss (the paper's beta)", at_least=0)
-    kmeans_init: bool = option(True, "initialise the codebook by k-means on the first batch")
+    kmeans_init: bool = option(True, "initialize the codebook by k-means on the first batch")
     dead_after: float = option(
         DEAD_AFTER, "a code idle for this many times its fair share of vectors restarts; 0: never, as the reference",
         at_least=0,
@@ -151,7 +151,7 @@ class TokenizerConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class PretrainConfig(TrainConfig):
-    """Masked image modelling with patch aggregation (arXiv 2208.06366 sections 2.3 and 2.4)."""
+    """Masked image modeling with patch aggregation (arXiv 2208.06366 sections 2.3 and 2.4)."""
 
     stage: ClassVar[str] = "pretrain"
     out: Path = option(Path("runs/pretrain"), OUT)
@@ -175,7 +175,7 @@ class PretrainConfig(TrainConfig):
     )
     shared_head: bool = option(True, "both branches share the final norm and the head")
     loss_on: str = option(
-        "both", "the branches whose loss is learnt from, an ablation; last: only the last layer's, aggregation: only "
+        "both", "the branches whose loss is learned from, an ablation; last: only the last layer's, aggregation: only "
         "the aggregation branch's; without such a branch there is only the last layer's",
         choices=("both", "last", "aggregation"),
     )  # fmt: skip

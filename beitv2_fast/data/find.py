@@ -17,7 +17,7 @@ from .shards import find_shard_images, shards_of
 
 
 def find_images(
-    root: str | Path, split: str | None = None, *, labelled: bool = False, index: Path | None = None
+    root: str | Path, split: str | None = None, *, labeled: bool = False, index: Path | None = None
 ) -> ImageList:
     """Lists the image files of a split of a data set, or with ``split`` None all below ``root``, only by their names.
 
@@ -33,7 +33,7 @@ def find_images(
 
     Args:
         split: "train", "val", "test", or the name of another folder; None: ``root`` is taken as it is.
-        labelled: classes are needed, so images without one are rejected by name. Else such images are kept, and the
+        labeled: classes are needed, so images without one are rejected by name. Else such images are kept, and the
             list has no classes.
 
     Raises:
@@ -44,7 +44,7 @@ def find_images(
     if not root.is_dir():
         shards = shards_of(root)
         if shards:
-            return find_shard_images(shards, index, labelled=labelled)
+            return find_shard_images(shards, index, labeled=labeled)
         raise DataError(
             f"{root} is a file, but a folder with images in it is needed. Pass the folder that it lies in."
             if root.exists()
@@ -52,8 +52,8 @@ def find_images(
         )
     folder, shards, beside = _place(root.resolve(), split)
     if shards:
-        return find_shard_images(shards, index, labelled=labelled, beside=beside)
-    return _list_folder(folder, split, labelled, beside)
+        return find_shard_images(shards, index, labeled=labeled, beside=beside)
+    return _list_folder(folder, split, labeled, beside)
 
 
 def splits_in(root: Path) -> dict[str, list[str]]:
@@ -147,7 +147,7 @@ def has_images(entry: os.DirEntry) -> bool:
     return is_image(entry.name)
 
 
-def _list_folder(folder: Path, split: str | None, labelled: bool, beside: PassedOver) -> ImageList:
+def _list_folder(folder: Path, split: str | None, labeled: bool, beside: PassedOver) -> ImageList:
     paths, rejected, others = [], [], []
     for path, why, kind in _walk(folder, folder, split):
         if kind is not None:
@@ -168,7 +168,7 @@ def _list_folder(folder: Path, split: str | None, labelled: bool, beside: Passed
     empty = {entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)} - {*classes, *passed}
     passed_over = {**beside, **counted([*others, *((name, "folders without images") for name in empty)])}
     loose = [path for path in paths if "/" not in path]
-    if all(map(split_of, classes)) or (loose and not labelled):  # splits that are read together are no classes
+    if all(map(split_of, classes)) or (loose and not labeled):  # splits that are read together are no classes
         return ImageList(folder, paths, rejected=rejected, passed_over=passed_over)
     rejected += [(path, "no label: it lies in no class folder") for path in loose]
     paths = [path for path in paths if "/" in path]

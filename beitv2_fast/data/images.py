@@ -121,8 +121,8 @@ _shard = functools.lru_cache(maxsize=256)(_Shard)  # opening costs a round trip 
 def open_image(path: str | Path | io.BytesIO) -> Image.Image:
     """Decodes an image file to 8 bits per channel, turned upright by its EXIF orientation.
 
-    Returns a loaded PIL image in mode "RGB", or "L" if the file is grey (a third of the work for all that follows).
-    16-bit grey is scaled by 255 / 65535; palette and CMYK are converted; transparency is dropped.
+    Returns a loaded PIL image in mode "RGB", or "L" if the file is gray (a third of the work for all that follows).
+    16-bit gray is scaled by 255 / 65535; palette and CMYK are converted; transparency is dropped.
 
     Raises:
         OSError, ValueError, SyntaxError, ...: whatever the decoder finds wrong with the file.
@@ -167,7 +167,7 @@ class ImageFolder(Dataset):
         view: what to make of an image.
         seed: of the views' randomness.
         views: V > 0: only V different views of every image, ``epoch % V``; 0: a new one in every epoch.
-        in_memory: decode all images now and keep them, 1 byte (grey) or 3 per pixel, ``decoded_bytes`` in all. Worth it
+        in_memory: decode all images now and keep them, 1 byte (gray) or 3 per pixel, ``decoded_bytes`` in all. Worth it
             where decoding is the larger part of the work and the images fit; forked worker processes share them.
         loader: what makes batches of them: "torchvision" (PIL and torch's workers) or "dali"; see ``choose_loader``.
         device: where DALI works and leaves the batches; PIL works on the CPU, whatever it says.

@@ -62,7 +62,7 @@ def _ranges(pattern: str) -> Iterator[str]:
 
 
 def find_shard_images(
-    shards: list[Path], index: Path | None = None, *, labelled: bool = False, beside: PassedOver | None = None
+    shards: list[Path], index: Path | None = None, *, labeled: bool = False, beside: PassedOver | None = None
 ) -> ImageList:
     """The images of the shards, in the order of their names; labels, if every image has one, or they are asked for.
 
@@ -72,7 +72,7 @@ def find_shard_images(
 
     Args:
         index: a JSON file that keeps what was found, so that a restart scans only shards that have changed.
-        labelled: images without a label are rejected, with the reason. Else one of them means that none has a label.
+        labeled: images without a label are rejected, with the reason. Else one of them means that none has a label.
         beside: what was passed over beside the shards.
 
     Raises:
@@ -89,10 +89,10 @@ def find_shard_images(
                 "state": states[name], "members": members, "rejected": rejected, "passed_over": others,
             }  # fmt: skip
         _write_index(index, {str(root / name): known[str(root / name)] for name in names})
-    return _image_list(root, {name: known[str(root / name)] for name in names}, labelled, beside or {})
+    return _image_list(root, {name: known[str(root / name)] for name in names}, labeled, beside or {})
 
 
-def _image_list(root: Path, scanned: dict[str, dict], labelled: bool, beside: PassedOver) -> ImageList:
+def _image_list(root: Path, scanned: dict[str, dict], labeled: bool, beside: PassedOver) -> ImageList:
     members = [(f"{shard}/{member[0]}", *member[1:]) for shard, found in scanned.items() for member in found["members"]]
     rejected = [
         (f"{shard}/{name}" if name else shard, why) for shard, f in scanned.items() for name, why in f["rejected"]
@@ -114,7 +114,7 @@ def _image_list(root: Path, scanned: dict[str, dict], labelled: bool, beside: Pa
         if label is None
     ]
     any_label = len(without) < len(members)
-    if labelled and any_label:
+    if labeled and any_label:
         rejected += without
         members = [member for member in members if member[3] is not None]
     elif without and any_label:

@@ -1,4 +1,4 @@
-"""The loader without DALI: PIL in torch's worker processes, which may be killed, stopped or signalled at any time."""
+"""The loader without DALI: PIL in torch's worker processes, which may be killed, stopped or signaled at any time."""
 
 from __future__ import annotations
 

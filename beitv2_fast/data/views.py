@@ -1,5 +1,5 @@
 """The views of a photograph that the trainings see: random crops for the tokenizer and for fine-tuning, pairs with a
-mask for the student, centres for evaluation.
+mask for the student, centers for evaluation.
 
 A view has three parts, so that both loaders, PIL with torchvision and DALI, make the same of an image: ``draw`` makes
 all random decisions of a batch; the loader cuts the ``pictures`` out of the images; ``finish`` makes tensors of them.
@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from ..models.vit import normalise
+from ..models.vit import normalize
 from .draws import AUGMENT, Draws, jitter_steps, mask_keys, patch_masks, random_crops, random_flips, uniforms
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
@@ -89,8 +89,8 @@ class TokenizerView(View):
 class PretrainView(View):
     """One crop and flip seen twice, and the student's mask:
 
-    {"student": float32 [3, student_size, student_size], colours jittered, normalised by ImageNet's mean and deviation;
-     "tokenizer": float32 [3, tokenizer_size, tokenizer_size] in [0, 1], colours as they are;
+    {"student": float32 [3, student_size, student_size], colors jittered, normalized by ImageNet's mean and deviation;
+     "tokenizer": float32 [3, tokenizer_size, tokenizer_size] in [0, 1], colors as they are;
      "mask": bool [H*W], True where the student does not see the patch}.
 
     Args:
@@ -150,7 +150,7 @@ class PretrainView(View):
             student = to_float(student)
         name = "mask" if self.masks == "loader" else "mask_key"
         mask = torch.from_numpy(draws[name]).to(student.device, non_blocking=True)
-        return {"student": normalise(student), "tokenizer": tokenizer, name: mask}
+        return {"student": normalize(student), "tokenizer": tokenizer, name: mask}
 
     def _masks(self, keys: np.ndarray) -> np.ndarray:
         settings = (self.mask_kind, self.mask_grid, self.num_masked, self.min_mask_patches)
@@ -206,7 +206,7 @@ class FinetuneView(View):
 
 @dataclass(frozen=True)
 class EvalView(View):
-    """The centre of the image: {"image": float32 [3, size, size] in [0, 1]}, the same at every call.
+    """The center of the image: {"image": float32 [3, size, size] in [0, 1]}, the same at every call.
 
     The shorter side is resized to size / crop_pct bicubically, the longer one in proportion, and the middle is cut out.
     """

@@ -53,7 +53,7 @@ class BatchAugment:
         self._mix = v2.RandomChoice([mixer for mixer, _ in used.values()], p=shares) if used else None
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W], normalised, and labels [B] int64 -> images, targets [B, K] whose rows sum to 1."""
+        """Images [B, 3, H, W], normalized, and labels [B] int64 -> images, targets [B, K] whose rows sum to 1."""
         if self._erase is not None:
             images = torch.stack([self._erase(image) for image in images])
         if self._mix is not None:

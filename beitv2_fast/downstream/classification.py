@@ -80,7 +80,7 @@ def store_classes(run: RunFolder, classes: list[str]) -> None:
         write_atomically(run.path / CLASSES_FILE, json.dumps(classes) + "\n")
 
 
-def labelled_images(
+def labeled_images(
     folder: Path,
     split: str | None,
     name: str,
@@ -92,7 +92,7 @@ def labelled_images(
     min_size: int,
 ) -> ImageFolder:
     """A folder's images for evaluation. ``name``: of the list that is kept with the run."""
-    images = checked_images(folder, split, config, run, world, min_size=min_size, name=f"_{name}", labelled=True)
+    images = checked_images(folder, split, config, run, world, min_size=min_size, name=f"_{name}", labeled=True)
     return ImageFolder(images, view, loader=choose_loader(config.loader)[0], device=world.device)
 
 
@@ -118,7 +118,7 @@ class ClassifierValidation:
         self.config, self.run, self.world = config, run, world
         folder, split = validation_images(config)
         view = EvalView(config.image_size, crop_share(config.crop_pct, config.image_size))
-        self.dataset = labelled_images(folder, split, "val", config, run, world, view=view, min_size=config.patch_size)
+        self.dataset = labeled_images(folder, split, "val", config, run, world, view=view, min_size=config.patch_size)
         self.columns = columns_of(self.dataset.images, classes, self.dataset.images.root)
 
     def __call__(self, step: int, models: dict[str, nn.Module], progress: Callable[[], None]) -> dict[str, dict]:

@@ -17,7 +17,7 @@ from ..data.images import ImageFolder, ImageList
 from ..data.loaders import keyed_loader
 from ..distributed import World
 from ..errors import UserError, first_few
-from ..models.vit import normalise
+from ..models.vit import normalize
 
 
 def listed_classes(file: Path) -> list[str]:
@@ -105,8 +105,8 @@ def evaluate_classifier(
     them needs all in every forward). The model is in eval mode meanwhile.
 
     Args:
-        model: normalised images [B, 3, H, W] -> logits [B, classes].
-        dataset: labelled images with a view that gives "image" in [0, 1].
+        model: normalized images [B, 3, H, W] -> logits [B, classes].
+        dataset: labeled images with a view that gives "image" in [0, 1].
         columns: from ``class_columns``: the logits among which the model chooses, in the order of the labels.
         amp: dtype of autocast. progress: called after every batch.
 
@@ -123,7 +123,7 @@ def evaluate_classifier(
         for batch in keyed_loader(dataset, keys, batch_size, workers):
             images, labels = batch["image"].to(world.device), batch["label"].to(world.device)
             with torch.autocast(world.device.type, amp or torch.bfloat16, enabled=amp is not None):
-                logits = model(normalise(images))
+                logits = model(normalize(images))
             real = max(min(len(own) - seen, len(labels)), 0)  # the rest fills up this rank's last batch
             seen += len(labels)
             sums += _counts(logits[:real].float()[:, columns], labels[:real])

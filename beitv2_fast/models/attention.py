@@ -23,7 +23,7 @@ from ..kernels.attention.reference import attention_reference
 from ..kernels.native import native_ops
 
 IMPLEMENTATIONS = ("auto", "native", "xformers", "sdpa", "math")
-XFORMERS_CAPABILITY = (9, 0)  # the newest that its kernel with a learnt bias supports
+XFORMERS_CAPABILITY = (9, 0)  # the newest that its kernel with a learned bias supports
 ALIGNED = 8  # its rows of the bias must start at multiples of so many elements
 
 
@@ -164,7 +164,7 @@ def xformers_problem(device_type: str, *, of_installation: bool = False) -> str 
     capability = torch.cuda.get_device_capability()
     if torch.version.hip or capability > XFORMERS_CAPABILITY:
         limit = ".".join(map(str, XFORMERS_CAPABILITY))
-        return f"its kernel with a learnt bias supports NVIDIA GPUs up to compute capability {limit}, not this one."
+        return f"its kernel with a learned bias supports NVIDIA GPUs up to compute capability {limit}, not this one."
     return None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .classifier import Classifier
 from .student import Student
 from .tokenizer import Tokenizer
-from .vit import normalise
+from .vit import normalize
 
 
 class Features(NamedTuple):
@@ -23,20 +23,20 @@ class Features(NamedTuple):
 
 @torch.no_grad()
 def features(model: Student | Classifier | Tokenizer, images: Tensor) -> Features:
-    """What a model sees in images [B, 3, H, W] in [0, 1]; it normalises them as the model expects.
+    """What a model sees in images [B, 3, H, W] in [0, 1]; it normalizes them as the model expects.
 
     A student's: CLS of the aggregation branch (the last layer's without one) and patches of the last layer, each after
     the final norm (arXiv 2208.06366 section 3.3 probes the former). A classifier's: CLS of its last layer as it is, and
-    its patches, whose mean it classifies. A tokenizer's: CLS of its encoder's last layer, and its encoder's normalised
+    its patches, whose mean it classifies. A tokenizer's: CLS of its encoder's last layer, and its encoder's normalized
     patches.
     """
     if isinstance(model, Tokenizer):
         tokens = model.encoder.forward_tokens(2 * images - 1)
         return Features(tokens[:, 0], model.encoder.fc_norm(tokens[:, 1:]))
     if isinstance(model, Classifier):
-        tokens = model.forward_tokens(normalise(images))
+        tokens = model.forward_tokens(normalize(images))
         return Features(tokens[:, 0], tokens[:, 1:])
-    last, aggregated = model.encode(normalise(images))
+    last, aggregated = model.encode(normalize(images))
     norm, _ = model.aggregation_head
     return Features(norm((last if aggregated is None else aggregated)[:, 0]), model.norm(last[:, 1:]))
 
@@ -44,7 +44,7 @@ def features(model: Student | Classifier | Tokenizer, images: Tensor) -> Feature
 @torch.no_grad()
 def classify(model: Classifier, images: Tensor) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] -> probabilities [B, classes]."""
-    return model(normalise(images)).softmax(-1)
+    return model(normalize(images)).softmax(-1)
 
 
 @torch.no_grad()

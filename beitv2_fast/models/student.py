@@ -67,7 +67,7 @@ class Student(ViT):
         """Tokens before the final norm: of the last layer, and of the aggregation branch (None without one).
 
         Args:
-            images: [B, 3, H, W], normalised with ImageNet's mean and standard deviation. mask: [B, N] bool or None.
+            images: [B, 3, H, W], normalized with ImageNet's mean and standard deviation. mask: [B, N] bool or None.
 
         Returns:
             two [B, 1 + N, C].
@@ -86,7 +86,7 @@ class Student(ViT):
         return x, aggregated
 
     def forward(self, images: Tensor, mask: Tensor, labels: Tensor, num_masked: int | None = None) -> StudentOutput:
-        """The masked-image-modelling loss (eq. 5, plus the same on the aggregation branch).
+        """The masked-image-modeling loss (eq. 5, plus the same on the aggregation branch).
 
         Args:
             images: [B, 3, H, W]; mask: [B, N] bool; labels: [M] int64 codes of the masked patches, row-major;

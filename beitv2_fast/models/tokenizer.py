@@ -1,4 +1,4 @@
-"""VQ-KD: the visual tokenizer of BEiT v2, learnt from a frozen teacher (arXiv 2208.06366 section 2.2).
+"""VQ-KD: the visual tokenizer of BEiT v2, learned from a frozen teacher (arXiv 2208.06366 section 2.2).
 
 image in [0,1] -> encoder -> Linear-Tanh-Linear -> quantizer -> decoder -> Linear-Tanh-Linear -> teacher features
 """
@@ -54,7 +54,7 @@ class TokenizerOutput(NamedTuple):
 
 
 class PatchViT(ViT):
-    """A ViT that returns its normalised patch tokens: [B, c, H, W] -> [B, N, C]."""
+    """A ViT that returns its normalized patch tokens: [B, c, H, W] -> [B, N, C]."""
 
     def __init__(self, config: ViTConfig):
         super().__init__(config)

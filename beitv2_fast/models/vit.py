@@ -294,7 +294,7 @@ def rescale_outputs(block: Block, layer: int) -> None:
         block.mlp.fc2.weight.div_((2.0 * layer) ** 0.5)
 
 
-def normalise(image: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> Tensor:
+def normalize(image: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> Tensor:
     """(image - mean) / std by channel: [..., 3 or 1, H, W] in [0, 1] -> [..., 3, H, W]. TypeError: integers."""
     require_floating(image)
     statistics = torch.tensor((mean, std), dtype=image.dtype).view(2, 3, 1, 1)

@@ -19,7 +19,7 @@ from .quantizer import FusedVectorQuantizer
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-SAME_LENGTH = 1e-5  # a code's length differs from 1 by less when it was normalised in fp32
+SAME_LENGTH = 1e-5  # a code's length differs from 1 by less when it was normalized in fp32
 
 
 class Unsupported(ValueError):
@@ -108,7 +108,7 @@ class NormEMAAdapter(FusedVectorQuantizer):
 
 
 class VectorQuantizeAdapter(FusedVectorQuantizer):
-    """For VectorQuantize of vector-quantize-pytorch, cosine and Euclidean, learnt by EMA or frozen.
+    """For VectorQuantize of vector-quantize-pytorch, cosine and Euclidean, learned by EMA or frozen.
 
     Kept: heads with one or with separate codebooks, projections, layouts, mask and lens, commitment weight, decay, eps,
     straight-through and rotation trick, dead-code threshold, k-means start, loss breakdown, ``freeze_codebook`` of the
@@ -242,7 +242,7 @@ class EmbeddingAdapter(nn.Module):
 
     diffusers' VectorQuantizer (in VQModel) and taming-transformers' VectorQuantizer2: Euclidean, [B, C, H, W] ->
     (z_q, loss, (None, None, indices)), with their attributes beta, legacy, remap, unknown_index and sane_index_shape.
-    The parameter is the same object as before: names in checkpoints and optimisers keep their meaning.
+    The parameter is the same object as before: names in checkpoints and optimizers keep their meaning.
     """
 
     def __init__(self, module: nn.Module, **options: Unpack[QuantizerOptions]):

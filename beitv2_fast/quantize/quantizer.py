@@ -55,7 +55,7 @@ def perplexity(counts: Tensor) -> Tensor:
 class FusedVectorQuantizer(QuantizerState):
     """A layer that replaces vectors by codes of a codebook that it learns.
 
-    By default the quantizer of BEiT v2 (arXiv 2208.06366 section 2.2): l2-normalised vectors, cosine search, codebook
+    By default the quantizer of BEiT v2 (arXiv 2208.06366 section 2.2): l2-normalized vectors, cosine search, codebook
     moved by EMA, k-means on the first batch. Dead codes restart, which the reference's do not: ``dead_after=0`` is
     exact parity with it.
 

@@ -42,7 +42,7 @@ def replace_quantizers(
     A class must match exactly: a subclass may compute something else. A module that occurs at several places is
     replaced by one module. Outputs agree in eval mode, and in training with the same options, to rounding; what is
     drawn at random (k-means start, restarts of dead codes) is drawn differently, and the same on every rank.
-    Swap before the optimiser and DDP are made.
+    Swap before the optimizer and DDP are made.
 
     Args:
         model: changed in place, unless it is itself a quantizer.

@@ -104,7 +104,7 @@ def _fit_options(quantizer: FusedVectorQuantizer, state: dict[str, Tensor], pref
     unit = unit and not codebook.is_meta and own["initialized"].any()
     if unit and (codebook.float().norm(dim=-1) - 1).abs().max() > NOT_UNIT:
         codebook = own["codebook"] = F.normalize(codebook.float(), dim=-1)
-        news.append("the codes, which have other lengths (as with learning='gradient'), are normalised")
+        news.append("the codes, which have other lengths (as with learning='gradient'), are normalized")
     own.setdefault("cluster_size", counts.float())
     own.setdefault("idle", counts)
     own.setdefault("steps", torch.zeros_like(counts.view(-1)[0]))

@@ -183,7 +183,10 @@ def stored_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read ({error}). Restore it, or use another run folder.") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} does not hold a config. Restore it, or use another run folder.")
-    return {"stage": _stage_of_old(values), **values}
+    return {"stage": _stage_of_old(values), **{_RENAMED.get(name, name): value for name, value in values.items()}}
+
+
+_RENAMED = {"neighbours": "neighbors"}  # by earlier versions  # codespell:ignore neighbours
 
 
 def _stage_of_old(values: dict[str, Any]) -> str | None:

@@ -25,15 +25,15 @@ def attention_probabilities(
     """``softmax(q k^T / sqrt(d) + bias)`` of one block, with its position bias: [B, H, 1 + N, 1 + N] fp32, CLS first.
 
     Args:
-        images: [B, 3, H, W] in [0, 1]; they are normalised as the model expects. Of a tokenizer, its encoder's layers.
+        images: [B, 3, H, W] in [0, 1]; they are normalized as the model expects. Of a tokenizer, its encoder's layers.
         layer: counted from 1; None: the last, which the reference's ``get_last_selfattention`` gives.
 
     Raises:
         UserError: a layer that the model does not have.
     """
-    from ..models.vit import normalise
+    from ..models.vit import normalize
 
-    vit, views = (model.encoder, 2 * images - 1) if isinstance(model, Tokenizer) else (model, normalise(images))
+    vit, views = (model.encoder, 2 * images - 1) if isinstance(model, Tokenizer) else (model, normalize(images))
     depth = len(vit.blocks)
     layer = depth if layer is None else layer
     if not 1 <= layer <= depth:

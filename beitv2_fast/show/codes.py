@@ -42,7 +42,7 @@ def choose_codes(usage: CodeUsage, rows: int) -> tuple[list[int], int]:
 
 @torch.inference_mode()
 def encode_images(tokenizer: Tokenizer, images: ImageList, device: torch.device, batch: int, workers: int) -> Tensor:
-    """The codes of the centre square of every image: [images, N] int64."""
+    """The codes of the center square of every image: [images, N] int64."""
     tqdm = require("tqdm", "train", "A progress bar").tqdm
     loader = eval_loader(ImageFolder(images, EvalView(tokenizer.config.encoder.image_size, 1.0)), batch, workers)
     bar = tqdm(loader, desc="report: codes of the photographs", unit="batch", dynamic_ncols=True)

@@ -31,7 +31,7 @@ class Guesses:
 
 
 def pretrain_view(config: PretrainConfig, student_size: int, tokenizer_size: int) -> PretrainView:
-    """The crops, flips and masks of a pre-training, without colour jitter; the sizes change nothing about them."""
+    """The crops, flips and masks of a pre-training, without color jitter; the sizes change nothing about them."""
     side = config.image_size // config.patch_size
     return PretrainView(
         student_size=student_size,

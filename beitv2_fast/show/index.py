@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config.show import ExploreConfig
 from ..errors import require
 from ..models.features import nearest
-from ..pictures import code_colours
+from ..pictures import code_colors
 from .codes import CodeUsage
 from .runs import Runs
 
@@ -26,14 +26,14 @@ SAMPLE_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Index:
-    """codes: [images, N]. colours: [K, 3]. features: by model, of every patch [images * N, C] fp16, unit length.
+    """codes: [images, N]. colors: [K, 3]. features: by model, of every patch [images * N, C] fp16, unit length.
 
-    typical: [K, CELL, CELL, 3] uint8, a real patch of each code (see ``TypicalPatches``); grey for a code without any.
+    typical: [K, CELL, CELL, 3] uint8, a real patch of each code (see ``TypicalPatches``); gray for a code without any.
     """
 
     codes: Tensor
     usage: CodeUsage
-    colours: Tensor
+    colors: Tensor
     features: dict[str, Tensor]
     typical: np.ndarray
 
@@ -57,9 +57,9 @@ def build_index(runs: Runs, config: ExploreConfig) -> Index:
             bar.update(len(indices))
     all_codes = torch.cat(codes)
     usage = CodeUsage(torch.bincount(all_codes.flatten(), minlength=runs.tokenizer.num_codes))
-    colours = code_colours(runs.tokenizer.quantize.codebook.cpu(), usage.counts)
+    colors = code_colors(runs.tokenizer.quantize.codebook.cpu(), usage.counts)
     joined = {name: torch.cat(parts) for name, parts in features.items()}
-    return Index(all_codes, usage, colours, joined, typical.choose())
+    return Index(all_codes, usage, colors, joined, typical.choose())
 
 
 def cut(images: Tensor, grid: tuple[int, int]) -> np.ndarray:

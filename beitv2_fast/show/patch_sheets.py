@@ -101,7 +101,7 @@ def _over(photo: Tensor, values: Tensor) -> Tensor:
 
 
 def _lit(photo: Tensor, values: Tensor) -> Tensor:
-    """The photograph, the darker the less a patch is attended to, and in the colours of heat the more it is."""
+    """The photograph, the darker the less a patch is attended to, and in the colors of heat the more it is."""
     cell = photo.shape[1] // values.shape[0]
     share = values.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
     return torch.lerp(photo * (0.5 + 0.5 * share), heat_map(0.35 + 0.5 * values, cell), 0.1 + 0.65 * share)

@@ -1,4 +1,4 @@
-"""The report's curves: panels side by side, drawn by matplotlib in the page's colours."""
+"""The report's curves: panels side by side, drawn by matplotlib in the page's colors."""
 
 from __future__ import annotations
 
@@ -133,15 +133,13 @@ def _draw_curves(axes, panel: Panel, theme: Theme) -> None:
 
     # Every second one is dashed, so that of two near-equal curves the first shows through.
     styles = itertools.cycle(("-", (0, (5, 1.5))))
-    for c, colour, dash in zip(
-        panel.curves, itertools.cycle((theme.accent, theme.second, *MORE)), styles, strict=False
-    ):
+    for c, color, dash in zip(panel.curves, itertools.cycle((theme.accent, theme.second, *MORE)), styles, strict=False):
         if len(c.y) >= SMOOTH_FROM:
-            axes.plot(c.x, c.y, color=colour, linewidth=0.8, alpha=0.3)
-            axes.plot(c.x, _smoothed(c.y), color=colour, linewidth=1.8, linestyle=dash, label=c.name)
+            axes.plot(c.x, c.y, color=color, linewidth=0.8, alpha=0.3)
+            axes.plot(c.x, _smoothed(c.y), color=color, linewidth=1.8, linestyle=dash, label=c.name)
         else:
             marker = "o" if len(c.y) == 1 else None
-            axes.plot(c.x, c.y, color=colour, linewidth=1.8, linestyle=dash, marker=marker, label=c.name)
+            axes.plot(c.x, c.y, color=color, linewidth=1.8, linestyle=dash, marker=marker, label=c.name)
     for y, text in panel.levels:
         axes.axhline(y, color=theme.muted, linewidth=1, linestyle=(0, (2, 2)), label=text)
     if panel.zero:
@@ -173,7 +171,7 @@ def _draw_bars(axes, panel: Panel, theme: Theme) -> None:
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Mean over a centred window of a fiftieth of the curve, shorter at its ends."""
+    """Mean over a centered window of a fiftieth of the curve, shorter at its ends."""
     half = max(1, len(values) // 100)
     sums = [0.0]
     for value in values:

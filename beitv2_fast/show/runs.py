@@ -58,7 +58,7 @@ class Runs:
         return self.tokenizer.grid
 
     def views(self, photos: Iterable[Image.Image]) -> Views:
-        """The centre squares of photographs, at the sizes that the models read."""
+        """The center squares of photographs, at the sizes that the models read."""
         photos = list(photos)
         sizes = {"tokenizer": self.tokenizer.config.encoder.image_size}
         if self.student is not None:

@@ -61,20 +61,20 @@ class Sheet:
         y = top + max(0.0, (cell - line * len(label.lines)) / 2)
         left = 0
         if label.swatch is not None:
-            colour = tuple((label.swatch * 255).round().int().tolist())
-            draw.rounded_rectangle([self._px(v) for v in (0, y + 2, FONT, y + 2 + FONT)], self._px(3), fill=colour)
+            color = tuple((label.swatch * 255).round().int().tolist())
+            draw.rounded_rectangle([self._px(v) for v in (0, y + 2, FONT, y + 2 + FONT)], self._px(3), fill=color)
             left = FONT + 7
         for k, text in enumerate(label.lines):
-            size, colour = (FONT, self.theme.ink) if k == 0 else (SMALL, self.theme.muted)
-            self._text(draw, left, y + k * line, text, size, colour, LABEL - left - 10, bold=k == 0)
+            size, color = (FONT, self.theme.ink) if k == 0 else (SMALL, self.theme.muted)
+            self._text(draw, left, y + k * line, text, size, color, LABEL - left - 10, bold=k == 0)
 
-    def _text(self, draw, x, y, text, size, colour, width, bold=False) -> None:
+    def _text(self, draw, x, y, text, size, color, width, bold=False) -> None:
         font = self.fonts[size, int(bold)]
         if draw.textlength(text, font) > width * self.scale:
             while text and draw.textlength(text + "…", font) > width * self.scale:
                 text = text[:-1]
             text += "…"
-        draw.text((self._px(x), self._px(y)), text, fill=colour, font=font)
+        draw.text((self._px(x), self._px(y)), text, fill=color, font=font)
 
     def _px(self, value: float) -> int:
         return round(value * self.scale)
@@ -85,22 +85,22 @@ def cell_width(columns: int, gap: int = 8, most: int = 230) -> int:
 
 
 def token_map_sheet(
-    photos: list[Tensor], codes: Tensor, colours: Tensor, names: list[str], theme: Theme, scale: float
+    photos: list[Tensor], codes: Tensor, colors: Tensor, names: list[str], theme: Theme, scale: float
 ) -> Image.Image:
     """Photographs, their token maps, and both laid over each other.
 
     Args:
-        photos: [3, S, S] in [0, 1], S a multiple of the grid. codes: [photos, h, w]. colours: [K, 3].
+        photos: [3, S, S] in [0, 1], S a multiple of the grid. codes: [photos, h, w]. colors: [K, 3].
     """
-    maps = [token_map(c, photo.shape[1] // c.shape[0], colours) for photo, c in zip(photos, codes, strict=True)]
+    maps = [token_map(c, photo.shape[1] // c.shape[0], colors) for photo, c in zip(photos, codes, strict=True)]
     both = [_over(photo, m) for photo, m in zip(photos, maps, strict=True)]
-    labels = [Label(["photograph"]), Label(["token map", "one colour", "per code"]), Label(["both"])]
+    labels = [Label(["photograph"]), Label(["token map", "one color", "per code"]), Label(["both"])]
     rows = [[image_of(x) for x in row] for row in (photos, maps, both)]
     return Sheet(theme, scale).draw(rows, labels, names, cell_width(len(photos)))
 
 
 def mask_sheet(
-    photos: list[Tensor], masks: Tensor, codes: Tensor, guesses: Tensor, colours: Tensor, names: list[str],
+    photos: list[Tensor], masks: Tensor, codes: Tensor, guesses: Tensor, colors: Tensor, names: list[str],
     theme: Theme, scale: float,
 ) -> Image.Image:  # fmt: skip
     """A row for each photograph: itself, what the student sees, the codes asked for, the student's guesses.
@@ -113,7 +113,7 @@ def mask_sheet(
         cell = photo.shape[1] // mask.shape[0]
         dim = DIMMED * photo + (1 - DIMMED) * torch.tensor(theme.rgb(theme.paper)).view(3, 1, 1)
         seen = image_of(masked_picture(photo, mask))
-        asked, guessed = (image_of(masked_picture(dim, mask, token_map(c[i], cell, colours))) for c in (codes, guesses))
+        asked, guessed = (image_of(masked_picture(dim, mask, token_map(c[i], cell, colors))) for c in (codes, guesses))
         right = mask & (codes[i] == guesses[i])
         rows.append([image_of(photo), seen, asked, _dots(guessed, right, cell)])
         hidden = f"{int(mask.sum())} of {mask.numel()} hidden"
@@ -128,7 +128,7 @@ def mask_sheet(
 
 
 def patch_picture(photo: Image.Image, grid: tuple[int, int], patch: int, side: int, theme: Theme) -> Image.Image:
-    """A patch of the centre square, framed, with half a patch around it (moved inwards at the photograph's edge)."""
+    """A patch of the center square, framed, with half a patch around it (moved inwards at the photograph's edge)."""
     square = min(photo.size)
     left, top = (photo.width - square) / 2, (photo.height - square) / 2
     h, w = square / grid[0], square / grid[1]
@@ -149,7 +149,7 @@ def patch_picture(photo: Image.Image, grid: tuple[int, int], patch: int, side: i
 
 
 def code_sheet(
-    images: ImageList, codes: Tensor, grid: tuple[int, int], usage: CodeUsage, rows: list[int], colours: Tensor,
+    images: ImageList, codes: Tensor, grid: tuple[int, int], usage: CodeUsage, rows: list[int], colors: Tensor,
     theme: Theme, scale: float, *, columns: int = 12, seed: int = 0,
 ) -> Image.Image:  # fmt: skip
     """A row for each code: how often it occurs, and patches that have it.
@@ -167,12 +167,12 @@ def code_sheet(
         side = round(cell * scale)
         pictures.append([patch_picture(p, grid, at, side, theme) for p, (_, at) in zip(photos, found, strict=True)])
         lines = [f"code {code}", f"#{rank[code]}: {usage.shares[code]:.2%}", f"{int(usage.counts[code]):,} ×"]
-        labels.append(Label(lines, colours[code]))
+        labels.append(Label(lines, colors[code]))
     return Sheet(theme, scale).draw(pictures, labels, [], cell, gap)
 
 
 def squares(photos: Iterable[Image.Image], size: int) -> list[Tensor]:
-    """The centre squares that the models see, [3, size, size] in [0, 1]."""
+    """The center squares that the models see, [3, size, size] in [0, 1]."""
     view = EvalView(size, 1.0)
     return [view(photo)["image"] for photo in photos]
 
@@ -182,10 +182,10 @@ def display_size(grid: tuple[int, int], columns: int, scale: float) -> int:
     return max(1, int(cell_width(columns) * scale) // grid[0]) * grid[0]
 
 
-def _over(photo: Tensor, colours: Tensor) -> Tensor:
-    """The photograph's lightness in the colours of the token map."""
-    grey = photo.mean(0, keepdim=True)
-    return (0.55 * grey + 0.45 * colours * (0.4 + 0.6 * grey)).clamp(0, 1)
+def _over(photo: Tensor, colors: Tensor) -> Tensor:
+    """The photograph's lightness in the colors of the token map."""
+    gray = photo.mean(0, keepdim=True)
+    return (0.55 * gray + 0.45 * colors * (0.4 + 0.6 * gray)).clamp(0, 1)
 
 
 def image_of(picture: Tensor) -> Image.Image:
@@ -212,7 +212,7 @@ def _font(size: int, bold: int) -> ImageFont.FreeTypeFont:
 
 ROWS, GAP = 3, 8
 CAPTION = (
-    "Photograph, truth and prediction of images that the training has not seen. Every class has a colour; what counts "
+    "Photograph, truth and prediction of images that the training has not seen. Every class has a color; what counts "
     "for nothing stays dark."
 )
 

@@ -1,4 +1,4 @@
-"""Colours and width that the report's page, curves and sheets share, for light and dark screens."""
+"""Colors and width that the report's page, curves and sheets share, for light and dark screens."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Theme:
     second: str
 
     @staticmethod
-    def rgb(colour: str) -> tuple[float, float, float]:
+    def rgb(color: str) -> tuple[float, float, float]:
         """'#rrggbb' -> three numbers in [0, 1]."""
-        r, g, b = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        r, g, b = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
         return r, g, b
 
     def css(self) -> str:

@@ -19,7 +19,7 @@ from .torchscript import is_torchscript, read_torchscript
 class Teacher(nn.Module):
     """A frozen network, its input statistics, feature width ``dim`` and ``patch_size``, the pixels between features.
 
-    Subclasses give ``features(normalised images) -> [B, C, h, w]``.
+    Subclasses give ``features(normalized images) -> [B, C, h, w]``.
     """
 
     dim: int

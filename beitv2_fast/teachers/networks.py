@@ -60,7 +60,7 @@ class CLIP(Teacher):
     """OpenAI's CLIP ViT-B/16 by open_clip: patch tokens after the final norm, times the projection (512 wide).
 
     ``weights``: a file (OpenAI's TorchScript archive, whose code is not run, or open_clip's state dict), or a hub name:
-    one of open_clip's tags for this network ("openai", the default) or hf-hub:ORGANISATION/NAME of a CLIP with a ViT.
+    one of open_clip's tags for this network ("openai", the default) or hf-hub:ORGANIZATION/NAME of a CLIP with a ViT.
     """
 
     source = (
@@ -106,7 +106,7 @@ class Timm(Teacher):
 
     ``layer`` counts as timm does: from 0, or from the end if negative. Tokens of a transformer go through its final
     norm, whatever the layer. The width, and the pixels per feature, are found by looking at the features of one image.
-    ``weights``: a file, or hf-hub:ORGANISATION/NAME, or by default what timm knows for this name.
+    ``weights``: a file, or hf-hub:ORGANIZATION/NAME, or by default what timm knows for this name.
     """
 
     def __init__(self, name: str, layer: int, grid: tuple[int, int], weights: str | None = None):

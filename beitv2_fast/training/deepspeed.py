@@ -115,7 +115,7 @@ class DeepSpeedBackend:
         return whole[size * self.world.rank :][:size]
 
     def _start_moments(self) -> None:
-        """AdamW's state before its first step, in the flat part of the weights that this rank's optimiser sees.
+        """AdamW's state before its first step, in the flat part of the weights that this rank's optimizer sees.
 
         DeepSpeed would link the parameters to it when the first parameter group has taken its first step, and so lose
         that of the others.

@@ -29,7 +29,7 @@ class ModelEMA:
     def update(
         self, trained: nn.Module, step: int, whole: Callable[[nn.Parameter], AbstractContextManager] | None = None
     ) -> None:
-        """After an optimiser's step, the ``step``-th from 1, on every rank.
+        """After an optimizer's step, the ``step``-th from 1, on every rank.
 
         Args:
             whole: around a parameter, in which it has all of its values (ZeRO 3 leaves a part on each rank); None: they

@@ -24,16 +24,16 @@ def checked_images(
     *,
     min_size: int,
     name: str = "",
-    labelled: bool = False,
+    labeled: bool = False,
 ) -> ImageList:
     """The images of a folder, checked once: rank 0 decodes them all, the others read what it wrote beside the run.
 
-    The log says what was found. ``split``, ``labelled``: see ``find_images``. ``name``: of what is written, where a run
+    The log says what was found. ``split``, ``labeled``: see ``find_images``. ``name``: of what is written, where a run
     has several lists.
     """
 
     def checked() -> ImageList:
-        found = find_images(data, split, labelled=labelled, index=run.path / f"shards{name}.json")
+        found = find_images(data, split, labeled=labeled, index=run.path / f"shards{name}.json")
         run.print(found.summary)
         return check_images(found, cache=run.path / f"images{name}.json", min_size=min_size, workers=config.workers)
 
@@ -41,11 +41,11 @@ def checked_images(
 
 
 def training_images(
-    config: TrainConfig, view: View, run: RunFolder, world: World, *, labelled: bool = False
+    config: TrainConfig, view: View, run: RunFolder, world: World, *, labeled: bool = False
 ) -> ImageFolder:
-    """The images of --data and how they are loaded, which the log says. ``labelled``: see ``find_images``."""
+    """The images of --data and how they are loaded, which the log says. ``labeled``: see ``find_images``."""
     loader, why = choose_loader(config.loader, in_memory=config.in_memory)
-    images = checked_images(config.data, "train", config, run, world, min_size=config.patch_size, labelled=labelled)
+    images = checked_images(config.data, "train", config, run, world, min_size=config.patch_size, labeled=labeled)
     dataset = ImageFolder(images, view, config.seed, in_memory=config.in_memory, loader=loader, device=world.device)
     run.print(f"images: {len(images):,} from {images.root}, loaded by {loader} on the {dataset.device.type} ({why})")
     return dataset

@@ -64,7 +64,7 @@ def convert(state: Mapping[str, Any], target: str, source: str | None = None) ->
         state: the state dict, also with the names that DDP, torch.compile, FSDP, Lightning or an average make of them
             (``module.``, ``_orig_mod.``, ``model.``, ...). Entries that are not the model's are left out, and logged.
         target: the format to make.
-        source: the format of ``state``; None: recognised by its names.
+        source: the format of ``state``; None: recognized by its names.
 
     Raises:
         CheckpointError: names that the format does not have (all of them are listed), pieces that are missing, or a

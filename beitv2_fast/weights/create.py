@@ -104,7 +104,7 @@ def create_model(
         name: see ``list_models``; None: whatever model the checkpoint holds.
         checkpoint: a .safetensors, .pth or .pt file in any format of ``convert``, a folder of transformers, or a run
             folder of this package.
-        source: the checkpoint's format, if it should not be recognised.
+        source: the checkpoint's format, if it should not be recognized.
         overrides: values of the config, e.g. ``image_size=384, drop_path=0.1, num_classes=10``.
 
     Raises:

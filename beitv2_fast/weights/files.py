@@ -60,7 +60,7 @@ def read(path: str | Path, source: str | None = None) -> Loaded:
     Args:
         path: a .safetensors, .pth, .pt or .bin file, or the .index.json of one in pieces; a run folder of this package
             (its newest checkpoint); a folder of transformers (config.json and weights, of whichever variant).
-        source: the format; None: recognised.
+        source: the format; None: recognized.
 
     Raises:
         CheckpointError: there is nothing there, or nothing that can be read as such.

@@ -32,7 +32,7 @@ def to_classifier(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     A bias table that a student's layers share is copied into every layer, which then learns its own. What only serves
     the pre-training is left behind: mask token, final norm, heads, aggregation branch. Of a tokenizer the encoder
-    remains, with its norm, and reads images normalised as a student's instead of in [-1, 1]. The weights of a
+    remains, with its norm, and reads images normalized as a student's instead of in [-1, 1]. The weights of a
     classifier or a segmenter come back as they are.
 
     Args:
@@ -43,7 +43,7 @@ def to_classifier(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(ours)
     if kind == "tokenizer":
         encoder = {n.removeprefix("encoder."): value for n, value in ours.items() if n.startswith("encoder.")}
-        return reading_normalised(encoder)
+        return reading_normalized(encoder)
     return _own_tables({name: value for name, value in ours.items() if not name.startswith(LEFT_BEHIND)})
 
 
@@ -55,8 +55,8 @@ def _own_tables(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def reading_normalised(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a ViT that read images in [-1, 1] -> the same function of images normalised by ImageNet's statistics.
+def reading_normalized(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a ViT that read images in [-1, 1] -> the same function of images normalized by ImageNet's statistics.
 
     2x - 1 = 2 std y + 2 mean - 1 for y = (x - mean) / std: both numbers go into the patch embedding.
     """
@@ -119,7 +119,7 @@ def start_from(model: nn.Module, ours: Mapping[str, Tensor], source: str) -> lis
 
 def describe_new(new: list[str]) -> str:
     """A sentence for the log."""
-    return f"not in the weights, so as initialised: {', '.join(compact(new))}" if new else "all weights were loaded"
+    return f"not in the weights, so as initialized: {', '.join(compact(new))}" if new else "all weights were loaded"
 
 
 start_classifier = start_from  # its name in earlier versions

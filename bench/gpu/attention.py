@@ -1,4 +1,4 @@
-"""Sections attention and xformers: attention with a learnt bias, by each implementation that is there."""
+"""Sections attention and xformers: attention with a learned bias, by each implementation that is there."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ def attention(run: Run) -> None:
         group, product = f"B={B} H={H} N={N} d={d} bf16", B * H * N * N * d
         qkv = torch.randn(B, N, 3, H, d, device=DEVICE, dtype=BF16)
         table, up = torch.randn(1, H, N, N, device=DEVICE), torch.randn(B, N, H * d, device=DEVICE, dtype=BF16)
-        for title, backward, learnt in KINDS:
+        for title, backward, learned in KINDS:
             flops = (14.0 if backward else 4.0) * product
             # Forward reads q, k, v and writes the output; backward reads these and its gradient, and writes three.
             moved = 2.0 * qkv.numel() / 3 * (12 if backward else 4)
             for name, function, form in implementations():
-                if name.startswith("flex") and (run.tiny or shape != SHAPES[0] or not (learnt or not backward)):
+                if name.startswith("flex") and (run.tiny or shape != SHAPES[0] or not (learned or not backward)):
                     continue  # it compiles for half a minute, each time; on a CPU it has no backward
-                make = partial(_call, function, form, qkv, table, up, backward, learnt)
+                make = partial(_call, function, form, qkv, table, up, backward, learned)
                 run.time(name, make, group=f"{group}, {title}", flops=flops, moved=moved)
         _without_bias(run, group, qkv, up, 14.0 * product)
 
 
 def _call(
-    function: Callable, form: str, qkv: Tensor, table: Tensor, up: Tensor, backward: bool, learnt: bool
+    function: Callable, form: str, qkv: Tensor, table: Tensor, up: Tensor, backward: bool, learned: bool
 ) -> Callable[[], object]:
     """The bias as the blocks get it: prepared once a forward for all of them, which is not timed."""
     with torch.autocast(DEVICE.type, BF16):
-        bias = prepare_bias(table, form).detach().requires_grad_(learnt)
+        bias = prepare_bias(table, form).detach().requires_grad_(learned)
     if not backward:
         return lambda: function(qkv, bias)
     leaf = qkv.clone().requires_grad_()
-    leaves = (leaf, bias) if learnt else (leaf,)
+    leaves = (leaf, bias) if learned else (leaf,)
     return lambda: torch.autograd.grad(function(leaf, bias), leaves, up)
 
 

@@ -22,7 +22,7 @@ def _need_gpu(package: str) -> None:
 
 
 def torch_search(precision: str, compiled: bool) -> Search:
-    """normalise, matmul, argmax; in bf16 and TF32 the nearest code is not always found."""
+    """normalize, matmul, argmax; in bf16 and TF32 the nearest code is not always found."""
 
     def nearest(x: Tensor, codebook: Tensor) -> Tensor:
         y = F.normalize(x, dim=-1)
@@ -70,7 +70,7 @@ def searches(tiny: bool) -> dict[str, Search]:
 
 
 def _hidden(p: Head) -> list[Tensor]:
-    """The masked tokens of each branch, normalised, in bf16: what the heads below start from."""
+    """The masked tokens of each branch, normalized, in bf16: what the heads below start from."""
     rows = [branch[p.mask] for branch in p.branches]
     return [F.layer_norm(x, p.norm_weight.shape, p.norm_weight, p.norm_bias, EPS).bfloat16() for x in rows]
 

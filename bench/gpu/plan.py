@@ -40,7 +40,7 @@ SECTIONS = (
     Section("sanitizer", "A", "checks", 45, 110, "compute-sanitizer: memcheck and racecheck over every kernel"),
     Section("masks", "A", "ops", 5, 30, "block masks and masked_gather"),
     Section("scaling", "A", "ops", 15, 40, "the search as N, K and D grow"),
-    Section("attention", "B", "attention", 45, 100, "attention with a learnt bias, by each implementation"),
+    Section("attention", "B", "attention", 45, 100, "attention with a learned bias, by each implementation"),
     Section("steps", "B", "models", 90, 150, "training steps beside the reference's structure"),
     Section("profile", "B", "models", 15, 45, "where the time of a step goes"),
     Section("files", "B", "trainings", 70, 110, "both trainings from image files, with the loaders that are there"),

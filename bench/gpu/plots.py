@@ -10,7 +10,7 @@ from bench.harness import OURS
 
 OPS = ("search", "quantizer", "head", "attention")
 MOST_GROUPS = 9
-COLOUR, GREY = "tab:orange", "tab:gray"
+COLOR, GRAY = "tab:orange", "tab:gray"
 
 
 def write(records: Records, folder: Path) -> dict[str, Path]:
@@ -40,7 +40,7 @@ def _figure(rows: int, columns: int, height: float) -> Any:
 
 
 def _bars(axes: Any, names: list[str], values: list[float], ours: list[bool], title: str) -> None:
-    bars = axes.barh(range(len(names)), values, color=[COLOUR if own else GREY for own in ours])
+    bars = axes.barh(range(len(names)), values, color=[COLOR if own else GRAY for own in ours])
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
     axes.set_title(title, fontsize=8)

@@ -54,7 +54,7 @@ def target_of(records: Records) -> str | None:
 
 
 def table(records: Records) -> list[str]:
-    """Markdown lines; none where the card is not modelled or no kernel was measured."""
+    """Markdown lines; none where the card is not modeled or no kernel was measured."""
     target = target_of(records)
     if target is None or not records.of("kernels"):
         return []

@@ -38,10 +38,10 @@ def made_up(n: int, k: int, d: int) -> Iterator[Case]:
     yield "each code 4 times, 1e-6 apart", x, F.normalize(repeated + 1e-6 * torch.randn_like(repeated), dim=-1)
     axis = F.normalize(torch.randn(1, d, device=DEVICE), dim=-1)
     for angle in CONES:
-        inside, centres = (
+        inside, centers = (
             F.normalize(axis + angle * torch.randn(m, d, device=DEVICE) / d**0.5, dim=-1) for m in (n, k)
         )
-        yield f"a cone of {angle}", inside, centres
+        yield f"a cone of {angle}", inside, centers
     broken = codes.clone()
     broken[min(5, k - 1), 0] = float("nan")
     yield "one NaN code", x, broken

@@ -41,7 +41,7 @@ def codebook_search(
     Args:
         x: [N, D] vectors, fp32, fp16, bf16 or fp64, any strides, N >= 0.
         codebook: [K, D] codes v_j on the same device, K >= 1.
-        metric: "cosine" (x is l2-normalised first, eps 1e-12) or "euclidean".
+        metric: "cosine" (x is l2-normalized first, eps 1e-12) or "euclidean".
         return_normalized: also return l2(x) (cosine; x itself in fp32 for euclidean), fp32.
         return_codes: also return ``codebook[indices]``.
         return_distances: also return the squared Euclidean distance between l2(x) (cosine) or x and its code, fp32.

@@ -148,9 +148,9 @@ inline void pack_bytes(const float* rows, const Codes& codes, void* panel, Row* 
       for (int64_t d = 0; d < depth; d += 4) memcpy(out + ((start + d) * PANEL + lane * 4), rounded + d, 4);
     }
     const float residual = __builtin_sqrtf(lost), unit = step * codes.step;
-    const float quantisation = residual * codes.max_norm + (info[lane].norm + residual) * codes.max_residual;
+    const float quantization = residual * codes.max_norm + (info[lane].norm + residual) * codes.max_residual;
     inverse_unit[lane] = 1 / unit;
-    info[lane].screen_error = 1.01f * (quantisation + info[lane].resolve_error) / unit + 1;
+    info[lane].screen_error = 1.01f * (quantization + info[lane].resolve_error) / unit + 1;
   }
 }
 

@@ -28,7 +28,7 @@ def codebook_search_reference(x: Tensor, codebook: Tensor, metric: str) -> tuple
     for start in range(0, len(x), rows):
         chunk = x[start : start + rows].double()
         row_scale = torch.maximum(scale, _exponent(chunk) - EXPONENTS[1])
-        # Normalisation scales a row by a positive number and cannot change its argmax: score the given values exactly.
+        # Normalization scales a row by a positive number and cannot change its argmax: score the given values exactly.
         scaled = torch.ldexp(chunk, -row_scale[:, None])
         scores = scaled @ v.T  # [rows, K]
         slack, minus = SLACK * scaled.norm(dim=-1) * longest, None

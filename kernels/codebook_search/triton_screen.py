@@ -90,7 +90,7 @@ def pack_codebook(
 
     bias[k] = -||scale c_k||^2 / 2. bounds[1..3] = maxima over codes of ||scale c||, of ||scale c - packed c|| and of
     -bias. Codes beyond K repeat one of their own lane in the last block, so they never raise a group's best score; in
-    a block of fewer than LANES codes they repeat a neighbour's, which costs a candidate, not the answer.
+    a block of fewer than LANES codes they repeat a neighbor's, which costs a candidate, not the answer.
     """
     offs_k = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     last_start = (K - 1) // BLOCK_K * BLOCK_K

@@ -1,4 +1,4 @@
-"""codebook_update: the EMA step of a vector quantiser's codebook, by scatter, in place."""
+"""codebook_update: the EMA step of a vector quantizer's codebook, by scatter, in place."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def codebook_update(
       ``v_j <- l2(decay v_j + (1 - decay) mean_j)``.
     - with ``embed_avg`` (VQ-VAE, appendix A.1): ``embed_avg_j <- decay embed_avg_j + (1 - decay) sum_j``;
       ``v_j <- embed_avg_j / n_j`` with the smoothed cluster size ``n_j = (c_j + eps) / (C + K eps) * C``,
-      ``C = sum_j c_j``; l2-normalised for cosine. A code with n_j = 0 stays.
+      ``C = sum_j c_j``; l2-normalized for cosine. A code with n_j = 0 stays.
 
     In both, ``cluster_size: c <- decay c + (1 - decay) bins``.
 
@@ -56,12 +56,12 @@ def codebook_update(
 
     Args:
         codebook: [K, D] fp32. cluster_size: [K] fp32.
-        x: [N, D] vectors, any float dtype and strides, N >= 0, computed from fp32; l2-normalised first for cosine.
+        x: [N, D] vectors, any float dtype and strides, N >= 0, computed from fp32; l2-normalized first for cosine.
         indices: [N] int64 in 0..K-1, or -1.
         decay: of the moving averages, in [0, 1].
         embed_avg: [K, D] fp32, the moving average of the sums; required for euclidean.
         eps: of the smoothing of cluster sizes; 0 for none.
-        process_group: ranks whose statistics are summed; the default group when torch.distributed is initialised.
+        process_group: ranks whose statistics are summed; the default group when torch.distributed is initialized.
         idle: [K] int64, how many vectors were seen since a code was last chosen; kept up to date.
 
     Returns:

@@ -30,11 +30,11 @@ def normalize_rows(
     mask = columns < C
     x = _load_row(tokens, positions, row, images, patches, stride_b, stride_n, stride_c, columns, mask)
     mean = tl.sum(x, 0) / C
-    centred = tl.where(mask, x - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / C + eps)
+    centered = tl.where(mask, x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, 0) / C + eps)
     gamma = tl.load(weight + columns, mask=mask, other=0.0)
     beta = tl.load(bias + columns, mask=mask, other=0.0)
-    out = centred * rstd * gamma + beta
+    out = centered * rstd * gamma + beta
     tl.store(hidden + row.to(tl.int64) * C + columns, out.to(hidden.dtype.element_ty), mask=mask)
     tl.store(means + row, mean)
     tl.store(rstds + row, rstd)

@@ -34,7 +34,7 @@ def vector_quantize(
     ``quantized = y + sg(code - y)`` (straight-through: its value is the code, its gradient reaches y) and
     ``loss = commitment_weight * mean((y - sg(code))^2) + codebook_weight * mean((sg(y) - code)^2)``.
 
-    Through the normalisation, with g the gradient for y: ``dx = (g - y <g, y>) / |x|``. The gradient for the codebook
+    Through the normalization, with g the gradient for y: ``dx = (g - y <g, y>) / |x|``. The gradient for the codebook
     comes from codebook_weight only, and is the same bits whatever the order of the rows and the number of threads;
     with codebook_weight 0, for codebooks that move by EMA, there is none, and the codebook may change before backward.
 

@@ -6,7 +6,7 @@
 namespace beitv2_fast {
 
 struct QuantizeRows {
-  // out = g + weight (y - code), y = l2(x), taken through the normalisation. g may be null: zeros.
+  // out = g + weight (y - code), y = l2(x), taken through the normalization. g may be null: zeros.
   void (*backward_cosine)(const float* x, const float* code, const float* g, float weight, int64_t dim, float* out);
   void (*backward_euclidean)(const float* x, const float* code, const float* g, float weight, int64_t dim, float* out);
 };

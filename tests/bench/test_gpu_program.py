@@ -23,7 +23,7 @@ from bench.gpu import checks, clocks, learning, ops, plan, run, runner
 from bench.gpu.__main__ import main
 from bench.gpu.plan import BY_NAME, SECTIONS
 
-from ..support.downstream import write_colours
+from ..support.downstream import write_colors
 from ..train.test_downstream import run_here
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -342,7 +342,7 @@ def test_the_epochs_follow_the_pace_of_short_trainings_whose_teacher_s_features_
 @pytest.mark.slow
 def test_every_step_of_the_learning_ends_in_the_tables(tmp_path, capsys):
     for split, count in (("train", 8), ("val", 3)):
-        write_colours(tmp_path / "images" / split, count)
+        write_colors(tmp_path / "images" / split, count)
     steps = learning.steps_of(tmp_path / "runs", tmp_path / "images", learning.TINY_SCALE)
     outcome = run_here(steps, tmp_path / "runs")
     capsys.readouterr()

@@ -39,8 +39,8 @@ def counted(loss: Callable[[], Tensor]) -> dict[str, int]:
     return dict(result)
 
 
-def modelled(parts: list[model_cost.Part], without: str) -> dict[str, float]:
-    """The same from the model, without the frozen network's parts and the optimiser."""
+def modeled(parts: list[model_cost.Part], without: str) -> dict[str, float]:
+    """The same from the model, without the frozen network's parts and the optimizer."""
     result: Counter[str] = Counter()
     for part in parts:
         if part.name.startswith(without) or part.name == "AdamW":
@@ -56,7 +56,7 @@ def test_flops_of_a_tokenizer_step_are_those_that_torch_counts():
     images, target = torch.rand(BATCH, 3, 32, 32), torch.randn(BATCH, 16, 20)
     found = counted(lambda: model(images, target))
     found["linear"] -= 2 * BATCH * 16 * 64 * 8  # the one-hot update, a product that ours does not have
-    assert found == modelled(tokenizer_parts(TOKENIZER, BATCH, 0), "teacher")
+    assert found == modeled(tokenizer_parts(TOKENIZER, BATCH, 0), "teacher")
 
 
 def test_flops_of_a_pre_training_step_are_those_that_torch_counts():
@@ -64,7 +64,7 @@ def test_flops_of_a_pre_training_step_are_those_that_torch_counts():
     mask = torch.rand(BATCH, 16).argsort(1) < MASKED
     labels = torch.zeros(BATCH * MASKED, dtype=torch.int64)
     found = counted(lambda: model(torch.rand(BATCH, 3, 32, 32), mask, labels))
-    assert found == modelled(student_parts(STUDENT, BATCH, MASKED, 0), "tokenizer")
+    assert found == modeled(student_parts(STUDENT, BATCH, MASKED, 0), "tokenizer")
 
 
 @pytest.mark.parametrize(("model", "config"), [(Tokenizer, TOKENIZER), (Student, STUDENT)])

@@ -65,5 +65,5 @@ def test_a_tokenizer_in_the_step_gives_both_structures_the_same_labels():
 def test_a_profile_finds_every_part_of_both(stage, special):
     for step in both(stage):
         found = profile_step.seconds_by_part(step, stage)
-        wanted = {"linear layers", "attention", "norms, GELU", "patch embedding", "optimiser", special}
+        wanted = {"linear layers", "attention", "norms, GELU", "patch embedding", "optimizer", special}
         assert wanted <= {part for part, seconds in found.items() if seconds > 0}

@@ -157,7 +157,7 @@ def test_curves_of_several_runs_share_their_panels():
     assert [(c.name, c.y) for c in panels[1].curves] == [("a", [1.0])]
 
 
-def test_every_run_is_drawn_in_a_colour_of_its_own(root, tmp_path):
+def test_every_run_is_drawn_in_a_color_of_its_own(root, tmp_path):
     for name in ("one", "two", "three", "four"):
         (tmp_path / name).mkdir()
         height = {"one": 1, "two": 2, "three": 3, "four": 4}[name]
@@ -165,9 +165,9 @@ def test_every_run_is_drawn_in_a_colour_of_its_own(root, tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
     runs = [tmp_path / name for name in ("one", "two", "three", "four")]
     found = picture(tmp_path / "a.png", "curves", *runs, "--scale", "1")
-    present = {colour for _, colour in found.getcolors(1 << 24)}
-    for colour in (LIGHT.accent, LIGHT.second, "#2f9e6e", "#c2417c"):
-        assert tuple(round(255 * value) for value in LIGHT.rgb(colour)) in present
+    present = {color for _, color in found.getcolors(1 << 24)}
+    for color in (LIGHT.accent, LIGHT.second, "#2f9e6e", "#c2417c"):
+        assert tuple(round(255 * value) for value in LIGHT.rgb(color)) in present
 
 
 def test_runs_are_named_by_what_tells_them_apart():

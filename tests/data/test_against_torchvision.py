@@ -103,7 +103,7 @@ def test_a_crop_has_the_pixels_of_torchvision_s_resized_crop():
 
 
 @pytest.mark.parametrize(("size", "crop_pct"), [(112, 0.875), (96, 1.0)])
-def test_the_evaluation_view_is_resize_and_centre_crop(size, crop_pct):
+def test_the_evaluation_view_is_resize_and_center_crop(size, crop_pct):
     theirs = T.Compose([T.Resize(int(size / crop_pct), BICUBIC), T.CenterCrop(size), T.ToTensor()])
     for image in photographs():
         assert (EvalView(size, crop_pct)(image)["image"] - theirs(image)).abs().max() < 1e-6
@@ -125,19 +125,19 @@ def jitter_case():
     return pixels, steps, factors, torch.from_numpy(np.stack(theirs))
 
 
-def test_colour_jitter_gives_torchvision_s_pixels(jitter_case):
+def test_color_jitter_gives_torchvision_s_pixels(jitter_case):
     pixels, steps, factors, theirs = jitter_case
     assert torch.equal(color_jitter(pixels, steps, factors), theirs)
     assert not torch.equal(pixels, theirs)
 
 
-def test_colour_jitter_for_gpus_differs_by_a_level_a_step_at_most(jitter_case):
+def test_color_jitter_for_gpus_differs_by_a_level_a_step_at_most(jitter_case):
     pixels, steps, factors, theirs = jitter_case
     difference = (jitter_batched(pixels, steps, factors).int() - theirs.int()).abs()
     assert difference.max() <= 3 and (difference > 1).float().mean() < 1e-3
 
 
-def test_the_student_sees_crop_then_jitter_then_normalisation():
+def test_the_student_sees_crop_then_jitter_then_normalization():
     image = next(photographs())
     view = PretrainView(64, 64, (4, 4), 6, 2)
     draws = view.draw(np.array([image.size]), np.array([9], np.uint64))
@@ -145,5 +145,5 @@ def test_the_student_sees_crop_then_jitter_then_normalisation():
     cut = image.crop((left, top, right, bottom))
     theirs = cut_out([cut], TokenizerView(64), {"box": np.array([[0, 0, *cut.size]]), "flip": draws["flip"]})["image"]
     theirs = jittered(Image.fromarray(theirs[0].numpy()), draws["jitter_step"][0], draws["jitter_factor"][0])
-    normalise = T.Compose([T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
-    torch.testing.assert_close(view(image, 9)["student"], normalise(theirs), atol=1e-5, rtol=0)
+    normalize = T.Compose([T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    torch.testing.assert_close(view(image, 9)["student"], normalize(theirs), atol=1e-5, rtol=0)

@@ -40,7 +40,7 @@ def images(tmp_path_factory):
     for i, image in enumerate(photographs()):
         image.save(root / f"{i}.jpg", quality=90)
         image.save(root / f"{i}.png")
-        image.convert("L").save(root / f"grey{i}.jpg")
+        image.convert("L").save(root / f"gray{i}.jpg")
     image = next(photographs())
     image.convert("CMYK").save(root / "cmyk.jpg")
     image.convert("P").save(root / "palette.png")
@@ -90,7 +90,7 @@ def test_the_graph_for_gpus_is_within_2_levels_but_at_the_crop_s_border(images, 
         if expected.dim() < 4:
             assert torch.equal(found[key], expected), key
             continue
-        scale = 0.226 if key == "student" and name != "pretrain, two sizes" else 1.0  # a level of a normalised channel
+        scale = 0.226 if key == "student" and name != "pretrain, two sizes" else 1.0  # a level of a normalized channel
         levels = (found[key] - expected).abs() * 255 * scale
         if name != "pretrain, two sizes" or key != "student":
             assert (levels > 2.1).float().mean() < 0.01

@@ -38,7 +38,7 @@ def test_mixed_decoding_makes_the_cpu_s_pictures_within_a_few_levels(images, nam
         assert levels.mean() < 1 and (levels > 8).float().mean() < 0.01
 
 
-def test_colours_are_jittered_as_on_the_cpu(images):  # noqa: F811
+def test_colors_are_jittered_as_on_the_cpu(images):  # noqa: F811
     view = PretrainView(96, 96, (6, 6), 14, color_jitter=0.4)
     ours, theirs = (batches(images, view, device)["student"].cpu() for device in (HERE, "cpu"))
     assert ((ours - theirs).abs() * 255 * 0.226).mean() < 2

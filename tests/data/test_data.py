@@ -23,7 +23,7 @@ COUNT = 22
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """22 noise images in two classes, every third one grey"""
+    """22 noise images in two classes, every third one gray"""
     root = tmp_path_factory.mktemp("noise")
     generator = random.Random(0)
     for i in range(COUNT):

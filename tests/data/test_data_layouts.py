@@ -16,7 +16,7 @@ from beitv2_fast.data.names import SPLITS
 from beitv2_fast.distributed import World
 from beitv2_fast.errors import DataError
 from beitv2_fast.runs.folder import RunFolder
-from beitv2_fast.train.linear_probe import find_labelled
+from beitv2_fast.train.linear_probe import find_labeled
 from beitv2_fast.weights import convert
 from beitv2_fast.weights.files import write as write_weights
 
@@ -53,7 +53,7 @@ def test_every_usual_spelling_names_the_split(tmp_path, split, change):
 def test_a_split_s_name_may_end_in_what_it_is_a_set_of_and_a_year(tmp_path, train, test):
     root = write(tmp_path, f"{train}/cat/a.png", f"{test}/cat/b.png")
     for split, path in (("train", tmp_path / train), ("test", tmp_path / test)):
-        images = find_images(root, split, labelled=True)
+        images = find_images(root, split, labeled=True)
         assert (images.root, len(images), images.classes) == (path, 1, ["cat"])
     with pytest.raises(DataError, match="nothing for val"):
         find_images(root, "val")
@@ -89,7 +89,7 @@ def test_a_name_of_a_split_is_preferred_to_its_spellings_and_two_spellings_are_r
 
 def test_splits_that_are_read_together_are_no_classes(tmp_path):
     root = write(tmp_path, "Training/cat/a.png", "Testing/dog/b.png")
-    images = find_images(root, labelled=True)
+    images = find_images(root, labeled=True)
     assert len(images) == 2 and images.labels is None and images.classes == []
 
 
@@ -107,7 +107,7 @@ def test_folders_without_images_and_those_of_systems_are_no_classes(tmp_path):
 
 def test_an_image_beside_class_folders_is_named_and_does_not_take_the_classes_where_they_are_needed(tmp_path):
     root = write(tmp_path, "cat/a.png", "dog/b.png", "preview.png")
-    images = find_images(root, labelled=True)
+    images = find_images(root, labeled=True)
     assert (images.paths, images.labels) == (["cat/a.png", "dog/b.png"], [0, 1])
     assert images.rejected == [("preview.png", "no label: it lies in no class folder")]
     assert find_images(root).paths == ["cat/a.png", "dog/b.png", "preview.png"]
@@ -183,7 +183,7 @@ def test_a_fine_tuning_finds_training_and_test_images_and_its_classes(kaggle, tm
 
 def test_the_probe_and_the_report_find_the_held_out_images(kaggle, tmp_path):
     config = ProbeConfig(data=kaggle, out=tmp_path / "run", workers=0)
-    splits = find_labelled(config, RunFolder(config), World(0, 1, None), 8)
+    splits = find_labeled(config, RunFolder(config), World(0, 1, None), 8)
     assert {name: len(images) for name, images in splits.items()} == {"train": 8, "test": 4}
     assert len(held_out_images(kaggle)) == 4
 

@@ -230,25 +230,25 @@ def test_the_fingerprint_tells_lists_apart(tmp_path):
     ("name", "mode", "color", "expected"),
     [
         ("rgb.png", "RGB", (10, 200, 30), ("RGB", (10, 200, 30))),
-        ("grey.png", "L", 77, ("L", 77)),
-        ("grey_alpha.png", "LA", (77, 10), ("L", 77)),
+        ("gray.png", "L", 77, ("L", 77)),
+        ("gray_alpha.png", "LA", (77, 10), ("L", 77)),
         ("bilevel.png", "1", 1, ("L", 255)),
-        ("grey16.png", "I;16", 257 * 100, ("L", 100)),
-        ("grey16_rounds.png", "I;16", 257 * 100 + 200, ("L", 101)),
+        ("gray16.png", "I;16", 257 * 100, ("L", 100)),
+        ("gray16_rounds.png", "I;16", 257 * 100 + 200, ("L", 101)),
         ("white16.png", "I;16", 65535, ("L", 255)),
-        ("grey16.tif", "I;16", 257 * 100, ("L", 100)),
-        ("grey32.tif", "I", 257 * 100, ("L", 100)),
+        ("gray16.tif", "I;16", 257 * 100, ("L", 100)),
+        ("gray32.tif", "I", 257 * 100, ("L", 100)),
         ("alpha.png", "RGBA", (10, 200, 30, 128), ("RGB", (10, 200, 30))),
         ("cmyk.tif", "CMYK", (255, 0, 0, 0), ("RGB", (0, 255, 255))),
     ],
 )
-def test_every_mode_opens_as_8_bit_rgb_or_grey(tmp_path, name, mode, color, expected):
+def test_every_mode_opens_as_8_bit_rgb_or_gray(tmp_path, name, mode, color, expected):
     save(tmp_path / name, mode=mode, color=color)
     image = open_image(tmp_path / name)
     assert (image.mode, image.getpixel((3, 3))) == expected
 
 
-def test_palette_images_open_in_their_colours(tmp_path):
+def test_palette_images_open_in_their_colors(tmp_path):
     image = Image.new("P", (8, 8), 1)
     image.putpalette([0, 0, 0, 250, 120, 5])
     for name in ("palette.png", "palette.gif"):

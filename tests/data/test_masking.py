@@ -52,10 +52,10 @@ def component_sizes(mask: list[list[bool]]) -> list[int]:
         while stack:
             y, x = stack.pop()
             size += 1
-            for neighbour in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
-                if neighbour in todo:
-                    todo.remove(neighbour)
-                    stack.append(neighbour)
+            for neighbor in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                if neighbor in todo:
+                    todo.remove(neighbor)
+                    stack.append(neighbor)
         sizes.append(size)
     return sizes
 
@@ -91,14 +91,14 @@ def test_the_largest_component_is_as_large_as_in_the_reference(sampled, componen
     assert abs(largest.std().item() - want["largest_component_std"]) < Z_MAX * 2 * error
 
 
-def test_right_neighbours_of_masked_patches_are_masked_as_often_as_in_the_reference(sampled):
+def test_right_neighbors_of_masked_patches_are_masked_as_often_as_in_the_reference(sampled):
     want, masks = sampled
     left, right = masks[:, :, :-1], masks[:, :, 1:]
     both, first = (left & right).sum((1, 2)).double(), left.sum((1, 2)).double()
     ratio = both.sum() / first.sum()
     spread = (both - ratio * first).std() / first.mean()  # of one mask's contribution to the ratio (delta method)
     error = spread * math.sqrt(1 / SAMPLES + 1 / REFERENCE_COMPONENT_SAMPLES)
-    assert abs(ratio - want["right_neighbour_masked"]) < Z_MAX * error
+    assert abs(ratio - want["right_neighbor_masked"]) < Z_MAX * error
 
 
 def test_a_block_is_smaller_than_the_grid_in_both_directions():

@@ -122,9 +122,9 @@ def test_labels_come_from_cls_or_json_and_need_every_image(tmp_path):
         assert find_images(path).labels is None, bad
 
 
-def labelled(path, members, labelled=True):
+def labeled(path, members, labeled=True):
     """{member: label} of the images that are read with their labels, {member: reason} of those left out."""
-    images = find_images(write_tar(path, members), labelled=labelled)
+    images = find_images(write_tar(path, members), labeled=labeled)
     names = [name.partition("/")[2] for name in images.paths]
     reasons = {name.partition("/")[2]: why for name, why in images.rejected}
     return dict(zip(names, images.labels or [None] * len(names), strict=True)), reasons
@@ -134,19 +134,19 @@ def test_dots_in_the_names_of_members_do_not_mix_their_labels(tmp_path):
     members = []
     for i in range(3):
         members += [(f"2024.05.0{i}.png", png(i)), (f"2024.05.0{i}.cls", str(i).encode())]
-    found, _ = labelled(tmp_path / "a.tar", members)
+    found, _ = labeled(tmp_path / "a.tar", members)
     assert found == {f"2024.05.0{i}.png": i for i in range(3)}
     del members[5]  # the label of the last
-    found, reasons = labelled(tmp_path / "b.tar", members)
+    found, reasons = labeled(tmp_path / "b.tar", members)
     assert found == {"2024.05.00.png": 0, "2024.05.01.png": 1}
     assert reasons == {"2024.05.02.png": "no label: there is no b.tar/2024.05.02.cls"}
 
 
 def test_a_label_of_webdatasets_key_is_that_of_the_only_image_that_begins_so(tmp_path):
     members = [("a.input.png", png(0)), ("a.cls", b"4"), ("b.png", png(1)), ("b.cls", b"5")]
-    assert labelled(tmp_path / "a.tar", members)[0] == {"a.input.png": 4, "b.png": 5}
+    assert labeled(tmp_path / "a.tar", members)[0] == {"a.input.png": 4, "b.png": 5}
     members += [("b.seg.png", png(2)), ("c.1.png", png(3)), ("c.2.png", png(4)), ("c.cls", b"6")]
-    found, reasons = labelled(tmp_path / "b.tar", members)
+    found, reasons = labeled(tmp_path / "b.tar", members)
     assert found == {"a.input.png": 4, "b.png": 5}
     assert reasons.keys() == {"b.seg.png", "c.1.png", "c.2.png"}
     summary = find_images(tmp_path / "b.tar").summary
@@ -158,14 +158,14 @@ def test_two_labels_of_one_key_are_none_unless_they_agree(tmp_path):
     members = [("x.png", png(0)), ("x.cls", b"3"), ("x.json", b'{"label": 5}')]
     members += [("y.png", png(1)), ("y.cls", b"2"), ("y.json", b'{"label": 2}')]
     members += [("z.png", png(2)), ("z.cls", b"1"), ("z.json", b'{"author": "someone"}')]
-    found, reasons = labelled(tmp_path / "a.tar", members)
+    found, reasons = labeled(tmp_path / "a.tar", members)
     assert found == {"y.png": 2, "z.png": 1}
     assert reasons == {"x.png": "no single label: 3 in x.cls and 5 in x.json"}
 
 
 def test_several_images_of_one_key_are_all_read_and_said(tmp_path):
     path = write_tar(tmp_path / "a.tar", [("x.png", png(0)), ("x.jpg", png(1)), ("x.cls", b"3"), ("y.png", png(2))])
-    assert find_images(path, labelled=True).labels == [3, 3]
+    assert find_images(path, labeled=True).labels == [3, 3]
     assert "; 2 of them share their key with another one (a.tar/x.png): all are read" in find_images(path).summary
 
 
@@ -178,7 +178,7 @@ def test_one_image_without_a_label_is_named_and_does_not_take_the_others_labels(
         ("c.png", png(2)),
         ("c.cls", b"cat"),
     ]
-    found, reasons = labelled(tmp_path / "a.tar", members)
+    found, reasons = labeled(tmp_path / "a.tar", members)
     assert found == {"a.png": 0, "b.png": 1} and reasons == {"c.png": "no label: c.cls holds no class number"}
     images = find_images(tmp_path / "a.tar")  # a pre-training needs no labels: it keeps the image
     assert len(images) == 3 and images.labels is None and images.rejected == []
@@ -191,7 +191,7 @@ def test_what_a_mac_leaves_in_a_shard_and_other_members_are_counted_and_passed_o
         members += [(f"./._{i}.png", b"AppleDouble"), (f"./{i}.png", png(i)), (f"./._{i}.cls", b"x")]
         members += [(f"{i}.cls", str(i).encode()), (f"{i}.txt", b"a caption"), (f"__MACOSX/{i}.png", png(7))]
         members += [(f"PaxHeaders.3/{i}.png", png(8))]
-    found, reasons = labelled(tmp_path / "a.tar", members)
+    found, reasons = labeled(tmp_path / "a.tar", members)
     assert found == {"./0.png": 0, "./1.png": 1} and reasons == {}
     summary = find_images(tmp_path / "a.tar").summary
     assert "8 hidden members and what systems leave (a.tar/./._0.cls, ...)" in summary

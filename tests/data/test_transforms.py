@@ -1,4 +1,4 @@
-"""The views: shapes, ranges, one crop seen twice, colours, masks."""
+"""The views: shapes, ranges, one crop seen twice, colors, masks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def gradient(width=96, height=80, mode="RGB"):
     return Image.merge("RGB", (red, green, Image.new("L", (width, height), 90))).convert(mode)
 
 
-def denormalise(image):
+def denormalize(image):
     return image * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
 
 
@@ -47,21 +47,21 @@ def test_student_and_tokenizer_see_the_same_crop_and_flip(tokenizer_size, resamp
     image, flips = gradient(), set()
     for seed in range(20):
         out = view(image, seed)
-        student = denormalise(out["student"])
+        student = denormalize(out["student"])
         small = torch.nn.functional.interpolate(student[None], (tokenizer_size,) * 2, mode="area")[0]
         assert (small - out["tokenizer"]).abs().max() < 0.03
         flips.add(bool(student[0, :, 0].mean() > student[0, :, -1].mean()))
     assert flips == {True, False}
 
 
-def test_only_the_student_s_colours_are_jittered():
+def test_only_the_student_s_colors_are_jittered():
     image = gradient()
     plain, jittered = (pretrain_view(color_jitter=j)(image, 4) for j in (0.0, 0.4))
     assert torch.equal(plain["tokenizer"], jittered["tokenizer"])
     assert (plain["student"] - jittered["student"]).abs().mean() > 0.05
 
 
-def test_the_student_is_normalised_by_imagenet_statistics():
+def test_the_student_is_normalized_by_imagenet_statistics():
     image = Image.new("RGB", (40, 40), (255, 0, 51))
     student = pretrain_view(color_jitter=0.0)(image, 0)["student"]
     for channel, value in enumerate((1.0, 0.0, 0.2)):
@@ -93,13 +93,13 @@ def test_crops_have_the_promised_area_and_aspect_and_stay_inside():
 
 
 @pytest.mark.parametrize(("size", "expected"), [((400, 20), (27, 20)), ((20, 400), (20, 27))])
-def test_where_no_crop_fits_the_largest_centre_crop_is_taken(size, expected):
+def test_where_no_crop_fits_the_largest_center_crop_is_taken(size, expected):
     left, top, right, bottom = crops_of(size, (1.0, 1.0))[0].tolist()
     assert (right - left, bottom - top) == expected
     assert abs(left + right - size[0]) <= 1 and abs(top + bottom - size[1]) <= 1
 
 
-def test_the_evaluation_view_is_the_centre():
+def test_the_evaluation_view_is_the_center():
     image = Image.new("RGB", (60, 40))
     image.paste((255, 255, 255), (20, 10, 40, 30))
     assert EvalView(10, 0.5)(image)["image"].min() > 0.85

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..faults.test_ranks import ranks_of
-from ..support.downstream import EVALUATE, results, write_colours
+from ..support.downstream import EVALUATE, results, write_colors
 from ..support.training import (
     TINY,
     TORCHRUN,
@@ -42,9 +42,9 @@ LOSS, WEIGHT = 1e-5, 1e-5
 def runs(starts, tmp_path_factory) -> Path:
     """micro and one: of one process; two, plain, zero2, their resumed copies, probes, evaluations: of two ranks."""
     root = shutil.copytree(starts, tmp_path_factory.mktemp("ranks") / "runs")
-    write_colours(root / "data" / "train", 4)
-    write_colours(root / "data" / "val", 3)  # 9 images: the ranks have 5 and 4
-    write_colours(root / "some", 2, ("green", "red"))
+    write_colors(root / "data" / "train", 4)
+    write_colors(root / "data" / "val", 3)  # 9 images: the ranks have 5 and 4
+    write_colors(root / "some", 2, ("green", "red"))
     zero2 = settings("zero2", root)
 
     def tune(out: str, *more: object) -> list[object]:

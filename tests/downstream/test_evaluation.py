@@ -53,12 +53,12 @@ def world(rank: int = 0, size: int = 1) -> World:
 
 
 def expected(model: Rows, dataset: ImageFolder, columns: torch.Tensor) -> dict[str, float]:
-    from beitv2_fast.models.vit import normalise
+    from beitv2_fast.models.vit import normalize
 
     scores, labels = [], []
     for i in range(len(dataset)):
         sample = dataset[0, i]
-        scores.append(model(normalise(sample["image"])[None])[0, columns])
+        scores.append(model(normalize(sample["image"])[None])[0, columns])
         labels.append(sample["label"])
     scores, labels = torch.stack(scores), torch.tensor(labels)
     rank = (scores > scores.gather(1, labels[:, None])).sum(1)

@@ -18,12 +18,12 @@ from beitv2_fast.data.find import find_images
 from beitv2_fast.data.views import EvalView
 from beitv2_fast.downstream.classification import HEAD_SCALE, crop_share, start_model
 from beitv2_fast.models.positions import resize_bias_table, resize_embedding
-from beitv2_fast.models.vit import normalise
+from beitv2_fast.models.vit import normalize
 from beitv2_fast.train import evaluate as evaluate_command
 from beitv2_fast.weights.build import load_run_model
-from beitv2_fast.weights.start import reading_normalised
+from beitv2_fast.weights.start import reading_normalized
 
-from ..support.downstream import COLOURS, EVALUATE, results, write_colours
+from ..support.downstream import COLORS, EVALUATE, results, write_colors
 from ..support.training import ROOT, TINY, assert_same_bits, call, checkpoints, last_weights, run
 
 PLAIN = "--augment-ops 0 --erasing 0 --mixup 0 --cutmix 0 --smoothing 0".split()
@@ -34,8 +34,8 @@ SHARP = "--epochs 12 --lr 2e-2 --lr-batch 4 --layer-decay 0.9".split()
 def runs(starts, tmp_path_factory) -> Path:
     """A folder with data/train and data/val of three classes, a tokenizer, a pre-training and a fine-tuning of it."""
     folder = shutil.copytree(starts, tmp_path_factory.mktemp("finetune") / "runs")
-    write_colours(folder / "data" / "train", 4)
-    write_colours(folder / "data" / "val", 3)
+    write_colors(folder / "data" / "train", 4)
+    write_colors(folder / "data" / "val", 3)
     assert finetune(folder, "tuned") == 0
     return folder
 
@@ -62,16 +62,16 @@ def test_it_starts_as_the_student_with_its_bias_table_in_every_layer_and_a_small
 def test_the_tokenizer_s_encoder_is_trained_from_its_weights_and_learns(runs):
     assert finetune(runs, "still_tokenizer", *STILL, weights="tokenizer") == 0
     encoder = {n.removeprefix("encoder."): w for n, w in last_weights(runs / "tokenizer").items() if "encoder." in n}
-    assert_starts_from(reading_normalised(encoder), runs / "still_tokenizer")
+    assert_starts_from(reading_normalized(encoder), runs / "still_tokenizer")
     assert finetune(runs, "tuned_tokenizer", *PLAIN, *SHARP, weights="tokenizer") == 0
     assert results(runs / "tuned_tokenizer")["weights"]["top1"] == 1.0
 
 
-def test_it_learns_to_tell_colours(runs):
-    assert finetune(runs, "learnt", *PLAIN, *SHARP) == 0
-    found = results(runs / "learnt")
+def test_it_learns_to_tell_colors(runs):
+    assert finetune(runs, "learned", *PLAIN, *SHARP) == 0
+    found = results(runs / "learned")
     assert found["weights"]["top1"] == found["average"]["top1"] == 1.0
-    first = json.loads((runs / "learnt" / "evaluation.jsonl").read_text().splitlines()[0])
+    first = json.loads((runs / "learned" / "evaluation.jsonl").read_text().splitlines()[0])
     assert found["weights"]["loss"] < 0.5 * first["weights_loss"]
 
 
@@ -104,7 +104,7 @@ def assert_starts_from(weights: dict[str, torch.Tensor], run_folder: Path) -> No
 
 
 def test_intermediate_fine_tuning_passes_all_but_the_head_on_to_the_next_label_set(runs, capsys):
-    write_colours(runs / "other" / "train", 3, ("blue", "green"))
+    write_colors(runs / "other" / "train", 3, ("blue", "green"))
     for name in ("cyan", "white"):
         shutil.copytree(runs / "other" / "train" / "blue", runs / "other" / "train" / name)
     assert finetune(runs, "intermediate", *SHARP, data="other") == 0  # of four classes
@@ -115,7 +115,7 @@ def test_intermediate_fine_tuning_passes_all_but_the_head_on_to_the_next_label_s
     passed = {name: w for name, w in last_weights(runs / "intermediate").items() if not name.startswith("head.")}
     assert_starts_from(passed, runs / "after")
     tables = [passed[f"blocks.{i}.attn.relative_position_bias_table"] for i in range(2)]
-    assert not torch.equal(*tables)  # each block has learnt its own
+    assert not torch.equal(*tables)  # each block has learned its own
     head = last_weights(runs / "after")["head.weight"]
     assert head.shape == (3, 24) and head.abs().max() < 0.01
     assert results(runs / "after")["classes"] == 3
@@ -142,14 +142,14 @@ def test_presets_are_the_reference_s_commands(name, expected):
 
 
 @pytest.mark.parametrize(("size", "given", "share"), [(224, None, 0.875), (384, None, 1.0), (224, 0.9, 0.9)])
-def test_the_centre_crop_grows_with_the_image_size_unless_it_is_given(size, given, share):
+def test_the_center_crop_grows_with_the_image_size_unless_it_is_given(size, given, share):
     assert crop_share(given, size) == share
 
 
 def test_another_label_set_gets_a_new_head_and_the_same_one_keeps_it(runs):
-    write_colours(runs / "two" / "train", 4, ("blue", "red"))
+    write_colors(runs / "two" / "train", 4, ("blue", "red"))
     tuned = load_run_model(runs / "tuned")[0]
-    same = start_model(config(runs, "tuned"), sorted(COLOURS), print)
+    same = start_model(config(runs, "tuned"), sorted(COLORS), print)
     assert torch.equal(same.head.weight, tuned.head.weight)
     renamed = start_model(config(runs, "tuned"), ["a", "b", "c"], print)
     assert not torch.equal(renamed.head.weight, tuned.head.weight)
@@ -178,7 +178,7 @@ def test_a_classifier_is_evaluated_at_another_resolution_with_resized_positions(
     images = find_images(runs / "data" / "val")
     x = torch.stack([EvalView(48, 1.0)(images.open(i))["image"] for i in range(len(images))])
     with torch.no_grad():
-        loss = torch.nn.functional.cross_entropy(model(normalise(x)), torch.tensor(images.labels))
+        loss = torch.nn.functional.cross_entropy(model(normalize(x)), torch.tensor(images.labels))
     assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert found["loss"] != pytest.approx(results(runs / "sure")["weights"]["loss"], rel=1e-5)
 
@@ -217,7 +217,7 @@ def test_other_classes_in_the_same_run_folder_are_refused(runs, capsys):
 
 
 def test_folders_with_some_or_all_classes_are_evaluated_in_one_table(runs):
-    write_colours(runs / "some", 2, ("green", "red"))
+    write_colors(runs / "some", 2, ("green", "red"))
     command = ["--model", runs / "tuned", "--data", runs / "data" / "val", runs / "some", "--out", runs / "table"]
     assert call("evaluate", *command, *EVALUATE) == 0
     rows = results(runs / "table")["rows"]

@@ -1,4 +1,4 @@
-"""Labelled tar shards: fine-tuning on them is fine-tuning on the same images in class folders, bit by bit."""
+"""Labeled tar shards: fine-tuning on them is fine-tuning on the same images in class folders, bit by bit."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from ..data.test_shards import write_tar
-from ..support.downstream import COLOURS, EVALUATE, results, write_colours
+from ..support.downstream import COLORS, EVALUATE, results, write_colors
 from ..support.training import TINY, assert_same_bits, call
 
-CLASSES = sorted(COLOURS)
+CLASSES = sorted(COLORS)
 TUNE = [*TINY, "--epochs", 1, "--weights", "none", "--eval-every", 1]
 
 
-def write_shards(folder: Path, shards: Path, labelled: bool = True) -> Path:
+def write_shards(folder: Path, shards: Path, labeled: bool = True) -> Path:
     """The images of class folders, in their order, two shards; KEY.cls is the number of the class."""
     files = sorted(folder.glob("*/*.png"))
     for number, part in enumerate((files[:5], files[5:])):
@@ -23,7 +23,7 @@ def write_shards(folder: Path, shards: Path, labelled: bool = True) -> Path:
         for file in part:
             key = f"{file.parent.name}_{file.stem}"
             members.append((f"{key}.png", file.read_bytes()))
-            if labelled:
+            if labeled:
                 members.append((f"{key}.cls", str(CLASSES.index(file.parent.name)).encode()))
         write_tar(shards / f"{number}.tar", members)
     return shards
@@ -33,7 +33,7 @@ def write_shards(folder: Path, shards: Path, labelled: bool = True) -> Path:
 def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     for split, count in (("train", 4), ("val", 3)):
-        write_shards(write_colours(folder / "data" / split, count), folder / "shards" / split)
+        write_shards(write_colors(folder / "data" / split, count), folder / "shards" / split)
     for name in ("data", "shards"):
         assert call("finetune", *TUNE, "--data", folder / name, "--out", folder / f"of_{name}") == 0
     return folder
@@ -61,7 +61,7 @@ def test_a_run_on_shards_is_evaluated_on_folders_once_it_is_told_its_classes_nam
 
 
 def test_shards_with_some_classes_are_evaluated_among_all(runs, tmp_path):
-    some = write_colours(tmp_path / "some", 2, CLASSES[:2])
+    some = write_colors(tmp_path / "some", 2, CLASSES[:2])
     write_shards(some, tmp_path / "shards")
     command = ["--model", runs / "of_data", "--data", tmp_path / "shards", "--out", tmp_path / "run"]
     assert call("evaluate", *command, *EVALUATE) == 0

@@ -13,10 +13,10 @@ from beitv2_fast.distributed import World
 from beitv2_fast.downstream.probes.exact import few_shot
 from beitv2_fast.downstream.probes.features import Extractor, feature_names, global_features
 from beitv2_fast.models.features import features
-from beitv2_fast.models.vit import normalise
+from beitv2_fast.models.vit import normalize
 from beitv2_fast.weights.build import load_run_model
 
-from ..support.downstream import results, write_colours
+from ..support.downstream import results, write_colors
 from ..support.training import TINY, call
 
 OPTIONS = "--preset demo --device cpu --workers 0 --seeds 2 --layers 1 2 --epochs 3 --shots 1 2".split()
@@ -26,8 +26,8 @@ OPTIONS = "--preset demo --device cpu --workers 0 --seeds 2 --layers 1 2 --epoch
 def runs(starts, tmp_path_factory) -> Path:
     """data/train and data/test of three classes, a tokenizer, a pre-training and its probe."""
     folder = shutil.copytree(starts, tmp_path_factory.mktemp("probe") / "runs")
-    write_colours(folder / "data" / "train", 8)
-    write_colours(folder / "data" / "test", 3)
+    write_colors(folder / "data" / "train", 8)
+    write_colors(folder / "data" / "test", 3)
     assert probe(folder, "probe", "--exact") == 0
     return folder
 
@@ -42,8 +42,8 @@ def test_features_are_the_aggregated_cls_token_the_mean_and_those_of_each_block(
     x = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
         found, whole = global_features(model, (1, 2))(x), features(model, x)
-        last, _ = model.encode(normalise(x))
-        first = model.blocks[0](model.embed(normalise(x)), model.position_bias())
+        last, _ = model.encode(normalize(x))
+        first = model.blocks[0](model.embed(normalize(x)), model.position_bias())
     wanted = [whole.cls, whole.patches.mean(1), first[:, 0], first[:, 1:].mean(1), last[:, 0], last[:, 1:].mean(1)]
     torch.testing.assert_close(found, torch.stack(wanted, 1), rtol=1e-5, atol=1e-5)
     assert len(feature_names((1, 2))) == found.shape[1]
@@ -58,7 +58,7 @@ def test_the_table_has_every_probe_of_every_row(runs):
     for row in found["rows"]:
         assert row["knn"].keys() == {"10", "20"} and row["few_shot"].keys() == {"1", "2"}
         assert len(row["runs"]) == len(row["few_shot"]["2"]["runs"]) == 2
-    assert names[4] and found["rows"][4]["knn"]["10"] == 1.0  # noisy colours: pixels tell them
+    assert names[4] and found["rows"][4]["knn"]["10"] == 1.0  # noisy colors: pixels tell them
     assert [row["features"] for row in found["sweep"]] == feature_names((1, 2))
     assert all(0 <= row["top1"] <= 1 and row["top5"] is None for row in found["sweep"])
 
@@ -118,7 +118,7 @@ def test_every_kind_of_network_is_probed_as_the_student_is(runs, options, title,
     found = results(runs / title.replace(" ", "_"))
     assert [row["features"] for row in found["rows"]] == [f"{title}, {column}" for column in columns[:2]]
     assert [row["features"] for row in found["sweep"]] == columns
-    said = "fine-tuned with labels" if title == "fine-tuned" else "(efficientnet_lite0) learnt from ImageNet's labels"
+    said = "fine-tuned with labels" if title == "fine-tuned" else "(efficientnet_lite0) learned from ImageNet's labels"
     assert said in found["notes"][0]
 
 

@@ -13,7 +13,7 @@ from beitv2_fast.data.views import EvalView, FinetuneView, PretrainView, Tokeniz
 from beitv2_fast.downstream.probes import features as probe_features
 from beitv2_fast.errors import UserError
 
-from ..support.downstream import results, write_colours
+from ..support.downstream import results, write_colors
 from ..support.training import PRETRAIN, TINY, TOKENIZER, assert_same_bits, call
 
 dali = pytest.importorskip("beitv2_fast.data.dali", reason="DALI is not installed (extra: dali)", exc_type=UserError)
@@ -29,7 +29,7 @@ def runs(tmp_path_factory) -> tuple[Path, dict[str, set[type]]]:
     root, served = tmp_path_factory.mktemp("commands"), {}
     data = root / "data"
     for split, count in (("train", 4), ("val", 3), ("test", 3)):
-        write_colours(data / split, count)
+        write_colors(data / split, count)
     student = ["--weights", root / "pretrain_torchvision"]
     tokenizer = ["--tokenizer", root / "tokenizer_torchvision"]
     stages = {

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from beitv2_fast.data.find import find_images
 from beitv2_fast.data.views import EvalView
 from beitv2_fast.models.classifier import Classifier, ClassifierConfig
-from beitv2_fast.models.vit import ViTConfig, normalise
+from beitv2_fast.models.vit import ViTConfig, normalize
 from beitv2_fast.weights.files import write
 
 from ..support.downstream import EVALUATE, results
@@ -57,7 +57,7 @@ def test_a_set_is_evaluated_as_by_a_head_that_has_only_the_rows_of_its_classes(f
     x = torch.stack([EvalView(SIZE, 1.0)(images.open(i))["image"] for i in range(len(images))])
     mask = torch.tensor([wnid in set(classes) for wnid in WNIDS])  # over the 1000 classes, as the reference's
     with torch.no_grad():
-        pooled = model.fc_norm(model.forward_tokens(normalise(x))[:, 1:].mean(1))
+        pooled = model.fc_norm(model.forward_tokens(normalize(x))[:, 1:].mean(1))
         scores = F.linear(pooled, model.head.weight[mask], model.head.bias[mask])
     labels = torch.arange(len(classes))  # the folder's classes in the order of their names
     place = (scores > scores.gather(1, labels[:, None])).sum(1)

@@ -15,7 +15,7 @@ from PIL import Image
 from beitv2_fast.config.downstream import SEGMENT, SegmentConfig
 from beitv2_fast.config.options import parse
 from beitv2_fast.downstream.segmentation.training import load_segmenter, start_segmenter
-from beitv2_fast.models.vit import normalise
+from beitv2_fast.models.vit import normalize
 from beitv2_fast.train.segment import PolySchedule, SegmentTask
 from beitv2_fast.weights.build import load_run_model
 
@@ -45,9 +45,9 @@ def config(runs: Path, weights: str, *more: object) -> SegmentConfig:
     return parse(SegmentConfig, SEGMENT, [str(option) for option in options])[0]
 
 
-def test_it_learns_to_tell_colours(runs):
-    assert segment(runs, "learnt", *PLAIN, "--epochs", 12, "--lr", 5e-3, "--lr-batch", 4, weights="none") == 0
-    assert results(runs / "learnt")["weights"]["miou"] > 0.75
+def test_it_learns_to_tell_colors(runs):
+    assert segment(runs, "learned", *PLAIN, "--epochs", 12, "--lr", 5e-3, "--lr-batch", 4, weights="none") == 0
+    assert results(runs / "learned")["weights"]["miou"] > 0.75
 
 
 def test_it_starts_as_the_student_with_new_heads(runs):
@@ -64,7 +64,7 @@ def test_it_starts_as_the_tokenizers_encoder(runs):
     model = start_segmenter(config(runs, "tokenizer"), 3, print).eval()
     tokenizer = load_run_model(runs / "tokenizer")[0]
     x = torch.rand(2, 3, 32, 32)
-    ours, theirs = model.forward_tokens(normalise(x)), tokenizer.encoder.forward_tokens(2 * x - 1)
+    ours, theirs = model.forward_tokens(normalize(x)), tokenizer.encoder.forward_tokens(2 * x - 1)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 

@@ -21,8 +21,8 @@ from beitv2_fast.downstream.segmentation.head import resize
 from beitv2_fast.downstream.segmentation.masks import IGNORED, find_masks, label_table
 from beitv2_fast.downstream.segmentation.overlays import GAP, overlay, picture, write_overlays
 from beitv2_fast.downstream.segmentation.views import SegmentationFolder
-from beitv2_fast.models.vit import normalise
-from beitv2_fast.pictures import class_colours
+from beitv2_fast.models.vit import normalize
+from beitv2_fast.pictures import class_colors
 from beitv2_fast.runs.folder import RunFolder
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -89,7 +89,7 @@ def test_scales_and_sides_are_averaged_as_probabilities():
     found = slide(model, image)
     x = image[None].float() / 255
     small = nn.functional.interpolate(x, (10, 15), mode="bilinear", antialias=True)
-    wanted = 0.5 * sum(resize(normalise(y), (20, 30)).softmax(1)[0] for y in (small, x))
+    wanted = 0.5 * sum(resize(normalize(y), (20, 30)).softmax(1)[0] for y in (small, x))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.sum(0), torch.ones(20, 30))
     assert len(model.sizes) == slide.forwards((20, 30))
@@ -115,10 +115,10 @@ def folder(path: Path, count: int = 5) -> SegmentationFolder:
         (path / kind).mkdir(exist_ok=True, parents=True)
     for i in range(count):
         labels = draw.integers(0, CLASSES, (20 + i, 31 - i)).astype(np.uint8)
-        colours = 200 * np.eye(CLASSES)[labels] + draw.integers(0, 50, (*labels.shape, 3))
+        colors = 200 * np.eye(CLASSES)[labels] + draw.integers(0, 50, (*labels.shape, 3))
         labels[draw.random(labels.shape) < 0.2] = 1
         labels[:2] = IGNORED
-        Image.fromarray(colours.astype(np.uint8)).save(path / "images" / f"{i}.png")
+        Image.fromarray(colors.astype(np.uint8)).save(path / "images" / f"{i}.png")
         Image.fromarray(labels).save(path / "masks" / f"{i}.png")
     images = find_images(path / "images")
     return SegmentationFolder(images, find_masks(images, path / "masks", None, 0), label_table((), False))
@@ -180,10 +180,10 @@ def test_the_model_is_in_eval_mode_meanwhile_and_the_caller_hears_of_every_image
     assert model.training and len(heard) == 5
 
 
-def test_classes_have_different_colours():
-    colours = class_colours(150).int()
-    assert len(colours.unique(dim=0)) == 150
-    assert (colours[1:] - colours[:-1]).abs().sum(1).min() > 60  # neighbouring numbers
+def test_classes_have_different_colors():
+    colors = class_colors(150).int()
+    assert len(colors.unique(dim=0)) == 150
+    assert (colors[1:] - colors[:-1]).abs().sum(1).min() > 60  # neighboring numbers
 
 
 def test_a_picture_shows_image_truth_and_prediction_side_by_side():

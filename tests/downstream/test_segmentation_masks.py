@@ -23,10 +23,10 @@ from beitv2_fast.errors import DataError
 
 def write_pairs(images: Path, masks: Path, names=("a", "b"), size=(12, 10), suffix="jpg") -> None:
     for name in names:
-        for folder, suffix_, colour in ((images, suffix, (9, 9, 9)), (masks, "png", 1)):
+        for folder, suffix_, color in ((images, suffix, (9, 9, 9)), (masks, "png", 1)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             mode = "RGB" if folder == images else "L"
-            Image.new(mode, size, colour).save(folder / f"{name}.{suffix_}")
+            Image.new(mode, size, color).save(folder / f"{name}.{suffix_}")
 
 
 def found(root: Path) -> MaskList:
@@ -74,7 +74,7 @@ def test_masks_are_matched_by_name_in_subfolders_whatever_their_suffix(tmp_path)
 
 
 @pytest.mark.parametrize("mode", ("L", "P", "I;16"))
-def test_grey_palette_and_16_bit_masks_hold_the_same_labels(tmp_path, mode):
+def test_gray_palette_and_16_bit_masks_hold_the_same_labels(tmp_path, mode):
     labels = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
     image = Image.fromarray(labels.astype(np.uint16) if mode == "I;16" else labels)
     if mode == "P":
@@ -90,7 +90,7 @@ def damage(root: Path, kind: str) -> None:
         file.unlink()
     elif kind == "size":
         Image.new("L", (10, 12)).save(file)
-    elif kind == "colour":
+    elif kind == "color":
         Image.new("RGB", (12, 10)).save(file)
     elif kind == "large":
         Image.fromarray(np.full((10, 12), 300, np.uint16)).save(file)
@@ -103,7 +103,7 @@ def damage(root: Path, kind: str) -> None:
     [
         ("missing", "b.jpg: no mask of this name"),
         ("size", "b.jpg: the mask b.png has 10x12 pixels, the image 12x10"),
-        ("colour", "b.png: a colour image"),
+        ("color", "b.png: a color image"),
         ("large", "labels from 300 to 300"),
         ("truncated", "b.jpg: the mask b.png: "),
     ],

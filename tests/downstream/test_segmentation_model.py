@@ -14,7 +14,7 @@ from beitv2_fast.models.vit import ViTConfig
 from beitv2_fast.training.optim import parameter_groups
 from beitv2_fast.weights.start import start_from
 
-from ..support.weights import DIM, assert_same_state, classifier, images, randomise, student, vit
+from ..support.weights import DIM, assert_same_state, classifier, images, randomize, student, vit
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 CLASSES = 5
@@ -22,7 +22,7 @@ CLASSES = 5
 
 def segmenter(num_classes: int = CLASSES, patch_size: int = 16, **values) -> Segmenter:
     config = ViTConfig(**{**vars(vit("relative")), "patch_size": patch_size, **values})
-    return positive_variances(randomise(Segmenter(SegmenterConfig(config, num_classes, auxiliary_channels=12))))
+    return positive_variances(randomize(Segmenter(SegmenterConfig(config, num_classes, auxiliary_channels=12))))
 
 
 def positive_variances(model: nn.Module) -> nn.Module:
@@ -61,7 +61,7 @@ def test_the_heads_are_those_of_transformers_upernet():
     ours, theirs = UPerNetHead([DIM] * 4, 20, CLASSES), upernet.UperNetHead(config, [DIM] * 4).eval()
     auxiliary, their_auxiliary = FCNHead(DIM, 12, CLASSES), upernet.UperNetFCNHead(config, [DIM] * 4).eval()
     for mine, yours in ((ours, theirs), (auxiliary, their_auxiliary)):
-        positive_variances(randomise(mine))
+        positive_variances(randomize(mine))
         copy_head(yours, mine)
     maps = feature_maps()
     torch.testing.assert_close(ours(maps), theirs(maps), **TOLERANCE)

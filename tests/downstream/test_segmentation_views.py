@@ -26,7 +26,7 @@ def test_a_scaled_image_keeps_its_shape_and_its_longer_side_within_four_times_th
 
 
 def quadrants(size: int = 64) -> tuple[Image.Image, np.ndarray]:
-    """A picture whose grey value is 60 times the label, four labels."""
+    """A picture whose gray value is 60 times the label, four labels."""
     labels = np.kron(np.array([[0, 1], [2, 3]], np.uint8), np.ones((size // 2, size // 2), np.uint8))
     return Image.fromarray(60 * labels), labels
 
@@ -51,7 +51,7 @@ def test_labels_stay_labels_when_a_mask_is_resized():
     assert set(mask.unique().tolist()) <= {0, 200}
 
 
-def test_what_is_missing_to_a_full_crop_is_ignored_and_mean_grey():
+def test_what_is_missing_to_a_full_crop_is_ignored_and_mean_gray():
     image, mask = TrainView(32, 16, **PLAIN)(Image.new("RGB", (24, 16), (1, 2, 3)), np.ones((16, 24), np.uint8), 0)
     assert (mask[:16, :24] == 1).all() and (mask[16:] == IGNORED).all() and (mask[:, 24:] == IGNORED).all()
     assert image[:, 0, 0].tolist() == [1, 2, 3] and image[:, 31, 31].tolist() == [124, 116, 104]
@@ -70,12 +70,12 @@ def test_a_crop_of_one_class_is_drawn_again():
     assert (shares(0.75) < 0.75).mean() > 2 * (shares(1.0) < 0.75).mean() > 0
 
 
-def test_colours_change_and_the_mask_does_not():
+def test_colors_change_and_the_mask_does_not():
     labels = np.zeros((32, 32), np.uint8)
     image = Image.new("RGB", (32, 32), (120, 90, 60))
     pairs = [TrainView(32, 32, (1.0, 1.0))(image, labels, key) for key in range(40)]
-    colours = {tuple(picture[:, 0, 0].tolist()) for picture, _ in pairs}
-    assert len(colours) > 20 and (120, 90, 60) in colours and all((mask == 0).all() for _, mask in pairs)
+    colors = {tuple(picture[:, 0, 0].tolist()) for picture, _ in pairs}
+    assert len(colors) > 20 and (120, 90, 60) in colors and all((mask == 0).all() for _, mask in pairs)
 
 
 def folder(tmp_path: Path, **values) -> SegmentationFolder:

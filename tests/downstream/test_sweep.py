@@ -14,9 +14,9 @@ CLASSES = 4
 def problem(count: int = 200, width: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Two features: one that tells the classes apart, at a scale of its own, and one that is noise."""
     generator = torch.Generator().manual_seed(seed)
-    centres = 5 * torch.randn(CLASSES, width, generator=torch.Generator().manual_seed(9))
+    centers = 5 * torch.randn(CLASSES, width, generator=torch.Generator().manual_seed(9))
     labels = torch.arange(count) % CLASSES
-    good = 100 + 30 * (centres[labels] + torch.randn(count, width, generator=generator))
+    good = 100 + 30 * (centers[labels] + torch.randn(count, width, generator=generator))
     return torch.stack([good, torch.randn(count, width, generator=generator)], 1), labels
 
 

@@ -20,7 +20,7 @@ HANG = 600  # seconds; it takes half a minute
 
 
 def seeds() -> list[bytes]:
-    """JPEGs of all kinds that PIL writes: baseline, progressive, grey, CMYK, with restart markers, EXIF."""
+    """JPEGs of all kinds that PIL writes: baseline, progressive, gray, CMYK, with restart markers, EXIF."""
     image = Image.effect_noise((48, 40), 60)
     kinds = [
         (image, {}),

@@ -1,4 +1,4 @@
-"""ZeRO with the optimiser, and under stage 3 the weights, in the CPU's memory: slow where everything is the CPU's."""
+"""ZeRO with the optimizer, and under stage 3 the weights, in the CPU's memory: slow where everything is the CPU's."""
 
 from __future__ import annotations
 

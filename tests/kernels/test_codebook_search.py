@@ -159,7 +159,7 @@ def test_zero_vectors_and_zero_codes(version):
         assert codebook_search(torch.randn(9, 8), torch.zeros(40, 8), metric=metric).indices.tolist() == [0] * 9
 
 
-def test_normalised_vectors_of_extreme_length_are_unit_or_divided_by_the_eps(version):
+def test_normalized_vectors_of_extreme_length_are_unit_or_divided_by_the_eps(version):
     direction = F.normalize(torch.randn(1, 16, generator=seeded(), dtype=torch.float64), dim=-1)
     x = (direction * torch.tensor([[1e38], [1e-6], [1e-20], [1e-42]], dtype=torch.float64)).float()
     found = codebook_search(x, torch.randn(9, 16), return_normalized=True).normalized

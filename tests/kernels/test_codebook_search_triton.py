@@ -109,9 +109,9 @@ def test_of_equal_codes_the_first_wins(copies: int, metric: str) -> None:
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_clustered_rows_and_codes(metric: str) -> None:
-    centres = normalize(torch.randn(20, 32), dim=-1)
-    codebook = normalize(centres.repeat(30, 1) + 1e-3 * torch.randn(600, 32), dim=-1)
-    x = (centres + 1e-2 * torch.randn(20, 32)).bfloat16()
+    centers = normalize(torch.randn(20, 32), dim=-1)
+    codebook = normalize(centers.repeat(30, 1) + 1e-3 * torch.randn(600, 32), dim=-1)
+    x = (centers + 1e-2 * torch.randn(20, 32)).bfloat16()
     assert_nearest(x, codebook, metric, search(x, codebook, metric)[0])
 
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel launched by its host code as the JIT would specialise it, for GPUs that are not here.
+"""Every Triton kernel launched by its host code as the JIT would specialize it, for GPUs that are not here.
 
 Compiled ahead of time (test_*_aot.py), a kernel has the signature that the test wrote down; here it has the one that
 its arguments give it: sizes of 1, strides, absent tensors, addresses that are no multiples of 16.

@@ -7,7 +7,7 @@ import torch
 
 from beitv2_fast import classify, features, read_images
 from beitv2_fast.downstream.probes.features import global_features
-from beitv2_fast.models.vit import normalise
+from beitv2_fast.models.vit import normalize
 
 from ..support.small_runs import TinyTeacher
 from ..support.training import write_images
@@ -18,7 +18,7 @@ X = images().sigmoid()
 
 def test_a_students_features_are_normed_tokens_of_both_branches():
     model = student()
-    last, aggregated = model.encode(normalise(X))
+    last, aggregated = model.encode(normalize(X))
     found = features(model, X)
     assert torch.equal(found.cls, model.norm(aggregated[:, 0]))
     assert torch.equal(found.patches, model.norm(last[:, 1:]))
@@ -26,7 +26,7 @@ def test_a_students_features_are_normed_tokens_of_both_branches():
 
 def test_without_aggregation_the_cls_token_is_the_last_layers():
     model = student(aggregation_depth=0)
-    assert torch.equal(features(model, X).cls, model.norm(model.encode(normalise(X))[0][:, 0]))
+    assert torch.equal(features(model, X).cls, model.norm(model.encode(normalize(X))[0][:, 0]))
 
 
 def test_a_classifiers_patches_are_what_its_head_reads():
@@ -56,7 +56,7 @@ TAKES_IMAGES = {
     "a student": lambda x: student().encode(x),
     "codes": lambda x: tokenizer().encode(x),
     "the features that probes read": lambda x: global_features(student(), [1])(x),
-    "normalise": normalise,
+    "normalize": normalize,
     "a teacher": lambda x: TinyTeacher()(x, (6, 6)),
 }
 

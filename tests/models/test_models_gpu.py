@@ -1,4 +1,4 @@
-"""Whole models on a GPU against the CPU: losses, gradients, an optimiser's step, low precision, compilation."""
+"""Whole models on a GPU against the CPU: losses, gradients, an optimizer's step, low precision, compilation."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def step_both(case: Case, config: PretrainConfig) -> tuple[list[nn.Module], list
 
 
 @pytest.mark.parametrize("clip", [0.01, 0.0])
-def test_an_optimiser_s_step_moves_the_weights_as_on_the_cpu(case, clip):
+def test_an_optimizer_s_step_moves_the_weights_as_on_the_cpu(case, clip):
     (ours, theirs), norms, backends = step_both(case, PretrainConfig(clip_grad=clip))
     torch.testing.assert_close(norms[0].cpu(), norms[1], rtol=1e-5, atol=0)
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
@@ -121,7 +121,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(case):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_the_optimiser_s_state_restored_from_the_cpu_goes_on_to_the_same_bits():
+def test_the_optimizer_s_state_restored_from_the_cpu_goes_on_to_the_same_bits():
     case, config = CASES["classifier"], PretrainConfig()
     models = [here(case.build()) for _ in range(2)]
     batch = here(case.batch(4))

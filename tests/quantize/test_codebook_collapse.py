@@ -20,9 +20,9 @@ from ..support.quantizers import noise
 METRICS = ("cosine", "euclidean")
 
 
-def clusters(count: int, centres: int = 4, dim: int = 8) -> torch.Tensor:
-    directions = F.normalize(noise(centres, dim), dim=-1)
-    return directions[torch.arange(count) % centres] + 0.01 * noise(count, dim, seed=1)
+def clusters(count: int, centers: int = 4, dim: int = 8) -> torch.Tensor:
+    directions = F.normalize(noise(centers, dim), dim=-1)
+    return directions[torch.arange(count) % centers] + 0.01 * noise(count, dim, seed=1)
 
 
 def distance_to_codes(x: torch.Tensor, codebook: torch.Tensor, metric: str) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_kmeans_leaves_out_vectors_that_are_not_finite():
     assert kmeans(bad[:0], 4)[0].isfinite().all()
 
 
-def test_the_first_batch_initialises_the_codebook_by_k_means():
+def test_the_first_batch_initializes_the_codebook_by_k_means():
     quantizer = FusedVectorQuantizer(16, 8, decay=1.0).train()  # the EMA step leaves the codes where they are
     before, x = quantizer.codebook.clone(), noise(100, 8)
     quantizer(x)
@@ -72,7 +72,7 @@ def test_the_first_batch_initialises_the_codebook_by_k_means():
     torch.testing.assert_close(quantizer.codebook, started)
 
 
-def test_a_first_batch_of_padding_leaves_the_initialisation_to_the_next():
+def test_a_first_batch_of_padding_leaves_the_initialization_to_the_next():
     quantizer = FusedVectorQuantizer(4, 8).train()
     quantizer(noise(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool))
     assert not quantizer.initialized

@@ -62,7 +62,7 @@ def test_the_quantized_vector_is_the_nearest_code_and_decode_finds_it_again(metr
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_a_codebook_learnt_by_gradient_gets_the_gradient_of_both_losses(metric):
+def test_a_codebook_learned_by_gradient_gets_the_gradient_of_both_losses(metric):
     quantizer = plain(metric=metric, learning="gradient", commitment_weight=0.25, codebook_weight=2.0).train()
     x = noise(30, 8).requires_grad_()
     out = quantizer(x)
@@ -89,7 +89,7 @@ def test_rotation_turns_the_gradient_as_it_turns_the_vector(metric):
     (along,) = torch.autograd.grad((out.quantized * F.normalize(code, dim=-1)).sum(), x)
     expected = code.norm() / y.norm() * F.normalize(y, dim=-1)
     if metric == "cosine":
-        expected = torch.zeros_like(x)  # and from there nothing passes the normalisation
+        expected = torch.zeros_like(x)  # and from there nothing passes the normalization
     torch.testing.assert_close(along, expected)
 
 
@@ -226,7 +226,7 @@ def test_a_copy_and_a_pickle_train_on_to_the_same_bits():
         assert_same(state(quantizer), state(twin))
 
 
-def test_a_loaded_codebook_is_not_initialised_again():
+def test_a_loaded_codebook_is_not_initialized_again():
     quantizer = FusedVectorQuantizer(16, 8)
     trained = FusedVectorQuantizer(16, 8).train()
     trained(noise(60, 8))

@@ -56,7 +56,7 @@ def test_a_default_dtype_changes_no_state_but_a_parameter_s_dtype(options, dtype
 @pytest.mark.parametrize("options", RULES)
 @pytest.mark.parametrize("assign", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_checkpoint_loads_into_a_module_made_on_meta_or_of_uninitialised_memory(options, assign, dtype):
+def test_a_checkpoint_loads_into_a_module_made_on_meta_or_of_uninitialized_memory(options, assign, dtype):
     trained = quantizer(**options)
     steps(trained)
     state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in trained.state_dict().items()}
@@ -78,7 +78,7 @@ def test_a_checkpoint_loads_into_a_module_made_on_meta_or_of_uninitialised_memor
 
 
 @pytest.mark.parametrize("options", RULES)
-def test_reset_parameters_makes_uninitialised_memory_a_new_quantizer(options):
+def test_reset_parameters_makes_uninitialized_memory_a_new_quantizer(options):
     with torch.device("meta"):
         other = quantizer(**options)
     other.to_empty(device="cpu").reset_parameters()

@@ -39,7 +39,7 @@ def train_step(
     run: Callable[..., Quantized], model: torch.nn.Module, x: torch.Tensor, mask: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
     """What a step of ``run``, the model or its compiled form, returns, its gradients and the state before the
-    optimiser's step, which follows."""
+    optimizer's step, which follows."""
     z = x.clone().requires_grad_()
     out = run(z, mask)
     (out.loss + out.quantized.square().sum()).backward()
@@ -70,7 +70,7 @@ def test_a_compiled_training_step_has_eager_s_values_gradients_and_state(case):
     assert eager.usage() == pytest.approx(model.usage())
 
 
-def test_a_compiled_quantizer_decodes_what_it_found_before_it_learnt_again():
+def test_a_compiled_quantizer_decodes_what_it_found_before_it_learned_again():
     def two_steps(q, z):
         first = q(z)
         found = q.decode(first.indices)

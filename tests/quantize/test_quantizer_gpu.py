@@ -28,8 +28,8 @@ RESTARTS = {"kmeans_init": False, "dead_after": 3.0}
 def vectors(step: int, count: int = pick(500, 60), dim: int = D) -> Tensor:
     """Around fewer places than there are codes, so that some are never chosen; the places move."""
     g = torch.Generator().manual_seed(step)
-    centres = torch.randn(K // 2, dim, generator=torch.Generator().manual_seed(99)) + 0.1 * step
-    return centres[torch.randint(K // 2, (count,), generator=g)] + 0.3 * torch.randn(count, dim, generator=g)
+    centers = torch.randn(K // 2, dim, generator=torch.Generator().manual_seed(99)) + 0.1 * step
+    return centers[torch.randint(K // 2, (count,), generator=g)] + 0.3 * torch.randn(count, dim, generator=g)
 
 
 def pair(module: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -91,7 +91,7 @@ def test_heads_and_masks_keep_the_cpu_s_bits(metric, learning, options):
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
 @pytest.mark.parametrize(("metric", "learning"), RULES)
 def test_every_learning_rule_follows_the_cpu_over_twenty_steps(metric, learning, gradient):
-    """A codebook that its optimiser moves differs in last digits; so rarely a vector has another code."""
+    """A codebook that its optimizer moves differs in last digits; so rarely a vector has another code."""
     options = dict(metric=metric, learning=learning, gradient=gradient, **RESTARTS)
     ours, theirs = pair(FusedVectorQuantizer(K, D, **options))
     optimizers = [torch.optim.SGD(q.parameters(), 0.5) if learning == "gradient" else None for q in (ours, theirs)]

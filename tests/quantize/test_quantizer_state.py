@@ -27,13 +27,13 @@ RULES = [
 
 def train(quantizer: FusedVectorQuantizer, steps: range) -> None:
     parameters = list(quantizer.parameters())
-    optimiser = torch.optim.SGD(parameters, 0.1) if parameters else None
+    optimizer = torch.optim.SGD(parameters, 0.1) if parameters else None
     for step in steps:
         loss = quantizer.train()(noise(60, 8, seed=step)).loss
-        if optimiser is not None:
-            optimiser.zero_grad()
+        if optimizer is not None:
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
 
 
 def trained(**options: object) -> FusedVectorQuantizer:
@@ -67,11 +67,11 @@ def test_a_frozen_quantizer_keeps_its_state_and_learns_on_from_it_when_thawed(op
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_an_optimiser_does_not_move_a_frozen_codebook_by_old_gradients_or_decay(metric):
+def test_an_optimizer_does_not_move_a_frozen_codebook_by_old_gradients_or_decay(metric):
     quantizer = FusedVectorQuantizer(16, 8, metric=metric, learning="gradient").train()
-    optimiser = torch.optim.AdamW(quantizer.parameters(), 0.1, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(quantizer.parameters(), 0.1, weight_decay=0.1)
     quantizer(noise(60, 8)).loss.backward()
-    optimiser.step()
+    optimizer.step()
     quantizer(noise(60, 8)).loss.backward()
     quantizer.freeze()
     before = quantizer.codebook.detach().clone()
@@ -80,11 +80,11 @@ def test_an_optimiser_does_not_move_a_frozen_codebook_by_old_gradients_or_decay(
     y = F.normalize(z, dim=-1) if metric == "cosine" else z
     torch.testing.assert_close(out.loss, F.mse_loss(y, out.quantized.detach()))  # without the codebook's term
     out.loss.backward()
-    optimiser.step()
+    optimizer.step()
     assert torch.equal(quantizer.codebook, before)
     quantizer.thaw()
     quantizer(noise(60, 8)).loss.backward()
-    optimiser.step()
+    optimizer.step()
     assert not torch.equal(quantizer.codebook, before)
 
 
@@ -148,9 +148,9 @@ def test_a_compiled_quantizer_is_frozen_and_thawed(tmp_path, monkeypatch):
         ({"learning": "sum_ema"}, {}, "embed_avg is left out"),
         ({"learning": "sum_ema"}, {"learning": "gradient"}, "embed_avg is left out"),
         ({}, {"learning": "gradient"}, None),
-        ({"learning": "gradient"}, {}, "normalised"),
-        ({"learning": "gradient"}, {"learning": "sum_ema"}, "normalised.*sum_ema"),
-        ({"learning": "gradient"}, {"learning": "frozen"}, "normalised"),
+        ({"learning": "gradient"}, {}, "normalized"),
+        ({"learning": "gradient"}, {"learning": "sum_ema"}, "normalized.*sum_ema"),
+        ({"learning": "gradient"}, {"learning": "frozen"}, "normalized"),
         ({"metric": "euclidean"}, {"metric": "euclidean", "learning": "gradient"}, "embed_avg is left out"),
         ({"metric": "euclidean", "learning": "gradient"}, {"metric": "euclidean"}, "sum_ema"),
         ({"heads": 2, "share_codebook": True}, {"heads": 2}, "each of the 2 heads"),

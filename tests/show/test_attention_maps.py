@@ -9,7 +9,7 @@ from beitv2_fast.errors import UserError
 from beitv2_fast.models.classifier import Classifier, ClassifierConfig
 from beitv2_fast.models.student import Student, StudentConfig
 from beitv2_fast.models.tokenizer import Tokenizer, TokenizerModelConfig
-from beitv2_fast.models.vit import ViTConfig, normalise
+from beitv2_fast.models.vit import ViTConfig, normalize
 from beitv2_fast.show.attention import attention_probabilities, most_attended, query_attention
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # fp32 sums in another order
@@ -42,7 +42,7 @@ def test_the_values_weighed_by_the_probabilities_are_what_the_layer_computes(kin
     seen = {}
     hook = vit.blocks[layer - 1].attn.register_forward_hook(lambda m, args, out: seen.update(x=args[0], out=out))
     with torch.no_grad():
-        vit.forward_tokens(2 * images() - 1 if kind == "tokenizer" else normalise(images()))
+        vit.forward_tokens(2 * images() - 1 if kind == "tokenizer" else normalize(images()))
     hook.remove()
     attn = vit.blocks[layer - 1].attn
     probabilities = attention_probabilities(model, images(), layer)  # [B, H, N, N]

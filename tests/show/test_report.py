@@ -48,7 +48,7 @@ def runs(tmp_path_factory) -> Path:
     """data/{train,test}/{a,b}/*.png and the run folders tokenizer, pretrain and probe, untrained but complete."""
     root = tmp_path_factory.mktemp("runs")
     write_images(root / "data")
-    (root / "data" / "README.md").write_text("Licence: <CC BY>, https://creativecommons.org/")
+    (root / "data" / "README.md").write_text("License: <CC BY>, https://creativecommons.org/")
     torch.manual_seed(0)
     tokenizer = TokenizerConfig(**SHAPE, num_codes=8, code_dim=4, decoder_depth=1, teacher="efficientnet_lite0")
     write_run(root / "tokenizer", tokenizer, build_tokenizer(tokenizer, 12), [tokenizer_line(s) for s in range(1, 5)])
@@ -111,7 +111,7 @@ def test_a_report_refers_to_nothing_outside_itself(whole):
 
 def test_words_of_others_are_shown_as_text(whole):
     page, _ = whole
-    assert "Licence: &lt;CC BY&gt;" in page and "A note on &lt;this&gt;." in page
+    assert "License: &lt;CC BY&gt;" in page and "A note on &lt;this&gt;." in page
 
 
 def test_the_results_are_said_as_they_are(whole):

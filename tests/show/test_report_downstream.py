@@ -97,7 +97,7 @@ def test_a_folder_that_is_no_run_is_told_of(tmp_path):
     assert "is no run folder" in read_downstream(tmp_path / "nothing").problem
 
 
-def test_the_probe_s_neighbours_few_shots_and_sweep_have_tables():
+def test_the_probe_s_neighbors_few_shots_and_sweep_have_tables():
     few = {"1": {"mean": 0.3, "std": 0.05, "runs": [0.3]}}
     rows = [{"features": "pre-trained, CLS token", "mean": 0.5, "std": 0.0, "knn": {"10": 0.61}, "few_shot": few}]
     swept = [{"features": "CLS token, block 6", "lr": 0.03, "held_out": 0.4, "top1": 0.55, "top5": None}]

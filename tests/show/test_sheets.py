@@ -11,29 +11,27 @@ from PIL import Image, ImageDraw
 pytest.importorskip("matplotlib")
 
 from beitv2_fast.data.find import find_images
-from beitv2_fast.pictures import HIDDEN, code_colours, masked_picture, token_map
+from beitv2_fast.pictures import HIDDEN, code_colors, masked_picture, token_map
 from beitv2_fast.show.codes import CodeUsage, choose_codes, choose_patches
 from beitv2_fast.show.sheets import code_sheet, patch_picture, token_map_sheet
 from beitv2_fast.show.theme import LIGHT
 
-COLOURS = [(220, 40, 40), (40, 200, 60), (50, 70, 230), (230, 210, 40)]
+COLORS = [(220, 40, 40), (40, 200, 60), (50, 70, 230), (230, 210, 40)]
 
 
 def quartered(folder: Path, count: int) -> tuple:
-    """Images of 2x2 patches, each of one of four colours, wider than high; and the colours' numbers [count, 4]."""
+    """Images of 2x2 patches, each of one of four colors, wider than high; and the colors' numbers [count, 4]."""
     generator = torch.Generator().manual_seed(1)
-    codes = torch.randint(0, len(COLOURS), (count, 4), generator=generator)
+    codes = torch.randint(0, len(COLORS), (count, 4), generator=generator)
     for i, image_codes in enumerate(codes.tolist()):
         image = Image.new("RGB", (60, 40), "black")
         for patch, code in enumerate(image_codes):
-            image.paste(
-                COLOURS[code], [10 + patch % 2 * 20, patch // 2 * 20, 30 + patch % 2 * 20, 20 + patch // 2 * 20]
-            )
+            image.paste(COLORS[code], [10 + patch % 2 * 20, patch // 2 * 20, 30 + patch % 2 * 20, 20 + patch // 2 * 20])
         image.save(folder / f"{i:02d}.png")
     return find_images(folder), codes
 
 
-def framed_centre(side: int, patch: int) -> tuple[int, int]:
+def framed_center(side: int, patch: int) -> tuple[int, int]:
     """Where the patch is in its picture: there is room for half a patch left and right of it, not above and below."""
     return side // 2, side // 4 + patch // 2 * side // 2
 
@@ -42,7 +40,7 @@ def test_a_framed_patch_is_the_patch(tmp_path):
     images, codes = quartered(tmp_path, 1)
     for patch, code in enumerate(codes[0].tolist()):
         picture = patch_picture(Image.open(tmp_path / images.paths[0]), (2, 2), patch, 100, LIGHT)
-        assert picture.getpixel(framed_centre(100, patch)) == COLOURS[code]
+        assert picture.getpixel(framed_center(100, patch)) == COLORS[code]
 
 
 def test_a_row_of_the_sheet_shows_patches_of_its_code_alone(tmp_path, monkeypatch):
@@ -52,12 +50,12 @@ def test_a_row_of_the_sheet_shows_patches_of_its_code_alone(tmp_path, monkeypatc
 
     def remember(photo, grid, patch, side, theme):
         picture = patch_picture(photo, grid, patch, side, theme)
-        drawn.append(picture.getpixel(framed_centre(side, patch)))
+        drawn.append(picture.getpixel(framed_center(side, patch)))
         return picture
 
     monkeypatch.setattr("beitv2_fast.show.sheets.patch_picture", remember)
     code_sheet(images, codes, (2, 2), usage, [2, 0], torch.rand(5, 3), LIGHT, 0.5, columns=3)
-    assert drawn == [COLOURS[2]] * 3 + [COLOURS[0]] * 3
+    assert drawn == [COLORS[2]] * 3 + [COLORS[0]] * 3
 
 
 def test_the_labels_of_a_token_map_sheet_are_not_cut_short(monkeypatch):
@@ -94,20 +92,20 @@ def test_usage_numbers_of_a_known_distribution():
     assert usage.perplexity == pytest.approx(2**1.5) and (usage.covering(0.5), usage.covering(0.9)) == (1, 3)
 
 
-def test_near_codes_have_near_colours():
+def test_near_codes_have_near_colors():
     angles = torch.cat([torch.linspace(0, 0.2, 8), torch.linspace(3, 3.2, 8)])
     codebook = torch.stack([angles.cos(), angles.sin(), torch.zeros(16)], dim=1)
-    colours = code_colours(codebook, torch.ones(16, dtype=torch.int64))
-    assert colours.shape == (16, 3) and colours.min() >= 0 and colours.max() <= 1
-    within, between = (colours[0] - colours[1]).norm(), (colours[:8].mean(0) - colours[8:].mean(0)).norm()
+    colors = code_colors(codebook, torch.ones(16, dtype=torch.int64))
+    assert colors.shape == (16, 3) and colors.min() >= 0 and colors.max() <= 1
+    within, between = (colors[0] - colors[1]).norm(), (colors[:8].mean(0) - colors[8:].mean(0)).norm()
     assert within < between / 2
 
 
-def test_a_token_map_has_the_colour_of_each_code():
-    colours = torch.rand(4, 3)
-    picture = token_map(torch.tensor([[3, 1]]), 2, colours)
-    assert picture.shape == (3, 2, 4) and torch.equal(picture[:, 0, 0], colours[3])
-    assert torch.equal(picture[:, 1, 3], colours[1])
+def test_a_token_map_has_the_color_of_each_code():
+    colors = torch.rand(4, 3)
+    picture = token_map(torch.tensor([[3, 1]]), 2, colors)
+    assert picture.shape == (3, 2, 4) and torch.equal(picture[:, 0, 0], colors[3])
+    assert torch.equal(picture[:, 1, 3], colors[1])
 
 
 def test_a_masked_picture_hides_the_masked_patches_alone():

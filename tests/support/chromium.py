@@ -128,7 +128,7 @@ class Page:
             self.call("Input.dispatchKeyEvent", type=kind, key=name, code=code, windowsVirtualKeyCode=numbers[name])
 
     def choose_file(self, selector: str, file: Path) -> None:
-        """Put a file into a file input, as a person does in its dialogue."""
+        """Put a file into a file input, as a person does in its dialog."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", files=[str(file)], nodeId=node)

@@ -1,7 +1,7 @@
 """Launches of Triton kernels for a GPU that is not here: everything but the run itself.
 
 Under ``launching(target)`` Triton has a driver with a target and without a device. Host code that is called with CPU
-tensors goes the whole way of a launch: arguments are specialised as the JIT does it (None and integers equal to 1 are
+tensors goes the whole way of a launch: arguments are specialized as the JIT does it (None and integers equal to 1 are
 constants, multiples of 16 are marked, addresses too), kernels are compiled and held against the target's shared memory,
 an autotuner tries every configuration. In place of the start on a device the launch is noted; no output changes.
 """

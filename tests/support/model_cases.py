@@ -93,7 +93,7 @@ def _masked(count: int) -> Batch:
     return _images(count), mask, torch.randint(NUM_CODES, (count * MASKED,), generator=g), MASKED
 
 
-def _labelled(count: int) -> Batch:
+def _labeled(count: int) -> Batch:
     return _images(count), torch.randint(CLASSES, (count,), generator=_drawn(count))
 
 
@@ -121,6 +121,6 @@ CASES = {
     "student": _case(_student(), _masked, _output_loss),
     "student, separate heads": _case(_student(shared_head=False), _masked, _output_loss),
     "student, no aggregation": _case(_student(aggregation_depth=0), _masked, _output_loss),
-    "classifier": _case(_classifier, _labelled, lambda model, x, labels: F.cross_entropy(model(x).float(), labels)),
+    "classifier": _case(_classifier, _labeled, lambda model, x, labels: F.cross_entropy(model(x).float(), labels)),
     "segmenter": _case(_segmenter, _segmented, _segmentation_loss, 2),  # batch norm needs two images
 }

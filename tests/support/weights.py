@@ -23,7 +23,7 @@ def vit(position: str, layer_scale: float = 0.1, eps: float = 1e-6) -> ViTConfig
     return ViTConfig(SIZE, PATCH, 3, DIM, DEPTH, HEADS, position=position, layer_scale=layer_scale, eps=eps)
 
 
-def randomise(model: nn.Module) -> nn.Module:
+def randomize(model: nn.Module) -> nn.Module:
     """No entry stays at a value that a mistake in conversion would leave unnoticed."""
     generator = torch.Generator().manual_seed(0)
     state = model.state_dict()
@@ -35,16 +35,16 @@ def randomise(model: nn.Module) -> nn.Module:
 
 def student(position: str = "shared_relative", **values) -> Student:
     values = {"num_codes": 20, "early_layer": 2, "aggregation_depth": 2, **values}
-    return randomise(Student(StudentConfig(vit(position, values.pop("layer_scale", 0.1)), **values)))
+    return randomize(Student(StudentConfig(vit(position, values.pop("layer_scale", 0.1)), **values)))
 
 
 def classifier(position: str = "relative", num_classes: int = 7, layer_scale: float = 0.1, **values) -> Classifier:
-    return randomise(Classifier(ClassifierConfig(vit(position, layer_scale, **values), num_classes)))
+    return randomize(Classifier(ClassifierConfig(vit(position, layer_scale, **values), num_classes)))
 
 
 def tokenizer(**values) -> Tokenizer:
     values = {"decoder_depth": 1, "num_codes": 24, "code_dim": 8, "teacher_dim": 12, **values}
-    model = randomise(Tokenizer(TokenizerModelConfig(vit("absolute", 0.0), **values)))
+    model = randomize(Tokenizer(TokenizerModelConfig(vit("absolute", 0.0), **values)))
     model.quantize.codebook.copy_(nn.functional.normalize(model.quantize.codebook, dim=-1))
     model.quantize.initialized.fill_(True)
     model.quantize.idle.copy_(torch.arange(len(model.quantize.idle)))
@@ -62,7 +62,7 @@ def assert_same_state(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Ten
         assert value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]), name
 
 
-def randomised(theirs: nn.Module) -> nn.Module:
+def randomized(theirs: nn.Module) -> nn.Module:
     """Another library's model with random parameters, in eval mode."""
     with torch.no_grad():
         for parameter in theirs.parameters():

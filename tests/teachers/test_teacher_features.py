@@ -152,8 +152,8 @@ def test_an_image_that_was_replaced_under_its_name_is_seen_by_the_teacher(datase
     other = Teacher()
     found = features(tmp_path, reopened(dataset), other)
     assert other.seen == 6  # its part of three images, in two views
-    colour = torch.tensor([200, 10, 30]) / 255
-    expected = colour.expand(1, 4, 3)
+    color = torch.tensor([200, 10, 30]) / 255
+    expected = color.expand(1, 4, 3)
     torch.testing.assert_close(found(torch.tensor([1]), torch.tensor([4])), expected, rtol=0, atol=1e-3)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from beitv2_fast import teachers
 from beitv2_fast.errors import UserError
-from beitv2_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD, normalise
+from beitv2_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD, normalize
 from beitv2_fast.runs.checkpoints import save_weights
 from beitv2_fast.teachers import create_teacher
 from beitv2_fast.teachers.networks import CLIP_MEAN, CLIP_STD
@@ -48,7 +48,7 @@ def tiny_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @torch.no_grad()
 def clip_features(model: nn.Module, images: Tensor) -> Tensor:
     """Patch tokens after the final norm, times the projection, by open_clip's forward_intermediates."""
-    images = normalise(images, CLIP_MEAN, CLIP_STD)
+    images = normalize(images, CLIP_MEAN, CLIP_STD)
     out = model.visual.forward_intermediates(images, indices=1, normalize_intermediates=True, output_fmt="NLC")
     return out["image_intermediates"][0] @ model.visual.proj
 
@@ -120,7 +120,7 @@ def test_dino_gives_the_patch_tokens_of_timm_s_forward_features(images, tmp_path
     teacher = create_teacher("dino", (14, 14), str(tmp_path / "dino.safetensors"))
     assert (teacher.dim, teacher.patch_size) == (768, 16)
     with torch.no_grad():
-        expected = model.forward_features(normalise(images[:1], IMAGENET_MEAN, IMAGENET_STD))[:, 1:]
+        expected = model.forward_features(normalize(images[:1], IMAGENET_MEAN, IMAGENET_STD))[:, 1:]
     torch.testing.assert_close(teacher(images[:1], (14, 14)), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -129,7 +129,7 @@ def test_a_timm_transformer_s_last_layer_is_its_forward_features_with_its_own_me
     teacher = create_teacher(f"timm:{VIT}", (14, 14), str(tmp_path / "w.safetensors"))
     assert (teacher.dim, teacher.patch_size) == (192, 16)
     with torch.no_grad():
-        expected = model.forward_features(normalise(images, HALF, HALF))[:, 1:]
+        expected = model.forward_features(normalize(images, HALF, HALF))[:, 1:]
     torch.testing.assert_close(teacher(images, (14, 14)), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -138,7 +138,7 @@ def test_a_layer_of_a_timm_transformer_is_what_its_get_intermediate_layers_gives
     model = timm_file(VIT, tmp_path / "w.safetensors")
     teacher = create_teacher(f"timm:{VIT}@{layer}", (14, 14), str(tmp_path / "w.safetensors"))
     with torch.no_grad():
-        (expected,) = model.get_intermediate_layers(normalise(images, HALF, HALF), n=[layer % 12], norm=True)
+        (expected,) = model.get_intermediate_layers(normalize(images, HALF, HALF), n=[layer % 12], norm=True)
     torch.testing.assert_close(teacher(images, (14, 14)), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -149,7 +149,7 @@ def test_a_stage_of_a_timm_convnet_is_what_features_only_gives(images, tmp_path)
     stages = timm.create_model(RESNET, features_only=True).eval()
     stages.load_state_dict(model.state_dict(), strict=False)
     with torch.no_grad():
-        expected = stages(normalise(images, IMAGENET_MEAN, IMAGENET_STD))[3].flatten(2).transpose(1, 2)
+        expected = stages(normalize(images, IMAGENET_MEAN, IMAGENET_STD))[3].flatten(2).transpose(1, 2)
     torch.testing.assert_close(teacher(images, (14, 14)), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -160,7 +160,7 @@ def test_a_timm_transformer_reads_another_image_size_as_timm_resizes_it(images, 
     model = timm.create_model(VIT, pretrained=True, img_size=128, num_classes=0, pretrained_cfg_overlay=own).eval()
     images = images[..., :128, :128]
     with torch.no_grad():
-        expected = model.forward_features(normalise(images, HALF, HALF))[:, 1:]
+        expected = model.forward_features(normalize(images, HALF, HALF))[:, 1:]
     torch.testing.assert_close(teacher(images, (8, 8)), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -210,15 +210,15 @@ def test_by_default_and_by_hub_name_the_libraries_fetch_the_weights(tiny_clip, t
     monkeypatch.setattr(timm, "create_model", model)
     create_teacher("clip", (14, 14))
     create_teacher("clip", (14, 14), "metaclip_400m")
-    create_teacher("clip", (14, 14), "hf-hub:organisation/name")
+    create_teacher("clip", (14, 14), "hf-hub:organization/name")
     create_teacher(f"timm:{VIT}", (14, 14))
-    create_teacher(f"timm:{VIT}", (14, 14), "hf-hub:organisation/name")
+    create_teacher(f"timm:{VIT}", (14, 14), "hf-hub:organization/name")
     assert asked == [
         ("ViT-B-16-quickgelu", "openai"),
         ("ViT-B-16-quickgelu", "metaclip_400m"),
-        ("hf-hub:organisation/name", None),
+        ("hf-hub:organization/name", None),
         (VIT, True, None),
-        (VIT, True, {"hf_hub_id": "organisation/name"}),
+        (VIT, True, {"hf_hub_id": "organization/name"}),
     ]
 
 

@@ -28,12 +28,12 @@ EARLY = """
 import os, signal, subprocess
 from beitv2_fast.train.demo import run_stage
 
-class SignalledWhileItStarts(subprocess.Popen):
+class SignaledWhileItStarts(subprocess.Popen):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         os.kill(os.getpid(), signal.SIGTERM)
 
-subprocess.Popen = SignalledWhileItStarts
+subprocess.Popen = SignaledWhileItStarts
 print("code", run_stage(["tail", "-f", "/dev/null"]), flush=True)
 """
 

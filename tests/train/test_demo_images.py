@@ -47,7 +47,7 @@ def test_labels_and_cell_types_of_the_files_are_those_of_the_package(folder):
     assert shares[0] == pytest.approx(shares[1], abs=0.001)
 
 
-def test_the_folder_says_where_the_photographs_are_from_and_their_licence(folder):
+def test_the_folder_says_where_the_photographs_are_from_and_their_license(folder):
     text = (folder / "README.md").read_text()
     assert "elpv-dataset" in text and "CC BY-NC-SA 4.0" in text and "doi" in text
 

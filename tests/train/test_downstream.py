@@ -14,7 +14,7 @@ from beitv2_fast.train.experiments import ablate, downstream
 from beitv2_fast.train.experiments.runner import Outcome, Step, record_file
 from beitv2_fast.train.experiments.stages import SmallScale, flags
 
-from ..support.downstream import write_colours, write_scenes
+from ..support.downstream import write_colors, write_scenes
 from ..support.training import MODULES, call
 
 TINY = SmallScale(
@@ -27,8 +27,8 @@ OPTIONS = flags(**dataclasses.asdict(TINY))
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("downstream")
-    write_colours(folder / "images" / "train", 8)
-    write_colours(folder / "images" / "val", 3)
+    write_colors(folder / "images" / "train", 8)
+    write_colors(folder / "images" / "val", 3)
     write_scenes(folder / "scenes" / "train", 8)
     write_scenes(folder / "scenes" / "val", 2, seed=1)
     return folder
@@ -130,8 +130,8 @@ def test_every_command_of_an_ablation_is_understood(name, tmp_path):
 
 
 def test_an_unknown_ablation_is_refused_with_a_list_of_those_that_there_are():
-    with pytest.raises(ablate.UserError, match=r"no ablation colours(.|\n)*codebook_size"):
-        ablate.main(["colours"])
+    with pytest.raises(ablate.UserError, match=r"no ablation colors(.|\n)*codebook_size"):
+        ablate.main(["colors"])
 
 
 @pytest.mark.parametrize(("device", "gpu", "jobs", "at_once"), [

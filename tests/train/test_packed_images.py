@@ -20,7 +20,7 @@ def joined(files: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(b"".join(files), np.uint8), np.cumsum([0, *map(len, files)])
 
 
-def test_labelled_images_lie_in_the_folders_of_their_classes(tmp_path):
+def test_labeled_images_lie_in_the_folders_of_their_classes(tmp_path):
     data, offsets = joined([b"first", b"second", b"third"])
     values = {"train_data": data, "train_offsets": offsets, "train_labels": np.array([1, 0, 1]), "classes": ["a", "b"]}
     folder = unpacked(pack(tmp_path / "pack.npz", **values), tmp_path / "images")

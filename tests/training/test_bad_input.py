@@ -34,9 +34,9 @@ def world(tmp_path_factory) -> Path:
     write_images(folder / "small", 4, size=5)
     for split in ("train", "test"):
         write_images(folder / "one_class" / split / "a", 2)
-        write_images(folder / "labelled" / split / "a", 2)
-        write_images(folder / "labelled" / split / "b", 2)
-    shutil.copytree(folder / "labelled", folder / "unreadable_class")
+        write_images(folder / "labeled" / split / "a", 2)
+        write_images(folder / "labeled" / split / "b", 2)
+    shutil.copytree(folder / "labeled", folder / "unreadable_class")
     for path in (folder / "unreadable_class" / "train" / "b").iterdir():
         path.write_text("junk")
     options = [*TINY, "--epochs", 1, "--data", folder / "images"]
@@ -58,7 +58,7 @@ def world(tmp_path_factory) -> Path:
 STAGES = {
     "tokenizer": [*TINY, *TOKENIZER, "--data", "images"],
     "pretrain": [*TINY, *PRETRAIN, "--data", "images", "--tokenizer", "tokenizer"],
-    "linear_probe": "--preset demo --workers 0 --data labelled --run pretrain --tokenizer tokenizer".split(),
+    "linear_probe": "--preset demo --workers 0 --data labeled --run pretrain --tokenizer tokenizer".split(),
 }
 BOTH, ALL = ("tokenizer", "pretrain"), tuple(STAGES)
 MISTAKES = [

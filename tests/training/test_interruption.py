@@ -114,7 +114,7 @@ class Model(nn.Module):
 
 
 def backend(value: float) -> TorchBackend:
-    """Weights, buffers and the optimiser's state are all this value."""
+    """Weights, buffers and the optimizer's state are all this value."""
     model = Model(value)
     result = TorchBackend(model, [{"params": list(model.parameters())}], TrainConfig(), WORLD)
     moments = {f"weight.{name}": torch.full((64,), value) for name in ("exp_avg", "exp_avg_sq")}

@@ -43,7 +43,7 @@ def test_the_loss_is_that_of_the_branches_which_are_named():
     assert both == pytest.approx(said["loss_mim"] + said["loss_agg"], rel=1e-6)
     assert step("last")[0] == pytest.approx(said["loss_mim"], rel=1e-6)
     assert step("aggregation")[0] == pytest.approx(said["loss_agg"], rel=1e-6)
-    assert step("last")[2] == said  # the log tells both, whatever is learnt from
+    assert step("last")[2] == said  # the log tells both, whatever is learned from
 
 
 def test_the_other_branch_s_own_blocks_get_a_gradient_of_zero():

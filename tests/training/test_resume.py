@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ..downstream.test_finetune import write_colours
+from ..downstream.test_finetune import write_colors
 from ..downstream.test_segment import SMALL, write_scenes
 from ..support.training import (
     PRETRAIN,
@@ -31,8 +31,8 @@ STAGES = {
 def trained(tmp_path_factory) -> Callable[[str], Path]:
     """The whole run of a stage, made when first asked for; the options to go on with are those of ``go``."""
     root = tmp_path_factory.mktemp("stages")
-    write_colours(root / "colors" / "train", 4)
-    write_colours(root / "colors" / "val", 3)
+    write_colors(root / "colors" / "train", 4)
+    write_colors(root / "colors" / "val", 3)
     write_scenes(root / "scenes" / "train", 12)
     write_scenes(root / "scenes" / "val", 2, 1)
 

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from beitv2_fast.config import downstream, show, training
+from beitv2_fast.config.downstream import ProbeConfig
 from beitv2_fast.config.options import RunConfig, to_json
 from beitv2_fast.config.training import PretrainConfig, TokenizerConfig
 from beitv2_fast.errors import UserError
@@ -35,6 +36,11 @@ def test_a_config_is_read_with_its_stage_also_one_written_before(tmp_path, stage
         (tmp_path / "config.json").write_text(json.dumps(written))
         assert stored_config(tmp_path)["stage"] == stage
         assert read_config(CONFIGS[stage], tmp_path) == config
+
+
+def test_an_option_is_read_under_its_earlier_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"neighbours": [7]}))  # codespell:ignore neighbours
+    assert read_config(ProbeConfig, tmp_path).neighbors == (7,)
 
 
 def test_a_run_folder_of_another_stage_is_refused(tmp_path):

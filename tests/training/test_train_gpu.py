@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from beitv2_fast.cli.encode import EncodeConfig, encode_folder
 from beitv2_fast.train import pretrain as pretrain_command
 
-from ..support.downstream import SMALL, write_colours, write_scenes
+from ..support.downstream import SMALL, write_colors, write_scenes
 from ..support.gpu import DRY, HERE, cuda_only, deterministic, distance
 from ..support.training import (
     ENVIRONMENT,
@@ -50,8 +50,8 @@ def make_runs(folder: Path, *more: object) -> Path:
     """Images, pictures of three classes, a teacher's random weights, a tokenizer and a pre-training."""
     timm = pytest.importorskip("timm", reason="timm, whose network is the teacher here, is not installed")
     write_images(folder / "images", 12)
-    write_colours(folder / "data" / "train", 4)
-    write_colours(folder / "data" / "val", 3)
+    write_colors(folder / "data" / "train", 4)
+    write_colors(folder / "data" / "val", 3)
     torch.manual_seed(0)
     network = timm.create_model("test_vit", pretrained=False, num_classes=0)
     save_file(network.state_dict(), folder / "teacher.safetensors")

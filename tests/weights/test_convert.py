@@ -1,4 +1,4 @@
-"""Names in every format: round trips, what is recognised, and what is refused."""
+"""Names in every format: round trips, what is recognized, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from beitv2_fast import Classifier, ClassifierConfig, ViTConfig
 from beitv2_fast.errors import CheckpointError, UserError
-from beitv2_fast.models.vit import SIZES, normalise
+from beitv2_fast.models.vit import SIZES, normalize
 from beitv2_fast.weights import convert, detect, kind_of
 from beitv2_fast.weights.names import FORMATS
 from beitv2_fast.weights.shapes import describe
@@ -77,14 +77,14 @@ def test_bf16_weights_stay_bf16(target):
         ("transformers_modules", "transformers_modules"),
     ],
 )
-def test_the_format_is_recognised(target, seen_as):
+def test_the_format_is_recognized(target, seen_as):
     assert detect(convert(classifier().state_dict(), target)) == seen_as
 
 
 @pytest.mark.parametrize(
     ("model", "kind"), [(student, "student"), (classifier, "classifier"), (tokenizer, "tokenizer")]
 )
-def test_the_kind_is_recognised(model, kind):
+def test_the_kind_is_recognized(model, kind):
     assert kind_of(model().state_dict()) == kind
 
 
@@ -172,11 +172,11 @@ def test_fine_tuning_starts_with_the_backbones_features():
     torch.testing.assert_close(start.eval().forward_tokens(x), model.forward_tokens(x), rtol=1e-5, atol=1e-5)
 
 
-def test_the_tokenizers_encoder_keeps_its_norm_and_sees_the_same_in_normalised_images():
+def test_the_tokenizers_encoder_keeps_its_norm_and_sees_the_same_in_normalized_images():
     model, start = tokenizer(), Classifier(ClassifierConfig(vit("absolute", 0.0), 5))
     assert start_from(start, model.state_dict(), "FILE") == ["head.weight", "head.bias"]
     x = torch.rand(2, 3, 48, 48)
-    tokens = start.eval().forward_tokens(normalise(x))
+    tokens = start.eval().forward_tokens(normalize(x))
     torch.testing.assert_close(tokens, model.encoder.forward_tokens(2 * x - 1), rtol=1e-4, atol=1e-4)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from beitv2_fast.weights import convert
 
-from ..support.weights import DEPTH, DIM, HEADS, PATCH, SIZE, classifier, images, randomised, student
+from ..support.weights import DEPTH, DIM, HEADS, PATCH, SIZE, classifier, images, randomized, student
 
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
@@ -40,6 +40,6 @@ def test_a_student_gives_timms_features(position):
 
 @torch.no_grad()
 def test_timms_own_weights_give_its_logits_here():
-    theirs, ours = randomised(timm_model("relative", num_classes=7)), classifier()
+    theirs, ours = randomized(timm_model("relative", num_classes=7)), classifier()
     ours.load_state_dict(convert(theirs.state_dict(), "beitv2_fast"))
     torch.testing.assert_close(ours(images()), theirs(images()), **TOLERANCE)

@@ -10,7 +10,7 @@ import torch
 from beitv2_fast.weights import convert
 from beitv2_fast.weights.files import read, write
 
-from ..support.weights import DEPTH, DIM, HEADS, PATCH, SIZE, assert_same_state, classifier, images, randomised, student
+from ..support.weights import DEPTH, DIM, HEADS, PATCH, SIZE, assert_same_state, classifier, images, randomized, student
 
 transformers = pytest.importorskip("transformers")
 
@@ -25,7 +25,7 @@ def beit(cls, position: str, **values):
         use_absolute_position_embeddings=position == "absolute",
         use_shared_relative_position_bias=position == "shared_relative", **values,
     )  # fmt: skip
-    return randomised(cls(config))
+    return randomized(cls(config))
 
 
 def read_by_transformers(cls, ours: torch.nn.Module, folder: Path) -> torch.nn.Module:
@@ -100,7 +100,7 @@ def test_the_image_processor_prepares_images_as_the_students_view_does(tmp_path)
     from PIL import Image
 
     from beitv2_fast.data.views import EvalView
-    from beitv2_fast.models.vit import normalise
+    from beitv2_fast.models.vit import normalize
 
     ours = classifier()
     write(tmp_path / "model", convert(ours.state_dict(), "transformers"), "transformers", ours.config)
@@ -108,5 +108,5 @@ def test_the_image_processor_prepares_images_as_the_students_view_does(tmp_path)
     image = Image.fromarray(pixels.numpy())
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "model")
     found = processor(images=image, return_tensors="pt")["pixel_values"][0]
-    expected = normalise(EvalView(SIZE, 1.0)(image)["image"])
+    expected = normalize(EvalView(SIZE, 1.0)(image)["image"])
     torch.testing.assert_close(found, expected, rtol=0, atol=2 / 255 / 0.22)  # two levels of the 8-bit image

@@ -49,7 +49,7 @@ def test_all_names_have_their_published_shapes():
     ("name", "options", "said"),
     [
         ("beit_tiny", {}, r"no model 'beit_tiny'.*beitv2_base"),
-        ("beitv2_base", {"colour": 3}, r"a student has no colour.*image_size"),
+        ("beitv2_base", {"color": 3}, r"a student has no color.*image_size"),
         ("beitv2_base", {"image_size": 225}, "not a multiple"),
     ],
 )
@@ -118,7 +118,7 @@ def test_a_classifier_starts_from_a_student_and_says_what_is_new(tmp_path, caplo
         start = create_model("tiny_classifier", checkpoint=file, num_classes=5)
     assert start.config.num_classes == 5 and start.config.vit.position == "relative"
     torch.testing.assert_close(start.forward_tokens(images()), model.forward_tokens(images()), rtol=1e-5, atol=1e-5)
-    assert "as initialised: fc_norm.weight, fc_norm.bias, head.weight, head.bias" in caplog.text
+    assert "as initialized: fc_norm.weight, fc_norm.bias, head.weight, head.bias" in caplog.text
 
 
 def test_a_classifier_with_other_classes_gets_a_new_head_and_says_so(tmp_path, caplog):
@@ -127,7 +127,7 @@ def test_a_classifier_with_other_classes_gets_a_new_head_and_says_so(tmp_path, c
     with caplog.at_level(logging.WARNING):
         start = create_model("tiny_classifier", checkpoint=file, num_classes=5)
     assert start(images()).shape == (3, 5) and torch.equal(start.fc_norm.weight, model.fc_norm.weight)
-    assert "as initialised: head.weight, head.bias" in caplog.text
+    assert "as initialized: head.weight, head.bias" in caplog.text
 
 
 def test_every_missing_unexpected_and_reshaped_entry_is_named():

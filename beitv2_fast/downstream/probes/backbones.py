@@ -61,7 +61,7 @@ def untrained(config: ProbeConfig, run: Run, seed: int, device: torch.device) ->
 
 
 def teacher(tokenizer: Path, device: torch.device) -> Backbone:
-    """The mean of the patch features from which a tokenizer learnt."""
+    """The mean of the patch features from which a tokenizer learned."""
     stored = read_config(TokenizerConfig, tokenizer)
     grid = (stored.image_size // stored.patch_size,) * 2
     network = create_teacher(stored.teacher, grid, stored.teacher_weights).to(device)
@@ -81,10 +81,10 @@ def labels_seen(config: ProbeConfig, run: Run) -> str:
         return "The backbone was fine-tuned with labels."
     tokenizer = config.tokenizer or (config.run if isinstance(model, Tokenizer) else getattr(stored, "tokenizer", None))
     if tokenizer is None or not (tokenizer / CONFIG).is_file():
-        return "The trainings here saw no label; what the tokenizer's teacher learnt from is not known here."
+        return "The trainings here saw no label; what the tokenizer's teacher learned from is not known here."
     name = read_config(TokenizerConfig, tokenizer).teacher
-    learnt = TAUGHT_BY.get(name, "what its source says")
-    return f"The teacher ({name}) learnt from {learnt}; nothing else here saw a label."
+    learned = TAUGHT_BY.get(name, "what its source says")
+    return f"The teacher ({name}) learned from {learned}; nothing else here saw a label."
 
 
 def _tokenizer_run(config: ProbeConfig, stored: object) -> Path:

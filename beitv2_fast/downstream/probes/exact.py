@@ -31,7 +31,7 @@ class ProbeResult:
 
 
 def balanced_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Mean over classes of the share of a class's images that are recognised; classes without images are left out."""
+    """Mean over classes of the share of a class's images that are recognized; classes without images are left out."""
     total = torch.bincount(labels, minlength=num_classes)
     right = torch.bincount(labels[predicted == labels], minlength=num_classes)
     present = total > 0
@@ -39,7 +39,7 @@ def balanced_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> fl
 
 
 def fit_linear(x: Tensor, labels: Tensor, num_classes: int, l2: float) -> Callable[[Tensor], Tensor]:
-    """Multinomial logistic regression on standardised features, classes weighted equally, by L-BFGS.
+    """Multinomial logistic regression on standardized features, classes weighted equally, by L-BFGS.
 
     Args:
         x: [N, F]. labels: [N] int64. l2: weight of ``||W||^2 / 2``, which is added to the mean cross entropy.

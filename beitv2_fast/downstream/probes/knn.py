@@ -1,4 +1,4 @@
-"""k nearest neighbours as a classifier."""
+"""k nearest neighbors as a classifier."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class SweepResult:
 
 @dataclass(frozen=True)
 class Classifiers:
-    """weight [F, R, K, C] and bias [F, R, K] for features standardised by mean and std [F, C]."""
+    """weight [F, R, K, C] and bias [F, R, K] for features standardized by mean and std [F, C]."""
 
     weight: Tensor
     bias: Tensor
@@ -49,7 +49,7 @@ def _scores(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def fit_sgd(
     features: Tensor, labels: Tensor, num_classes: int, rates: Tensor, *, epochs: int, batch_size: int, seed: int = 0
 ) -> Classifiers:
-    """Softmax regression on features standardised over the images, by SGD with momentum 0.9 and a cosine to 0.
+    """Softmax regression on features standardized over the images, by SGD with momentum 0.9 and a cosine to 0.
 
     All classifiers see the same batches: one read of the features serves them all. None of them influences another.
 

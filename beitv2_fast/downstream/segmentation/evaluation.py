@@ -14,7 +14,7 @@ from ...data.draws import rank_share
 from ...data.loaders import keyed_loader
 from ...distributed import World
 from ...errors import require
-from ...models.vit import normalise
+from ...models.vit import normalize
 from .head import resize
 from .masks import IGNORED
 from .views import SegmentationFolder, scaled_size
@@ -50,7 +50,7 @@ class Slide:
             x = picture
             if scaled != tuple(size):
                 x = F.interpolate(picture, scaled, mode="bilinear", antialias=True)
-            x = normalise(x)[0]
+            x = normalize(x)[0]
             for flipped in (False, True)[: 1 + self.flip]:
                 logits = sliding_logits(model, x.flip(-1) if flipped else x, self)
                 logits = logits.flip(-1) if flipped else logits
@@ -59,11 +59,11 @@ class Slide:
 
 
 def sliding_logits(model: nn.Module, image: Tensor, slide: Slide) -> Tensor:
-    """Image [3, H, W], normalised, of any size -> logits [classes, H, W], their mean where windows overlap.
+    """Image [3, H, W], normalized, of any size -> logits [classes, H, W], their mean where windows overlap.
 
     ``model`` returns a tuple with the windows' logits, at any size, first. The last window of a row or column ends at
     the image's edge. A side shorter than the window is filled up with zeros,
-    the mean colour, whose logits are left out.
+    the mean color, whose logits are left out.
     """
     height, width = image.shape[1:]
     missing = [max(slide.window - side, 0) for side in (width, height)]
@@ -137,7 +137,7 @@ def evaluate_segmenter(
     them needs all in every forward). The model is in eval mode meanwhile.
 
     Args:
-        model: normalised images [B, 3, window, window] -> (logits [B, classes, h, w], ...).
+        model: normalized images [B, 3, window, window] -> (logits [B, classes, h, w], ...).
         folder: without a view. amp: dtype of autocast. progress: called after every image.
         keep: the indices whose predictions this rank returns, if they are among its images (of rank 0 always).
     """

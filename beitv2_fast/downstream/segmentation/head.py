@@ -91,13 +91,13 @@ class BatchNorm(nn.BatchNorm2d):
         count = ranks * x.numel() // x.shape[1]  # every rank has as many images
         x = x.float()
         mean = _SumOverRanks.apply(x.sum((0, 2, 3))) / count
-        centred = x - mean.view(1, -1, 1, 1)
-        var = _SumOverRanks.apply(centred.square().sum((0, 2, 3))) / count
+        centered = x - mean.view(1, -1, 1, 1)
+        var = _SumOverRanks.apply(centered.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
         scale = self.weight * (var + self.eps).rsqrt()
-        return centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        return centered * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
 
 
 def across_ranks(model: nn.Module, world: World) -> nn.Module:
@@ -130,5 +130,5 @@ def last_layer(channels: int, num_classes: int) -> nn.Conv2d:
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """[B, C, h, w] -> [B, C, *size], bilinearly between pixel centres."""
+    """[B, C, h, w] -> [B, C, *size], bilinearly between pixel centers."""
     return x if x.shape[2:] == torch.Size(size) else F.interpolate(x, tuple(size), mode="bilinear")

@@ -146,7 +146,7 @@ def label_table(ignore: tuple[int, ...], reduce_zero_label: bool, values: tuple[
 
 
 def open_mask(path: Path) -> np.ndarray:
-    """Labels uint8 [H, W] of a grey or palette image; ValueError if it is something else."""
+    """Labels uint8 [H, W] of a gray or palette image; ValueError if it is something else."""
     with Image.open(path) as image:
         if image.format in LOSSY:
             raise ValueError(f"a {image.format} picture, which does not keep labels as they were; save them as PNG")
@@ -157,7 +157,7 @@ def open_mask(path: Path) -> np.ndarray:
             if labels.min() < 0 or labels.max() > 255:
                 raise ValueError(f"labels from {labels.min()} to {labels.max()}, but 0 to 255 are possible")
             return labels.astype(np.uint8)
-        raise ValueError(f"a colour image (mode {image.mode}); its labels should be grey values or a palette's numbers")
+        raise ValueError(f"a color image (mode {image.mode}); its labels should be gray values or a palette's numbers")
 
 
 def find_masks(images: ImageList, folder: Path, cache: Path | None, workers: int) -> MaskList:

@@ -39,7 +39,7 @@ class SegmenterConfig:
 
 
 class Segmenter(ViT):
-    """Images [B, 3, S, S], normalised -> logits [B, classes, S/4, S/4] (with patches of 16 or 8 pixels), and those of
+    """Images [B, 3, S, S], normalized -> logits [B, classes, S/4, S/4] (with patches of 16 or 8 pixels), and those of
     the auxiliary head, [B, classes, S/16, S/16].
 
     The latter in evaluation too, where they are not needed and cost half a percent: ZeRO 3 fetches weights ahead in

@@ -1,4 +1,4 @@
-"""Pictures of a segmentation: image | truth | prediction, each class in a colour of its own over the photograph."""
+"""Pictures of a segmentation: image | truth | prediction, each class in a color of its own over the photograph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...pictures import class_colours
+from ...pictures import class_colors
 from ...runs.folder import RunFolder
 from .masks import IGNORED
 from .views import SegmentationFolder
@@ -18,8 +18,8 @@ GAP = 6  # white pixels between the three
 
 def overlay(image: Tensor, labels: Tensor, strength: float = 0.65) -> Tensor:
     """uint8 [3, H, W] and uint8 [H, W] -> uint8 [3, H, W]; what counts for nothing stays a photograph, darkened."""
-    colours = torch.cat([class_colours(IGNORED), torch.zeros(1, 3, dtype=torch.uint8)]).to(image.device)
-    painted = colours[labels.long()].movedim(-1, 0).float()
+    colors = torch.cat([class_colors(IGNORED), torch.zeros(1, 3, dtype=torch.uint8)]).to(image.device)
+    painted = colors[labels.long()].movedim(-1, 0).float()
     return ((1 - strength) * image.float() + strength * painted).round().to(torch.uint8)
 
 

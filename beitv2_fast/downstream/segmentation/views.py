@@ -29,10 +29,10 @@ def scaled_size(size: tuple[int, int], base: int, scale: float = 1.0) -> tuple[i
 
 
 class TrainView:
-    """An image scaled at random, cut, flipped in half of the cases and distorted in its colours, with its mask.
+    """An image scaled at random, cut, flipped in half of the cases and distorted in its colors, with its mask.
 
     Of up to ten places of the crop the first is taken in which no class has more than ``max_class_share`` of the labels
-    that count. What is missing to a full square is filled with ImageNet's mean colour and the label 255. The image is
+    that count. What is missing to a full square is filled with ImageNet's mean color and the label 255. The image is
     resized bilinearly, the mask to nearest labels.
 
     Args:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...data.images import name_of, open_image
 from ...kernels.block_masks import block_masks
-from ...models.vit import normalise
+from ...models.vit import normalize
 from ..attention import attention_probabilities, most_attended, query_attention
 from ..codes import choose_patches
 from ..index import Index, nearest_patches, sprite
@@ -78,7 +78,7 @@ class Answers:
             "used": usage.used,
             "perplexity": usage.perplexity,
             "most_frequent": float(usage.shares.max()),
-            "colours": [_hex(colour) for colour in self.index.colours],
+            "colors": [_hex(color) for color in self.index.colors],
             "models": list(self.index.features),
             "depths": depths,
             "game": runs.student is not None,
@@ -165,7 +165,7 @@ class Answers:
         mask[0, hidden] = True
         device = self.runs.device
         with self.lock, torch.no_grad():
-            logits = student.predict(normalise(shown.views.of["student"]), mask.to(device))[0][0]
+            logits = student.predict(normalize(shown.views.of["student"]), mask.to(device))[0][0]
             chances = logits.float().softmax(-1).cpu()[hidden]
         best, codes = chances.topk(min(BEST, chances.shape[1]), dim=-1)
         true = shown.codes[hidden]
@@ -249,5 +249,5 @@ def _jpeg(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _hex(colour: Tensor) -> str:
-    return "#" + "".join(f"{round(float(value) * 255):02x}" for value in colour)
+def _hex(color: Tensor) -> str:
+    return "#" + "".join(f"{round(float(value) * 255):02x}" for value in color)

@@ -126,7 +126,7 @@ def sets_table(rows: list[Row]) -> str:
 
 
 def probe_details(results: Row) -> list[str]:
-    """k nearest neighbours and few-shot probes of every row, and the sweep of layers and learning rates."""
+    """k nearest neighbors and few-shot probes of every row, and the sweep of layers and learning rates."""
     lines: list[str] = []
     rows = [row for row in results.get("rows", []) if row.get("knn") or row.get("few_shot")]
     if rows:
@@ -139,7 +139,7 @@ def probe_details(results: Row) -> list[str]:
             body.append([row["features"], *values])
         metric = results.get("metric_of_knn_and_few_shot", "balanced accuracy")
         said = (
-            f"{metric}: k nearest neighbours by cosine (temperature 0.07), and linear classifiers that saw this many "
+            f"{metric}: k nearest neighbors by cosine (temperature 0.07), and linear classifiers that saw this many "
             "images per class."
         )
         lines += [paragraph(said[0].upper() + said[1:]), table(head, body)]

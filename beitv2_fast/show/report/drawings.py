@@ -70,7 +70,7 @@ def drawings_of(found: Findings, config: ReportConfig, rows: list[int]) -> dict[
             )
     if rows:
         drawings["codes"] = "Patches grouped by code", True, lambda theme: code_sheet(
-            found.images, found.codes, grid, found.usage, rows, found.colours, theme, config.scale,
+            found.images, found.codes, grid, found.usage, rows, found.colors, theme, config.scale,
             columns=PATCHES_PER_CODE, seed=config.seed,
         )  # fmt: skip
     return drawings
@@ -96,7 +96,7 @@ def _examples(found: Findings, config: ReportConfig, grid: tuple[int, int]) -> _
 def _maps(found: Findings, shown: _Examples, scale: float) -> Callable[[Theme], Image.Image]:
     model = found.tokenizer.model
     codes = model.encode(shown.views).cpu().unflatten(1, model.grid)
-    return lambda theme: token_map_sheet(shown.photos, codes, found.colours, shown.names, theme, scale)
+    return lambda theme: token_map_sheet(shown.photos, codes, found.colors, shown.names, theme, scale)
 
 
 def _masks(found: Findings, config: ReportConfig, grid: tuple[int, int]) -> Callable[[Theme], Image.Image]:
@@ -108,7 +108,7 @@ def _masks(found: Findings, config: ReportConfig, grid: tuple[int, int]) -> Call
     g = found.guesses
     masks, codes, guesses = (x[chosen].unflatten(1, grid) for x in (g.masks, g.codes, g.guesses))
     names = [name_of(found.shown, i) for i in chosen]
-    return lambda theme: mask_sheet(photos, masks, codes, guesses, found.colours, names, theme, config.scale)
+    return lambda theme: mask_sheet(photos, masks, codes, guesses, found.colors, names, theme, config.scale)
 
 
 def _chosen_patch(
@@ -146,5 +146,5 @@ def _similarity(found: Findings, shown: _Examples, scale: float) -> Callable[[Th
 
 
 def _views(found: Findings, chosen: list[int], size: int) -> Tensor:
-    """Centre squares [photographs, 3, size, size] in [0, 1] on the models' device."""
+    """Center squares [photographs, 3, size, size] in [0, 1] on the models' device."""
     return torch.stack(squares(map(found.shown.open, chosen), size)).to(found.tokenizer.model.quantize.codebook.device)

@@ -15,7 +15,7 @@ from ...data.images import ImageFolder, ImageList
 from ...errors import UserError
 from ...models.student import Student
 from ...models.tokenizer import Tokenizer
-from ...pictures import code_colours
+from ...pictures import code_colors
 from ...runs.logs import read_logs
 from ...teachers.base import Teacher
 from ...weights.build import load_teacher
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 class Findings:
     """What is known; tensors are None where the model they come from is missing.
 
-    images: those of the codebook's statistics, a sample of ``total_images``; codes: theirs, [images, N]; colours:
+    images: those of the codebook's statistics, a sample of ``total_images``; codes: theirs, [images, N]; colors:
     [K, 3]. shown: those of the examples, which the trainings did not see if ``held_out``; guesses: of their hidden
     patches, on the crops of ``pretrain_view``. teacher: the tokenizer's. compared: metrics by name of a run.
     """
@@ -46,7 +46,7 @@ class Findings:
     held_out: bool = False
     codes: Tensor | None = None
     usage: CodeUsage | None = None
-    colours: Tensor | None = None
+    colors: Tensor | None = None
     shown: ImageList | None = None
     guesses: Guesses | None = None
     teacher: Teacher | None = None
@@ -105,7 +105,7 @@ def _add_codes(found: Findings, config: ReportConfig, device: torch.device) -> N
     found.images = _readable(found.images, config, model.patch_size)
     found.codes = encode_images(model, found.images, device, config.batch_size, config.workers)
     found.usage = CodeUsage(torch.bincount(found.codes.flatten(), minlength=model.num_codes))
-    found.colours = code_colours(model.quantize.codebook.cpu(), found.usage.counts)
+    found.colors = code_colors(model.quantize.codebook.cpu(), found.usage.counts)
     held_out = held_out_images(config.data)
     found.held_out = held_out is not None
     found.shown = found.images if held_out is None else _readable(held_out, config, model.patch_size)

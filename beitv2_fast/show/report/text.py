@@ -14,7 +14,7 @@ from .findings import Findings
 from .page import Figure, Section, details, note, number_tile, paragraph, results_table, table
 from .stages import Stage
 
-TITLE = "BEiT v2: what was learnt"
+TITLE = "BEiT v2: what was learned"
 
 
 def introduction(found: Findings) -> list[str]:
@@ -137,7 +137,7 @@ def _codebook(found: Findings, figure) -> list[str]:
     patches = int(usage.counts.sum())
     part = "" if len(found.images) == found.total_images else f" (a sample of {found.total_images:,})"
     sentence = (
-        f"Codes of the {patches:,} patches of {len(found.images):,} training photographs{part}, whole centre squares. "
+        f"Codes of the {patches:,} patches of {len(found.images):,} training photographs{part}, whole center squares. "
         "Perplexity is the number of equally frequent codes that would be as varied: the larger, the more the codebook "
         "tells apart."
     )
@@ -165,8 +165,8 @@ def _maps(found: Findings, figure) -> list[str]:
         return _state(found.tokenizer)
     return figure(
         "token_maps",
-        "Each square of a token map is a patch, its colour the patch's code, the same in every picture of this report. "
-        "Codes that lie close together in the codebook have similar colours (hue and lightness follow the "
+        "Each square of a token map is a patch, its color the patch's code, the same in every picture of this report. "
+        "Codes that lie close together in the codebook have similar colors (hue and lightness follow the "
         "codebook's principal components). Where the map follows the shapes of the photograph, the codes "
         f"carry its content. {_unseen(found)}",
     )
@@ -195,7 +195,7 @@ def _codes(found: Findings, figure, shown: Mapping[str, int]) -> list[str]:
         f"A row is a code: {which}. The framed square is the patch that has the code; around it is what "
         "surrounds it (the tokenizer reads the whole photograph, so the surroundings count too). Patches are drawn at "
         "random, from as many photographs as possible. A row whose squares have something in common is a code that "
-        "means something. The coloured square is the code's colour in the token maps.",
+        "means something. The colored square is the code's color in the token maps.",
     )
 
 
@@ -229,7 +229,7 @@ def _masks(found: Findings, figure) -> list[str]:
         "masks",
         "Blocks of patches are hidden (blue) from the student. Third column: the tokenizer's codes of the hidden "
         "patches, which it is asked for; last column: the guesses of its last layer, a white dot where right. Similar "
-        f" colours are codes that lie close together, so a wrong guess may still be a near one. {_unseen(found)}",
+        f" colors are codes that lie close together, so a wrong guess may still be a near one. {_unseen(found)}",
     )
 
 
@@ -257,7 +257,7 @@ def _how(found: Findings, data: Path) -> list[str]:
     readme = next((data / name for name in ("README.md", "LICENSE") if (data / name).is_file()), None)
     if readme is not None:
         text = readme.read_text(encoding="utf-8", errors="replace")
-        lines.append(details("Source and licence of the photographs", text, opened=True))
+        lines.append(details("Source and license of the photographs", text, opened=True))
     return lines or [paragraph("No run folder has a config yet.")]
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from beitv2_fast.data.images import read_images
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.features import features
-from beitv2_fast.models.vit import normalise
+from beitv2_fast.models.vit import normalize
 from beitv2_fast.show.attention import attention_probabilities
 from beitv2_fast.show.explore.answers import MAX_PIXELS, BadRequest
 from beitv2_fast.show.index import TypicalPatches, sprite
@@ -80,7 +80,7 @@ def test_a_prediction_is_the_students_for_the_hidden_patches_alone(answers, imag
     said = answers.predict(found["key"], hidden)
     mask = torch.zeros(1, 16, dtype=torch.bool)
     mask[0, hidden] = True
-    chances = answers.runs.student.predict(normalise(views), mask)[0][0].softmax(-1).detach()
+    chances = answers.runs.student.predict(normalize(views), mask)[0][0].softmax(-1).detach()
     assert said["hidden"] == [2, 9, 14]
     assert said["true"] == [found["codes"][i] for i in said["hidden"]]
     for i, patch in enumerate(said["hidden"]):
@@ -111,7 +111,7 @@ def test_a_typical_patch_is_a_real_patch_nearest_to_the_median():
     typical.add(torch.tensor([1, 1, 1, 1, 1]), patches)
     chosen = typical.choose()
     assert (chosen[1] == 14).all()
-    assert (chosen[0] == 127).all(), "a code without patches is grey"
+    assert (chosen[0] == 127).all(), "a code without patches is gray"
 
 
 def test_typical_patches_are_sampled_from_all_patches_of_a_code():

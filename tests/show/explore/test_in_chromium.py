@@ -39,7 +39,7 @@ def at(patch: int) -> tuple[float, float]:
 
 
 def pixel(page: Page, canvas: str, patch: int) -> list[int]:
-    """The colour of a picture near the upper left of a patch's middle."""
+    """The color of a picture near the upper left of a patch's middle."""
     x, y = at(patch)
     return page(
         f"(() => {{ const c = document.querySelector({canvas!r}); return [...c.getContext('2d').getImageData("
@@ -88,12 +88,12 @@ def test_the_pointer_over_a_patch_says_its_token(page, answers):
     assert f"token {answers.sample(0)['codes'][14]} " in text(page, "#tip")
 
 
-def test_the_token_view_shows_the_colours_of_the_tokens(page, answers):
+def test_the_token_view_shows_the_colors_of_the_tokens(page, answers):
     page("$('mix').value = 100; $('lines').checked = $('same').checked = false; drawBoard()")
     info, codes = answers.info(), answers.sample(0)["codes"]
     for patch in (0, 5, 13):
-        colour = info["colours"][codes[patch]]
-        assert pixel(page, "#board", patch)[:3] == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        color = info["colors"][codes[patch]]
+        assert pixel(page, "#board", patch)[:3] == [int(color[i : i + 2], 16) for i in (1, 3, 5)]
 
 
 def test_the_attention_is_drawn_for_the_chosen_patch(page, answers):

@@ -18,22 +18,22 @@ class Board {
   }
   box(patch) { return [columnOf(patch) * this.cell, rowOf(patch) * this.cell, this.cell, this.cell]; }
   photo() { this.context.drawImage(state.image.picture, 0, 0, this.canvas.width, this.canvas.height); }
-  fill(patch, colour, alpha = 1) {
+  fill(patch, color, alpha = 1) {
     this.context.globalAlpha = alpha;
-    this.context.fillStyle = colour;
+    this.context.fillStyle = color;
     this.context.fillRect(...this.box(patch));
     this.context.globalAlpha = 1;
   }
   typical(patch, code) { drawTypical(this.context, code, ...this.box(patch)); }
-  frame(patch, colour, width, inset = 0) {
+  frame(patch, color, width, inset = 0) {
     const [x, y, w, h] = this.box(patch), d = inset + width / 2;
     this.context.lineWidth = width;
-    this.context.strokeStyle = colour;
+    this.context.strokeStyle = color;
     this.context.strokeRect(x + d, y + d, w - 2 * d, h - 2 * d);
   }
-  lines(colour) {
+  lines(color) {
     const [h, w] = state.info.grid, c = this.context;
-    c.fillStyle = colour;
+    c.fillStyle = color;
     for (let i = 1; i < w; i++) c.fillRect(i * this.cell - 1, 0, 1, this.canvas.height);
     for (let i = 1; i < h; i++) c.fillRect(0, i * this.cell - 1, this.canvas.width, 1);
   }
@@ -51,12 +51,12 @@ function drawBoard() {
   ({tokens: drawTokens, attention: drawAttention, similarity: drawSimilarity, game: drawHidden})[state.mode](board, patches);
   const width = Math.max(3, board.cell / 22);
   board.frame(state.patch, "#fff", width);
-  board.frame(state.patch, colourOf("--accent"), width, width);
+  board.frame(state.patch, colorOf("--accent"), width, width);
 }
 
 function drawTokens(board, patches) {
   const alpha = $("mix").value / 100, codes = state.image.codes;
-  for (let i = 0; i < patches; i++) board.fill(i, state.info.colours[codes[i]], alpha);
+  for (let i = 0; i < patches; i++) board.fill(i, state.info.colors[codes[i]], alpha);
   if ($("lines").checked) board.lines("rgb(255 255 255 / .35)");
   if (!$("same").checked) return;
   for (let i = 0; i < patches; i++)

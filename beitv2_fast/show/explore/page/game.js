@@ -24,7 +24,7 @@ function predict() {
 }
 
 function drawPair() {
-  const right = colourOf("--good"), fair = colourOf("--fair"), wrong = colourOf("--bad"), g = state.guesses;
+  const right = colorOf("--good"), fair = colorOf("--fair"), wrong = colorOf("--bad"), g = state.guesses;
   for (const [board, truth] of [[state.guess, false], [state.truth, true]]) {
     board.photo();
     const width = Math.max(2, board.cell / 26);

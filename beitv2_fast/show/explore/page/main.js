@@ -1,6 +1,6 @@
 // Starting, images, modes, and the address, which remembers what is shown.
 const HELP = {
-  tokens: "Each patch has the colour of its token; similar colours, similar tokens. Click a patch, or move with the arrow keys.",
+  tokens: "Each patch has the color of its token; similar colors, similar tokens. Click a patch, or move with the arrow keys.",
   attention: "What the chosen patch attends to in one layer: the brighter, the more. Click another patch, or move with the arrow keys.",
   similarity: "How close the features rebuilt from only the tokens are to the teacher's, patch by patch (cosine).",
   game: "Drag to hide patches, drag from a hidden one to show them. Keyboard: arrow keys move, space hides or shows.",

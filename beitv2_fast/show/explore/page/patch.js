@@ -13,10 +13,10 @@ function choose(patch) {
 }
 
 function describe(code, patch) {
-  const {counts, ranks, colours, images} = state.info;
+  const {counts, ranks, colors, images} = state.info;
   $("code").textContent = `Token ${code}`;
   $("place").textContent = `row ${rowOf(patch) + 1}, column ${columnOf(patch) + 1} · ${state.image.name}`;
-  $("swatch").style.background = colours[code];
+  $("swatch").style.background = colors[code];
   const context = $("stands").getContext("2d");
   drawTypical(context, code, 0, 0, 64, 64);
   const here = state.image.codes.filter(c => c === code).length;
@@ -33,7 +33,7 @@ function figure(image, patch, code, text) {
   box.append(img);
   if (text) {
     const caption = document.createElement("figcaption"), dot = document.createElement("i");
-    dot.style.background = state.info.colours[code];
+    dot.style.background = state.info.colors[code];
     dot.title = `token ${code}`;
     caption.append(text, dot);
     box.append(caption);

@@ -57,4 +57,4 @@ const percent = (x, digits = 1) => (100 * x).toFixed(digits) + "\u00a0%";
 const number = x => x.toLocaleString("en");
 const rowOf = patch => Math.floor(patch / state.info.grid[1]);
 const columnOf = patch => patch % state.info.grid[1];
-const colourOf = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const colorOf = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();

@@ -1,4 +1,4 @@
-"""k nearest neighbours: the same as with the whole matrix of similarities, whatever the blocks."""
+"""k nearest neighbors: the same as with the whole matrix of similarities, whatever the blocks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_votes_are_weighted_by_the_exponential_of_the_cosine():
     assert differ > 0  # the weights decide, not the numbers
 
 
-def test_more_neighbours_than_images_are_all_of_them():
+def test_more_neighbors_than_images_are_all_of_them():
     train = features(5, 4)
     cosines, indices = nearest(train, train, 20)
     assert cosines.shape == (5, 5) and indices[:, 0].tolist() == list(range(5))
