@@ -59,7 +59,7 @@ class TokensConfig(PhotoPicture):
 
 @dataclass(frozen=True)
 class SimilarityConfig(PhotoPicture):
-    """How close the features that the tokenizer rebuilds from only its codes are to its teacher's: the cosine of every
+    """How close the features that the tokenizer rebuilds from its codes are to its teacher's: the cosine of every
     patch. Loads the teacher."""
 
 
