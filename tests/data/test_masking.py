@@ -98,7 +98,7 @@ def test_right_neighbors_of_masked_patches_are_masked_as_often_as_in_the_referen
     ratio = both.sum() / first.sum()
     spread = (both - ratio * first).std() / first.mean()  # of one mask's contribution to the ratio (delta method)
     error = spread * math.sqrt(1 / SAMPLES + 1 / REFERENCE_COMPONENT_SAMPLES)
-    assert abs(ratio - want["right_neighbor_masked"]) < Z_MAX * error
+    assert abs(ratio - want["right_neighbour_masked"]) < Z_MAX * error  # codespell:ignore neighbour
 
 
 def test_a_block_is_smaller_than_the_grid_in_both_directions():

@@ -235,8 +235,7 @@ def test_differentiating_twice_is_an_error_not_a_wrong_number():
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("num_masked", [4, None])
+@pytest.mark.parametrize(("autocast", "num_masked"), [(False, 4), (True, None)])
 def test_compiles_without_a_graph_break(monkeypatch, tmp_path, autocast, num_masked):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     first = problem(num_masked=num_masked)
