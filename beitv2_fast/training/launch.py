@@ -11,6 +11,7 @@ from ..config.options import parse
 from ..config.training import TrainConfig
 from ..distributed import World, start
 from ..models.attention import choose_attention
+from ..runs.checkpoints import Checkpoints
 from ..runs.folder import RunFolder
 from .deepspeed import DeepSpeedBackend
 from .optim import TorchBackend
@@ -41,7 +42,7 @@ def evaluate_newest(
 ) -> int:
     """--evaluate: what ``validation`` does after an epoch, for the models of the newest checkpoint; the exit code."""
     run = RunFolder(config, world.rank)
-    step = int(max(run.checkpoints.glob("step_*")).name.removeprefix("step_"))
+    step = int(Checkpoints(run.checkpoints).all()[-1].name.removeprefix("step_"))
     validation(run)(step, {name: model.to(world.device) for name, model in models.items()}, lambda: None)
     run.close()
     return 0

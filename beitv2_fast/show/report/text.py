@@ -229,7 +229,7 @@ def _masks(found: Findings, figure) -> list[str]:
         "masks",
         "Blocks of patches are hidden (blue) from the student. Third column: the tokenizer's codes of the hidden "
         "patches, which it is asked for; last column: the guesses of its last layer, a white dot where right. Similar "
-        f" colors are codes that lie close together, so a wrong guess may still be a near one. {_unseen(found)}",
+        f"colors are codes that lie close together, so a wrong guess may still be a near one. {_unseen(found)}",
     )
 
 
