@@ -45,7 +45,7 @@ SECTIONS = (
     Section("profile", "B", "models", 15, 45, "where the time of a step goes"),
     Section("files", "B", "trainings", 70, 110, "both trainings from image files, with the loaders that are there"),
     Section("compiled", "B", "models", 80, 130, "training steps under torch.compile"),
-    Section("learn", "C", "learning", 400, 0, "does it learn: tokenizer, students, probes, fine-tuning"),
+    Section("learn", "C", "learning", 90, 0, "does it learn: tokenizer, students, probes, fine-tuning"),
     Section("xformers", "D", "attention", 8, 40, "xformers is installed, and chosen"),
     Section("teacher", "D", "models", 12, 50, "CLIP's teacher of open_clip, random weights"),
     Section("dali", "D", "trainings", 50, 90, "DALI on the GPU against its CPU pipeline: pixels and images/s"),
