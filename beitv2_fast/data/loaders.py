@@ -75,7 +75,7 @@ def train_loader(
         start_step=start_step,
         total_steps=total_steps,
     )
-    return _loader(dataset, sampler, batch_size, workers)
+    return batch_loader(dataset, sampler, batch_size, workers)
 
 
 def eval_loader(dataset: ImageFolder, batch_size: int, workers: int = 0, rank: int = 0, world_size: int = 1) -> Loader:
@@ -87,10 +87,13 @@ def eval_loader(dataset: ImageFolder, batch_size: int, workers: int = 0, rank: i
 def keyed_loader(dataset: ImageFolder, keys: list[Key], batch_size: int, workers: int = 0) -> Loader:
     """Yields ``dataset[key]`` for these keys (epoch, index) in their order, in batches; the last one may be smaller."""
     batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
-    return _loader(dataset, batches, batch_size, workers)
+    return batch_loader(dataset, batches, batch_size, workers)
 
 
-def _loader(dataset: ImageFolder, batches: EpochSampler | list[list[Key]], batch_size: int, workers: int) -> Loader:
+def batch_loader(
+    dataset: ImageFolder, batches: EpochSampler | list[list[Key]], batch_size: int, workers: int = 0
+) -> Loader:
+    """Yields ``dataset.__getitems__(keys)`` for each of the batches; batch_size: of the largest one."""
     if dataset.loader == "dali":
         from .dali import DaliBatches, DaliLoader
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..data.images import ImageFolder, ImageList
-from ..data.loaders import keyed_loader
+from ..data.loaders import batch_loader
 from ..distributed import World
 from ..errors import DataError, UserError, require
 from ..runs.files import atomically, write_atomically
@@ -131,22 +131,29 @@ class TeacherFeatures:
             self._remove_stale()
             self._check_room(total)
             with tqdm(total=total, desc="teacher", unit="image", disable=world.rank != 0, dynamic_ncols=True) as bar:
-                for part in parts[begin:] + parts[:begin]:
-                    if self._read(part) is not None:  # by another run
-                        bar.update(self._count(part))
+                batches = [keys for part in parts[begin:] + parts[:begin] for keys in self._batches(part, batch_size)]
+                rows: list[Tensor] = []
+                # One loader for all files: its processes would take longer to start than to load the images of one.
+                for keys, batch in zip(batches, batch_loader(dataset, batches, batch_size, workers), strict=True):
+                    part = keys[0][0], keys[0][1] - keys[0][1] % IMAGES_PER_FILE
+                    bar.update(len(keys))
+                    if not rows and self._read(part) is not None:  # by another run
                         continue
-                    keys = [(part[0], part[1] + i) for i in range(self._count(part))]
-                    rows = []
-                    for batch in keyed_loader(dataset, keys, batch_size, workers):
-                        rows.append(teacher(batch["image"].to(world.device)).half().cpu())
-                        bar.update(len(rows[-1]))
-                    _save(_finite(torch.cat(rows)), self.files[part])
+                    rows.append(teacher(batch["image"].to(world.device)).half().cpu())
+                    if sum(map(len, rows)) == self._count(part):
+                        _save(_finite(torch.cat(rows)), self.files[part])
+                        rows = []
         except OSError as error:
             raise UserError(
                 f"the teacher's features could not be written to {self.folder}: {error}. Make room and start the same "
                 "command again, which computes only what is missing; or give a --teacher-cache on another disk, or use "
                 "fewer --views (0: nothing is kept)."
             ) from error
+
+    def _batches(self, part: Part, size: int) -> list[list[Part]]:
+        """The keys (view, image) of a part, in batches."""
+        keys = [(part[0], part[1] + i) for i in range(self._count(part))]
+        return [keys[first : first + size] for first in range(0, len(keys), size)]
 
     def _remove_stale(self) -> None:
         """What killed processes left half written."""

@@ -18,11 +18,11 @@ ONCE = "every_kernel_once"  # the tests that launch every kernel with small, odd
 SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"  # where CUDA's toolkit puts it when it is not on the PATH
 SUMMARY = re.compile(r"(\d+) (passed|failed|skipped|error|xfailed|xpassed|deselected)")
 FOUND = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
+PYTEST = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "gpu")  # -v: the log names what failed
 
 
 def tests(run: Run) -> None:
-    limit = run.left() - 5
+    limit = run.left() - 10  # what failed is told after an interrupt
     files = gpu_tests()[:1] if run.tiny else gpu_tests()
     command = [*PYTEST, "-rfE", "--continue-on-collection-errors", *files]
     if run.tiny:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -137,13 +138,13 @@ class Run:
 
 
 def _wait(process: subprocess.Popen, limit: float) -> bool:
-    """Whether it ended by itself; asked to end it has a few seconds to save."""
-    for seconds, end in ((limit, process.terminate), (3, process.kill)):
+    """Whether it ended by itself; interrupted it has a few seconds to save, or to say which tests have failed."""
+    for seconds, number in ((limit, signal.SIGINT), (8, signal.SIGKILL)):
         try:
             process.wait(seconds)
-            return end == process.terminate
+            return number == signal.SIGINT
         except subprocess.TimeoutExpired:
-            end()
+            process.send_signal(number)
     process.wait()
     return False
 

@@ -217,7 +217,7 @@ def test_a_command_that_does_not_end_is_ended(capsys):
     waits = "import time; print('begun', flush=True); time.sleep(600)"
     assert section.command("training", [sys.executable, "-c", waits], limit=3, loader="x") is None
     (record,) = spoken(capsys)
-    assert record["error"] == "ended after 3 s" and record["tail"] == "begun\n" and record["loader"] == "x"
+    assert record["error"] == "ended after 3 s" and record["tail"].startswith("begun\n") and record["loader"] == "x"
 
 
 def test_rates_are_those_of_the_device_s_time():

@@ -227,6 +227,13 @@ def test_what_another_run_has_finished_meanwhile_is_taken_over(dataset, tmp_path
     assert network.other.seen == 14 and network.seen <= 3
 
 
+def test_one_loader_reads_the_images_of_all_files(dataset, tmp_path, monkeypatch):
+    loaders, original = [], teacher_features.batch_loader
+    monkeypatch.setattr(teacher_features, "batch_loader", lambda *a: loaders.append(a) or original(*a))
+    features(tmp_path, dataset, Teacher())
+    assert len(loaders) == 1 and len(files(tmp_path)) == 6
+
+
 def test_a_file_being_written_is_never_read_and_an_old_one_is_removed(dataset, tmp_path):
     features(tmp_path, dataset, Teacher())
     file = files(tmp_path)[0]
