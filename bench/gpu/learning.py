@@ -1,8 +1,8 @@
 """Section learn: from photographs to probes in the minutes there are, with the steps of train.downstream.
 
-A ViT of about S size (12 blocks of width 384, 64 patches of 8 pixels) on packed photographs (``--data``). A short run
-of each training says how long an epoch takes; the epochs are then chosen so that the tokenizer, both students and what
-judges them fit in the time. What is done when the time ends stands in the table, so the order is that of importance.
+A ViT of about S size (12 blocks of width 384, 64 patches of 8 pixels) on packed photographs (``--data``). The epochs
+are those that an H100 was measured to do in the section's time. What is done when the time ends stands in the table, so
+the order is that of importance.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ import dataclasses
 import json
 import os
 import signal
-import statistics
 import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +32,8 @@ TINY_SCALE = SmallScale(
     image_size=32, patch_size=8, dim=24, depth=2, heads=2, num_codes=16, early_layer=1, tokenizer_epochs=1,
     pretrain_epochs=1, finetune_epochs=1, probe_epochs=1, batch_size=8, quality_images=8, jobs=1,
 )  # fmt: skip
-PACED = ("tokenizer", "pretrain", "pretrain_plain")  # what is calibrated
-CALIBRATION_EPOCHS = 2
-CALIBRATION_SHARE = 0.25  # of the time, at most
-TOKENIZER_SHARE, STUDENTS_SHARE, JUDGES_SHARE = 0.15, 0.50, 0.25  # of what is left then
+# Of the section's time, with 40,000 photographs on an H100: what is left over is for the starts and the judges.
+EPOCHS_PER_MINUTE = {"tokenizer_epochs": 4.0, "pretrain_epochs": 6.0, "finetune_epochs": 1.5}
 CURVE = 20  # points of a training's log that its result keeps
 
 
@@ -47,9 +43,7 @@ def learn(run: Run) -> None:
         data = _images(run, root)
         if data is None:
             return
-        scale = _workers(TINY_SCALE if run.tiny else SCALE)
-        if not run.tiny:
-            scale = fitting_scale(run, root, data, scale)
+        scale = _workers(TINY_SCALE if run.tiny else fitting_scale(run.left()))
         steps = steps_of(root / "runs", data, scale, tiny=run.tiny)
         run.say("plan", scale=dataclasses.asdict(scale), steps=[step.name for step in steps])
         outcome = run_until(run.left() - 10, steps, root / "runs", scale.steps_at_once)
@@ -74,6 +68,15 @@ def _workers(scale: SmallScale) -> SmallScale:
     return dataclasses.replace(scale, workers=0 if scale is TINY_SCALE else max(cores // max(scale.jobs, 1), 1))
 
 
+def fitting_scale(seconds: float) -> SmallScale:
+    """With as many epochs as fit."""
+    epochs = {
+        field: max(1, min(round(rate * seconds / 60), getattr(SCALE, field)))
+        for field, rate in EPOCHS_PER_MINUTE.items()
+    }
+    return dataclasses.replace(SCALE, **epochs)
+
+
 def stages_of(root: Path, data: Path, scale: SmallScale) -> Stages:
     return Stages(root.resolve(), data.resolve(), scale)
 
@@ -82,7 +85,8 @@ def steps_of(root: Path, data: Path, scale: SmallScale, *, tiny: bool = False) -
     """Under the names of train.downstream, so that its tables are made of them; the most important ones first."""
     stages, at = stages_of(root, data, scale), "seed0"
     run = {row: f"{at}/{row}" for row in ("tokenizer", "pretrain", "pretrain_plain")}
-    students = _long(scale, scale.pretrain_epochs)
+    students = {"layer_scale": 0.1, **_long(scale, scale.pretrain_epochs)}
+    tuned = {"layer_scale": 0.1, **_long(scale, scale.finetune_epochs)}
     teacher = {"teacher_image_size": 128 if tiny else 256}  # 32 pixels a feature: as many as there are patches
     if tiny:
         return [
@@ -98,66 +102,18 @@ def steps_of(root: Path, data: Path, scale: SmallScale, *, tiny: bool = False) -
         stages.probe(f"{at}/probe_random", run["pretrain"], 0, "untrained"),
         stages.quality(f"{at}/tokenizer_quality", run["tokenizer"]),
         *(
-            stages.finetune(f"{at}/finetune_{row}", run.get(row), 0, **_long(scale, scale.finetune_epochs))
+            # Random weights have no layers that are to be spared.
+            stages.finetune(f"{at}/finetune_{row}", run.get(row), 0, **tuned, layer_decay=0.8 if row in run else 1.0)
             for row in ("pretrain", "random", "tokenizer", "pretrain_plain")
         ),
     ]
 
 
 def _long(scale: SmallScale, epochs: int) -> dict[str, Any]:
-    """Options of a training that is longer than the small scale's and has larger batches: a learning rate that is meant
-    for them, a longer warm-up, few checkpoints."""
-    return {"lr_batch": scale.batch_size, "warmup_epochs": max(1, epochs // 20), "save_every": 2000}
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Seconds before a training's first step, and of an epoch."""
-
-    start: float
-    epoch: float
-
-    def epochs(self, seconds: float, most: int) -> int:
-        return max(1, min(most, int((seconds - self.start) / self.epoch)))
-
-
-def fitting_scale(run: Run, root: Path, data: Path, scale: SmallScale) -> SmallScale:
-    """Epochs that fit, by a short training of each kind; both students run at once, so their pace is measured so."""
-    short = dataclasses.replace(
-        scale, tokenizer_epochs=CALIBRATION_EPOCHS, pretrain_epochs=CALIBRATION_EPOCHS, finetune_epochs=1
-    )
-    steps = [step for step in steps_of(root / "pace", data, short) if step.name.split("/")[-1] in PACED]
-    # The teacher's features are computed here and used again.
-    run_until(CALIBRATION_SHARE * run.left(), steps, root / "pace", scale.steps_at_once)
-    features = root / "pace" / "teacher_features"
-    if features.is_dir():
-        (root / "runs").mkdir(exist_ok=True)
-        features.rename(root / "runs" / "teacher_features")
-    paces = {step.name.split("/")[-1]: read_pace(root / "pace", step) for step in steps}
-    run.say("pace", **{name: pace and dataclasses.asdict(pace) for name, pace in paces.items()})
-    chosen, left = {}, run.left()
-    for field, name, share in (
-        ("tokenizer_epochs", "tokenizer", TOKENIZER_SHARE), ("pretrain_epochs", "pretrain", STUDENTS_SHARE),
-    ):  # fmt: skip
-        pace = paces.get(name)  # one that did not end in its time is slow: as few epochs as can be
-        chosen[field] = pace.epochs(share * left, getattr(scale, field)) if pace else CALIBRATION_EPOCHS
-    if pace:  # four fine-tunings, two at once, half of the judges' time; an epoch costs about a student's
-        chosen["finetune_epochs"] = pace.epochs(JUDGES_SHARE * left / 4 - pace.start / 2, scale.finetune_epochs)
-    return dataclasses.replace(scale, **chosen)
-
-
-def read_pace(root: Path, step: Step) -> Pace | None:
-    """From a training's record and its log of images per second; None if it did not end."""
-    record = read_record(root, step)
-    lines = root / step.name / "metrics.jsonl"
-    if not record["done"] or not lines.is_file():
-        return None
-    log = [json.loads(line) for line in lines.read_text().splitlines()]
-    speed = statistics.median(line["images_per_second"] for line in log[1:] or log)  # the first has the start in it
-    seconds = record["attempts"][-1]["seconds"]
-    config = json.loads((root / step.name / "config.json").read_text())
-    training = log[-1]["step"] * config["batch_size"] * config["accumulate"] / speed
-    return Pace(max(seconds - training, 0.0), training / config["epochs"])
+    """Options of a training that is longer than the small scale's, with larger batches and a deeper network: a learning
+    rate that is meant for them, a longer warm-up, the paper's initial weights, few checkpoints."""
+    warmup = max(1, epochs // 20)
+    return {"lr_batch": scale.batch_size, "warmup_epochs": warmup, "init_std": 0.02, "save_every": 2000}
 
 
 def run_until(seconds: float, steps: Sequence[Step], root: Path, jobs: int) -> Any:

@@ -287,56 +287,11 @@ def test_results_of_a_gpu_lie_beside_the_cpu_s(monkeypatch, tmp_path):
     assert harness.results_folder().is_dir()
 
 
-def test_the_epochs_fill_their_share_of_the_time():
-    pace = learning.Pace(start=10.0, epoch=2.0)
-    assert pace.epochs(60.0, most=200) == 25
-    assert pace.epochs(600.0, most=200) == 200
-    assert pace.epochs(5.0, most=200) == 1
-
-
-def test_trainings_that_did_not_end_in_their_time_get_as_few_epochs_as_can_be(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(learning, "run_until", lambda *_: None)
-    scale = learning.fitting_scale(run.Run("learn", False, time.monotonic() + 400), tmp_path, tmp_path, learning.SCALE)
-    assert scale.tokenizer_epochs == scale.pretrain_epochs == learning.CALIBRATION_EPOCHS
-    assert spoken(capsys)[0]["pretrain"] is None
-
-
-def leave(root: Path, step: learning.Step, seconds: float, steps: int, rate: float) -> None:
-    """What a training of two epochs leaves: the runner's record, its config and the last line of its log."""
-    for file, content in {
-        f"steps/{step.name}.json": {"command": list(step.command), "done": True, "attempts": [{"seconds": seconds}]},
-        f"{step.name}/config.json": {"batch_size": 512, "accumulate": 1, "epochs": 2},
-        f"{step.name}/metrics.jsonl": {"step": steps, "images_per_second": rate},
-    }.items():
-        (root / file).parent.mkdir(parents=True, exist_ok=True)
-        (root / file).write_text(json.dumps(content) + "\n")
-
-
-def test_the_pace_of_a_training_is_read_from_its_record_and_log(tmp_path):
-    step = learning.steps_of(tmp_path, tmp_path, learning.SCALE)[0]
-    assert learning.read_pace(tmp_path, step) is None
-    leave(tmp_path, step, 50.0, 156, 156 * 512 / 30)
-    assert learning.read_pace(tmp_path, step) == learning.Pace(start=pytest.approx(20), epoch=pytest.approx(15))
-
-
-def test_the_epochs_follow_the_pace_of_short_trainings_whose_teacher_s_features_are_used_again(
-    tmp_path, monkeypatch, capsys
-):
-    def trained(seconds, steps, root, jobs):
-        assert [step.name.split("/")[-1] for step in steps] == list(learning.PACED) and jobs == 2
-        assert seconds == pytest.approx(100, abs=1)
-        (root / "teacher_features").mkdir(parents=True)
-        for step in steps:
-            assert step.command[step.command.index("--epochs") + 1] == "2"
-            leave(root, step, 20.0, 100, 5120)
-
-    monkeypatch.setattr(learning, "run_until", trained)  # 10 s to start, 5 s per epoch
-    section = run.Run("learn", False, time.monotonic() + 402)
-    scale = learning.fitting_scale(section, tmp_path, tmp_path, learning.SCALE)
-    # 60 s; 201 s for both students at once; 25 s for a fine-tuning and half of the probes' start; less the starts
-    assert (scale.tokenizer_epochs, scale.pretrain_epochs, scale.finetune_epochs) == (10, 38, 2)
-    assert (tmp_path / "runs" / "teacher_features").is_dir()
-    assert spoken(capsys)[0]["pretrain"] == {"start": pytest.approx(10), "epoch": pytest.approx(5)}
+def test_the_epochs_are_those_that_fit_in_the_time():
+    short, long = learning.fitting_scale(120.0), learning.fitting_scale(1e6)
+    for field, rate in learning.EPOCHS_PER_MINUTE.items():
+        assert getattr(short, field) == round(2 * rate) and getattr(long, field) == getattr(learning.SCALE, field)
+    assert learning.fitting_scale(1.0).pretrain_epochs == 1
 
 
 @pytest.mark.slow
