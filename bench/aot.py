@@ -18,7 +18,6 @@ from typing import Any
 
 SHARED_RESERVED = 1024  # bytes of shared memory that CUDA keeps for itself in every block
 LDS_GRANULE, SHARED_GRANULE, REGISTER_GRANULE = 512, 128, 256
-SPIN_LOOP = 12  # instructions: a shorter loop without a tensor-core instruction waits for a barrier
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,6 @@ class Instruction:
 
     opcode: str
     text: str
-    jumps_to: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,13 +74,9 @@ class Binary:
     assembly: str
 
     @cached_property
-    def program(self) -> list[str | Instruction]:
-        """Labels (str) and instructions in program order."""
-        return _parse(self.assembly)
-
-    @property
     def instructions(self) -> list[Instruction]:
-        return [item for item in self.program if isinstance(item, Instruction)]
+        """In program order."""
+        return _parse(self.assembly)
 
     @property
     def tensor_instructions(self) -> list[str]:
@@ -117,32 +111,6 @@ class Binary:
     def occupancy(self) -> float:
         """Resident warps over the warp slots of a multiprocessor."""
         return self.blocks_per_sm * self.num_warps / self.target.warps_sm
-
-    def loop_ranges(self) -> list[tuple[int, int]]:
-        """(first, last) positions in ``program`` of every loop: a jump backwards to a label closes one."""
-        position = {item: at for at, item in enumerate(self.program) if isinstance(item, str)}
-        ends: dict[int, int] = {}
-        for at, item in enumerate(self.program):
-            if isinstance(item, Instruction) and item.jumps_to is not None:
-                start = position.get(item.jumps_to, at)
-                if start < at - 1:  # a jump to itself is the trap behind the end
-                    ends[start] = at
-        return sorted(ends.items())
-
-    def between(self, first: int, last: int) -> list[Instruction]:
-        return [item for item in self.program[first : last + 1] if isinstance(item, Instruction)]
-
-    def loops(self) -> list[list[Instruction]]:
-        """Bodies of all loops, shortest first; waits for a barrier are left out."""
-        bodies = [self.between(first, last) for first, last in self.loop_ranges()]
-        keep = [b for b in bodies if len(b) > SPIN_LOOP or any(_TENSOR.match(i.opcode) for i in b)]
-        return sorted(keep, key=len)
-
-    def hot_loop(self) -> list[Instruction]:
-        """The shortest loop with tensor-core instructions, else the longest of all loops; [] when there is none."""
-        loops = self.loops()
-        tensor = [body for body in loops if any(_TENSOR.match(i.opcode) for i in body)]
-        return tensor[0] if tensor else (loops[-1] if loops else [])
 
     def summary(self) -> str:
         return (
@@ -255,7 +223,7 @@ def _run_on_cubin(tool: str, flag: str, cubin: bytes) -> str:
 
 def _read_cubin(asm: Mapping[str, Any]) -> tuple[int, str]:
     sass = _run_on_cubin("nvdisasm", "-c", asm["cubin"])
-    return sum(isinstance(i, Instruction) and bool(_SPILL.match(i.opcode)) for i in _parse(sass)), sass
+    return sum(bool(_SPILL.match(i.opcode)) for i in _parse(sass)), sass
 
 
 def _read_amdgcn(asm: Mapping[str, Any]) -> tuple[int, str]:
@@ -264,15 +232,11 @@ def _read_amdgcn(asm: Mapping[str, Any]) -> tuple[int, str]:
     return sum(int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in keys), text
 
 
-def _parse(assembly: str) -> list[str | Instruction]:
-    program: list[str | Instruction] = []
+def _parse(assembly: str) -> list[Instruction]:
+    program: list[Instruction] = []
     for line in assembly.splitlines():
-        if label := re.match(r"^(\.L[\w$.]*):", line):
-            program.append(label[1])
-        elif sass := re.match(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)(.*?);", line):
-            jump = re.search(r"`\((\.L[\w$.]*)\)", line) if sass[1].startswith("BRA") else None
-            program.append(Instruction(sass[1], (sass[1] + sass[2]).strip(), jump and jump[1]))
+        if sass := re.match(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)(.*?);", line):
+            program.append(Instruction(sass[1], (sass[1] + sass[2]).strip()))
         elif gcn := re.match(r"^\t((?:v|s|ds|global|buffer|flat|scratch)_\w+)\s*(.*)", line):
-            jump = re.search(r"(\.L\w+)", gcn[2]) if "branch" in gcn[1] else None
-            program.append(Instruction(gcn[1], f"{gcn[1]} {gcn[2]}".strip(), jump and jump[1]))
+            program.append(Instruction(gcn[1], f"{gcn[1]} {gcn[2]}".strip()))
     return program

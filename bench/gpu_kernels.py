@@ -1,8 +1,8 @@
-"""The Triton kernels of the package as they are launched, one ``Case`` each: compiled by tests and by ``gpu_model``."""
+"""The Triton kernels of the package as they are launched, one ``Case`` each: compiled ahead of time by tests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ TRITON_TYPE = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel with the arguments it is compiled for and, for the model, the work of one launch."""
+    """A kernel with the arguments it is compiled for."""
 
     op: str
     name: str
@@ -24,14 +24,6 @@ class Case:
     num_stages: int = 3
     aligned: tuple[str, ...] = ()
     tensor_core: bool = False  # the precision allows it, so the binary must use it
-    programs: int = 0
-    steps: float = 0.0  # iterations of the hot loop in one program; <= 1: the program has none to speak of
-    outer_steps: float = 0.0  # iterations of the loop around it
-    units: float = 0.0  # scores (or elements) that one iteration of one program handles
-    flops: float = 0.0
-    read: float = 0.0  # bytes from memory, each counted once
-    written: float = 0.0
-    l2: float = 0.0  # bytes that all programs together pull through L2
     options: dict[str, Any] = field(default_factory=dict)
 
     def compile(self, target: str) -> Binary:
@@ -56,31 +48,28 @@ def search_cases(
     from beitv2_fast.kernels.codebook_search import triton as host
     from beitv2_fast.kernels.codebook_search import triton_resolve, triton_screen
 
-    plan, size, x_type = host.PLANS[target], 4 if dtype == "fp32" else 2, TRITON_TYPE[dtype]
+    plan, x_type = host.PLANS[target], TRITON_TYPE[dtype]
     num_blocks = -(-k // host.BLOCK_K)
     split = host.choose_split(-(-n // plan.configs_for(d)[0].block_n), num_blocks, processors)
     bits, euclidean = host.index_bits(num_blocks, split), metric == "euclidean"
     block_d, num_d = host.screen_chunks(d)
     row_block_d, row_num_d = host.row_chunks(d)
-    packed_bytes, key_bytes = 2 * num_blocks * host.BLOCK_K * block_d * num_d, 4 * n * split * (2 * plan.lanes + 1)
     common = {"EUCLIDEAN": euclidean, "POSITIVE": plan.positive, "INDEX_BITS": bits, "SPLIT": split}
     common |= {"LANES": plan.lanes, "BLOCK_K": host.BLOCK_K}
     codebook_types = {"codebook": "*fp32", "bounds": "*fp32", "K": "i32", "D": "i32", "stride_k": "i32"}
     rows = {"stride_d": 1, "BLOCK_R": host.PACK_ROWS, "BLOCK_D": block_d, "NUM_D": num_d}
     aligned = ("D", "K", "stride_k", "x_stride_n", "codebook_stride_k")
-    pack = {"num_warps": 4, "programs": num_blocks * host.BLOCK_K // host.PACK_ROWS, "steps": num_d, "aligned": aligned}
     yield Case(
         "codebook_search", "codebook_magnitude", triton_screen.codebook_magnitude, codebook_types, rows,
-        **pack, units=host.PACK_ROWS * block_d, flops=k * d, read=4 * k * d,
+        aligned=aligned,
     )  # fmt: skip
     yield Case(
         "codebook_search", "pack_codebook", triton_screen.pack_codebook,
         {**codebook_types, "packed": "*fp16", "bias": "*fp32"},
         {**rows, "LANES": plan.lanes, "BLOCK_K": host.BLOCK_K},
-        **pack, units=host.PACK_ROWS * block_d, flops=5 * k * d, read=4 * k * d, written=packed_bytes + 4 * k,
+        aligned=aligned,
     )  # fmt: skip
     for config in plan.configs_for(d):
-        programs = -(-n // config.block_n) * split
         yield Case(
             "codebook_search", f"screen {config.block_n}x{host.BLOCK_K}", triton_screen.screen,
             {
@@ -89,11 +78,7 @@ def search_cases(
             },
             {**common, "x_stride_d": 1, "BLOCK_N": config.block_n, "BLOCK_D": block_d, "NUM_D": num_d},
             config.num_warps, config.num_stages, aligned, tensor_core=True,
-            programs=programs, steps=num_blocks / split * num_d, units=config.block_n * host.BLOCK_K / num_d,
-            flops=2 * n * k * d, read=size * n * d + packed_bytes, written=key_bytes,
-            l2=programs * (packed_bytes / split + size * config.block_n * d),
         )  # fmt: skip
-    candidates = n * host.BLOCK_K // plan.lanes  # one group a row; near ties add a few per cent
     yield Case(
         "codebook_search", "resolve", triton_resolve.resolve,
         {
@@ -106,23 +91,16 @@ def search_cases(
             "WRITE_DISTANCES": outputs, "BLOCK_R": plan.resolve_rows, "BLOCK_D": row_block_d, "NUM_D": row_num_d,
             "BLOCK_SCAN": host.BLOCK_SCAN,
         },
-        4, 3, aligned, programs=-(-n // plan.resolve_rows), steps=1,
-        units=plan.resolve_rows * host.BLOCK_K / plan.lanes,
-        flops=2 * candidates * d, read=size * n * d + key_bytes + 4 * k * d,
-        written=n * (8 + outputs * (8 * d + 4)), l2=candidates * d * 4 + size * n * d + key_bytes,
-        options=plan.resolve_options,
+        4, 3, aligned, options=plan.resolve_options,
     )  # fmt: skip
 
 
-def head_cases(target: str, *, m: int = 9600, v: int = 8192, c: int = 768, processors: int = 132) -> Iterator[Case]:
+def head_cases(target: str, *, c: int = 768) -> Iterator[Case]:
     """masked_cross_entropy in bf16: the loss alone, then the kernels around the library's products with gradients."""
     from beitv2_fast.kernels.masked_cross_entropy import triton as host
     from beitv2_fast.kernels.masked_cross_entropy import triton_loss, triton_norm
 
     config, norm = host.LOSS_CONFIGS[target], host.norm_launch(c)
-    row_blocks, blocks = -(-m // config.block_m), -(-v // config.block_v)
-    blocks_of_part = -(-blocks // min(max(4 * processors // row_blocks, 1), blocks))
-    programs = row_blocks * -(-blocks // blocks_of_part)
     labels = {"labels": "*i64", "losses": "*fp32", "correct": "*i1", "V": "i32"}
     rows = {"tokens": "*bf16", "positions": "*i64", "weight": "*fp32", "means": "*fp32", "rstds": "*fp32"}
     rows |= {"images": "i32", "patches": "i32", "C": "i32", "stride_b": "i64", "stride_n": "i32"}
@@ -137,33 +115,24 @@ def head_cases(target: str, *, m: int = 9600, v: int = 8192, c: int = 768, proce
         },
         {"HAS_BIAS": True, "EVEN_C": c % config.block_c == 0, "BLOCK_M": config.block_m, "BLOCK_V": config.block_v,
          "BLOCK_C": config.block_c},
-        config.num_warps, config.num_stages, aligned, tensor_core=True, programs=programs,
-        steps=blocks_of_part * c / config.block_c, outer_steps=blocks_of_part,
-        units=config.block_m * config.block_v * config.block_c / c, flops=2 * m * v * c, read=2 * (m + v) * c,
-        written=16 * m * programs / row_blocks,
-        l2=programs * blocks_of_part * 2 * (config.block_m + config.block_v) * c,
+        config.num_warps, config.num_stages, aligned, tensor_core=True,
     )  # fmt: skip
     yield Case(
         op, "normalize_rows", triton_norm.normalize_rows, {**rows, "bias": "*fp32", "hidden": "*bf16", "eps": "fp32"},
-        columns, warps, 3, aligned, programs=m, steps=1, units=c, flops=8 * m * c, read=2 * m * c,
-        written=2 * m * c + 8 * m, l2=m * c * 12,
+        columns, warps, 3, aligned,
     )  # fmt: skip
     yield Case(
         op, "softmax_gradient", triton_loss.softmax_gradient, {**labels, "logits": "*bf16", "bias": "*fp32"},
         {"HAS_BIAS": True, "GRADIENT": True, "BLOCK_V": host.SOFTMAX_BLOCK}, host.SOFTMAX_WARPS, 3, aligned,
-        programs=m, steps=v / host.SOFTMAX_BLOCK, units=host.SOFTMAX_BLOCK, flops=10 * m * v, read=2 * m * v,
-        written=2 * m * v, l2=m * v * 14,
     )  # fmt: skip
     yield Case(
         op, "normalize_rows_backward", triton_norm.normalize_rows_backward,
         {**rows, "grad_hidden": "*bf16", "grad_rows": "*fp32", "partial": "*fp32", "rows": "i32"},
         {**columns, "ROWS": host.NORM_ROWS, "WRITE_ROWS": True, "WRITE_NORM": True}, warps, 3, aligned,
-        programs=-(-m // host.NORM_ROWS), steps=host.NORM_ROWS, units=c, flops=12 * m * c, read=4 * m * c,
-        written=4 * m * c + 8 * m * c / host.NORM_ROWS, l2=m * c * 9,
     )  # fmt: skip
 
 
-def update_cases(target: str, *, n: int = 12_544, k: int = 8192, d: int = 32, processors: int = 132) -> Iterator[Case]:
+def update_cases(target: str, *, d: int = 32) -> Iterator[Case]:
     """codebook_update (cosine, as the tokenizer uses it) and the backward of vector_quantize, in fp32."""
     from beitv2_fast.kernels.codebook_update.triton import APPLY_TILE, tile_shape
     from beitv2_fast.kernels.codebook_update.triton_apply import codes_kernel
@@ -175,16 +144,14 @@ def update_cases(target: str, *, n: int = 12_544, k: int = 8192, d: int = 32, pr
         "codebook_update", "statistics", statistics_kernel,
         {"x": "*fp32", "indices": "*i64", "out": "*i64", "N": "i32", "K": "i32", "stride_n": "i32"},
         {"stride_d": 1, "stride_i": 1, "D": d, "COSINE": True, "BLOCK_N": block_n, "BLOCK_D": block_d},
-        4, 3, ("stride_n",), programs=-(-n // block_n), steps=1, units=block_n * block_d, flops=6 * n * d,
-        read=n * (4 * d + 8), written=8 * k * (1 + d), l2=n * (4 * d + 8) + 8 * n * (1 + d),
+        4, 3, ("stride_n",),
     )  # fmt: skip
     state = {"codebook": "*fp32", "cluster_size": "*fp32"}
     yield Case(
         "codebook_update", "codes", codes_kernel,
         {**state, "statistics": "*i64", "totals": "*i64", "K": "i32", "decay": "fp32", "rest": "fp32", "eps": "fp32"},
         {"embed_avg": None, "D": d, "COSINE": True, "AVERAGE": False, "BLOCK_K": block_k, "BLOCK_D": block_d},
-        2 if target == "gfx942" else 4, 3, programs=-(-k // block_k), steps=1, units=block_k * block_d,
-        flops=20 * k * d, read=k * (8 + 12 * d), written=k * 4 * d, l2=k * (16 * d + 8),
+        2 if target == "gfx942" else 4, 3,
     )  # fmt: skip
     yield Case(
         "vector_quantize", "backward", backward_kernel,
@@ -192,9 +159,5 @@ def update_cases(target: str, *, n: int = 12_544, k: int = 8192, d: int = 32, pr
          "weight": "fp32", "stride_xn": "i32", "stride_gn": "i32"},
         {"stride_xd": 1, "stride_gd": 1, "D": d, "COSINE": True, "HAS_GRAD": True, "HAS_LOSS": True,
          "BLOCK_N": block_n, "BLOCK_D": block_d},
-        4, 3, ("stride_xn", "stride_gn"), programs=-(-n // block_n), steps=1, units=block_n * block_d,
-        flops=9 * n * d, read=12 * n * d, written=4 * n * d, l2=16 * n * d,
+        4, 3, ("stride_xn", "stride_gn"),
     )  # fmt: skip
-
-
-CASES: tuple[Callable[..., Iterator[Case]], ...] = (search_cases, update_cases, head_cases)

@@ -98,7 +98,7 @@ def _quantizer_step(make: Callable, x: Tensor, codebook: Tensor, upstream: Tenso
 
 
 def kernels(run: Run) -> None:
-    """Every kernel of a call by itself, for what bench.gpu_model predicts of the default problems."""
+    """Every kernel of a call by itself, on the default problems."""
     n, k, d = size(run)
     x, codebook = problem(n, k, d)
     p = head_problem(*TINY_HEAD) if run.tiny else head_problem()

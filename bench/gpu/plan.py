@@ -36,7 +36,7 @@ SECTIONS = (
     Section("vectors", "A", "ops", 20, 60, "the search on vectors as they are: features, cones, duplicates, NaN"),
     Section("quantizer", "A", "ops", 12, 45, "codebook_update and the quantizer's step beside their peers"),
     Section("head", "A", "head", 40, 90, "the masked-token head beside its peers"),
-    Section("kernels", "A", "ops", 8, 40, "the time of every kernel of an op, as bench.gpu_model predicts it"),
+    Section("kernels", "A", "ops", 8, 40, "the time of every kernel of an op"),
     Section("sanitizer", "A", "checks", 45, 110, "compute-sanitizer: memcheck and racecheck over every kernel"),
     Section("masks", "A", "ops", 5, 30, "block masks and masked_gather"),
     Section("scaling", "A", "ops", 15, 40, "the search as N, K and D grow"),

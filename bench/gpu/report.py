@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench.gpu import plots, predicted, tables
+from bench.gpu import plots, tables
 from bench.gpu.records import Records, read
 from bench.gpu.run import ROOT
 
@@ -34,7 +34,7 @@ PARTS: tuple[tuple[str, Part], ...] = (
     *((title, lambda records, s=section: tables.timed(records, s)) for section, title in tables.TIMED.items()),
     ("Whole steps", tables.steps),
     ("Where a step's time goes", tables.profile),
-    ("Kernels: predicted and measured", lambda records: iter(predicted.table(records))),
+    ("Every kernel of a call", tables.kernels),
     ("Trainings from files", tables.trainings),
     ("Does it learn", tables.learning),
     ("Left out, and failed", tables.left_out),

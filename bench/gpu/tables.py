@@ -143,6 +143,15 @@ def profile(records: Records) -> Iterator[str]:
         yield from (row(r["group"], f"`{r['what'][:80]}`", number(r["ms"]), r["launches"]) for r in kernels)
 
 
+def kernels(records: Records) -> Iterator[str]:
+    found = records.of("kernels")
+    if any("launches" in r for r in found):
+        yield from header("call", "kernel", "us", "launches")
+        yield from (
+            row(r["op"], f"`{r['what'][:80]}`", number(1e3 * r["ms"]), r["launches"]) for r in found if "launches" in r
+        )
+
+
 def trainings(records: Records) -> Iterator[str]:
     found = [r for s in ("files", "deepspeed") for r in records.of(s) if "images_s" in r]
     if found:

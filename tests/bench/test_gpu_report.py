@@ -6,14 +6,12 @@ import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from bench import gpu_model, test_masked_cross_entropy
-from bench.gpu import attention, goals, head, models, ops, predicted, report, tables
+from bench import test_masked_cross_entropy
+from bench.gpu import attention, goals, head, models, ops, report, tables
 from bench.gpu.records import Record, Records, read
-from bench.gpu_kernels import Case
 from bench.harness import OURS
 
 H100 = {
@@ -121,24 +119,6 @@ def test_rates_stand_beside_what_the_card_reached():
     (slow,) = [line for line in tables.timed(records(), "vectors") if line.startswith("| a cone")]
     (other,) = [line for line in tables.timed(records(), "attention") if line.startswith("| xformers")]
     assert "| 1.80 |" in slow and "| 0.33 |" in other  # to Gaussian vectors; to what is chosen
-
-
-def case(name: str, us: float) -> Case:
-    kernel = SimpleNamespace(fn=SimpleNamespace(__name__="screen"))  # as an autotuner wraps it
-    return Case("codebook_search", name, kernel, {}, {}, flops=us)
-
-
-def test_predictions_stand_beside_the_same_kernel_s_measured_time(monkeypatch):
-    def estimate(one: Case, target: str) -> gpu_model.Estimate:
-        assert target == "sm_90"
-        return gpu_model.Estimate(one, None, None, {"alu": one.flops * 1e-6, "DRAM": 1e-9})
-
-    monkeypatch.setattr(gpu_model, "cases", lambda target, peers: iter([case("64x128", 30.0), case("128x128", 20.0)]))
-    monkeypatch.setattr(gpu_model, "estimate", estimate)
-    ran = {"section": "kernels", "op": "codebook_search", "what": "screen", "ms": 0.06, "launches": 2}
-    lines = predicted.table(records(ran))
-    assert lines[2:] == ["| codebook_search | screen (128x128) | 20.0 | alu | 30.0 | 1.50 |"]
-    assert predicted.table(records(ran, machine={**H100, "capability": "12.0"})) == []
 
 
 def test_the_page_of_a_gpu_has_its_name_the_command_and_no_warning(monkeypatch, tmp_path):

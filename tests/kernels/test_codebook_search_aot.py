@@ -6,8 +6,6 @@ import pytest
 
 from bench.aot import TARGETS, Binary
 from bench.gpu_kernels import Case, search_cases
-from bench.gpu_model import estimate
-from bench.gpu_peers import flash_kmeans_cases
 
 pytest.importorskip("triton")
 
@@ -35,18 +33,3 @@ def test_wide_codes_and_large_codebooks(target: str, d: int, k: int, dtype: str)
     for case in search_cases(target, d=d, k=k, metric="euclidean", dtype=dtype):
         if case.tensor_core:
             _check(case, target)
-
-
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_hot_loop_costs_at_most_three_alu_instructions_per_score_on_sm_90(metric: str) -> None:
-    for case in search_cases("sm_90", metric=metric):
-        if case.tensor_core:  # 1 maximum per score and a share of the group's bookkeeping
-            assert estimate(case, "sm_90").alu_per_unit < 1.6, case.name
-
-
-@pytest.mark.parametrize("target", list(TARGETS))
-def test_hot_loop_costs_fewer_alu_instructions_than_flash_kmeans(target: str) -> None:
-    pytest.importorskip("flash_kmeans", reason="flash-kmeans is not installed")
-    peer = next(flash_kmeans_cases())
-    ours = min(estimate(case, target).alu_per_unit for case in search_cases(target) if case.tensor_core)
-    assert ours < estimate(peer, target).alu_per_unit / 2
