@@ -40,7 +40,7 @@ def attend(qkv: Tensor, bias: Tensor | None, implementation: str = "auto") -> Te
     name = choose_attention(implementation, qkv.device.type)
     if name == "native":
         return native_attention(qkv, bias).flatten(2)
-    if name == "xformers":
+    if name == "xformers" and not torch.compiler.is_compiling():  # its backward does not compile; sdpa's is the same
         return _xformers(qkv, bias).flatten(2)
     if name == "math":
         return attention_reference(qkv, bias, qkv.shape[-1] ** -0.5)[0].flatten(2)
