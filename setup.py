@@ -34,7 +34,8 @@ def native_ops() -> dict:
         def run(self) -> None:
             in_place = self.inplace
             for self.inplace in (False, in_place):  # what lies there may be of other sources or another torch
-                Path(self.get_ext_fullpath(NAME)).unlink(missing_ok=True)
+                for old in Path(self.get_ext_fullpath(NAME)).parent.glob("_cpu*.*"):
+                    old.unlink()
             with tempfile.TemporaryFile(mode="w+", errors="replace") as output:
                 try:
                     if torch is None:
@@ -56,8 +57,10 @@ def native_ops() -> dict:
 
     # -fopenmp when compiling, for at::parallel_for, and not when linking: the ops then share torch's thread pool.
     flags = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
-    extension = CppExtension(NAME, SOURCES, extra_compile_args=flags)
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
+    # It is loaded by torch.ops, not imported: one library serves every Python of a torch.
+    extension = CppExtension(NAME, SOURCES, extra_compile_args=flags, extra_link_args=["-s"], py_limited_api=True)
+    one_wheel = {"bdist_wheel": {"py_limited_api": "cp310"}}
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}, "options": one_wheel}
 
 
 @contextmanager
@@ -108,7 +111,7 @@ TEACHERS = ["open_clip_torch>=3.3", TIMM]
 REPLACE = ["diffusers>=0.41", VQ]  # whose quantizers replace_quantizers swaps
 INTEROP = [TIMM, "transformers>=5.20"]  # whose classes the tests of conversion compare with
 TEST = [*INTEROP, *REPLACE, *TEACHERS, *TRAIN, *SEGMENT, *DALI, *DEEPSPEED, *DEMO, *BENCH]
-TEST += ["codespell>=2.3", "hypothesis>=6.100", "import-linter>=2.6", "ruff>=0.14"]
+TEST += ["build>=1.2", "codespell>=2.3", "hypothesis>=6.100", "import-linter>=2.6", "ruff>=0.14"]
 
 setup(
     name="beitv2-fast",

@@ -4,7 +4,7 @@
 #   bash bench/gpu/prepare.sh --python PYTHON    a Python with the torch and Triton of that machine
 #
 #   wheels/       the peers, the offline teacher, xformers, open_clip, DeepSpeed, for that Python
-#   _cpu*.so      the C++ ops, built against that torch, stripped
+#   _cpu.abi3.so  the C++ ops, built against that torch
 #   triton.tar.xz Triton's cache with the kernels of the default problems
 #
 # --dali makes .gpu/dali/part-*, which travel one at a time (run.sh keep). --offline leaves out what pip would fetch,
@@ -58,15 +58,21 @@ print(*(r.replace(" ", "") for r in m(text).get_all("Requires-Dist") or () if ";
     fi
 fi
 
-suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-built=kernels/_cpu$suffix
-if [ ! -e "$built" ] || [ -n "$(find kernels -name 'cpu*' -newer "$built" ! -name '*.so')" ]; then
-    "$python" setup.py --quiet build_ext --build-lib "$scratch/lib" --build-temp "$scratch/temp" >"$scratch/build.log" 2>&1 ||
-        { tail -20 "$scratch/build.log" >&2; exit 1; }
-    built=$(find "$scratch/lib" -name "_cpu$suffix")
-    [ -n "$built" ] || { echo "the C++ ops were not built:" >&2; tail -20 "$scratch/build.log" >&2; exit 1; }
+torch=$("$python" -c 'import torch; print("compiled for torch", torch.__version__)')
+usable() { # FOLDER: whether the C++ ops there are those of these sources and of that torch
+    [ "$torch" = "$(cat "$1/_cpu.abi3.txt" 2>/dev/null)" ] &&
+        [ -z "$(find kernels -name 'cpu*' -newer "$1/_cpu.abi3.so")" ]
+}
+if ! usable "$out"; then
+    from=kernels
+    if ! usable kernels; then
+        from=$scratch/lib/beitv2_fast/kernels
+        "$python" setup.py --quiet build_ext --build-lib "$scratch/lib" --build-temp "$scratch/temp" \
+            >"$scratch/build.log" 2>&1 || true
+        [ -e "$from/_cpu.abi3.so" ] || { echo "the C++ ops were not built:" >&2; tail -20 "$scratch/build.log" >&2; exit 1; }
+    fi
+    cp "$from"/_cpu.abi3.* "$out/"
 fi
-strip -o "$out/_cpu$suffix" "$built"
 
 # The package is imported from this tree, whatever is installed for that Python.
 mkdir -p "$scratch/tree" && cp -rs "$PWD/beitv2_fast" "$PWD/bench" "$PWD/tests" "$scratch/tree/"

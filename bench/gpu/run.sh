@@ -45,7 +45,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 for folder in kernels train; do # links that were not carried
     [ -e "beitv2_fast/$folder" ] || ln -sfn "../$folder" "beitv2_fast/$folder"
 done
-for library in "$CARRIED"/_cpu*.so; do
+for library in "$CARRIED"/_cpu*.*; do
     [ -e "$library" ] && [ ! -e "kernels/${library##*/}" ] && cp "$library" kernels/
 done
 if [ -e "$CARRIED/triton.tar.xz" ] && [ ! -d "$TRITON_CACHE_DIR" ]; then

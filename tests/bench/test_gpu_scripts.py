@@ -7,14 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 SCRIPTS = ROOT / "bench" / "gpu"
 
 
@@ -28,7 +26,7 @@ def script(name: str, *arguments: object, **environment: object) -> subprocess.C
 @pytest.fixture(scope="module")
 def carried(tmp_path_factory) -> Path:
     """What prepare.sh makes without a network: the C++ ops of this Python, and a few compiled kernels."""
-    if not (ROOT / "kernels" / f"_cpu{SUFFIX}").exists():
+    if not (ROOT / "kernels" / "_cpu.abi3.so").exists():
         pytest.skip("the C++ ops are not compiled here, and take minutes")
     out = tmp_path_factory.mktemp("carried") / "carried"
     done = script("prepare.sh", "--offline", "--tiny", "--python", sys.executable, "--out", out)
@@ -38,9 +36,9 @@ def carried(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_stripped_ops_and_the_compiled_kernels_are_packed(carried):
-    library = carried / f"_cpu{SUFFIX}"
-    assert library.stat().st_size < (ROOT / "kernels" / library.name).stat().st_size / 5
+def test_the_ops_and_the_compiled_kernels_are_packed(carried):
+    library = carried / "_cpu.abi3.so"
+    assert (carried / "_cpu.abi3.txt").read_text().startswith("compiled for torch")
     load = f"import torch; torch.ops.load_library('{library}'); print(torch.ops.beitv2_fast_cpu.codebook_search)"
     assert subprocess.run([sys.executable, "-c", load], capture_output=True, timeout=120).returncode == 0
     with tarfile.open(carried / "triton.tar.xz") as cache:
