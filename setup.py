@@ -115,7 +115,7 @@ TEST += ["build>=1.2", "codespell>=2.3", "hypothesis>=6.100", "import-linter>=2.
 
 setup(
     name="beitv2-fast",
-    version="0.1.0",
+    version="0.2.0",
     description="BEiT v2 (VQ-KD tokenizer and masked image modeling) on fused vector-quantization kernels",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
