@@ -39,7 +39,7 @@ __all__ = [
     "model_config", "read_images", "replace_quantizers",
 ]  # fmt: skip
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "data.images": ("read_images",),
