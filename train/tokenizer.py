@@ -47,8 +47,8 @@ class TokenizerTask(Task):
             vectors = [self.model.features(self._view(batch["image"])) for batch in micro_batches]
         self.model.quantize.start(torch.cat(vectors))
 
-    def report(self) -> dict[str, float]:
-        return self.model.quantize.usage(reset=True)
+    def report(self) -> dict[str, Tensor]:
+        return self.model.quantize.usage_tensors(reset=True)
 
     def warning(self, metrics: dict[str, float], steps: int) -> str | None:
         return self.collapse.look(metrics["used_codes"], steps)

@@ -295,12 +295,18 @@ class FusedVectorQuantizer(QuantizerState):
 
         Share and perplexity are means over the codebooks.
         """
+        values = self.usage_tensors(reset)
+        return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+
+    @torch.no_grad()
+    def usage_tensors(self, reset: bool = False) -> dict[str, Tensor]:
+        """``usage`` as fp64 scalars on the device, for which the host need not wait."""
         if self._made_on_meta:
             self._leave_meta()
         result = {
-            "used_codes": (self.window_counts > 0).double().mean().item(),
-            "perplexity": perplexity(self.window_counts).mean().item(),
-            "replaced_codes": float(self.window_replaced),
+            "used_codes": (self.window_counts > 0).double().mean(),
+            "perplexity": perplexity(self.window_counts).mean(),
+            "replaced_codes": self.window_replaced.double(),
         }
         if reset:
             self.window_counts.zero_()

@@ -5,7 +5,9 @@ All randomness is a function of (seed, step) or (seed, epoch, sample), so a resu
 
 from __future__ import annotations
 
+import math
 import signal
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from ..runs.folder import RunFolder
 from .deepspeed import DeepSpeedBackend
 from .ema import ModelEMA
 from .launch import Backend
-from .monitor import BadSteps, StopSignal, TrainingLog, Undo, Watchdog, poisoned
+from .monitor import BadSteps, HostCopy, OnAnyRank, StopSignal, TrainingLog, Undo, Watchdog, learns_late, poisoned
 from .optim import Schedule, TorchBackend, parameter_groups
 from .resume import resume, save
 from .task import ON_HOST, AfterEpoch, Batch, Task
@@ -79,30 +81,31 @@ def train(
         workers=config.workers,
     )
     bad = BadSteps(run, world, config.stop_after_bad, about["skipped_steps"], dataset.images.paths)
+    undo, any_rank = Undo(task.model), OnAnyRank(world)
     watchdog = Watchdog(run.path, world.rank, config.hang_after)
+    known = Known(bad, undo, log, lambda step: ema and ema.update(task.model, step, backend.whole))
     with StopSignal() as stop, log, watchdog, deaths_explained():
         for batch in loader:
-            undo = Undo(task.model)
+            undo.keep()
             metrics = gradient(task, backend, batch, config, step, world, amp)
+            known.learn()  # what the step before came to; from here on its weights are gone
             lr = schedule.lr(step)
             norm = backend.step(lr)
+            undo.back(norm)
             step += 1
-            if norm.isfinite():
-                bad.good()
-                if ema is not None:
-                    ema.update(task.model, step, backend.whole)
-                log.add(step, lr, {**metrics, "grad_norm": norm}, batch)
-            else:
-                undo()
-                log.add(step, lr, {}, batch)
-                bad.bad(step, metrics["loss"].item(), norm.item(), batch)
-            stopping = world.any(stop.received is not None)
+            known.add(step, lr, {**metrics, "grad_norm": norm}, batch)
+            if not learns_late(world.device) or log.pictures_due(step):
+                known.learn()
+            stopping = any_rank(stop.received is not None)
             ends = step == schedule.total_steps
             epoch = schedule.ended_epoch(step)
-            if after_epoch is not None and (ends or (epoch and epoch % every_epochs == 0 and not stopping)):
+            evaluates = after_epoch is not None and (ends or (epoch and epoch % every_epochs == 0 and not stopping))
+            due = stopping or step - saved >= config.save_every - saved % config.save_every or ends
+            if evaluates or due:
+                known.learn()
+            if evaluates:
                 models = {"weights": backend.wrapped, **({"average": ema.model} if ema else {})}
                 after_epoch(step, models, watchdog.progress)
-            due = stopping or step - saved >= config.save_every - saved % config.save_every or ends
             if due and not bad.in_a_row:  # among bad steps the weights are suspect
                 about = {"images_per_step": schedule.images_per_step, "skipped_steps": bad.skipped}
                 of_images = {"images": dataset.images.fingerprint, "image_count": len(dataset)}
@@ -119,6 +122,39 @@ def train(
     return 0
 
 
+class Known:
+    """The newest step until the host knows whether it counts: its numbers are on their way from the device."""
+
+    def __init__(self, bad: BadSteps, undo: Undo, log: TrainingLog, follow: Callable[[int], None]):
+        self.bad, self.undo, self.log, self.follow = bad, undo, log, follow
+        self.waiting: tuple[int, float, list[str], HostCopy, Batch] | None = None
+
+    def add(self, step: int, lr: float, metrics: dict[str, Tensor], batch: Batch) -> None:
+        """``metrics`` are scalars on the device, "loss" and "grad_norm" among them."""
+        self.log.ask(step)
+        device = metrics["loss"].device
+        numbers = torch.stack([v.to(device, torch.float64, non_blocking=True) for v in metrics.values()])
+        self.waiting = step, lr, list(metrics), HostCopy(numbers), batch
+
+    def learn(self) -> None:
+        """Read its numbers, if it was not done yet: the average and the log follow, or it is told as a bad one.
+
+        No optimizer's step may have come since.
+        """
+        if self.waiting is None:
+            return
+        (step, lr, names, numbers, batch), self.waiting = self.waiting, None
+        metrics = dict(zip(names, numbers.read(), strict=True))
+        if math.isfinite(metrics["grad_norm"]):
+            self.bad.good()
+            self.follow(step)
+            self.log.add(step, lr, metrics, batch)
+        else:
+            self.undo.tell()
+            self.log.add(step, lr, {}, batch)
+            self.bad.bad(step, metrics["loss"], metrics["grad_norm"], batch)
+
+
 def gradient(
     task: Task,
     backend: TorchBackend | DeepSpeedBackend,
@@ -132,7 +168,7 @@ def gradient(
     slices = [slice(i * config.batch_size, (i + 1) * config.batch_size) for i in range(config.accumulate)]
     batch = {name: v if name in ON_HOST else v.to(world.device, non_blocking=True) for name, v in batch.items()}
     parts = [{name: v[s] for name, v in batch.items()} for s in slices]
-    sums: dict[str, Tensor] = {}
+    sums = torch.zeros((), dtype=torch.float64, device=world.device)
     with torch.autocast(world.device.type, amp or torch.bfloat16, enabled=amp is not None):
         if step == 0 and len(parts) > 1:
             task.prepare(parts)
@@ -144,9 +180,9 @@ def gradient(
             with torch.autocast(world.device.type, amp or torch.bfloat16, enabled=amp is not None):
                 loss, metrics = task.loss(backend.wrapped, part)
             backend.backward(poisoned(loss), last)
-        for name, value in {"loss": loss, **metrics}.items():
-            sums[name] = sums.get(name, 0.0) + value.detach().double() / len(parts)
-    return sums
+        metrics = {"loss": loss, **metrics}
+        sums = sums + torch.stack([v.detach() for v in metrics.values()]).double() / len(parts)
+    return dict(zip(metrics, sums, strict=True))
 
 
 def _mix(seed: int, step: int, lane: int) -> int:

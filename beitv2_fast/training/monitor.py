@@ -70,32 +70,49 @@ class TrainingLog:
         minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
         return f"{minutes}:{seconds:02d} min"
 
-    def add(self, step: int, lr: float, metrics: dict[str, Tensor], batch: Batch) -> None:
-        """A step; ``metrics`` is empty if it was skipped, on every rank."""
+    def ask(self, step: int) -> None:
+        """After a step: what its line needs from the task sets out for the host."""
+        if self._line_due(step):
+            report = self.task.report()
+            self.report_names = list(report)
+            self.report = HostCopy(torch.stack(list(report.values()))) if report else None
+
+    def add(self, step: int, lr: float, metrics: dict[str, float], batch: Batch) -> None:
+        """A step that the host knows of; ``metrics`` is empty if it was skipped, on every rank."""
         for name, value in metrics.items():
-            value = value.detach().double()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += bool(metrics)
         self.steps += 1
         self.bar.update()
-        if step % self.config.log_every == 0 or step == self.schedule.total_steps:
+        if self._line_due(step):
             self._line(step, lr)
-        epoch = self.schedule.ended_epoch(step)
-        if (epoch and epoch & (epoch - 1) == 0) or step == self.schedule.total_steps:
+        if self.pictures_due(step):
             # On every rank, though only one writes: under ZeRO 3 they have the weights only together.
             first = {name: values[:1].to(self.world.device) for name, values in batch.items()}
             for name, picture in self.task.pictures(first).items():
                 self.run.image(name, picture, step)
 
+    def pictures_due(self, step: int) -> bool:
+        """At the end of epochs 1, 2, 4, 8, ... and of the training."""
+        epoch = self.schedule.ended_epoch(step)
+        return bool(epoch and epoch & (epoch - 1) == 0) or step == self.schedule.total_steps
+
+    def _line_due(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == self.schedule.total_steps
+
     def _line(self, step: int, lr: float) -> None:
         if not self.count:
             return  # every step was skipped, and said so
         names = list(self.sums)
-        values = torch.stack([self.sums[n].to(self.world.device, torch.float64) for n in names]) / self.count
+        values = torch.tensor([self.sums[n] for n in names], dtype=torch.float64) / self.count
+        if self.world.size > 1:
+            values = values.to(self.world.device)
         means = dict(zip(names, (self.world.sum(values) / self.world.size).tolist(), strict=True))
         seconds = max(time.monotonic() - self.window_started, 1e-9)
         speed = self.steps * self.schedule.images_per_step / seconds
-        means.update(self.task.report(), epoch=self.schedule.epoch(step), lr=lr, images_per_second=speed)
+        if self.report is not None:
+            means.update(zip(self.report_names, self.report.read(), strict=True))
+        means.update(epoch=self.schedule.epoch(step), lr=lr, images_per_second=speed)
         if self.steps > self.count:
             means["skipped_steps"] = self.steps - self.count
         self.run.metrics(step, means)
@@ -111,7 +128,8 @@ class TrainingLog:
         self._clear()
 
     def _clear(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, float] = {}
+        self.report: HostCopy | None = None
         self.count = self.steps = 0
         self.window_started = time.monotonic()
 
@@ -124,17 +142,70 @@ def poisoned(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
+def learns_late(device: torch.device) -> bool:
+    """Whether the host learns one step later what a step came to: now it would have to wait for the device."""
+    return device.type != "cpu"
+
+
+class HostCopy:
+    """Numbers that set out for the host, which need not wait for what its device was given to do after them."""
+
+    def __init__(self, values: Tensor):
+        self.values = values.detach().to("cpu", non_blocking=True)  # from a GPU to pinned memory
+        self.arrived = torch.cuda.Event() if values.is_cuda else None
+        if self.arrived is not None:
+            self.arrived.record()
+
+    def read(self) -> list[float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values.tolist()
+
+
+class OnAnyRank:
+    """Whether a flag is set on any rank, in every step; of several GPUs one step later, and none waits for it."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.sent: HostCopy | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        if self.world.size == 1 or not learns_late(self.world.device):
+            return self.world.any(flag)
+        before = self.sent
+        self.sent = HostCopy(self.world.sum(torch.full((1,), float(flag), device=self.world.device)))
+        return before is not None and before.read() > [0]
+
+
 class Undo:
-    """The buffers that a forward changes (codebook, statistics), to put back after a step that did not count."""
+    """The buffers that a forward changes (codebook, statistics), put back by the device if a step did not count."""
 
     def __init__(self, model: nn.Module):
         stored = model.state_dict().keys()
         self.model = model
-        self.buffers = {name: b.clone() for name, b in model.named_buffers() if name in stored}
+        owners = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_buffers()}
+        self.places = {n: (owner, n.rpartition(".")[2]) for n, owner in owners.items() if n in stored}
+        self.kept = [b.clone() for b in self._buffers()]
 
-    def __call__(self) -> None:
-        # Through load_state_dict, which tells modules that keep a copy of a buffer's value elsewhere.
-        self.model.load_state_dict(self.buffers, strict=False)
+    def keep(self) -> None:
+        """Before a step."""
+        if self.kept:
+            torch._foreach_copy_(self.kept, self._buffers())
+
+    def back(self, norm: Tensor) -> None:
+        """After a step: what was kept, if the norm of its gradient is not finite."""
+        good = norm.isfinite() if self.kept else None
+        for kept, buffer in zip(self.kept, self._buffers(), strict=True):
+            torch.where(good.to(buffer.device), buffer, kept, out=buffer)
+
+    def tell(self) -> None:
+        """Once the host knows that buffers were put back: through load_state_dict, which tells modules that keep a copy
+        of a buffer's value elsewhere.
+        """
+        self.model.load_state_dict(dict(zip(self.places, self._buffers(), strict=True)), strict=False)
+
+    def _buffers(self) -> list[Tensor]:
+        return [owner._buffers[name] for owner, name in self.places.values()]
 
 
 class BadSteps:

@@ -150,12 +150,18 @@ class TorchBackend:
         (loss / self.accumulate).backward()
 
     def step(self, lr: float) -> Tensor:
-        """Clip and step; returns the gradient's norm before clipping. If it is not finite, nothing is changed."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip or float("inf"))
-        if norm.isfinite():
-            set_lr(self.optimizer, lr)
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        """Clip and step; returns the gradient's norm before clipping. If it is not finite, nothing is changed.
+
+        The device sees to that, by AdamW's ``found_inf``: the host does not wait for the norm.
+        """
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.clip:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+        set_lr(self.optimizer, lr)
+        self.optimizer.found_inf = norm.isfinite().logical_not().float()
+        self.optimizer.step()
+        for parameter in self.parameters:
+            parameter.grad = None
         return norm
 
     @property

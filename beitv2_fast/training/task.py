@@ -26,8 +26,8 @@ class Task:
         """Before a first step of several micro-batches: what must see them all at once."""
         return
 
-    def report(self) -> dict[str, float]:
-        """Further numbers over the window since the last line of the log."""
+    def report(self) -> dict[str, Tensor]:
+        """Further scalars over the window since the last line of the log, fp64, where they are."""
         return {}
 
     def line(self, metrics: dict[str, float]) -> str:
