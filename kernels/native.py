@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
+# The library is of one torch, and of any Python.
+LIBRARY = "_cpu" + next(s for s in EXTENSION_SUFFIXES if s in (".abi3.so", ".pyd"))
 OPS = (
     "attention",
     "attention_backward",
@@ -40,9 +42,8 @@ def native_ops() -> bool:
 
 
 def _load() -> str | None:
-    """Loads the library of this Python and torch, or tells what is wrong with it."""
-    candidates = [FOLDER / f"_cpu{suffix}" for suffix in EXTENSION_SUFFIXES]
-    library = next((path for path in candidates if path.exists()), candidates[0])
+    """Loads the library of this torch, or tells what is wrong with it."""
+    library = FOLDER / LIBRARY
     text = library.with_suffix(".txt")
     record = text.read_text(encoding="utf-8", errors="replace").strip() if text.exists() else ""
     if not library.exists():
@@ -50,7 +51,7 @@ def _load() -> str | None:
         if record and not record.startswith(COMPILED_FOR):
             return f"could not be compiled at installation ({record})"
         if others:
-            return f"were compiled for another Python ({', '.join(others)})"
+            return f"were compiled for one Python, as earlier versions did ({', '.join(others)})"
         return "are not here: this copy of the package was not installed by pip, or they were removed"
     if record.startswith(COMPILED_FOR):
         theirs = record.removeprefix(COMPILED_FOR)

@@ -7,17 +7,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
 import torch
 
 from beitv2_fast.kernels import native
-from beitv2_fast.kernels.native import native_ops
+from beitv2_fast.kernels.native import LIBRARY, native_ops
 
 ROOT = Path(__file__).resolve().parents[1]
-SUFFIX = EXTENSION_SUFFIXES[0]
 BUILD = f"{shlex.quote(sys.executable)} setup.py build_ext --build-lib out"
 WITHOUT_TORCH = (
     f'{shlex.quote(sys.executable)} -c \'import sys, runpy; sys.modules["torch"] = None; '
@@ -87,7 +85,7 @@ def test_all_of_the_package_is_installed_and_an_experiment_starts_from_there(tmp
 )
 def test_a_build_that_fails_says_why_on_the_terminal_and_at_the_first_use(sources, command, compiler, cause):
     (sources / "kernels" / "cpu.cpp").write_text("#error broken\n")
-    stale = sources / "out" / "beitv2_fast" / "kernels" / f"_cpu{SUFFIX}"
+    stale = sources / "out" / "beitv2_fast" / "kernels" / LIBRARY
     stale.parent.mkdir(parents=True)
     stale.write_text("of an earlier build")
     terminal, folder = build(sources, command, **({"CXX": compiler} if compiler else {}))
@@ -100,24 +98,24 @@ def test_a_build_that_fails_says_why_on_the_terminal_and_at_the_first_use(source
 def test_a_build_that_succeeds_says_nothing_and_notes_its_torch(sources):
     terminal, folder = build(sources)
     assert terminal == ""
-    assert (folder / f"_cpu{SUFFIX}").exists()
-    assert (folder / f"_cpu{SUFFIX}").with_suffix(".txt").read_text() == f"compiled for torch {torch.__version__}"
-    torch.ops.load_library(str(folder / f"_cpu{SUFFIX}"))
+    assert (folder / LIBRARY).exists()
+    assert (folder / LIBRARY).with_suffix(".txt").read_text() == f"compiled for torch {torch.__version__}"
+    torch.ops.load_library(str(folder / LIBRARY))
 
 
 def test_ops_for_another_torch_are_not_loaded(tmp_path):
-    (tmp_path / "_cpu.so").write_bytes(b"")
-    (tmp_path / "_cpu.txt").write_text("compiled for torch 1.13.1+cu117")
+    (tmp_path / LIBRARY).write_bytes(b"")
+    (tmp_path / Path(LIBRARY).with_suffix(".txt")).write_text("compiled for torch 1.13.1+cu117")
     assert f"compiled for torch 1.13.1+cu117, and this is torch {torch.__version__}" in first_warning(tmp_path)
 
 
-def test_ops_for_another_python_are_not_loaded(tmp_path):
+def test_ops_that_an_earlier_version_left_are_not_loaded(tmp_path):
     (tmp_path / "_cpu.cpython-36m-x86_64-linux-gnu.so").write_bytes(b"")
-    assert "for another Python (_cpu.cpython-36m-x86_64-linux-gnu.so)" in first_warning(tmp_path)
+    assert "for one Python, as earlier versions did (_cpu.cpython-36m-x86_64-linux-gnu.so)" in first_warning(tmp_path)
 
 
 @pytest.mark.parametrize("removed", (False, True))
 def test_a_folder_that_was_not_installed_or_lost_its_ops_says_so(tmp_path, removed):
     if removed:
-        (tmp_path / f"_cpu{SUFFIX}").with_suffix(".txt").write_text("compiled for torch 2.14.1")
+        (tmp_path / LIBRARY).with_suffix(".txt").write_text("compiled for torch 2.14.1")
     assert "are not here: this copy of the package was not installed by pip" in first_warning(tmp_path)

@@ -264,7 +264,7 @@ def library_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("damaged", (False, True))
 def test_without_the_compiled_ops_the_reference_runs_and_one_warning_says_so(library_folder, damaged, recwarn):
     if damaged:
-        (library_folder / "_cpu.so").write_bytes(b"not a library")
+        (library_folder / native.LIBRARY).write_bytes(b"not a library")
     x, codebook = torch.randn(20, 7, generator=seeded()), torch.randn(30, 7, generator=seeded(1))
     for _ in range(2):
         assert torch.equal(codebook_search(x, codebook).indices, exact_indices(x, codebook, "cosine"))
