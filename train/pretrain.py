@@ -30,6 +30,7 @@ class PretrainTask(Task):
 
     def __init__(self, model: Student, tokenizer: Tokenizer, config: PretrainConfig):
         self.model, self.tokenizer, self.num_masked = model, tokenizer, config.num_masked
+        self.encode = torch.compile(tokenizer.encode) if config.compile else tokenizer.encode
         self.mask_settings = (config.mask, model.grid, config.num_masked, config.min_mask_patches)
         self.branches = ("mim", "agg")[: 2 if model.config.aggregation_depth else 1]
         self.weights = {"both": (1, 1), "last": (1, 0), "aggregation": (0, 1)}[config.loss_on]
@@ -38,7 +39,7 @@ class PretrainTask(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         mask = self._mask(batch)
-        codes = self.tokenizer.encode(batch["tokenizer"])  # [B, N]
+        codes = self.encode(batch["tokenizer"])  # [B, N]
         labels = masked_gather(codes[..., None], mask, num_masked=self.num_masked)[:, 0]
         out = model(batch["student"], mask, labels, self.num_masked)
         metrics = {f"loss_{name}": loss for name, loss in zip(self.branches, out.losses, strict=True)}

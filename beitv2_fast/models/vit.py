@@ -87,9 +87,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
     are not rounded.
 
     Differentiable once. Compiled or without gradients it is PyTorch's own, since compilers choose themselves what to
-    keep.
+    keep; on a GPU without ``gelu`` too, where it would keep the same and cost the host more.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    plain = x.is_cuda and not gelu and x.dtype != torch.float64
+    if plain or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return F.linear(F.gelu(x) if gelu else x, weight, bias)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from beitv2_fast.models import vit as module
 from beitv2_fast.models.vit import Linear, linear
@@ -95,6 +96,13 @@ def test_it_compiles_in_one_graph_to_the_same_values(tmp_path, monkeypatch):
     torch.testing.assert_close(compiled(x), layer(x))
     compiled(x).sum().backward()
     assert layer.weight.grad is not None
+
+
+def test_on_a_gpu_only_what_saves_memory_is_not_pytorch_s_own():
+    with FakeTensorMode():  # what a GPU would be given, without one
+        x, weight = (torch.empty(s, device="cuda", requires_grad=True) for s in ((3, 24), (8, 24)))
+        names = [linear(x, weight, None, gelu=gelu).grad_fn.name() for gelu in (False, True)]
+    assert names == ["MmBackward0", "_LinearBackward"]
 
 
 def test_the_parameters_are_those_of_nn_linear():
