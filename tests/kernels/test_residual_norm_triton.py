@@ -11,7 +11,7 @@ from beitv2_fast.kernels.residual_norm.reference import residual_norm_reference
 from ..support.triton_tools import guarded
 
 pytest.importorskip("triton")
-from beitv2_fast.kernels.residual_norm.triton import residual_norm_backward_triton, residual_norm_triton
+from beitv2_fast.kernels.residual_norm import triton as gpu
 
 pytestmark = pytest.mark.interpreted
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -37,10 +37,10 @@ def problem(images: int, tokens: int, width: int, dtypes: tuple[torch.dtype, tor
 
 def ours(given: dict, grad_sum: Tensor | None, grad_norm: Tensor | None, dtypes: tuple) -> dict[str, Tensor]:
     x, branch, gamma, keep, weight, bias = (None if given[n] is None else guarded(given[n]) for n in NAMES)
-    total, norm, mean, rstd = residual_norm_triton(x, branch, gamma, keep, 0.5, weight, bias, 1e-6, *dtypes)
+    total, norm, mean, rstd = gpu.residual_norm_triton(x, branch, gamma, keep, 0.5, weight, bias, 1e-6, *dtypes)
     stream, branch_dtype = (x if branch is None else total), None if branch is None else branch.dtype
     gradients = [None if g is None else guarded(g) for g in (grad_sum, grad_norm)]
-    grad_x, grad_branch, of_parameters = residual_norm_backward_triton(
+    grad_x, grad_branch, of_parameters = gpu.residual_norm_backward_triton(
         *gradients, stream, mean, rstd, branch, gamma, keep, 0.5, weight, x.dtype, branch_dtype
     )
     names = ["gamma"] * (gamma is not None) + ["weight", "bias"] * (grad_norm is not None)
@@ -98,7 +98,7 @@ def test_values_and_gradients_are_those_of_fp64(stream, branch, parts):
 @pytest.mark.parametrize("width", [1, 192, 384, 768, 1024, 1280])
 @pytest.mark.parametrize(("images", "tokens"), [(1, 1), (1, 7), (4, 3)])
 def test_every_size(images, tokens, width, monkeypatch):
-    monkeypatch.setattr("beitv2_fast.kernels.residual_norm.triton.PROGRAMS", 4)  # several rows, one, and none of each
+    monkeypatch.setattr(gpu, "PROGRAMS", 4)  # several rows, one, and none of each
     given = problem(images, tokens, width, (FP32, FP32), EVERY)
     gradients = torch.randn(2, images, tokens, width).unbind(0)
     found, expected = ours(given, *gradients, (FP32, FP32)), exact(given, *gradients)
