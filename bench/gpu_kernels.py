@@ -132,6 +132,33 @@ def head_cases(target: str, *, c: int = 768) -> Iterator[Case]:
     )  # fmt: skip
 
 
+def residual_norm_cases(*, c: int = 768) -> Iterator[Case]:
+    """residual_norm as a student's block has it: stream in fp32, branch and norm in bf16, layer scale, drop path."""
+    from beitv2_fast.kernels.residual_norm import triton_rows
+    from beitv2_fast.kernels.residual_norm.triton import backward_launch, forward_launch
+
+    op, flags, aligned = (
+        "residual_norm",
+        dict.fromkeys(("HAS_BRANCH", "HAS_GAMMA", "HAS_KEEP", "HAS_NORM"), True),
+        ("C",),
+    )
+    given = dict.fromkeys(("gamma", "keep", "weight", "means", "rstds", "total"), "*fp32") | {"branch": "*bf16"}
+    given |= {"C": "i32", "rows_per_image": "i32", "inverse_keep_rate": "fp32"}
+    forward, backward = forward_launch(c), backward_launch(c)
+    yield Case(
+        op, "residual_norm_rows", triton_rows.residual_norm_rows,
+        {**given, "x": "*fp32", "bias": "*fp32", "norm": "*bf16", "eps": "fp32"},
+        {**flags, "BLOCK_C": forward["BLOCK_C"]}, forward["num_warps"], 3, aligned,
+    )  # fmt: skip
+    gradients = {"grad_sum": "*fp32", "grad_norm": "*bf16", "grad_x": "*fp32", "grad_branch": "*bf16"}
+    yield Case(
+        op, "residual_norm_rows_backward", triton_rows.residual_norm_rows_backward,
+        {**given, **gradients, "partial": "*fp32", "rows": "i32", "rows_per_program": "i32"},
+        {**flags, "HAS_SUM": True, "BLOCK_R": backward["BLOCK_R"], "BLOCK_C": backward["BLOCK_C"]},
+        backward["num_warps"], 3, aligned,
+    )  # fmt: skip
+
+
 def update_cases(target: str, *, d: int = 32) -> Iterator[Case]:
     """codebook_update (cosine, as the tokenizer uses it) and the backward of vector_quantize, in fp32."""
     from beitv2_fast.kernels.codebook_update.triton import APPLY_TILE, tile_shape

@@ -16,6 +16,7 @@ else:
     from .codebook_search import CodebookSearch, codebook_search
     from .codebook_update import codebook_update
     from .masked_cross_entropy import masked_cross_entropy, masked_gather
+    from .residual_norm import residual_norm
     from .vector_quantize import VectorQuantize, vector_quantize
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "codebook_update",
     "masked_cross_entropy",
     "masked_gather",
+    "residual_norm",
     "vector_quantize",
 ]

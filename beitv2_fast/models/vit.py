@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels import residual_norm
 from .attention import RelativePositionBias, add_bias_table, attend, position_bias
 
 FAST_BF16_ON_CPU = torch.cpu._is_amx_tile_supported()  # see ``linear``
@@ -186,14 +187,6 @@ class MLP(nn.Module):
         return self.fc2(self.fc1(x))
 
 
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Drop the residual of whole samples with probability ``rate`` and scale the others by 1 / (1 - rate)."""
-    if rate == 0.0 or not training:
-        return x
-    keep = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(1 - rate)
-    return x * keep / (1 - rate)
-
-
 class Block(nn.Module):
     """Pre-norm transformer block: x + g1 * attn(norm1(x)), then x + g2 * mlp(norm2(x)); g is the layer scale."""
 
@@ -211,11 +204,21 @@ class Block(nn.Module):
             self.gamma_1 = self.gamma_2 = None
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        x = x + self._residual(self.attn(self.norm1(x), bias), self.gamma_1)
-        return x + self._residual(self.mlp(self.norm2(x)), self.gamma_2)
+        x, normed = residual_norm(x, weight=self.norm1.weight, bias=self.norm1.bias, eps=self.norm1.eps)
+        x, normed = self._add(x, self.attn(normed, bias), self.gamma_1, self.norm2)
+        return self._add(x, self.mlp(normed), self.gamma_2)[0]
 
-    def _residual(self, branch: Tensor, gamma: Tensor | None) -> Tensor:
-        return drop_path(branch if gamma is None else gamma * branch, self.drop_path, self.training)
+    def _add(
+        self, x: Tensor, branch: Tensor, gamma: Tensor | None, norm: nn.LayerNorm | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The branch added, without those of whole images that drop path drops; and the norm that follows."""
+        keep, keep_rate = None, 1 - self.drop_path
+        if self.training and self.drop_path > 0:
+            dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
+            keep = torch.empty(len(x), dtype=dtype, device=x.device).bernoulli_(keep_rate)
+        if norm is None:
+            return residual_norm(x, branch, gamma, keep, keep_rate)
+        return residual_norm(x, branch, gamma, keep, keep_rate, norm.weight, norm.bias, norm.eps)
 
 
 class ViT(nn.Module):

@@ -106,6 +106,23 @@ def head() -> None:
                     assert (a - b).norm() <= tolerance * b.norm()
 
 
+def residual_norm() -> None:
+    from beitv2_fast.kernels.residual_norm import reference
+    from beitv2_fast.kernels.residual_norm.triton import residual_norm_backward_triton, residual_norm_triton
+
+    x, branch, grad_sum, grad_norm = torch.randn(4, 3, 19, 33, device=HERE).unbind(0)
+    gamma, weight, bias = torch.randn(3, 33, device=HERE).unbind(0)
+    keep = torch.ones(3, device=HERE)
+    total, norm, mean, rstd = residual_norm_triton(
+        x, branch, gamma, keep, 0.5, weight, bias, 1e-6, torch.float32, torch.float32
+    )
+    expected = reference.residual_norm_reference(x, branch, gamma, keep, 0.5, weight, bias, 1e-6)
+    torch.testing.assert_close((total, norm), expected, rtol=1e-4, atol=1e-5)
+    given = grad_sum, grad_norm, total, mean, rstd, branch, gamma, keep, 0.5, weight, torch.float32, torch.float32
+    theirs = reference.residual_norm_backward_reference(*given)
+    torch.testing.assert_close(residual_norm_backward_triton(*given), theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_every_kernel_once(monkeypatch):
     launched, kind = set(), type(search.resolve)
     run = kind.run
@@ -114,6 +131,7 @@ def test_every_kernel_once(monkeypatch):
     update_codebook()
     quantize_backward()
     head()
+    residual_norm()
     if not DRY:
         torch.cuda.synchronize()
     assert launched == launched_kernels()

@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 from beitv2_fast.kernels.codebook_search import triton as search
 from beitv2_fast.kernels.codebook_update import triton as update
 from beitv2_fast.kernels.masked_cross_entropy import triton as head
+from beitv2_fast.kernels.residual_norm import triton as residual
 from beitv2_fast.kernels.vector_quantize import triton as quantize
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -105,6 +106,24 @@ def test_the_head_fits(images, patches, masked, width, classes, bias, dtype, wan
     layers = Head(torch.zeros(width), torch.zeros(width), 1e-6, weight, torch.zeros(classes) if bias else None)
     positions, labels = torch.zeros(2, count, dtype=torch.int64)
     head_losses(branches, positions, labels, layers, dtype, wanted, head.device_for(dtype))
+
+
+@pytest.mark.parametrize(("stream", "branch"), [(FP32, BF16), (FP32, FP32), (FP16, FP16)])
+@pytest.mark.parametrize("width", [1, 33, 384, 2048])
+@pytest.mark.parametrize(("images", "tokens"), [(1, 1), (3, 65)])
+def test_residual_and_norm_fit(images, tokens, width, stream, branch, launches) -> None:
+    x, row, keep = torch.empty(images, tokens, width, dtype=stream), torch.empty(width), torch.empty(images)
+    narrow, statistics = x.to(branch), torch.empty(images * tokens)
+    for b, gamma, kept, norm in (
+        (narrow, row, keep, row),
+        (narrow, row, None, None),
+        (narrow, None, None, row),
+        (None, None, None, row),
+    ):
+        residual.residual_norm_triton(x, b, gamma, kept, 0.9, norm, norm, 1e-6, stream, branch)
+        normed = (None,) * 4 if norm is None else (narrow, x, statistics, statistics)
+        of_branch = None if b is None else branch
+        residual.residual_norm_backward_triton(x, *normed, b, gamma, kept, 0.9, norm, stream, of_branch)
 
 
 def test_the_loss_without_logits_takes_more_tokens_than_65535_blocks(launches) -> None:
