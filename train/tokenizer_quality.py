@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     if len(images) > config.max_images:
         images = images.subset([i * len(images) // config.max_images for i in range(config.max_images)])
     view = EvalView(stored.teacher_image_size or stored.image_size, 1.0)
-    folder = ImageFolder(images, view, loader=choose_loader("auto")[0], device=world.device)
+    chosen, _ = choose_loader("auto", images=images, view=view, device=world.device)
+    folder = ImageFolder(images, view, loader=chosen, device=world.device)
     loader = eval_loader(folder, config.batch_size, config.workers)
     batches = (batch["image"].to(world.device) for batch in loader)
     found = tokenizer_quality(model.to(world.device), teacher.to(world.device), batches)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..models.vit import SIZES
 from .options import OUT, RunConfig, option
-from .training import TrainConfig
+from .training import LOADERS, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class EvaluateConfig(RunConfig):
         "auto", "arithmetic; bf16: autocast; auto: bf16 on GPUs and CPUs with AMX, else fp32",
         choices=("auto", "fp32", "bf16"),
     )  # fmt: skip
-    loader: str = option("auto", "what decodes the images", choices=("auto", "dali", "torchvision"))
+    loader: str = option("auto", "what loads the images", choices=LOADERS)
     batch_size: int = option(128, "images per forward on each rank", free=True, at_least=1)
 
 

@@ -10,6 +10,8 @@ from ..models.attention import IMPLEMENTATIONS
 from ..quantize.options import DEAD_AFTER
 from .options import OUT, RunConfig, option
 
+LOADERS = ("auto", "gpu", "dali", "torchvision")
+
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
@@ -23,13 +25,16 @@ class TrainConfig(RunConfig):
     )
     loader: str = option(
         "auto",
-        "what decodes the images: dali, on the GPU where there is one; torchvision, with PIL, on the CPU; auto: dali "
-        "if it is installed. On the CPU both give the same bits, a GPU's decoder does not",
-        choices=("auto", "dali", "torchvision"),
+        "what loads the images: gpu, which keeps them all decoded on the device that trains and makes whole batches "
+        "there; dali, which decodes on the GPU where there is one; torchvision, with PIL, on the CPU; auto: gpu on a "
+        "GPU if few and small images fit, else dali if it is installed. The same crops, flips, colors and masks; on "
+        "the CPU dali and torchvision give the same bits, a GPU's decoder and gpu's resize differ by a level or so",
+        choices=LOADERS,
     )
     in_memory: bool = option(
         False,
-        "decode all images once and keep them in memory, which the workers share; torchvision's loader",
+        "decode all images once and keep them in memory, which the workers share; torchvision's loader, where auto "
+        "does not choose gpu, which keeps them itself",
         free=True,
     )
     precision: str = option(

@@ -3,21 +3,16 @@
 import functools
 import json
 import logging
-import multiprocessing
-import os
-import signal
-import threading
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import DataError, first_few, first_lines, require
 from ..runs.files import write_atomically
-from .forks import kept_from_the_collector
+from .forks import by_processes
 from .images import ImageList
 
 CACHE_VERSION = 1
@@ -42,7 +37,7 @@ def check_images(images: ImageList, *, cache: Path | None, min_size: int, worker
         workers: processes that decode; 0: this one.
 
     Returns:
-        the list without the files that were left out; those are added to ``rejected``.
+        the list without the files that were left out, which are added to ``rejected``, and with the images' sizes.
 
     Raises:
         DataError: nothing is left.
@@ -70,6 +65,7 @@ def check_images(images: ImageList, *, cache: Path | None, min_size: int, worker
             bad[path] = error
         elif min(width, height) < min_size:
             bad[path] = f"too small: {width}x{height} pixels, needed {min_size}x{min_size}"
+    images = replace(images, sizes=[(found[path][1], found[path][2]) for path in images.paths])
     return _without(images, bad, listed=bool(todo) or cache is None)
 
 
@@ -117,48 +113,12 @@ def _decode_all(images: ImageList, todo: list[int], workers: int) -> Iterator[tu
     tqdm = require("tqdm", "train", "A progress bar").tqdm
     bar = tqdm(total=len(todo), desc="checking images", unit="image", mininterval=0.5)
     tasks = [todo[i : i + FILES_PER_TASK] for i in range(0, len(todo), FILES_PER_TASK)]
-    pool = ProcessPoolExecutor(workers, initializer=_start_process, initargs=(images,)) if workers > 0 else None
     try:
-        if pool is None:
-            results = map(functools.partial(_decode_some, images), tasks)
-        else:
-            with kept_from_the_collector():  # the processes start here
-                results = pool.map(_decode_some_there, tasks)
-        for result in results:
+        for result in by_processes(functools.partial(_decode_some, images), tasks, workers):
             bar.update(len(result))
             yield from result
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"A process that decoded images in {images.root} died (out of memory, or a file that crashes the decoder). "
-            "Run again with fewer workers; if it happens again, look for a damaged file."
-        ) from error
     finally:
         bar.close()
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
-
-
-_images: ImageList  # of a process that decodes
-
-
-def _start_process(images: ImageList) -> None:
-    """Ctrl-C reaches every process of the group; one message, from the parent, is enough.
-
-    The pool's processes would wait for work for ever if the parent were killed: they leave when it is gone.
-    """
-    global _images
-    _images = images
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _decode_some_there(indices: list[int]) -> list[tuple[int, int, int, str | None]]:
-    return _decode_some(_images, indices)
 
 
 def _decode_some(images: ImageList, indices: list[int]) -> list[tuple[int, int, int, str | None]]:

@@ -7,11 +7,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,13 @@ from torch.utils.data import Dataset
 
 from ..errors import DataError
 from .draws import Draws, Key, image_keys
+from .forks import by_processes, processes_for
 from .names import PassedOver, shared_keys, told
+from .stored import StoredImages
 from .views import EvalView, View, cut_out
 
 EXIF_ORIENTATION = 0x0112
+DECODED_AT_ONCE = 64  # images
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ class ImageList:
         rejected: (path, reason) of each file that was left out.
         spans: of shards, where each image lies: (first byte in the shard, number of bytes); None for a folder.
         passed_over: what else lies there.
+        sizes: (width, height) of each, decoded and turned upright; None before ``check_images``.
     """
 
     root: Path
@@ -53,6 +57,7 @@ class ImageList:
     rejected: list[tuple[str, str]] = field(default_factory=list)
     spans: list[tuple[int, int]] | None = None
     passed_over: PassedOver = field(default_factory=dict)
+    sizes: list[tuple[int, int]] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -78,9 +83,10 @@ class ImageList:
 
     def subset(self, indices: list[int], rejected: list[tuple[str, str]] | None = None) -> ImageList:
         """These images, with the same classes."""
-        labels, spans = (None if a is None else [a[i] for i in indices] for a in (self.labels, self.spans))
-        rejected = self.rejected if rejected is None else rejected
-        return replace(self, paths=[self.paths[i] for i in indices], labels=labels, spans=spans, rejected=rejected)
+        rejected, paths = self.rejected if rejected is None else rejected, [self.paths[i] for i in indices]
+        lists = {"labels": self.labels, "spans": self.spans, "sizes": self.sizes}
+        chosen = {name: None if a is None else [a[i] for i in indices] for name, a in lists.items()}
+        return replace(self, paths=paths, rejected=rejected, **chosen)
 
     @property
     def summary(self) -> str:
@@ -169,11 +175,13 @@ class ImageFolder(Dataset):
         views: V > 0: only V different views of every image, ``epoch % V``; 0: a new one in every epoch.
         in_memory: decode all images now and keep them, 1 byte (gray) or 3 per pixel, ``decoded_bytes`` in all. Worth it
             where decoding is the larger part of the work and the images fit; forked worker processes share them.
-        loader: what makes batches of them: "torchvision" (PIL and torch's workers) or "dali"; see ``choose_loader``.
-        device: where DALI works and leaves the batches; PIL works on the CPU, whatever it says.
+        loader: what makes batches of them: "torchvision" (PIL and torch's workers), "dali" or "gpu", which keeps all
+            images decoded on the device, ``stored``, whether ``in_memory`` or not; see ``choose_loader``.
+        device: where DALI and "gpu" work and leave the batches; PIL works on the CPU, whatever it says.
 
     Raises:
         DataError: a file that could be read before no longer can.
+        UserError: the images cannot be stored on the device.
     """
 
     def __init__(
@@ -191,11 +199,13 @@ class ImageFolder(Dataset):
         self.view = view
         self.seed = seed
         self.views = views
-        self.loader, self.device = loader, torch.device(device if loader == "dali" else "cpu")
-        self._decoded = None
-        if in_memory:
-            with ThreadPoolExecutor() as pool:  # PIL decodes without holding the interpreter's lock
-                self._decoded = list(pool.map(self._open, range(len(images))))
+        self.loader, self.device = loader, torch.device("cpu" if loader == "torchvision" else device)
+        self.stored: StoredImages | None = None
+        self._decoded: list[Image.Image] | None = None
+        if loader == "gpu":
+            self.stored = StoredImages(self._decode_all(), self.device)
+        elif in_memory:
+            self._decoded = [Image.fromarray(pixels) for pixels in self._decode_all()]
             _log.info("%d decoded images take %.0f MB of memory", len(images), self.decoded_bytes / 1e6)
 
     def __len__(self) -> int:
@@ -236,6 +246,15 @@ class ImageFolder(Dataset):
 
     def _number(self, epoch: int) -> int:
         return epoch % self.views if self.views else epoch
+
+    def _decode_all(self) -> Iterator[np.ndarray]:
+        """uint8 [H, W] or [H, W, 3] of each image."""
+        every = range(len(self))
+        parts = [every[first : first + DECODED_AT_ONCE] for first in every[::DECODED_AT_ONCE]]
+        return itertools.chain.from_iterable(by_processes(self._decode_some, parts, processes_for(len(self))))
+
+    def _decode_some(self, indices: range) -> list[np.ndarray]:
+        return [np.asarray(self._open(index)) for index in indices]
 
     def _open(self, index: int) -> Image.Image:
         try:

@@ -1,16 +1,21 @@
-"""Batches of an ImageFolder for training and for evaluation, by DALI or by PIL with torch's workers."""
+"""Batches of an ImageFolder for training and for evaluation: by DALI, by PIL with torch's workers, or cut out of images
+that lie decoded on the GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError, require
 from .draws import EpochSampler, Key, rank_share
-from .images import ImageFolder
+from .images import ImageFolder, ImageList
+from .stored import AUTO_BYTES, cannot_be_stored, stored_bytes
+from .stored_loader import StoredLoader
 from .torch_loader import TorchLoader
+from .views import View
 
 
 class Loader(Protocol):
@@ -21,13 +26,46 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[dict[str, Tensor]]: ...
 
 
-def choose_loader(wanted: str, *, in_memory: bool = False) -> tuple[str, str]:
-    """-> ("dali" or "torchvision", why). ``wanted`` is one of those or "auto": DALI where it is installed, unless the
-    images are decoded in memory, where it would have nothing to do.
+def choose_loader(
+    wanted: str,
+    *,
+    in_memory: bool = False,
+    images: ImageList | None = None,
+    view: View | None = None,
+    device: torch.device | None = None,
+) -> tuple[str, str]:
+    """-> ("gpu", "dali" or "torchvision", why). ``wanted`` is one of those or "auto": on a GPU, "gpu" if the images are
+    few and small enough to be decoded at the start and to lie there; else DALI where it is installed, unless the images
+    are decoded in memory, where it would have nothing to do.
+
+    Args:
+        images, view, device: what will be loaded, and where to. Without them, before the images have been checked,
+            "auto" does not choose "gpu", and whether they can be loaded by it is not asked.
 
     Raises:
-        UserError: DALI is wanted and not installed, or wanted with images in memory.
+        UserError: DALI is wanted and not installed, or wanted with images in memory; the images or the view are
+            nothing for "gpu".
     """
+    known = images is not None and images.sizes is not None
+    why_not = cannot_be_stored(images.sizes, device) if known else None
+    if view is not None and view.augments:
+        why_not = "RandAugment is done by PIL (--augment-ops 0 leaves it out)"
+    if wanted == "gpu" and why_not:
+        raise UserError(f"--loader gpu: {why_not}. Use another loader, or auto.")
+    if wanted == "gpu":
+        return wanted, "as asked for"
+    if wanted != "auto" or not known or device.type != "cuda":
+        return _by_decoding(wanted, in_memory)
+    needed = f"the decoded images take {stored_bytes(images.sizes) / 1e9:.2f} GB"
+    if why_not is None and stored_bytes(images.sizes) > AUTO_BYTES:
+        why_not = f"{needed}, which is long to be decoded at the start"
+    if why_not is None:
+        return "gpu", f"{needed} of its memory"
+    name, why = _by_decoding(wanted, in_memory)
+    return name, f"{why}; not gpu: {why_not}"
+
+
+def _by_decoding(wanted: str, in_memory: bool) -> tuple[str, str]:
     if wanted == "torchvision":
         return wanted, "as asked for"
     if wanted == "dali" and in_memory:
@@ -59,8 +97,8 @@ def train_loader(
 ) -> Loader:
     """Yields this rank's batches for steps start_step .. total_steps - 1 (see ``EpochSampler``), then ends.
 
-    ``workers`` processes prepare them (0: the calling one does); with DALI on a GPU as many threads. Their number
-    changes no pixel.
+    ``workers`` processes prepare them (0: the calling one does); with DALI on a GPU as many threads; "gpu" needs none.
+    Their number changes no pixel.
 
     Raises:
         DataError: a global batch is larger than the data set; while iterating: an image has become unreadable, a worker
@@ -94,6 +132,8 @@ def batch_loader(
     dataset: ImageFolder, batches: EpochSampler | list[list[Key]], batch_size: int, workers: int = 0
 ) -> Loader:
     """Yields ``dataset.__getitems__(keys)`` for each of the batches; batch_size: of the largest one."""
+    if dataset.loader == "gpu":
+        return StoredLoader(dataset, batches)
     if dataset.loader == "dali":
         from .dali import DaliBatches, DaliLoader
 

@@ -18,7 +18,7 @@ from ..models.vit import normalize
 from .draws import AUGMENT, Draws, jitter_steps, mask_keys, patch_masks, random_crops, random_flips, uniforms
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
-Pictures = dict[str, Tensor]  # uint8 [B, size, size, 3]
+Pictures = dict[str, Tensor]  # uint8 [B, size, size, 3], in whatever order they lie
 LUMA = (0.299, 0.587, 0.114)
 ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
@@ -36,10 +36,12 @@ class View:
     """Makes named tensors of images; by default of one square picture, "image".
 
     resizes_first: the whole image is resized before the box is cut out of it; else the box, before it is resized.
+    augments: ``augment`` does something, which takes PIL images.
     """
 
     size: int
     resizes_first = False
+    augments = False
 
     def __call__(self, image: Image.Image, key: int = 0) -> dict[str, Tensor]:
         """The view of one image as the key, 64 random bits, wants it."""
@@ -62,8 +64,8 @@ class View:
         """What else happens to picture i of the batch once it is resized and flipped."""
         return image
 
-    def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
-        """Tensors [B, ...] on the pictures' device."""
+    def finish(self, pictures: Pictures, draws: Draws | dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors [B, ...] on the pictures' device, where the draws may lie, too."""
         return {"image": to_float(pictures["image"])}
 
 
@@ -141,7 +143,7 @@ class PretrainView(View):
         mask = {"mask": self._masks(key)} if self.masks == "loader" else {"mask_key": key}
         return {**draws, **jitter_steps(keys, self.color_jitter), **mask}
 
-    def finish(self, pictures: Pictures, draws: Draws) -> dict[str, Tensor]:
+    def finish(self, pictures: Pictures, draws: Draws | dict[str, Tensor]) -> dict[str, Tensor]:
         student = pictures["student"]
         tokenizer = to_float(pictures.get("tokenizer", student))
         if "jitter_step" in draws:
@@ -149,7 +151,7 @@ class PretrainView(View):
         else:
             student = to_float(student)
         name = "mask" if self.masks == "loader" else "mask_key"
-        mask = torch.from_numpy(draws[name]).to(student.device, non_blocking=True)
+        mask = torch.as_tensor(draws[name]).to(student.device, non_blocking=True)
         return {"student": normalize(student), "tokenizer": tokenizer, name: mask}
 
     def _masks(self, keys: np.ndarray) -> np.ndarray:
@@ -190,6 +192,10 @@ class FinetuneView(View):
             draws["augment_op"] = u[:, : self.ops]
             draws["augment_sign"] = (u[:, self.ops :] < 0.5).astype(np.int32)
         return draws
+
+    @property
+    def augments(self) -> bool:
+        return self.ops > 0
 
     def augment(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
         if not self.ops:
@@ -261,7 +267,7 @@ def _check_view(size: int, crop_scale: tuple[float, float]) -> None:
         raise ValueError(f"the share of the image to crop is {crop_scale}; expected numbers in (0, 1], the lower first")
 
 
-def color_jitter(pixels: Tensor, steps: np.ndarray, factors: np.ndarray) -> Tensor:
+def color_jitter(pixels: Tensor, steps: np.ndarray | Tensor, factors: np.ndarray | Tensor) -> Tensor:
     """Scales brightness, contrast and saturation of each image by its factors, in its order, as PIL's enhancers (and so
     torchvision and the reference) do.
 
@@ -286,15 +292,15 @@ def color_jitter(pixels: Tensor, steps: np.ndarray, factors: np.ndarray) -> Tens
     return torch.from_numpy(np.stack(jittered))
 
 
-def jitter_batched(pixels: Tensor, steps: np.ndarray, factors: np.ndarray) -> Tensor:
+def jitter_batched(pixels: Tensor, steps: np.ndarray | Tensor, factors: np.ndarray | Tensor) -> Tensor:
     """``color_jitter`` in torch ops: every step is x <- base + f*(x - base), with base 0, m or g."""
     x = pixels.float()
-    weights = torch.tensor(LUMA).to(x.device, non_blocking=True)
-    kinds, values = (torch.from_numpy(a).to(x.device, non_blocking=True) for a in (steps, factors.astype(np.float32)))
+    kinds = torch.as_tensor(steps).to(x.device, non_blocking=True)
+    values = torch.as_tensor(factors, dtype=torch.float32).to(x.device, non_blocking=True)
     for step in range(steps.shape[1]):
         kind, factor = (a[:, step, None, None, None] for a in (kinds, values))  # [B, 1, 1, 1]
-        luma = (x * weights).sum(-1, keepdim=True).round_()
+        luma = (x[..., :1] * LUMA[0]).add_(x[..., 1:2], alpha=LUMA[1]).add_(x[..., 2:], alpha=LUMA[2]).round_()
         base = torch.where(kind == CONTRAST, luma.mean((1, 2, 3), keepdim=True).round_(), luma)
-        base = torch.where(kind == BRIGHTNESS, 0, base)
+        base.masked_fill_(kind == BRIGHTNESS, 0)
         x = (x - base).mul_(factor).add_(base).floor_().clamp_(0, 255)
     return x.to(torch.uint8)

@@ -93,7 +93,8 @@ def labeled_images(
 ) -> ImageFolder:
     """A folder's images for evaluation. ``name``: of the list that is kept with the run."""
     images = checked_images(folder, split, config, run, world, min_size=min_size, name=f"_{name}", labeled=True)
-    return ImageFolder(images, view, loader=choose_loader(config.loader)[0], device=world.device)
+    loader, _ = choose_loader(config.loader, images=images, view=view, device=world.device)
+    return ImageFolder(images, view, loader=loader, device=world.device)
 
 
 def crop_share(crop_pct: float | None, image_size: int) -> float:

@@ -7,6 +7,7 @@ weights, crops, the images' bytes), so several runs may share a folder, also at 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -14,15 +15,17 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..data.forks import by_processes, processes_for
 from ..data.images import ImageFolder, ImageList
 from ..data.loaders import batch_loader
+from ..data.stored import room
 from ..distributed import World
 from ..errors import DataError, UserError, require
 from ..runs.files import atomically, write_atomically
@@ -36,6 +39,9 @@ Part = tuple[int, int]  # view, first image
 
 class TeacherFeatures:
     """Features [B, N, C] by (view, index), read from files of fp16 that are mapped into memory.
+
+    On a GPU with room for them (``data.stored.room``) all lie in its memory: a batch of 512 images at 64 patches has
+    84 MB of an EfficientNet's features, which would take longer to gather and send than to learn from.
 
     A file holds a view of ``IMAGES_PER_FILE`` images. It is written under another name, flushed and renamed, so whoever
     finds it finds all of it; one that is damaged (header or size) is computed again. Two runs that fill a folder at the
@@ -89,9 +95,25 @@ class TeacherFeatures:
             if self.parts[part] is None:
                 raise UserError(f"{file} was there and is damaged now. Start the same command again.")
         self.device = world.device
+        fits = self.device.type == "cuda" and sum(p.nbytes for p in self.parts.values()) <= room(self.device)
+        self.on_device = self.stacked(self.device) if fits else None
+
+    def stacked(self, device: torch.device) -> Tensor:
+        """All features on a device, fp16 [views * images, N, C], view after view."""
+        import numpy as np
+
+        count = sum(map(len, self.parts.values()))
+        found = torch.empty(count, *self.shape, dtype=torch.float16, device=device)
+        for (view, first), part in self.parts.items():
+            row = view * self.images + first
+            found[row : row + len(part)] = torch.from_numpy(np.array(part))
+        return found
 
     def __call__(self, views: Tensor, indices: Tensor) -> Tensor:
         """Views [B] and indices [B] of images (int64) -> features [B, N, C] fp32."""
+        if self.on_device is not None:
+            rows = (views * self.images + indices).to(self.device, non_blocking=True)
+            return self.on_device[rows].float()
         import numpy as np
 
         rows = []
@@ -130,9 +152,11 @@ class TeacherFeatures:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
             self._check_room(total)
-            with tqdm(total=total, desc="teacher", unit="image", disable=world.rank != 0, dynamic_ncols=True) as bar:
+            bar = tqdm(total=total, desc="teacher", unit="image", disable=world.rank != 0, dynamic_ncols=True)
+            with bar, ThreadPoolExecutor(1) as writer:  # while the next ones are computed
                 batches = [keys for part in parts[begin:] + parts[:begin] for keys in self._batches(part, batch_size)]
                 rows: list[Tensor] = []
+                written: Future[None] | None = None
                 # One loader for all files: its processes would take longer to start than to load the images of one.
                 for keys, batch in zip(batches, batch_loader(dataset, batches, batch_size, workers), strict=True):
                     part = keys[0][0], keys[0][1] - keys[0][1] % IMAGES_PER_FILE
@@ -141,8 +165,12 @@ class TeacherFeatures:
                         continue
                     rows.append(teacher(batch["image"].to(world.device)).half().cpu())
                     if sum(map(len, rows)) == self._count(part):
-                        _save(_finite(torch.cat(rows)), self.files[part])
+                        if written is not None:
+                            written.result()
+                        written = writer.submit(_save, _finite(torch.cat(rows)), self.files[part])
                         rows = []
+                if written is not None:
+                    written.result()
         except OSError as error:
             raise UserError(
                 f"the teacher's features could not be written to {self.folder}: {error}. Make room and start the same "
@@ -182,8 +210,8 @@ def content_hashes(images: ImageList, memo: Path | None) -> dict[int, str]:
     starts = range(0, len(images), IMAGES_PER_FILE)
     states = {first: _short_hash([_state(images, i) for i in _members(images, first)]) for first in starts}
     todo = [first for first in starts if states[first] not in known]
-    with ThreadPoolExecutor() as pool:  # reading and hashing hold no lock
-        known.update(zip((states[f] for f in todo), pool.map(lambda f: _hash_files(images, f), todo), strict=True))
+    hashes = by_processes(functools.partial(_hash_files, images), todo, processes_for(len(images)))
+    known.update(zip((states[f] for f in todo), hashes, strict=True))
     if todo and memo is not None:
         write_atomically(memo, json.dumps({states[first]: known[states[first]] for first in starts}))
     return {first: known[states[first]] for first in starts}

@@ -30,7 +30,7 @@ SCALE = SmallScale(
 )  # fmt: skip
 TINY_SCALE = SmallScale(
     image_size=32, patch_size=8, dim=24, depth=2, heads=2, num_codes=16, early_layer=1, tokenizer_epochs=1,
-    pretrain_epochs=1, finetune_epochs=1, probe_epochs=1, batch_size=8, quality_images=8, jobs=1,
+    pretrain_epochs=1, finetune_epochs=1, probe_epochs=1, batch_size=8, quality_images=8, jobs=1, loader="gpu",
 )  # fmt: skip
 # Of the section's time, with 40,000 photographs on an H100: what is left over is for the starts and the judges.
 EPOCHS_PER_MINUTE = {"tokenizer_epochs": 4.0, "pretrain_epochs": 6.0, "finetune_epochs": 1.5}

@@ -52,9 +52,9 @@ def runs(tmp_path_factory) -> tuple[Path, dict[str, set[type]]]:
                 if stage != "linear_probe":
                     given += ["--loader", loader]
                 elif loader != "dali":  # it has no option: DALI where it is installed
-                    patch.setattr(probe_features, "choose_loader", lambda wanted: ("torchvision", ""))
+                    patch.setattr(probe_features, "choose_loader", lambda wanted, **_: ("torchvision", ""))
                 else:
-                    patch.setattr(probe_features, "choose_loader", lambda wanted: ("dali", ""))
+                    patch.setattr(probe_features, "choose_loader", lambda wanted, **_: ("dali", ""))
                 assert call(stage, *given) == 0
     return root, served
 

@@ -84,6 +84,15 @@ def test_a_batch_of_any_epoch_finds_the_features_of_its_own_crops(dataset, tmp_p
         torch.testing.assert_close(found(batch["view"], batch["index"]), expected, rtol=0, atol=1e-3)  # kept in fp16
 
 
+def test_features_that_lie_on_a_device_are_those_of_the_files(dataset, tmp_path):
+    found = features(tmp_path, dataset, Teacher())
+    views, indices = torch.tensor([1, 0, 1, 0]), torch.tensor([6, 2, 3, 0])
+    expected = found(views, indices)
+    found.on_device = found.stacked(torch.device("cpu"))
+    assert found.on_device.shape == (14, 4, 3) and found.on_device.dtype == torch.float16
+    assert torch.equal(found(views, indices), expected) and found(views, indices).dtype == torch.float32
+
+
 def test_an_image_has_as_many_views_as_asked_for(dataset):
     crops = [dataset[epoch, 0]["image"] for epoch in range(4)]
     assert torch.equal(crops[0], crops[2]) and torch.equal(crops[1], crops[3])

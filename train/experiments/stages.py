@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from beitv2_fast.config.options import option
+from beitv2_fast.config.training import LOADERS
 from beitv2_fast.train.experiments.runner import Step
 
 
@@ -36,6 +37,7 @@ class SmallScale:
     probe_epochs: int = option(30, "passes of the linear probe over the cached features", at_least=1)
     batch_size: int = option(32, "images per step", at_least=1)
     quality_images: int = option(2000, "held-out images on which a tokenizer is judged", at_least=1)
+    loader: str = option("auto", "what loads the images of all but the segmentations", choices=LOADERS)
     in_memory: bool = option(True, "decode the images once and keep them in memory")
     workers: int = option(0, "processes that load images, for each step", at_least=0)
     device: str = option(
@@ -91,7 +93,8 @@ class Stages:
         s = self.scale
         shape = {name: getattr(s, name) for name in ("image_size", "patch_size", "dim", "depth", "heads")}
         saving = {"log_every": 50, "save_every": 250, "keep_checkpoints": 1}
-        return {"data": self.images, **shape, "batch_size": s.batch_size, "in_memory": s.in_memory, **saving, **values}
+        loading = {"batch_size": s.batch_size, "loader": s.loader, "in_memory": s.in_memory}
+        return {"data": self.images, **shape, **loading, **saving, **values}
 
     def tokenizer(self, name: str, seed: int, **options: Any) -> Step:
         s = self.scale
@@ -135,7 +138,7 @@ class Stages:
         s = self.scale
         values = self._network(
             data=scenes, seed=seed, weights="none" if run is None else self.root / run, epochs=s.segment_epochs,
-            eval_every=1000, overlays=2,
+            eval_every=1000, overlays=2, loader="auto",
         )  # fmt: skip
         values |= {"image_size": 160 // s.patch_size * s.patch_size, "base_size": 240, "batch_size": 8}
         return self._step("segment", name, () if run is None else (run,), "demo", {**values, **options})

@@ -103,8 +103,9 @@ class Extractor:
         world, total = self.world, len(images)
         keys = rank_share(total, world.rank, world.size)
         keys += [(0, 0)] * (-(-total // world.size) - len(keys))  # the same batches everywhere; cut off below
-        loader, _ = choose_loader("auto")
-        dataset = ImageFolder(images, EvalView(size, 1.0), loader=loader, device=self.device)
+        view = EvalView(size, 1.0)
+        loader, _ = choose_loader("auto", images=images, view=view, device=self.device)
+        dataset = ImageFolder(images, view, loader=loader, device=self.device)
         batches = keyed_loader(dataset, keys, self.batch_size, self.workers)
         found: Tensor | None = None
         done = 0

@@ -94,8 +94,8 @@ def training_folder(config: SegmentConfig, run: RunFolder, world: World) -> tupl
     """The training's images and masks, and the number of classes."""
     if len(set(config.label_values)) < len(config.label_values):
         raise UserError(f"--label-values {config.label_values} names a label twice; each is one class.")
-    if config.loader == "dali":
-        raise UserError("--loader dali: images and masks are cut by torchvision. Leave it out.")
+    if config.loader in ("dali", "gpu"):
+        raise UserError(f"--loader {config.loader}: images and masks are cut by torchvision. Leave it out.")
     images, masks = checked_pairs(training_folders(config.data), config, run, world)
     table = label_table(config.ignore_labels, config.reduce_zero_label, config.label_values)
     masks.check_foreground(table)
