@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from bench.aot import Binary, compile_kernel
 
 TRITON_TYPE = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
@@ -101,6 +103,7 @@ def head_cases(target: str, *, c: int = 768) -> Iterator[Case]:
     from beitv2_fast.kernels.masked_cross_entropy import triton_loss, triton_norm
 
     config, norm = host.LOSS_CONFIGS[target], host.norm_launch(c)
+    row = host.softmax_launch(8192, torch.bfloat16, target)
     labels = {"labels": "*i64", "losses": "*fp32", "correct": "*i1", "V": "i32"}
     rows = {"tokens": "*bf16", "positions": "*i64", "weight": "*fp32", "means": "*fp32", "rstds": "*fp32"}
     rows |= {"images": "i32", "patches": "i32", "C": "i32", "stride_b": "i64", "stride_n": "i32"}
@@ -120,6 +123,12 @@ def head_cases(target: str, *, c: int = 768) -> Iterator[Case]:
     yield Case(
         op, "normalize_rows", triton_norm.normalize_rows, {**rows, "bias": "*fp32", "hidden": "*bf16", "eps": "fp32"},
         columns, warps, 3, aligned,
+    )  # fmt: skip
+    yield Case(
+        op, "softmax_rows", triton_loss.softmax_rows,
+        {**labels, "logits": "*bf16", "bias": "*fp32", "sums": "*fp32", "R": "i32", "start": "i32"},
+        {"HAS_BIAS": True, "GRADIENT": True, "SUMS": True, "BLOCK_V": row.pop("BLOCK_V")}, row.pop("num_warps"), 3,
+        aligned, options=row,
     )  # fmt: skip
     yield Case(
         op, "softmax_gradient", triton_loss.softmax_gradient, {**labels, "logits": "*bf16", "bias": "*fp32"},

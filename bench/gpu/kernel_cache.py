@@ -58,7 +58,7 @@ def quantizer_cases(tiny: bool) -> Iterator[Case]:
 
 def head_cases(tiny: bool) -> Iterator[Case]:
     from beitv2_fast.kernels.masked_cross_entropy import triton as host
-    from beitv2_fast.kernels.masked_cross_entropy.chunked import Head, Wanted, head_losses
+    from beitv2_fast.kernels.masked_cross_entropy.chunked import Head, Wanted
 
     # Of images a quarter: a kernel is the same for every multiple of 16, and the products run here on the CPU.
     images, patches, masked, width, vocabulary = (2, 16, 5, 64, 128) if tiny else (16, 196, 75, 768, 8192)
@@ -74,8 +74,8 @@ def head_cases(tiny: bool) -> Iterator[Case]:
             torch.zeros(vocabulary),
         )
         for gradients in (True, False):
-            wanted, steps = Wanted(gradients, gradients, gradients), host.device_for(dtype)
-            call = partial(head_losses, tokens, positions, labels, head, dtype, wanted, steps)
+            wanted = Wanted(gradients, gradients, gradients)
+            call = partial(host.head_losses_triton, tokens, positions, labels, head, dtype, wanted)
             yield f"head {dtype}, gradients {gradients}", call
 
 

@@ -110,17 +110,13 @@ def softmax_(
 class Device(NamedTuple):
     """What differs between devices.
 
-    chunk_logits: logits in a chunk. softmax_, normalize, normalize_backward: see the functions above. widen: compute
-    low-precision products in fp32 (of rounded operands: each product is exact, and so are more of the sums' digits).
-    loss: only the losses, without logits in memory: ``(hidden, weight, bias, labels, losses, correct)``, or None.
+    chunk_logits: logits in a chunk. softmax_: see the function above. widen: compute low-precision products in fp32 (of
+    rounded operands: each product is exact, and so are more of the sums' digits).
     """
 
     chunk_logits: int
     softmax_: Callable[..., None] = softmax_
-    normalize: Callable[..., Normalized] = normalize
-    normalize_backward: Callable[..., None] = normalize_backward
     widen: bool = False
-    loss: Callable[..., None] | None = None
 
 
 class Results(NamedTuple):
@@ -143,22 +139,29 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def empty_results(
-    branches: Sequence[Tensor], positions: Tensor, head: Head, dtype: torch.dtype, wanted: Wanted
+    branches: Sequence[Tensor],
+    positions: Tensor,
+    head: Head,
+    dtype: torch.dtype,
+    wanted: Wanted,
+    *,
+    zero: bool = True,
 ) -> Results:
-    """Results whose gradients are zero; losses and correct are of the rows: [branches, M]."""
+    """Results that are zero, or hold nothing yet; losses and correct are of the rows: [branches, M]."""
     count, rows, (classes, dim) = len(branches), positions.shape[0], head.weight.shape
     wide = accumulation_dtype(dtype)
+    new = branches[0].new_zeros if zero else branches[0].new_empty
 
-    def zeros(when: bool, *shape: int) -> Tensor:
-        return branches[0].new_zeros(shape if when else 0, dtype=wide)
+    def result(when: bool, *shape: int) -> Tensor:
+        return new(shape if when else 0, dtype=wide)
 
     return Results(
-        zeros(True, count, rows),
-        branches[0].new_zeros((count, rows), dtype=torch.bool),
-        [zeros(True, rows, dim) for _ in branches if wanted.tokens],
-        zeros(wanted.norm, count, 2, dim),
-        zeros(wanted.head, count, classes, dim),
-        zeros(wanted.head and head.bias is not None, count, classes),
+        result(True, count, rows),
+        new((count, rows), dtype=torch.bool),
+        [result(True, rows, dim) for _ in branches if wanted.tokens],
+        result(wanted.norm, count, 2, dim),
+        result(wanted.head, count, classes, dim),
+        result(wanted.head and head.bias is not None, count, classes),
     )
 
 
@@ -179,24 +182,20 @@ def head_losses(
     bias = None if head.bias is None else head.bias.to(wide).contiguous()
     positions, labels = positions.contiguous(), labels.contiguous()  # kernels read them, and the bias, one by one
     rows, classes = len(positions), len(weight)
-    fused = device.loss is not None and not any(wanted)
-    size = max(rows if fused else min(max(device.chunk_logits // classes, 128), rows), 1)
-    buffer = weight.new_empty(0 if fused else size, classes)
+    size = max(min(max(device.chunk_logits // classes, 128), rows), 1)
+    buffer = weight.new_empty(size, classes)
     for b, tokens in enumerate(branches):
         for start in range(0, rows, size):
             chunk = slice(start, min(start + size, rows))
-            normalized = device.normalize(tokens, positions[chunk], gamma, beta, head.eps, dtype)
+            normalized = normalize(tokens, positions[chunk], gamma, beta, head.eps, dtype)
             hidden = normalized.hidden.to(multiply)
             results = labels[chunk], out.losses[b, chunk], out.correct[b, chunk]
-            if fused:
-                device.loss(hidden, weight, bias, *results)
-                continue
             logits = torch.mm(hidden, weight.t(), out=buffer[: len(hidden)])
             device.softmax_(logits, bias, *results, any(wanted), out.grad_bias[b] if out.grad_bias.numel() else None)
             if wanted.head:
                 _add_product(out.grad_weight[b], logits.t(), hidden)
             if wanted.tokens or wanted.norm:
-                device.normalize_backward(
+                normalize_backward(
                     torch.mm(logits, weight),
                     tokens,
                     positions[chunk],

@@ -5,13 +5,14 @@ device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..native import native_ops
-from .chunked import Device, Head, Wanted, accumulation_dtype, empty_results, head_losses, rows_at, softmax_
+from .chunked import Device, Head, Results, Wanted, accumulation_dtype, empty_results, head_losses, rows_at, softmax_
 
 Outputs = tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]
 
@@ -113,7 +114,7 @@ def masked_cross_entropy_op(
 ) -> Outputs:
     """(losses, correct, gradients...) as in chunked.Results; ``dtype``: of the matrix products' operands."""
     arguments = (norm_weight, norm_bias, weight, bias, eps, dtype, grad_tokens, grad_norm, grad_head)
-    return _run(Device(1 << 22), branches, positions, labels, *arguments)
+    return _run(partial(head_losses, device=Device(1 << 22)), branches, positions, labels, *arguments)
 
 
 @masked_cross_entropy_op.register_kernel("cpu")
@@ -121,17 +122,17 @@ def _masked_cross_entropy_cpu(branches, positions, labels, norm_weight, norm_bia
     check_labels(labels, len(positions), len(weight))
     # Without matrix units for bf16 (AMX), fp32 products are about twice as fast as the libraries' bf16 ones.
     device = Device(1 << 22, softmax_native_, widen=not torch.cpu._is_amx_tile_supported())
-    return _run(device, branches, positions, labels, norm_weight, norm_bias, weight, *rest)
+    return _run(partial(head_losses, device=device), branches, positions, labels, norm_weight, norm_bias, weight, *rest)
 
 
 @masked_cross_entropy_op.register_kernel("cuda")
 def _masked_cross_entropy_cuda(branches, positions, labels, norm_weight, norm_bias, weight, bias, eps, dtype, *wanted):
-    from .triton import device_for  # here, so that the package imports without triton
+    from .triton import head_losses_triton  # here, so that the package imports without triton
 
     if len(labels) != len(positions):
         raise ValueError(_wrong_label_count(labels, len(positions)))
     head = (norm_weight, norm_bias, weight, bias)
-    return _run(device_for(dtype), branches, positions, labels, *head, eps, dtype, *wanted)
+    return _run(head_losses_triton, branches, positions, labels, *head, eps, dtype, *wanted)
 
 
 @masked_cross_entropy_op.register_fake
@@ -147,12 +148,12 @@ def _masked_cross_entropy_fake(branches, positions, labels, norm_weight, norm_bi
 
 
 def _run(
-    device: Device, branches, positions, labels, norm_weight, norm_bias, weight, bias, eps, dtype, *wanted: bool
+    run: Callable[..., Results], branches, positions, labels, norm_weight, norm_bias, weight, bias, eps, dtype, *wanted
 ) -> Outputs:
     head = Head(norm_weight, norm_bias, eps, weight, bias)
     # Every cast is written out: an enclosing autocast has been heard already, when ``dtype`` was chosen.
     with torch.autocast(labels.device.type, enabled=False):
-        return tuple(head_losses(branches, positions, labels, head, dtype, Wanted(*wanted), device))
+        return tuple(run(branches, positions, labels, head, dtype, Wanted(*wanted)))
 
 
 def _wrong_label_count(labels: Tensor, rows: int) -> str:

@@ -1,7 +1,7 @@
 """Kernels: cross entropy of a chunk of logits with its gradient in their place, and without any logits in memory.
 
-``softmax_gradient``: a logit is read twice (the second time from the L2 cache) and written once; about 10 FLOPs per
-logit. Bound by memory.
+``softmax_rows``: a logit is read once and written once; about 10 FLOPs per logit. Bound by memory.
+``softmax_gradient``, for rows too long for registers, reads it twice (the second time from the L2 cache).
 
 ``linear_loss``, for losses that need no gradient, computes the logits too, for each block of BLOCK_M tokens and part of
 the vocabulary: in registers, BLOCK_M x BLOCK_V at a time, on tensor cores; it keeps the running maximum, sum of
@@ -30,6 +30,45 @@ def load_logits(logits, bias, columns, mask, HAS_BIAS: tl.constexpr):
 def finite_or_zero(top):
     """What to subtract before exp: of logits that are all -inf (a bias may exclude classes), 0 and not -inf."""
     return tl.where(top == -float("inf"), 0.0, top)
+
+
+@triton.jit
+def softmax_rows(
+    logits, bias, labels, losses, correct, sums, R, V, start,
+    HAS_BIAS: tl.constexpr, GRADIENT: tl.constexpr, SUMS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """``softmax_gradient`` of rows that fit into registers, R per branch: program (p, branch) takes its rows p, p + P,
+    p + 2 P, ... and keeps their column sums, row p of sums [branches, P, V]: no atomics, one order. If start > 0, it
+    goes on from what that row holds."""
+    program, programs, branch = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    columns = tl.arange(0, BLOCK_V)
+    mask = columns < V
+    own = sums + (branch * programs + program).to(tl.int64) * V + columns
+    if SUMS:
+        total_gradient = tl.load(own, mask=mask & (start > 0), other=0.0)
+    for row in range(program, R, programs):
+        at = tl.cast(branch, tl.int64) * R + row
+        label = tl.load(labels + row)
+        known = (label >= 0) & (label < V)
+        column = tl.where(known, label, 0)
+        target = tl.load(logits + at * V + column).to(tl.float32)  # before any lane overwrites it
+        if HAS_BIAS:
+            target += tl.load(bias + column)
+        x = load_logits(logits + at * V, bias, columns, mask, HAS_BIAS)
+        best = tl.max(x, 0)
+        exponentials = tl.exp(x - finite_or_zero(best))
+        first = tl.min(tl.where(x == best, columns, NO_INDEX), 0)
+        total = tl.sum(exponentials, 0)
+        loss = tl.where(known, finite_or_zero(best) + tl.log(total) - target, float("nan"))
+        tl.store(losses + at, loss)
+        tl.store(correct + at, (first == label) & (loss == loss))
+        if GRADIENT:
+            gradient = exponentials * (1.0 / total) - tl.where(columns == label, 1.0, 0.0)
+            tl.store(logits + at * V + columns, gradient.to(logits.dtype.element_ty), mask=mask)
+            if SUMS:
+                total_gradient += gradient
+    if SUMS:
+        tl.store(own, total_gradient, mask=mask)
 
 
 @triton.jit

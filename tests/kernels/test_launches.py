@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from beitv2_fast.kernels.masked_cross_entropy.chunked import Head, Wanted, head_losses
+from beitv2_fast.kernels.masked_cross_entropy.chunked import Head, Wanted
 
 from ..support.launches import Launch, launching
 
@@ -95,7 +95,13 @@ def test_the_update_and_the_gradient_fit_with_strides(launches) -> None:
 )
 @pytest.mark.parametrize(
     ("images", "patches", "masked", "width", "classes", "bias"),
-    [(1, 1, 1, 32, 64, True), (2, 9, 1, 1, 1, False), (1, 49, 20, 768, 8192, True), (4, 49, 35, 96, 1000, False)],
+    [
+        (1, 1, 1, 32, 64, True),
+        (2, 9, 1, 1, 1, False),
+        (1, 49, 20, 768, 8192, True),
+        (4, 49, 35, 96, 1000, True),
+        (1, 9, 2, 32, 20_000, True),
+    ],
 )
 def test_the_head_fits(images, patches, masked, width, classes, bias, dtype, wanted, launches, monkeypatch) -> None:
     monkeypatch.setattr(head, "CHUNK_LOGITS", 128 * classes)  # the last problem has two chunks
@@ -105,7 +111,7 @@ def test_the_head_fits(images, patches, masked, width, classes, bias, dtype, wan
     wanted = Wanted(*(name in wanted for name in Wanted._fields))
     layers = Head(torch.zeros(width), torch.zeros(width), 1e-6, weight, torch.zeros(classes) if bias else None)
     positions, labels = torch.zeros(2, count, dtype=torch.int64)
-    head_losses(branches, positions, labels, layers, dtype, wanted, head.device_for(dtype))
+    head.head_losses_triton(branches, positions, labels, layers, dtype, wanted)
 
 
 @pytest.mark.parametrize(("stream", "branch"), [(FP32, BF16), (FP32, FP32), (FP16, FP16)])

@@ -41,7 +41,7 @@ def rows_problem(dim: int, dtype: torch.dtype, layout: str) -> tuple[torch.Tenso
 def test_gather_and_norm(dtype, dim, layout):
     tokens, positions, (weight, bias) = rows_problem(dim, dtype, layout)
     weight, bias = guarded(weight), guarded(bias)
-    ours = gpu.normalize_triton(tokens, positions, weight, bias, 1e-6, dtype)
+    ours = gpu.normalize_triton([tokens], positions, weight, bias, 1e-6, dtype)
     exact = chunked.normalize(tokens.double(), positions, weight.double(), bias.double(), 1e-6, torch.float64)
     assert ours.hidden.dtype == dtype
     assert_close(ours.hidden, exact.hidden, dtype)
@@ -54,24 +54,24 @@ def test_gather_and_norm(dtype, dim, layout):
 def test_backward_of_gather_and_norm(dtype, dim, wanted):
     tokens, positions, (weight, bias) = rows_problem(dim, dtype, "slice")
     upstream = torch.randn(9, dim).to(dtype)
-    exact_norm, exact_rows = torch.ones(2, dim).double(), torch.zeros(9, dim).double()
+    exact_norm, exact_rows = torch.zeros(2, dim).double(), torch.zeros(9, dim).double()
     exact = chunked.normalize(tokens.double(), positions, weight.double(), bias.double(), 1e-6, torch.float64)
     chunked.normalize_backward(
         upstream.double(), tokens.double(), positions, exact, weight.double(), exact_rows, exact_norm
     )
-    ours = gpu.normalize_triton(tokens, positions, weight, bias, 1e-6, dtype)
-    rows = guarded(torch.zeros(9, dim)) if wanted != "norm" else None
-    norm = torch.ones(2, dim) if wanted != "rows" else None
-    gpu.normalize_backward_triton(guarded(upstream), tokens, positions, ours, guarded(weight), rows, norm)
-    if rows is not None:
-        assert_close(rows, exact_rows, torch.float32)
+    ours = gpu.normalize_triton([tokens], positions, weight, bias, 1e-6, dtype)
+    rows = [guarded(torch.full((9, dim), torch.nan))] if wanted != "norm" else []
+    norm = torch.full((1, 2, dim), torch.nan) if wanted != "rows" else None
+    gpu.normalize_backward_triton(guarded(upstream), [tokens], positions, ours, guarded(weight), rows, norm)
+    if rows:
+        assert_close(rows[0], exact_rows, torch.float32)
     if norm is not None:
-        assert_close(norm, exact_norm, torch.float32)
+        assert_close(norm[0], exact_norm, torch.float32)
 
 
 def test_a_missing_position_reads_the_last_token():
     tokens, _, (weight, bias) = rows_problem(24, torch.float32, "slice")
-    last, missing = (gpu.normalize_triton(tokens, torch.tensor([p]), weight, bias, 1e-6, torch.float32).hidden
+    last, missing = (gpu.normalize_triton([tokens], torch.tensor([p]), weight, bias, 1e-6, torch.float32).hidden
                      for p in (14, -1))  # fmt: skip
     assert torch.equal(last, missing)
 
@@ -83,26 +83,47 @@ def softmax_problem(rows: int, classes: int, dtype: torch.dtype) -> tuple[torch.
     return logits, guarded(torch.randn(classes)), guarded(labels)
 
 
-@pytest.mark.parametrize("classes", [1, 7, 64, 100, 333])
+@pytest.mark.parametrize("whole", [True, False], ids=["rows in registers", "rows block by block"])
+@pytest.mark.parametrize("classes", [1, 64, 100])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_softmax_in_place(monkeypatch, dtype, classes):
+def test_softmax_in_place(monkeypatch, dtype, classes, whole):
     monkeypatch.setattr(gpu, "SOFTMAX_BLOCK", 64)
+    if not whole:
+        monkeypatch.setattr(gpu, "WHOLE_ROW", 0)
     for bias_given in (True, False):
-        logits, bias, labels = softmax_problem(5, classes, dtype)
+        logits, bias, labels = softmax_problem(9, classes, dtype)
         bias = bias if bias_given else None
-        exact, exact_sums = logits.double(), torch.ones(classes).double()
-        losses, correct = guarded(torch.zeros(5)), guarded(torch.zeros(5, dtype=torch.bool))
-        exact_losses, exact_correct, sums = torch.zeros(5).double(), torch.zeros_like(correct), torch.ones(classes)
+        exact, exact_sums = logits.double(), torch.zeros(classes).double()
+        losses, correct = guarded(torch.zeros(9)), guarded(torch.zeros(9, dtype=torch.bool))
+        exact_losses, exact_correct = torch.zeros(9).double(), torch.zeros_like(correct)
+        sums = guarded(torch.full_like(gpu.bias_sums(logits, 1, 9), torch.nan))
+        assert sums.shape == (1, 2 if whole else 1, classes)
         chunked.softmax_(exact, bias, labels, exact_losses, exact_correct, True, exact_sums)
         before = logits.clone()
         gpu.softmax_triton_(logits, bias, labels, losses, correct, False, None)
         assert torch.equal(logits, before)
         assert_close(losses, exact_losses, torch.float32)
         assert torch.equal(correct, exact_correct)
-        gpu.softmax_triton_(logits, bias, labels, losses, correct, True, sums)
-        assert_close(losses, exact_losses, torch.float32)
-        assert_close(logits, exact, dtype)
-        assert_close(sums, exact_sums, dtype)
+        for chunks in (1, 2):  # sums start with the first rows and go on with the second
+            logits.copy_(before)
+            gpu.softmax_triton_(logits, bias, labels, losses, correct, True, sums, start=9 * (chunks - 1))
+            assert_close(losses, exact_losses, torch.float32)
+            assert_close(logits, exact, dtype)
+            assert_close(sums.sum((0, 1)), chunks * exact_sums, dtype)
+
+
+def test_softmax_of_two_branches_that_share_their_labels():
+    logits, bias, labels = softmax_problem(6, 70, torch.float32)
+    labels, sums = guarded(labels[:3]), gpu.bias_sums(logits, 2, 3)
+    losses, correct = torch.zeros(6), torch.zeros(6, dtype=torch.bool)
+    exact, exact_sums = logits.double(), torch.zeros(2, 70).double()
+    exact_losses, exact_correct = torch.zeros(6).double(), torch.zeros_like(correct)
+    for b, at in enumerate((slice(0, 3), slice(3, 6))):
+        chunked.softmax_(exact[at], bias, labels, exact_losses[at], exact_correct[at], True, exact_sums[b])
+    gpu.softmax_triton_(logits, bias, labels, losses, correct, True, sums)
+    assert torch.equal(correct, exact_correct)
+    for ours, theirs in ((losses, exact_losses), (logits, exact), (sums.sum(1), exact_sums)):
+        assert_close(ours, theirs, torch.float32)
 
 
 @pytest.mark.parametrize("even", [True, False])
@@ -158,16 +179,25 @@ def test_nan_logits_are_a_nan_loss_and_never_correct():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("wanted", [(True, True, True), (False, False, True), (False, False, False)])
-def test_the_whole_op(dtype, wanted):
-    p = problem(3, 11, 5, dim=24, classes=83).to(torch.float32)
+@pytest.mark.parametrize(
+    ("wanted", "chunk", "images"),
+    [
+        ((True, True, True), 1, 26),  # 130 tokens per branch: two chunks
+        ((True, True, True), 1 << 22, 3),  # both branches in one
+        ((False, False, True), 1 << 22, 3),
+        ((False, True, False), 1 << 22, 3),
+        ((False, False, False), 1, 3),
+    ],
+)
+def test_the_whole_op(monkeypatch, dtype, wanted, chunk, images):
+    monkeypatch.setattr(gpu, "CHUNK_LOGITS", chunk)
+    p = problem(images, 11, 5, dim=24, classes=83).to(torch.float32)
     p.labels, p.bias = p.labels.repeat_interleave(2)[::2], p.bias.repeat_interleave(2)[::2]  # kernels know no strides
     head = Head(p.norm_weight, p.norm_bias, 1e-6, p.weight, p.bias)
-    device = gpu.device_for(dtype)._replace(chunk_logits=1)  # 128 tokens per chunk
     with torch.no_grad():
         positions = masked_positions(p.mask, p.num_masked)
         labels = p.labels.repeat_interleave(2)[::2]
-        ours = head_losses(p.branches, positions, labels, head, dtype, Wanted(*wanted), device)
+        ours = gpu.head_losses_triton(p.branches, positions, labels, head, dtype, Wanted(*wanted))
         plain = head_losses(p.branches, positions, p.labels, head, dtype, Wanted(*wanted), Device(1 << 22))
     assert torch.equal(ours.correct, plain.correct)
     floats = [[r.losses, *r.grad_rows, r.grad_norm, r.grad_weight, r.grad_bias] for r in (ours, plain)]
