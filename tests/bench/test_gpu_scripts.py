@@ -44,6 +44,7 @@ def test_the_ops_and_the_compiled_kernels_are_packed(carried):
     with tarfile.open(carried / "triton.tar.xz") as cache:
         kernels = {Path(name).stem for name in cache.getnames() if name.endswith(".cubin")}
     assert {"screen", "resolve", "pack_codebook", "statistics_kernel", "normalize_rows", "linear_loss"} <= kernels
+    assert {"attention_forward", "query_gradients", "key_gradients"} <= kernels
 
 
 @pytest.mark.slow
