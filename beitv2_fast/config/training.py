@@ -57,7 +57,8 @@ class TrainConfig(RunConfig):
     )  # fmt: skip
     attention: str = option(
         "auto",
-        "what computes attention; auto: native (C++) on CPUs, xformers on GPUs that it supports, else PyTorch's sdpa",
+        "what computes attention; auto: native (C++ on CPUs, Triton on GPUs of compute capability 9), on other GPUs "
+        "xformers if it supports them, else PyTorch's sdpa",
         choices=IMPLEMENTATIONS,
     )  # fmt: skip
     checkpointing: bool = option(

@@ -2,8 +2,9 @@
 
 | implementation | where | why |
 |---|---|---|
-| native | CPU | ``kernels.attention``: never holds the scores of all images; fastest there (bench/README.md) |
-| xformers | NVIDIA GPUs up to compute capability 9.0 | fused, with a gradient for the bias |
+| native | CPU; NVIDIA GPUs of compute capability 9.x, other GPUs by request | ``kernels.attention``: never holds the \
+scores of all images, the same bits every time; fastest where it is chosen (bench/README.md, docs/gpu.md) |
+| xformers | other NVIDIA GPUs up to compute capability 9.0 | fused, with a gradient for the bias |
 | sdpa | all other devices; anywhere by request | ``F.scaled_dot_product_attention`` |
 | math | CPU without compiled ops; anywhere by request | the definition, in plain PyTorch |
 """
@@ -11,6 +12,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import warnings
 
 import torch
@@ -19,11 +21,14 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..kernels import attention as native_attention
+from ..kernels.attention.ops import has_gpu_kernel
 from ..kernels.attention.reference import attention_reference
 from ..kernels.native import native_ops
 
 IMPLEMENTATIONS = ("auto", "native", "xformers", "sdpa", "math")
 XFORMERS_CAPABILITY = (9, 0)  # the newest that its kernel with a learned bias supports
+OLDEST_CAPABILITY = (8, 0)  # of those that ours runs on
+NATIVE_CAPABILITY = 9  # the major one of the GPUs on which ours was measured: the fastest there
 ALIGNED = 8  # its rows of the bias must start at multiples of so many elements
 
 
@@ -32,13 +37,14 @@ def attend(qkv: Tensor, bias: Tensor | None, implementation: str = "auto") -> Te
 
     Args:
         qkv: [B, N, 3, H, d]. bias: [1, H, N, N] from ``prepare_bias``, or None. It may need a gradient.
-        implementation: one of ``IMPLEMENTATIONS``; "auto" is resolved by ``choose_attention``.
+        implementation: one of ``IMPLEMENTATIONS``; "auto" is resolved by ``choose_attention``. What ``native`` has no
+            GPU kernel for (fp32, fp64, heads wider than 128) is left to ``sdpa``.
 
     Returns:
         [B, N, H * d] in qkv's dtype.
     """
     name = choose_attention(implementation, qkv.device.type)
-    if name == "native":
+    if name == "native" and (qkv.device.type == "cpu" or has_gpu_kernel(qkv)):
         return native_attention(qkv, bias).flatten(2)
     if name == "xformers" and not torch.compiler.is_compiling():  # its backward does not compile; sdpa's is the same
         return _xformers(qkv, bias).flatten(2)
@@ -122,18 +128,36 @@ def _choose(implementation: str, device_type: str) -> str:
     if implementation == "auto":
         if device_type == "cpu":
             return "native" if native_ops() else "math"
+        if device_type == "cuda" and _native_is_fastest():
+            return "native"
         return "xformers" if device_type == "cuda" and _xformers_runs() else "sdpa"
-    if implementation == "native" and not (device_type == "cpu" and native_ops()):
-        raise UserError(
-            f"attention 'native' is a C++ op for CPUs, and this is {device_type}"
-            f"{', where it was not compiled' if device_type == 'cpu' else ''}. Use auto, sdpa or math."
-        )
+    if implementation == "native" and (problem := native_problem(device_type)):
+        raise UserError(f"attention 'native' cannot run here: {problem} Or use auto, sdpa or math.")
     if implementation == "xformers" and (problem := xformers_problem(device_type)):
         raise UserError(f"attention 'xformers' cannot run here: {problem} Or use auto or sdpa.")
     return implementation
 
 
 choose_attention.cache_clear = _choose.cache_clear  # for tests
+
+
+def native_problem(device_type: str) -> str | None:
+    """Why our op has no fast version here, with what to do about it; None if it has."""
+    if device_type == "cpu":
+        return None if native_ops() else "its C++ version was not compiled, as a warning has said."
+    if device_type != "cuda":
+        return f"it has no kernel for {device_type}."
+    if importlib.util.find_spec("triton") is None:
+        return "on a GPU it needs Triton. Install it with: pip install triton."
+    if not torch.version.hip and torch.cuda.get_device_capability() < OLDEST_CAPABILITY:
+        return f"its kernels need compute capability {'.'.join(map(str, OLDEST_CAPABILITY))}, which this GPU has not."
+    return None
+
+
+def _native_is_fastest() -> bool:
+    if torch.version.hip or not torch.cuda.is_available() or native_problem("cuda"):
+        return False
+    return torch.cuda.get_device_capability()[0] == NATIVE_CAPABILITY
 
 
 def _xformers_runs() -> bool:

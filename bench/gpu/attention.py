@@ -16,7 +16,8 @@ from bench.harness import DEVICE
 from bench.test_attention import flex
 
 BF16 = torch.bfloat16
-SHAPES = ((64, 12, 197, 64), (256, 12, 197, 64), (16, 16, 577, 64))  # B, H, N, d: base at 224, large at 384
+# B, H, N, d: base at 224, large at 384, images of 64 pixels.
+SHAPES = ((64, 12, 197, 64), (256, 12, 197, 64), (16, 16, 577, 64), (512, 6, 65, 64))
 TINY = ((1, 2, 17, 16),)
 WITHOUT_BIAS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 Kind = tuple[str, bool, bool]  # title, backward, gradient of the bias
@@ -50,7 +51,7 @@ def attention(run: Run) -> None:
                     continue  # it compiles for half a minute, each time; on a CPU it has no backward
                 make = partial(_call, function, form, qkv, table, up, backward, learned)
                 run.time(name, make, group=f"{group}, {title}", flops=flops, moved=moved)
-        _without_bias(run, group, qkv, up, 14.0 * product)
+        _without_bias(run, group, qkv, up, product)
 
 
 def _call(
@@ -66,20 +67,25 @@ def _call(
     return lambda: torch.autograd.grad(function(leaf, bias), leaves, up)
 
 
-def _without_bias(run: Run, group: str, qkv: Tensor, up: Tensor, flops: float) -> None:
-    """What attention costs without a bias, by SDPA's backends: a bound for those that have one."""
+def _without_bias(run: Run, group: str, qkv: Tensor, up: Tensor, product: float) -> None:
+    """What attention costs without a bias, by SDPA's backends and by ours."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    for name in WITHOUT_BIAS if run.on_gpu else ("auto",):
-        backend = getattr(SDPBackend, name, None)
-        with nullcontext() if backend is None else sdpa_kernel(backend):
-            make = partial(_no_bias, qkv, up)
-            run.time(f"sdpa, {name}", make, group=f"{group}, forward and backward, no bias", flops=flops)
+    names = WITHOUT_BIAS if run.on_gpu else ("auto",)
+    for title, backward in (("forward and backward, no bias", True), ("forward, no bias", False)):
+        for name in (*names, "native"):
+            ours, backend = name == "native", getattr(SDPBackend, name, None)
+            with nullcontext() if backend is None else sdpa_kernel(backend):
+                make = partial(_no_bias, "native" if ours else "sdpa", qkv, up, backward)
+                about = {"group": f"{group}, {title}", "flops": (14.0 if backward else 4.0) * product}
+                run.time(name if ours else f"sdpa, {name}", make, **about)
 
 
-def _no_bias(qkv: Tensor, up: Tensor) -> Callable[[], object]:
+def _no_bias(name: str, qkv: Tensor, up: Tensor, backward: bool) -> Callable[[], object]:
+    if not backward:
+        return lambda: by_name(qkv, None, name)
     leaf = qkv.clone().requires_grad_()
-    return lambda: torch.autograd.grad(by_name(leaf, None, "sdpa"), leaf, up)
+    return lambda: torch.autograd.grad(by_name(leaf, None, name), leaf, up)
 
 
 def xformers(run: Run) -> None:

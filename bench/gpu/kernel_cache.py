@@ -79,10 +79,24 @@ def head_cases(tiny: bool) -> Iterator[Case]:
             yield f"head {dtype}, gradients {gradients}", call
 
 
+def attention_cases(tiny: bool) -> Iterator[Case]:
+    from beitv2_fast.kernels.attention import triton as host
+
+    # The kernels are the same for any number of images. Base at 224, large at 384, and what learns in minutes.
+    for tokens, heads, width in ((17, 2, 16),) if tiny else ((197, 12, 64), (577, 16, 64), (65, 6, 64)):
+        qkv, grad = (torch.zeros(2, tokens, *shape).bfloat16() for shape in ((3, heads, width), (heads, width)))
+        lse, table = torch.zeros(2, heads, tokens), torch.zeros(heads, tokens, tokens)
+        for bias, of_bias in ((table, True), (table, False), (None, False)):
+            given, name = (qkv, bias, width**-0.5), f"N={tokens}, bias {bias is not None}"
+            yield f"attention {name}", partial(host.attention_triton, *given)
+            backward = partial(host.attention_backward_triton, grad, *given[:2], grad, lse, given[2], of_bias)
+            yield f"attention backward {name}, its gradient {of_bias}", backward
+
+
 def cases(target: str, tiny: bool) -> Iterator[Case]:
     with launching(target):  # the host code asks for the target here, too
         found = [*search_cases(PROCESSORS[target], tiny), *quantizer_cases(tiny), *head_cases(tiny)]
-    yield from found
+    yield from (*found, *attention_cases(tiny))
 
 
 def main() -> int:

@@ -50,6 +50,8 @@ for library in "$CARRIED"/_cpu*.*; do
 done
 if [ -e "$CARRIED/triton.tar.xz" ] && [ ! -d "$TRITON_CACHE_DIR" ]; then
     mkdir -p "$TRITON_CACHE_DIR" && tar xJf "$CARRIED/triton.tar.xz" -C "$TRITON_CACHE_DIR"
+    # Triton 3.6 writes down where each file lay, and compiles again what is not there.
+    sed -i -E "s|\"[^\"]*/([^\"/]+/[^\"/]+)\"|\"$TRITON_CACHE_DIR/\1\"|g" "$TRITON_CACHE_DIR"/*/__grp__*
 fi
 carried=$(ls "$TRITON_CACHE_DIR" 2>/dev/null | wc -l)
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.used,clocks.sm --format=csv,noheader

@@ -1,4 +1,4 @@
-"""attention with an additive bias that learns: a kernel for CPUs, where SDPA leaves its fused path."""
+"""attention with an additive bias that learns, for which SDPA's fused paths are slow (GPUs) or none (CPUs)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ def attention(qkv: Tensor, bias: Tensor | None = None, *, scale: float | None = 
     """``softmax(scale q k^T + bias) v`` for queries, keys and values that lie side by side.
 
     FLOPs: 4 B H N^2 d forward, 10 B H N^2 d backward, which computes the scores again: besides the result only two
-    numbers per row are kept. On the CPU a few rows of scores exist at a time, in fp32 whatever the dtype of qkv;
-    elsewhere, and where the C++ ops are not compiled, the definition in plain PyTorch runs. The bits of all gradients
-    are independent of the number of threads.
+    numbers per row are kept. A few rows of scores exist at a time: on the CPU in C++, in fp32 whatever the dtype of
+    qkv; on GPUs in Triton, if qkv is bf16 or fp16 and d at most 128, with the bias rounded to qkv's dtype (fp16: it
+    must stay below 65504 scale) and its gradient summed in fp32. Else the definition in plain PyTorch runs, which
+    holds all scores. The bits of all gradients are independent of the number of threads and the same in every run.
 
     Args:
-        qkv: [B, N, 3, H, d], as a linear layer makes it: fp32, bf16, fp16 or fp64 (fp64: plain PyTorch).
-        bias: [1, H, N, N] or [H, N, N], the same for all images, or None. It may need a gradient.
+        qkv: [B, N, 3, H, d], as a linear layer makes it: fp32, bf16, fp16 or fp64.
+        bias: [1, H, N, N] or [H, N, N], the same for all images, or None. It may need a gradient, which is summed in
+            the bias's dtype over layers that share it.
         scale: of the scores; None: ``d ** -0.5``.
 
     Returns:
@@ -35,7 +37,7 @@ def attention(qkv: Tensor, bias: Tensor | None = None, *, scale: float | None = 
     _, N, _, H, d = qkv.shape
     if bias is not None:
         if bias.dim() == 4 and bias.shape[0] == 1:
-            bias = bias[0]
+            bias = bias.squeeze(0)
         if bias.shape != (H, N, N):
             raise ValueError(f"bias must be [1, {H}, {N}, {N}] or [{H}, {N}, {N}]; got {list(bias.shape)}")
         if bias.device != qkv.device:

@@ -8,9 +8,22 @@ from torch import Tensor
 from ..native import native_ops
 from .reference import attention_backward_reference, attention_reference
 
+WIDEST = 128  # heads on a GPU: a block of them has to fit into registers
+
+
+def has_gpu_kernel(qkv: Tensor, scale: float = 1.0) -> bool:
+    """Whether Triton kernels compute it: on a GPU, in bf16 or fp16. They count in units of 1 / scale."""
+    low = qkv.dtype in (torch.bfloat16, torch.float16)
+    return qkv.device.type == "cuda" and low and qkv.shape[-1] <= WIDEST and scale > 0
+
 
 @torch.library.custom_op("beitv2_fast::attention", mutates_args=())
 def attention_op(qkv: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """out, and what the backward of the same version wants to know of the sum of each row."""
+    if has_gpu_kernel(qkv, scale):
+        from .triton import attention_triton  # here, so that the package imports without triton
+
+        return attention_triton(qkv, bias, scale)
     if _native(qkv):
         return torch.ops.beitv2_fast_cpu.attention(_unit_stride(qkv), _for_kernel(bias), scale)
     out, sums = attention_reference(qkv, bias, scale)
@@ -21,14 +34,20 @@ def attention_op(qkv: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor
 def _attention_fake(qkv, bias, scale):
     B, N, _, H, d = qkv.shape
     dtype = torch.promote_types(qkv.dtype, torch.float32)
-    return qkv.new_empty(B, N, H, d), qkv.new_empty(2, B, H, N, dtype=dtype)
+    rows = (B, H, N) if has_gpu_kernel(qkv, scale) else (2, B, H, N)
+    return qkv.new_empty(B, N, H, d), qkv.new_empty(rows, dtype=dtype)
 
 
 @torch.library.custom_op("beitv2_fast::attention_backward", mutates_args=())
 def attention_backward_op(
-    grad: Tensor, qkv: Tensor, bias: Tensor | None, sums: Tensor, scale: float, of_bias: bool
+    grad: Tensor, qkv: Tensor, bias: Tensor | None, out: Tensor | None, sums: Tensor, scale: float, of_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of qkv, contiguous, and of the bias (empty without ``of_bias``)."""
+    """The gradients of qkv, contiguous, and of the bias (empty without ``of_bias``). Only GPU kernels read ``out``."""
+    if has_gpu_kernel(qkv, scale):
+        from .triton import attention_backward_triton
+
+        grad_qkv, grad_bias = attention_backward_triton(grad, qkv, bias, out, sums, scale, of_bias)
+        return grad_qkv, grad_bias.to(bias.dtype) if of_bias else grad_bias
     if _native(qkv):
         tensors = (_unit_stride(grad), _unit_stride(qkv), _for_kernel(bias), sums.contiguous())
         grad_qkv, grad_bias = torch.ops.beitv2_fast_cpu.attention_backward(*tensors, scale, of_bias)
@@ -38,7 +57,7 @@ def attention_backward_op(
 
 
 @attention_backward_op.register_fake
-def _attention_backward_fake(grad, qkv, bias, sums, scale, of_bias):
+def _attention_backward_fake(grad, qkv, bias, out, sums, scale, of_bias):
     return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape) if of_bias else sums.new_empty(0)
 
 
@@ -56,15 +75,14 @@ def _for_kernel(bias: Tensor | None) -> Tensor | None:
 
 def _save_for_backward(ctx, inputs, output):
     qkv, bias, ctx.scale = inputs
-    _, sums = output
+    out, sums = output
     ctx.mark_non_differentiable(sums)
-    ctx.save_for_backward(qkv, bias, sums)
+    ctx.save_for_backward(qkv, bias, out if has_gpu_kernel(qkv, ctx.scale) else None, sums)
 
 
 def _gradients(ctx, grad, _):
-    qkv, bias, sums = ctx.saved_tensors
     of_bias = ctx.needs_input_grad[1]
-    grad_qkv, grad_bias = attention_backward_op(grad, qkv, bias, sums, ctx.scale, of_bias)
+    grad_qkv, grad_bias = attention_backward_op(grad, *ctx.saved_tensors, ctx.scale, of_bias)
     return grad_qkv, grad_bias if of_bias else None, None
 
 

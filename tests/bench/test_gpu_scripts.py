@@ -44,6 +44,7 @@ def test_the_ops_and_the_compiled_kernels_are_packed(carried):
     with tarfile.open(carried / "triton.tar.xz") as cache:
         kernels = {Path(name).stem for name in cache.getnames() if name.endswith(".cubin")}
     assert {"screen", "resolve", "pack_codebook", "statistics_kernel", "normalize_rows", "linear_loss"} <= kernels
+    assert {"attention_forward", "query_gradients", "key_gradients"} <= kernels
 
 
 @pytest.mark.slow
@@ -56,6 +57,10 @@ def test_the_other_script_finds_them_there_and_writes_its_results(carried, tmp_p
     assert sorted(path.name for path in out.iterdir()) == ["sections.jsonl", "sections.log"]
     count = sum(1 for _ in (work / "triton").iterdir())
     assert count > 10 and f"kernels in Triton's cache: {count} carried" in done.stdout
+    # Triton finds a kernel's files where this says that they are.
+    for group in (work / "triton").glob("*/__grp__*.json"):
+        paths = json.loads(group.read_text())["child_paths"].values()
+        assert paths and all(Path(path).parent.parent == work / "triton" and Path(path).exists() for path in paths)
 
 
 def test_files_are_kept_for_later_calls_and_photographs_are_given_to_the_program(tmp_path):

@@ -150,7 +150,7 @@ def test_opcheck():
         _, sums = attention_op(x, bias[0], 0.5)
         torch.library.opcheck(attention_op, (x.clone().requires_grad_(), bias[0].clone().requires_grad_(), 0.5))
         torch.library.opcheck(attention_op, (x.clone().requires_grad_(), None, 0.5))
-        torch.library.opcheck(attention_backward_op, (grad.to(dtype), x, bias[0], sums, 0.5, True))
+        torch.library.opcheck(attention_backward_op, (grad.to(dtype), x, bias[0], None, sums, 0.5, True))
 
 
 def test_it_compiles_without_a_graph_break_and_with_the_same_gradients():

@@ -123,6 +123,24 @@ def residual_norm() -> None:
     torch.testing.assert_close(residual_norm_backward_triton(*given), theirs, rtol=1e-4, atol=1e-4)
 
 
+def attend() -> None:
+    """By the plans for few and for many tokens, with and without a bias and its gradient."""
+    from beitv2_fast.kernels.attention.reference import attention_backward_reference, attention_reference
+    from beitv2_fast.kernels.attention.triton import attention_backward_triton, attention_triton
+
+    for tokens, width, dtype in ((1, 1, torch.float16), (65, 24, torch.float16), (150, 64, torch.bfloat16),
+                                 (209, 16, torch.float16), (33, 80, torch.bfloat16)):  # fmt: skip
+        qkv, grad = torch.randn(2, tokens, 3, 2, width, device=HERE), torch.randn(2, tokens, 2, width, device=HERE)
+        qkv, grad, bias = qkv.to(dtype), grad.to(dtype), torch.randn(2, tokens, tokens, device=HERE)
+        for given, of_bias in ((bias, True), (bias, False), (None, False)):
+            out, lse = attention_triton(qkv, given, 0.3)
+            gradients = attention_backward_triton(grad, qkv, given, out, lse, 0.3, of_bias)
+            wide = qkv.double(), None if given is None else bias.double()
+            exact = attention_reference(*wide, 0.3)[0], *attention_backward_reference(grad.double(), *wide, 0.3)
+            for ours, right in zip((out, *gradients[: 1 + of_bias]), exact, strict=False):
+                assert (ours - right).norm() <= 2e-2 * max(right.norm(), 1.0)
+
+
 def test_every_kernel_once(monkeypatch):
     launched, kind = set(), type(search.resolve)
     run = kind.run
@@ -132,6 +150,7 @@ def test_every_kernel_once(monkeypatch):
     quantize_backward()
     head()
     residual_norm()
+    attend()
     if not DRY:
         torch.cuda.synchronize()
     assert launched == launched_kernels()

@@ -17,6 +17,7 @@ from beitv2_fast.kernels.masked_cross_entropy.chunked import Head, Wanted
 from ..support.launches import Launch, launching
 
 pytest.importorskip("triton")
+from beitv2_fast.kernels.attention import triton as attention
 from beitv2_fast.kernels.codebook_search import triton as search
 from beitv2_fast.kernels.codebook_update import triton as update
 from beitv2_fast.kernels.masked_cross_entropy import triton as head
@@ -137,3 +138,16 @@ def test_the_loss_without_logits_takes_more_tokens_than_65535_blocks(launches) -
     labels, losses = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
     hidden, weight = torch.empty(rows, 1, dtype=BF16), torch.empty(1, 1, dtype=BF16)
     head.loss_triton(hidden, weight, None, labels, losses, torch.empty(rows, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("images", "tokens", "heads", "width", "dtype"),
+    [(1, 1, 1, 1, BF16), (1, 17, 1, 24, FP16), (3, 50, 2, 16, FP16), (2, 1025, 2, 128, BF16)],
+)
+def test_attention_fits(images, tokens, heads, width, dtype, launches) -> None:
+    qkv, grad = torch.empty(images, tokens, 3, heads, width, dtype=dtype), torch.empty(images, tokens, heads, width)
+    bias = torch.empty(tokens, heads, tokens).transpose(0, 1)
+    for given, of_bias in ((bias, True), (bias, False), (None, False)):
+        out, lse = attention.attention_triton(qkv, given, 0.5)
+        attention.attention_backward_triton(grad.to(dtype), qkv, given, out, lse, 0.5, of_bias)
+    assert len({launch.kernel for launch in launches}) >= 4

@@ -58,7 +58,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     bins = torch.tensor([[3, 1, 0, 2, 1], [0, 0, 7, 0, 0]])
     return {
         "attention": (qkv, bias, 0.5),
-        "attention_backward": (grad, qkv, bias, sums, 0.5, True),
+        "attention_backward": (grad, qkv, bias, None, sums, 0.5, True),
         "block_masks": (torch.tensor([5, 6, 7]), 6, 5, 12, 4, 0.3, 12),
         "copy_codebook": (codes, noise(5, 6)),
         "codebook_search cosine": (x, codes, "cosine", True, True, True),

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from beitv2_fast.errors import UserError
 from beitv2_fast.kernels.attention.reference import attention_reference
@@ -49,6 +50,7 @@ def gpu(monkeypatch):
         names = {"xformers": package, "xformers.ops": ops, "xformers._cpp_lib": library}
         for name, value in names.items():
             monkeypatch.setitem(sys.modules, name, value if installed else None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         monkeypatch.setattr(torch.version, "hip", None)
 
@@ -63,11 +65,31 @@ def lost_library() -> Exception:
 
 @pytest.mark.parametrize(
     ("capability", "expected"),
-    [((7, 5), "xformers"), ((8, 0), "xformers"), ((9, 0), "xformers"), ((10, 0), "sdpa"), ((12, 0), "sdpa")],
+    [((7, 5), "xformers"), ((8, 0), "xformers"), ((9, 0), "native"), ((10, 0), "sdpa"), ((12, 0), "sdpa")],
 )
-def test_xformers_computes_on_gpus_up_to_capability_9_and_sdpa_on_newer_ones(gpu, capability, expected):
+def test_ours_computes_where_it_was_measured_then_xformers_where_it_can_and_sdpa_on_newer_gpus(
+    gpu, capability, expected
+):
     gpu(capability)
     assert choose_attention("auto", "cuda") == expected
+    for name in ("sdpa", "math") if capability < (8, 0) else ("native", "sdpa", "math"):
+        assert choose_attention(name, "cuda") == name
+    if capability <= (9, 0):
+        assert choose_attention("xformers", "cuda") == "xformers"
+
+
+def test_ours_is_refused_on_a_gpu_that_is_too_old(gpu):
+    gpu((7, 5))
+    with pytest.raises(UserError, match=r"need compute capability 8\.0"):
+        choose_attention("native", "cuda")
+
+
+def test_without_triton_a_gpu_gets_xformers_and_ours_is_refused(gpu, monkeypatch):
+    gpu((9, 0))
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    assert choose_attention("auto", "cuda") == "xformers"
+    with pytest.raises(UserError, match="pip install triton"):
+        choose_attention("native", "cuda")
 
 
 def test_without_xformers_a_gpu_gets_sdpa_and_no_warning(gpu, recwarn):
@@ -100,7 +122,7 @@ def test_an_xformers_of_another_torch_is_reported_as_such(gpu):
     ("asked", "device", "said"),
     [
         ("xformers", "cpu", "no kernel for cpu"),
-        ("native", "cuda", "C\\+\\+ op for CPUs"),
+        ("native", "mps", "no kernel for mps"),
         ("fastest", "cpu", "must be one of"),
     ],
 )
@@ -150,6 +172,46 @@ def test_all_implementations_agree_with_the_definition(gpu, monkeypatch, name, w
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     for a, b in zip(*(torch.autograd.grad(out, inputs, grad) for out in (ours, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "who"),
+    [
+        (torch.bfloat16, 64, "native"),
+        (torch.float16, 80, "native"),
+        (torch.float32, 64, "sdpa"),
+        (torch.bfloat16, 256, "sdpa"),
+    ],
+)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_on_a_gpu_ours_computes_low_precision_with_an_fp32_bias_and_sdpa_the_rest(
+    gpu, monkeypatch, dtype, width, who, with_bias
+):
+    gpu((9, 0))
+    called = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def ours(qkv, bias):
+        called.append(("native", bias.dtype if with_bias else None))
+        return native_attention(qkv, bias)
+
+    def theirs(q, k, v, attn_mask):
+        called.append(("sdpa", attn_mask.dtype if with_bias else None))
+        return sdpa(q, k, v, attn_mask=attn_mask)
+
+    native_attention = module.native_attention
+    monkeypatch.setattr(module, "native_attention", ours)
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", theirs)
+    with FakeTensorMode():
+        qkv = torch.empty(2, 10, 3, 4, width, dtype=dtype, device="cuda")
+        bias = torch.empty(1, 4, 10, 10, device="cuda")
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype != torch.float32):
+            prepared = prepare_bias(bias, "auto")
+        out = attend(qkv, prepared if with_bias else None)
+    assert out.shape == (2, 10, 4 * width) and out.dtype == dtype
+    of_bias = torch.float32 if who == "native" else dtype
+    assert called == [(who, of_bias if with_bias else None)]
 
 
 @pytest.mark.parametrize("name", ["xformers", "sdpa"])

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 # Scores and probabilities are rounded to the dtype, and so are the bias and its gradient.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 SHAPES = [(3, 197, 3, 64), (1, 37, 12, 64), (2, 10, 2, 16), (1, 1, 1, 8)]  # images, tokens, heads, width of a head
-NAMES = ["auto", "sdpa", "math", "xformers"]
+NAMES = ["auto", "native", "sdpa", "math", "xformers"]
 
 
 def runnable(name: str) -> str:
@@ -83,4 +83,6 @@ def test_the_host_waits_for_nothing(name):
 
 @cuda_only
 def test_auto_is_what_the_machine_has():
-    assert choose_attention("auto", "cuda") == ("sdpa" if xformers_problem("cuda") else "xformers")
+    measured = torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9
+    others = "sdpa" if xformers_problem("cuda") else "xformers"
+    assert choose_attention("auto", "cuda") == ("native" if measured else others)
