@@ -93,10 +93,27 @@ def attention_cases(tiny: bool) -> Iterator[Case]:
             yield f"attention backward {name}, its gradient {of_bias}", backward
 
 
+def gradient_cases(tiny: bool) -> Iterator[Case]:
+    from beitv2_fast.kernels.masked_cross_entropy import triton as host
+
+    images, patches, masked, width, vocabulary = (2, 16, 5, 64, 128) if tiny else (64, 196, 75, 768, 8192)
+    rows, upstream = torch.zeros(images * masked, width), torch.ones(1).expand(2)
+    positions = torch.arange(images * masked)
+    yield "masked scatter", partial(host.scatter_rows_triton, rows, positions, images, patches)
+    for known in (torch.zeros(2, vocabulary, width), torch.zeros(2, vocabulary), rows[None]):
+        yield (
+            f"known gradients {len(known)}",
+            partial(host.weigh_triton, upstream[: len(known)], known, 7, torch.float32),
+        )
+
+
 def cases(target: str, tiny: bool) -> Iterator[Case]:
     with launching(target):  # the host code asks for the target here, too
-        found = [*search_cases(PROCESSORS[target], tiny), *quantizer_cases(tiny), *head_cases(tiny)]
-    yield from (*found, *attention_cases(tiny))
+        found = [
+            *search_cases(PROCESSORS[target], tiny), *quantizer_cases(tiny), *head_cases(tiny), *gradient_cases(tiny),
+            *attention_cases(tiny),
+        ]  # fmt: skip
+    yield from found
 
 
 def main() -> int:

@@ -64,10 +64,17 @@ def _masked_gather_fake(tokens: Tensor, positions: Tensor) -> Tensor:
 
 @torch.library.custom_op("beitv2_fast::masked_scatter", mutates_args=())
 def scatter_rows(rows: Tensor, positions: Tensor, images: int, patches: int) -> Tensor:
-    """Zeros [B, N, C] with rows [M, C] at the positions, which all differ: nothing is summed, so no order matters."""
+    """Zeros [B, N, C] with rows [M, C] at the positions, which ascend: nothing is summed, so no order matters."""
     out = rows.new_zeros(images, patches, rows.shape[1])
     out.view(images * patches, -1)[positions] = rows
     return out
+
+
+@scatter_rows.register_kernel("cuda")
+def _masked_scatter_cuda(rows: Tensor, positions: Tensor, images: int, patches: int) -> Tensor:
+    from .triton import scatter_rows_triton
+
+    return scatter_rows_triton(rows, positions, images, patches)
 
 
 @scatter_rows.register_fake
@@ -203,6 +210,15 @@ def with_gradient_backward(upstream: Tensor, gradient: Tensor, rows: int, dtype:
     if len(factors) == 1:
         return (gradient[0] * factors).to(dtype)
     return torch.mv(gradient.flatten(1).t(), factors).view(gradient.shape[1:]).to(dtype)
+
+
+@with_gradient_backward.register_kernel("cuda")
+def _with_gradient_backward_cuda(upstream: Tensor, gradient: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    from .triton import weigh_triton
+
+    if gradient.dtype == torch.float64 or not gradient[0].is_contiguous():
+        return with_gradient_backward._init_fn(upstream, gradient, rows, dtype)
+    return weigh_triton(upstream, gradient, rows, dtype)
 
 
 @with_gradient_backward.register_fake

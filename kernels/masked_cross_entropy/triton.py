@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..gpu import device_of, target_name
 from .chunked import Device, Head, Normalized, Results, Wanted, empty_results, head_losses
+from .triton_backward import scatter_rows_kernel, weigh
 from .triton_loss import combine_parts, linear_loss, softmax_gradient, softmax_rows
 from .triton_norm import normalize_rows, normalize_rows_backward
 
@@ -45,6 +46,7 @@ LOSS_CONFIGS = {
 WHOLE_ROW = 1 << 14  # classes of which softmax_rows holds a row in registers; more are read block by block
 SOFTMAX_BLOCK, SOFTMAX_WARPS = 1024, 4
 NORM_ROWS = 4  # rows of a program of the LayerNorm's backward
+SCATTER_ROWS = 4  # tokens of a program of the scatter
 
 
 def norm_launch(dim: int) -> dict[str, int]:
@@ -53,8 +55,8 @@ def norm_launch(dim: int) -> dict[str, int]:
 
 
 def softmax_launch(classes: int, dtype: torch.dtype, target: str) -> dict[str, int]:
-    """16 logits per lane. At 64 registers, enough for low-precision vectors, an SM holds two rows of 8192 at once: one is
-    read while the other is computed."""
+    """16 logits per lane. At 64 registers, enough for low-precision vectors, an SM holds two rows of 8192: one is read
+    while the other is computed."""
     block = triton.next_power_of_2(classes)
     launch = {"BLOCK_V": block, "num_warps": min(max(block // 512, 1), 8 if target == "gfx942" else 16)}
     bounded = target in ("sm_80", "sm_90") and block <= 8192 and classes % 16 == 0 and dtype in LOW_PRECISION
@@ -261,3 +263,28 @@ def loss_triton(
         combine_parts[(triton.cdiv(rows, 128),)](
             tops, indices, sums, targets, labels, losses, correct, rows, classes, parts, BLOCK_M=128
         )
+
+
+def weigh_triton(upstream: Tensor, gradient: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """``with_gradient_backward`` of fp32 gradients whose branches are contiguous, in one kernel."""
+    out = gradient.new_empty(gradient.shape[1:], dtype=dtype)
+    if out.numel():
+        with device_of(gradient):
+            weigh[(triton.cdiv(out.numel(), 1024),)](
+                gradient, upstream, out, len(gradient), out.numel(), 1.0 / max(rows, 1), gradient.stride(0),
+                upstream.stride(0), BLOCK=1024,
+            )  # fmt: skip
+    return out
+
+
+def scatter_rows_triton(rows: Tensor, positions: Tensor, images: int, patches: int) -> Tensor:
+    """``masked_scatter`` in one kernel that writes rows and zeros alike."""
+    (count, dim), tokens = rows.shape, images * patches
+    out = rows.new_empty(images, patches, dim)
+    if out.numel():
+        with device_of(rows):
+            scatter_rows_kernel[(triton.cdiv(tokens, SCATTER_ROWS),)](
+                rows.contiguous(), positions.contiguous(), out, count, tokens, dim, count.bit_length(),
+                BLOCK_T=SCATTER_ROWS, BLOCK_C=min(triton.next_power_of_2(dim), 1024),
+            )  # fmt: skip
+    return out

@@ -86,7 +86,7 @@ def quantize_backward() -> None:
 
 
 def head() -> None:
-    from beitv2_fast.kernels.masked_cross_entropy.triton import head_losses_triton
+    from beitv2_fast.kernels.masked_cross_entropy.triton import head_losses_triton, scatter_rows_triton, weigh_triton
 
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01)):
         for has_bias in (True, False):
@@ -104,6 +104,12 @@ def head() -> None:
                 theirs = head_losses(*given, torch.float32, wanted, Device(1 << 22))
                 for a, b in zip((ours.losses, *ours.grad_rows), (theirs.losses, *theirs.grad_rows), strict=True):
                     assert (a - b).norm() <= tolerance * b.norm()
+    rows = torch.randn(12, 100, device=HERE)
+    assert torch.equal(scatter_rows_triton(rows, positions, 3, 9).flatten(0, 1)[positions], rows)
+    upstream, known = torch.randn(2, device=HERE), torch.randn(2, 83, 100, device=HERE)
+    torch.testing.assert_close(
+        weigh_triton(upstream, known, 1, torch.float32), torch.einsum("l,lvc->vc", upstream, known)
+    )
 
 
 def residual_norm() -> None:

@@ -133,6 +133,14 @@ def test_residual_and_norm_fit(images, tokens, width, stream, branch, launches) 
         residual.residual_norm_backward_triton(x, *normed, b, gamma, kept, 0.9, norm, stream, of_branch)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize(("images", "patches", "masked", "width"), [(1, 1, 1, 1), (64, 196, 75, 768), (2, 9, 0, 33)])
+def test_the_gradients_fit(images, patches, masked, width, dtype, launches) -> None:
+    rows, upstream = torch.zeros(images * masked, width, dtype=dtype), torch.ones(1).expand(2)
+    head.scatter_rows_triton(rows, torch.arange(len(rows)), images, patches)
+    head.weigh_triton(upstream, torch.zeros(2, patches, width), 7, dtype)
+
+
 def test_the_loss_without_logits_takes_more_tokens_than_65535_blocks(launches) -> None:
     rows = 65536 * 128
     labels, losses = torch.empty(rows, dtype=torch.int64), torch.empty(rows)

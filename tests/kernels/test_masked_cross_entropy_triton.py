@@ -203,3 +203,31 @@ def test_the_whole_op(monkeypatch, dtype, wanted, chunk, images):
     floats = [[r.losses, *r.grad_rows, r.grad_norm, r.grad_weight, r.grad_bias] for r in (ours, plain)]
     for a, b in zip(*floats, strict=True):
         assert_close(a, b, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 24, 65])
+@pytest.mark.parametrize("positions", [[], [0], [13], [0, 1, 5, 6, 13], [2, 3, -1], list(range(14))])
+def test_rows_are_scattered_among_zeros(positions, dim, dtype):
+    rows, at = torch.randn(len(positions), dim).to(dtype), torch.tensor(positions, dtype=torch.int64)
+    expected = torch.zeros(14, dim, dtype=dtype)
+    expected[at] = rows
+    ours = gpu.scatter_rows_triton(guarded(rows), guarded(at), 2, 7)
+    assert torch.equal(ours, expected.view(2, 7, dim))
+
+
+def test_of_several_missing_positions_the_last_row_stays():
+    rows = torch.randn(4, 8)
+    ours = gpu.scatter_rows_triton(rows, torch.tensor([1, -1, -1, -1]), 1, 5)
+    assert torch.equal(ours[0, [1, 4]], rows[[0, 3]]) and not ours[0, [0, 2, 3]].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_known_gradients_times_the_upstream_one(dtype):
+    gradient = torch.randn(2, 3, 1000)
+    for upstream in (torch.randn(2), torch.ones(1).expand(2), torch.randn(2).to(torch.float16), torch.randn(4)[::2]):
+        for known in (guarded(gradient), gradient[:, 1], gradient[:1]):
+            ours = gpu.weigh_triton(upstream[: len(known)], known, 7, dtype)
+            exact = sum(u.double() / 7 * g.double() for u, g in zip(upstream, known, strict=False))
+            assert ours.dtype == dtype
+            assert_close(ours, exact, dtype)
