@@ -48,7 +48,7 @@ SECTIONS = (
     Section("learn", "C", "learning", 90, 0, "does it learn: tokenizer, students, probes, fine-tuning"),
     Section("xformers", "D", "attention", 8, 40, "xformers is installed, and chosen"),
     Section("teacher", "D", "models", 12, 50, "CLIP's teacher of open_clip, random weights"),
-    Section("dali", "D", "trainings", 50, 90, "DALI on the GPU against its CPU pipeline: pixels and images/s"),
+    Section("dali", "D", "trainings", 50, 90, "loaders of pre-training views: pixels and images/s"),
     Section("deepspeed", "D", "trainings", 90, 140, "deepspeed train/pretrain.py under ZeRO 0 to 3"),
     Section("demo", "D", "trainings", 120, 200, "the demo, from photographs to its table"),
 )

@@ -167,7 +167,8 @@ def trainings(records: Records) -> Iterator[str]:
             yield f"\nLoading by {r['loader']} on {r['device']}: {r['images_s']:.0f} images/s."
     for r in records.of("dali", what="pixels against torchvision's"):
         mean, most = f"{r['mean_levels']:.3g}", f"{r['most']:.3g}"
-        yield f"\nDALI {r['kind']} against torchvision: {mean} levels of 255 in the mean, {most} at most."
+        how = " on ".join(r["kind"])
+        yield f"\nPixels by {how} against torchvision's: {mean} levels of 255 in the mean, {most} at most."
     for r in records.of("demo"):
         if "seconds" in r and "on" in r:
             yield f"\ntrain/demo.py on {r['on']}: {r['seconds']:.0f} s, code {r['code']}; probe {r['probe']}."

@@ -112,15 +112,16 @@ def files(run: Run) -> None:
 
 
 def dali(run: Run) -> None:
-    """Batches of pre-training views: pixels of the GPU's decoder against the CPU's, images/s of each loader."""
-    if "dali" not in _loaders():
-        return run.say("dali", skipped="DALI is not installed (extra: dali)")
+    """Batches of pre-training views: images/s of each loader, pixels against torchvision's."""
     size, grid, masked = (32, (4, 4), 6) if run.tiny else (224, (14, 14), 75)
     batch, steps = (8, 2) if run.tiny else (128, 25)
     view = PretrainView(size, size, grid, masked, min_mask_patches=2 if run.tiny else 16)
     workers = 0 if run.tiny else max((os.cpu_count() or 4) - 2, 1)
-    kinds = [("torchvision", torch.device("cpu")), ("dali", torch.device("cpu"))]
-    kinds += [("dali", DEVICE)] * run.on_gpu
+    kinds = [("torchvision", torch.device("cpu")), ("gpu", DEVICE)]
+    if "dali" in _loaders():
+        kinds += [("dali", torch.device("cpu")), *[("dali", DEVICE)] * run.on_gpu]
+    else:
+        run.say("dali", skipped="DALI is not installed (extra: dali)")
     first = {}
     with _pictures(run) as folder:
         for loader, device in kinds:
