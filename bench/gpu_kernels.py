@@ -48,7 +48,7 @@ def search_cases(
 ) -> Iterator[Case]:
     """codebook_search: the kernels of one call; the screening once for every configuration autotuning may pick."""
     from beitv2_fast.kernels.codebook_search import triton as host
-    from beitv2_fast.kernels.codebook_search import triton_resolve, triton_screen
+    from beitv2_fast.kernels.codebook_search import triton_resolve, triton_scan, triton_screen
 
     plan, x_type = host.PLANS[target], TRITON_TYPE[dtype]
     num_blocks = -(-k // host.BLOCK_K)
@@ -56,44 +56,53 @@ def search_cases(
     bits, euclidean = host.index_bits(num_blocks, split), metric == "euclidean"
     block_d, num_d = host.screen_chunks(d)
     row_block_d, row_num_d = host.row_chunks(d)
+    pack_d = host.pack_chunk(block_d * num_d)
     common = {"EUCLIDEAN": euclidean, "POSITIVE": plan.positive, "INDEX_BITS": bits, "SPLIT": split}
     common |= {"LANES": plan.lanes, "BLOCK_K": host.BLOCK_K}
-    codebook_types = {"codebook": "*fp32", "bounds": "*fp32", "K": "i32", "D": "i32", "stride_k": "i32"}
-    rows = {"stride_d": 1, "BLOCK_R": host.PACK_ROWS, "BLOCK_D": block_d, "NUM_D": num_d}
-    aligned = ("D", "K", "stride_k", "x_stride_n", "codebook_stride_k")
-    yield Case(
-        "codebook_search", "codebook_magnitude", triton_screen.codebook_magnitude, codebook_types, rows,
-        aligned=aligned,
-    )  # fmt: skip
+    aligned = ("N", "D", "K", "num_blocks", "stride_k", "x_stride_n", "codebook_stride_k", "part_size")
+    screened = {"center": "*fp32", "bounds": "*fp32", "N": "i32", "D": "i32", "num_blocks": "i32"}
     yield Case(
         "codebook_search", "pack_codebook", triton_screen.pack_codebook,
-        {**codebook_types, "packed": "*fp16", "bias": "*fp32"},
-        {**rows, "LANES": plan.lanes, "BLOCK_K": host.BLOCK_K},
-        aligned=aligned,
+        {
+            **screened, "codebook": "*fp32", "packed": "*fp16", "bias": "*fp32", "hard": "*i64", "K": "i32",
+            "stride_k": "i32",
+        },
+        {
+            "stride_d": 1, "LANES": plan.lanes, "BLOCK_K": host.BLOCK_K, "SAMPLE": host.SAMPLE, "BLOCK_D": pack_d,
+            "NUM_D": block_d * num_d // pack_d,
+        },
+        host.PACK_WARPS, 3, aligned,
     )  # fmt: skip
     for config in plan.configs_for(d):
         yield Case(
             "codebook_search", f"screen {config.block_n}x{host.BLOCK_K}", triton_screen.screen,
             {
-                "x": x_type, "packed": "*fp16", "bias": "*fp32", "bounds": "*fp32", "keys": "*fp32", "rest": "*fp32",
-                "N": "i32", "D": "i32", "num_blocks": "i32", "x_stride_n": "i32",
+                **screened, "x": x_type, "packed": "*fp16", "bias": "*fp32", "keys": "*fp32", "rest": "*fp32",
+                "x_stride_n": "i32",
             },
             {**common, "x_stride_d": 1, "BLOCK_N": config.block_n, "BLOCK_D": block_d, "NUM_D": num_d},
             config.num_warps, config.num_stages, aligned, tensor_core=True,
         )  # fmt: skip
+    rows = {
+        "x": x_type, "codebook": "*fp32", "hard": "*i64", "indices": "*i64", "normalized": "*fp32", "codes": "*fp32",
+        "distances": "*fp32", "N": "i32", "K": "i32", "D": "i32", "x_stride_n": "i32", "codebook_stride_k": "i32",
+    }  # fmt: skip
+    wanted = {
+        "EUCLIDEAN": euclidean, "x_stride_d": 1, "codebook_stride_d": 1, "WRITE_NORMALIZED": outputs,
+        "WRITE_CODES": outputs, "WRITE_DISTANCES": outputs, "BLOCK_D": row_block_d, "NUM_D": row_num_d,
+    }  # fmt: skip
     yield Case(
         "codebook_search", "resolve", triton_resolve.resolve,
-        {
-            "x": x_type, "codebook": "*fp32", "bounds": "*fp32", "keys": "*fp32", "rest": "*fp32", "indices": "*i64",
-            "normalized": "*fp32", "codes": "*fp32", "distances": "*fp32", "N": "i32", "K": "i32", "D": "i32",
-            "num_blocks": "i32", "x_stride_n": "i32", "codebook_stride_k": "i32",
-        },
-        {
-            **common, "x_stride_d": 1, "codebook_stride_d": 1, "WRITE_NORMALIZED": outputs, "WRITE_CODES": outputs,
-            "WRITE_DISTANCES": outputs, "BLOCK_R": plan.resolve_rows, "BLOCK_D": row_block_d, "NUM_D": row_num_d,
-            "BLOCK_SCAN": host.BLOCK_SCAN,
-        },
+        {**screened, **rows, "keys": "*fp32", "rest": "*fp32"},
+        {**common, **wanted, "BLOCK_R": plan.resolve_rows},
         4, 3, aligned, options=plan.resolve_options,
+    )  # fmt: skip
+    yield Case(
+        "codebook_search", "scan", triton_scan.scan, {**rows, "x": "*fp32", "partial": "*fp64", "part_size": "i32"},
+        {
+            **wanted, "PARTS": host.scan_parts(k, split), "BLOCK_R": plan.scan_rows, "BLOCK_C": host.BLOCK_SCAN,
+        },
+        host.SCAN_WARPS, 3, aligned, tensor_core=True,
     )  # fmt: skip
 
 

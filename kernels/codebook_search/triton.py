@@ -1,4 +1,4 @@
-"""codebook_search on NVIDIA and AMD GPUs: the launches of triton_screen and triton_resolve."""
+"""codebook_search on NVIDIA and AMD GPUs: the launches of triton_screen, triton_resolve and triton_scan."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from torch import Tensor
 
 from ..gpu import device_of, target_name
 from .triton_resolve import resolve
-from .triton_screen import codebook_magnitude, pack_codebook, screen
+from .triton_scan import scan
+from .triton_screen import pack_codebook, screen
 
 BLOCK_K = 128  # codes that one step of the screening scores
 MAX_SPLIT = 8
-PACK_ROWS = 32  # codes that one program packs
-BLOCK_SCAN = 64  # codes of a step where a row is scored against all of them
+PACK_WARPS = 8
+SAMPLE = 64  # codes that tell where the codebook lies
+BLOCK_SCAN = 64  # codes of a step where rows are scored against all of them
+SCAN_PART = 1024  # codes of a task there, or more
+SCAN_WARPS, SCAN_PROGRAMS = 8, 2  # of a program; on a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class ScreenPlan:
     configs: tuple[Config, ...]
     wide: tuple[Config, ...] = ()  # in place of ``configs`` where D > 64, if given
     resolve_rows: int = 8  # BLOCK_R of ``resolve``
+    scan_rows: int = 32  # BLOCK_R of ``scan``, not less
     # Without a limit of its own, ptxas spills registers of ``resolve`` to reach the next occupancy.
     resolve_options: dict[str, int] = field(default_factory=lambda: {"maxnreg": 255})
 
@@ -50,7 +55,7 @@ PLANS = {
     "sm_90": ScreenPlan(8, False, (Config(128, 8, 3), Config(64, 4, 3)), wide=(Config(128, 8, 3), Config(64, 8, 3))),
     "sm_100": ScreenPlan(8, False, (Config(128, 4, 3),)),
     "gfx942": ScreenPlan(8, True, (Config(128, 4, 2), Config(64, 4, 2)), resolve_options={}),
-    "interpreter": ScreenPlan(8, False, (Config(256, 4, 1),), resolve_rows=64),
+    "interpreter": ScreenPlan(8, False, (Config(256, 4, 1),), resolve_rows=64, scan_rows=64),
 }
 
 
@@ -63,6 +68,11 @@ def row_chunks(d: int) -> tuple[int, int]:
     """(BLOCK_D, NUM_D) of the other kernels."""
     block = min(32, max(16, triton.next_power_of_2(d)))
     return block, triton.cdiv(d, block)
+
+
+def pack_chunk(width: int) -> int:
+    """BLOCK_D of the packing, of a padded width."""
+    return min(32, width)
 
 
 def resolve_warps(codebook: Tensor) -> int:
@@ -86,6 +96,15 @@ def index_bits(num_blocks: int, split: int) -> int:
     return max(1, (triton.cdiv(num_blocks, split) - 1).bit_length())
 
 
+def scan_parts(k: int, split: int) -> int:
+    """Into how many parts the codebook is cut for ``scan``: a power of two, and its results fit into those of
+    ``screen``."""
+    parts = 1
+    while parts < min(4 * split, k // SCAN_PART):
+        parts *= 2
+    return parts
+
+
 @cache
 def autotuned(configs: tuple[Config, ...]) -> Any:
     choices = [triton.Config({"BLOCK_N": c.block_n}, num_warps=c.num_warps, num_stages=c.num_stages) for c in configs]
@@ -106,7 +125,8 @@ def codebook_search_triton(
     """(indices, normalized, codes, distances) as ``beitv2_fast::codebook_search``; fp32, fp16 and bf16.
 
     ``split`` and ``plan`` are chosen from the device; tests set them. Extra memory: 2 K D bytes for the packed
-    codebook and N SPLIT (2 LANES + 1) floats, nothing of N x K.
+    codebook, N SPLIT (2 LANES + 1) floats and 9 N bytes, in
+    16 bits also both inputs in fp32; nothing of N x K.
     """
     (n, d), k = x.shape, codebook.shape[0]
     euclidean = metric == "euclidean"
@@ -119,53 +139,66 @@ def codebook_search_triton(
 
     with device_of(x):
         plan = plan or target_name()
-        lanes, num_blocks = PLANS[plan].lanes, triton.cdiv(k, BLOCK_K)
+        chosen, num_blocks = PLANS[plan], triton.cdiv(k, BLOCK_K)
+        lanes, block_r = chosen.lanes, chosen.resolve_rows
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
         if split is None:
-            processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-            split = choose_split(triton.cdiv(n, PLANS[plan].configs_for(d)[0].block_n), num_blocks, processors)
+            split = choose_split(triton.cdiv(n, chosen.configs_for(d)[0].block_n), num_blocks, processors)
         bits = index_bits(num_blocks, split)
-        packed, bias, bounds = _pack(codebook, lanes, num_blocks)
+        hard = x.new_empty(n + 1 + triton.cdiv(n, block_r), dtype=torch.int64)
+        packed, bias, center, bounds = _pack(codebook, hard, n, lanes, num_blocks)
         keys = x.new_empty(n, split, 2, lanes, dtype=torch.float32)
         rest = x.new_empty(n, split, dtype=torch.float32)
-        _screen(x, packed, bias, bounds, keys, rest, num_blocks, euclidean, bits, split, plan)
+        _screen(x, packed, bias, center, bounds, keys, rest, num_blocks, euclidean, bits, split, plan)
 
         block_d, num_d = row_chunks(d)
-        block_r, block_scan = PLANS[plan].resolve_rows, 512 if triton.knobs.runtime.interpret else BLOCK_SCAN
+        wanted = {
+            "EUCLIDEAN": euclidean, "WRITE_NORMALIZED": return_normalized, "WRITE_CODES": return_codes,
+            "WRITE_DISTANCES": return_distances, "BLOCK_D": block_d, "NUM_D": num_d,
+        }  # fmt: skip
         resolve[(triton.cdiv(n, block_r),)](
-            x, codebook, bounds, keys, rest, indices, normalized, codes, distances, n, k, d, num_blocks,
-            *x.stride(), *codebook.stride(),
-            EUCLIDEAN=euclidean, POSITIVE=PLANS[plan].positive, INDEX_BITS=bits, SPLIT=split, LANES=lanes,
-            WRITE_NORMALIZED=return_normalized, WRITE_CODES=return_codes, WRITE_DISTANCES=return_distances,
-            BLOCK_R=block_r, BLOCK_K=BLOCK_K, BLOCK_D=block_d, NUM_D=num_d, BLOCK_SCAN=block_scan,
-            num_warps=resolve_warps(codebook), **PLANS[plan].resolve_options,
+            x, codebook, center, bounds, keys, rest, hard, indices, normalized, codes, distances,
+            n, k, d, num_blocks, *x.stride(), *codebook.stride(),
+            POSITIVE=chosen.positive, INDEX_BITS=bits, SPLIT=split, LANES=lanes, BLOCK_R=block_r, BLOCK_K=BLOCK_K,
+            **wanted, num_warps=resolve_warps(codebook), **chosen.resolve_options,
+        )  # fmt: skip
+        parts = scan_parts(k, split)
+        tasks = triton.cdiv(n, chosen.scan_rows) * parts
+        x, codebook = x.float(), codebook.float()  # Triton does not compile float64 products of 16-bit operands
+        scan[(min(tasks, SCAN_PROGRAMS * processors),)](
+            x, codebook, hard, keys.view(torch.float64), indices, normalized, codes, distances,
+            n, k, d, triton.cdiv(k, parts), *x.stride(), *codebook.stride(),
+            PARTS=parts, BLOCK_R=chosen.scan_rows, BLOCK_C=BLOCK_SCAN, **wanted, num_warps=SCAN_WARPS,
         )  # fmt: skip
     return indices, normalized, codes, distances
 
 
-def _pack(codebook: Tensor, lanes: int, num_blocks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(packed codes, biases, bounds): see ``pack_codebook``."""
+def _pack(
+    codebook: Tensor, hard: Tensor, rows: int, lanes: int, num_blocks: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(packed codes, biases, center, bounds): see ``pack_codebook``."""
     k, d = codebook.shape
     block_d, num_d = screen_chunks(d)
-    packed = codebook.new_empty(num_blocks * BLOCK_K, block_d * num_d, dtype=torch.float16)
-    bias = codebook.new_empty(num_blocks * BLOCK_K, dtype=torch.float32)
-    bounds = codebook.new_zeros(4, dtype=torch.float32)
-    block_r = BLOCK_K if triton.knobs.runtime.interpret else PACK_ROWS
-    grid = (num_blocks * BLOCK_K // block_r,)
-    blocks = {"BLOCK_R": block_r, "BLOCK_D": block_d, "NUM_D": num_d}
-    codebook_magnitude[grid](codebook, bounds, k, d, *codebook.stride(), **blocks)
-    pack_codebook[grid](
-        codebook, packed, bias, bounds, k, d, *codebook.stride(), LANES=lanes, BLOCK_K=BLOCK_K, **blocks
-    )
-    return packed, bias, bounds
+    width = block_d * num_d
+    packed = codebook.new_empty(num_blocks * BLOCK_K, width, dtype=torch.float16)
+    floats = codebook.new_empty(num_blocks * (BLOCK_K + 4) + width + 4, dtype=torch.float32)
+    bias, center, bounds = floats.split((num_blocks * BLOCK_K, width, 4 * num_blocks + 4))
+    chunk = pack_chunk(width)
+    pack_codebook[(num_blocks,)](
+        codebook, packed, bias, center, bounds, hard, rows, k, d, num_blocks, *codebook.stride(),
+        LANES=lanes, BLOCK_K=BLOCK_K, SAMPLE=SAMPLE, BLOCK_D=chunk, NUM_D=width // chunk,
+        num_warps=PACK_WARPS,
+    )  # fmt: skip
+    return packed, bias, center, bounds
 
 
 def _screen(
-    x: Tensor, packed: Tensor, bias: Tensor, bounds: Tensor, keys: Tensor, rest: Tensor,
+    x: Tensor, packed: Tensor, bias: Tensor, center: Tensor, bounds: Tensor, keys: Tensor, rest: Tensor,
     num_blocks: int, euclidean: bool, bits: int, split: int, plan: str,
 ) -> None:  # fmt: skip
     n, d = x.shape
     block_d, num_d = screen_chunks(d)
-    arguments = (x, packed, bias, bounds, keys, rest, n, d, num_blocks, *x.stride())
+    arguments = (x, packed, bias, center, bounds, keys, rest, n, d, num_blocks, *x.stride())
     constants = {
         "EUCLIDEAN": euclidean, "POSITIVE": PLANS[plan].positive, "INDEX_BITS": bits, "SPLIT": split,
         "LANES": PLANS[plan].lanes, "BLOCK_K": BLOCK_K, "BLOCK_D": block_d, "NUM_D": num_d,

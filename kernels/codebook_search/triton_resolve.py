@@ -1,8 +1,8 @@
 """GPU search, second half: the exact winner among the groups that ``screen`` kept, and whatever else is asked for.
 
 A row's screened scores are off by at most ``error`` (see ``screening_error``). Groups within twice that of the best
-are scored again in float64 from the given values; there are 1.0 to 1.1 per row unless codes nearly coincide. Where more
-groups of one lane are that close than were kept, or the codebook is not finite, the row is scored against all codes.
+are scored again in float64 from the given values: 1.0 to 1.1 per row unless codes nearly coincide. Where more
+groups of one lane are that close than were kept, or the codebook cannot be screened, the row is left to ``triton_scan``.
 
 Costs: about 2 N D (group size) float64 FLOPs and (group size) D reads of the codebook (L2) per row; reads x and the
 keys once, writes the outputs. Bound by latency and L2.
@@ -13,46 +13,47 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_screen import load_rows, magnitude, power_of_two_scale, row_scale
+from .triton_screen import codebook_bound, load_centered, load_rows, row_scale
 
 
 @triton.jit
 def screening_error(
-    rows, mask_rows, scale, ratio, bounds, D, stride_d,
+    rows, mask_rows, center, scale, ratio, code_norm, code_loss, largest_bias, D, stride_d,
     EUCLIDEAN: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
 ):  # fmt: skip
     """Bound of |screened - exact score| of every row, in scaled units.
 
     Cauchy-Schwarz on what rounding to fp16 took from the row and from the codes, measured, not assumed; then (D + 16)
-    sums of a tensor core that keeps 22 bits.
+    sums of a tensor core that keeps 22 bits, and one for subtracting the center in fp32.
     """
     squares = tl.zeros(mask_rows.shape, tl.float32)
     losses = tl.zeros(mask_rows.shape, tl.float32)
     for chunk in range(NUM_D):
-        x = load_rows(rows, mask_rows, chunk * BLOCK_D, D, stride_d, BLOCK_D) * scale[:, None]
+        x = load_centered(rows, mask_rows, center, chunk * BLOCK_D, D, stride_d, EUCLIDEAN, BLOCK_D) * scale[:, None]
         rounded = x.to(tl.float16).to(tl.float32)
         squares += tl.sum(rounded * rounded, axis=1)
         losses += tl.sum((x - rounded) * (x - rounded), axis=1)
     norm, loss = tl.sqrt(squares), tl.sqrt(losses)
-    code_norm, code_loss, largest_bias = tl.load(bounds + 1), tl.load(bounds + 2), tl.load(bounds + 3)
     scores = (norm + loss) * (code_norm + code_loss)
     if EUCLIDEAN:
         scores += largest_bias * ratio
-    return 1.01 * (loss * code_norm + norm * code_loss + scores * ((BLOCK_D * NUM_D + 16) * 2.0**-22)) + 1e-30
+    return 1.01 * (loss * code_norm + norm * code_loss + scores * ((BLOCK_D * NUM_D + 17) * 2.0**-22)) + 1e-30
+
+
+@triton.jit
+def finite_or_least(scores):
+    """-Inf for a code with NaN or Inf: such a code has no finite score, and every other code has one in float64."""
+    return tl.where(tl.abs(scores) < float("inf"), scores, -float("inf"))
 
 
 @triton.jit
 def exact_scores(
     rows, codes, mask, D, x_stride_d, codebook_stride_d,
-    EUCLIDEAN: tl.constexpr, FINITE: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
+    EUCLIDEAN: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
 ):  # fmt: skip
-    """Float64 scores [R, G] of the rows (pointers [R]) with their own codes (pointers [R, G]).
-
-    -Inf where masked and, unless all codes are known to be FINITE, for a code with NaN or Inf.
-    """
+    """Float64 scores [R, G] of the rows (pointers [R]) with their own codes (pointers [R, G]); -Inf where masked."""
     dots = tl.zeros(codes.shape, tl.float64)
     squares = tl.zeros(codes.shape, tl.float64)
-    outside = tl.zeros(codes.shape, tl.int32)
     for chunk in range(NUM_D):
         offs_d = (chunk * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
         mask_d = offs_d < D
@@ -62,10 +63,8 @@ def exact_scores(
         dots += tl.sum(x[:, None, :] * values, axis=2)
         if EUCLIDEAN:
             squares += tl.sum(values * values, axis=2)
-        if not FINITE:
-            outside += tl.sum((magnitude(values) == float("inf")).to(tl.int32), axis=2)
     scores = 2 * dots - squares if EUCLIDEAN else dots
-    return tl.where(mask & (outside == 0), scores, -float("inf"))
+    return tl.where(mask, finite_or_least(scores), -float("inf"))
 
 
 @triton.jit
@@ -78,12 +77,51 @@ def better(scores, ids, best_score, best_index):
 
 
 @triton.jit
+def write_outputs(
+    x, codebook, indices, normalized, codes, distances, offs_n, mask_n, best_index, finite, D,
+    x_stride_n, x_stride_d, codebook_stride_k, codebook_stride_d,
+    EUCLIDEAN: tl.constexpr, WRITE_NORMALIZED: tl.constexpr, WRITE_CODES: tl.constexpr, WRITE_DISTANCES: tl.constexpr,
+    BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
+):  # fmt: skip
+    """What is asked for of the rows ``offs_n`` whose winners are known."""
+    rows = x + tl.where(mask_n, offs_n, 0) * x_stride_n
+    tl.store(indices + offs_n, best_index.to(tl.int64), mask=mask_n)
+    if WRITE_NORMALIZED or WRITE_CODES or WRITE_DISTANCES:
+        norm = tl.zeros(mask_n.shape, tl.float32)
+        if not EUCLIDEAN:
+            for chunk in range(NUM_D):
+                values = load_rows(rows, mask_n, chunk * BLOCK_D, D, x_stride_d, BLOCK_D)
+                norm += tl.sum(values * values, axis=1)
+            norm = tl.maximum(tl.sqrt(norm), 1e-12)
+        distance = tl.zeros(mask_n.shape, tl.float32)
+        winners = codebook + best_index.to(tl.int64) * codebook_stride_k
+        for chunk in range(NUM_D):
+            offs_d = (chunk * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+            mask = mask_n[:, None] & (offs_d < D)[None, :]
+            values = load_rows(rows, mask_n, chunk * BLOCK_D, D, x_stride_d, BLOCK_D)
+            if not EUCLIDEAN:
+                values = values / norm[:, None]
+            code = tl.load(winners[:, None] + offs_d[None, :] * codebook_stride_d, mask=mask, other=0.0)
+            difference = tl.where(mask, values - code.to(tl.float32), 0.0)
+            distance += tl.sum(difference * difference, axis=1)
+            at = offs_n[:, None] * D + offs_d[None, :]
+            if WRITE_NORMALIZED:
+                tl.store(normalized + at, values, mask=mask)
+            if WRITE_CODES:
+                tl.store(codes + at, code, mask=mask)
+        if WRITE_DISTANCES:
+            tl.store(distances + offs_n, tl.where(finite, distance, float("nan")), mask=mask_n)
+
+
+@triton.jit
 def resolve(
     x,
     codebook,
+    center,
     bounds,
     keys,
     rest,
+    hard,
     indices,
     normalized,
     codes,
@@ -108,17 +146,23 @@ def resolve(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NUM_D: tl.constexpr,
-    BLOCK_SCAN: tl.constexpr,
 ):
+    """Everything that is asked for, except of the rows that remain for ``scan``, which ``hard`` [N + 1 + programs]
+    lists: first those rows, at N how many; behind it ``scan`` counts, from 0.
+    """
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
     rows = x + tl.where(mask_n, offs_n, 0) * x_stride_n
-    codebook_scale = power_of_two_scale(tl.load(bounds))
-    scale, largest = row_scale(rows, mask_n, codebook_scale, D, x_stride_d, EUCLIDEAN, BLOCK_D, NUM_D)
+    codebook_scale = tl.load(bounds)
+    scale, largest = row_scale(rows, mask_n, center, codebook_scale, D, x_stride_d, EUCLIDEAN, BLOCK_D, NUM_D)
     finite = largest < float("inf")
+    code_norm, code_loss = codebook_bound(bounds, 0, num_blocks), codebook_bound(bounds, 1, num_blocks)
+    largest_bias, odd_codes = codebook_bound(bounds, 2, num_blocks), codebook_bound(bounds, 3, num_blocks)
+    screened = code_norm < float("inf")
     error = screening_error(
-        rows, mask_n, scale, scale / codebook_scale, bounds, D, x_stride_d, EUCLIDEAN, BLOCK_D, NUM_D
-    )
+        rows, mask_n, center, scale, scale / codebook_scale, code_norm, code_loss, largest_bias, D, x_stride_d,
+        EUCLIDEAN, BLOCK_D, NUM_D,
+    )  # fmt: skip
     SLOTS: tl.constexpr = SPLIT * 2 * LANES
     slot_ids = tl.arange(0, SLOTS)
     left = tl.load(keys + offs_n[:, None] * SLOTS + slot_ids[None, :], mask=mask_n[:, None], other=-float("inf"))
@@ -129,11 +173,11 @@ def resolve(
     threshold = top - 2.001 * (error + (tl.abs(top) + 2 * error) * 2.0 ** (INDEX_BITS - 22))
 
     searched = mask_n & finite  # a row with NaN or Inf has index 0
-    codebook_largest, dropped = tl.load(bounds), tl.max(dropped, axis=1)
+    dropped = tl.max(dropped, axis=1)
     if not EUCLIDEAN:  # and so has a zero row, whose scores all tie
-        searched = searched & ((largest > 0) | (codebook_largest == float("inf")))
-    hard = searched & ((dropped >= threshold) | (codebook_largest == float("inf")))
-    searched = searched & (dropped < threshold) & (codebook_largest < float("inf"))
+        searched = searched & ((largest > 0) | (odd_codes > 0))
+    undecided = searched & ((dropped >= threshold) | (screened == 0))
+    searched = searched & (undecided == 0)
     best_score = tl.full((BLOCK_R,), -float("inf"), tl.float64)
     best_index = tl.zeros((BLOCK_R,), tl.int32)
 
@@ -146,52 +190,18 @@ def resolve(
         ids = (block * BLOCK_K + slot % LANES)[:, None] + (tl.arange(0, GROUP) * LANES)[None, :]
         mask = (searched & (top >= threshold))[:, None] & (ids < K)
         pointers = codebook + tl.where(mask, ids, 0).to(tl.int64) * codebook_stride_k
-        scores = exact_scores(rows, pointers, mask, D, x_stride_d, codebook_stride_d, EUCLIDEAN, True, BLOCK_D, NUM_D)
+        scores = exact_scores(rows, pointers, mask, D, x_stride_d, codebook_stride_d, EUCLIDEAN, BLOCK_D, NUM_D)
         best_score, best_index = better(scores, ids, best_score, best_index)
         left = tl.where(slot_ids[None, :] == slot[:, None], -float("inf"), left)
         top = tl.max(left, axis=1)
 
-    in_tile = tl.arange(0, BLOCK_R)
-    while tl.max(hard.to(tl.int32), axis=0) > 0:  # one such row at a time, against all codes
-        chosen = tl.min(tl.where(hard, in_tile, BLOCK_R), axis=0)
-        this = in_tile == chosen
-        n = tl.sum(tl.where(this, offs_n, 0), axis=0)
-        score = tl.full((1,), -float("inf"), tl.float64)
-        index = tl.zeros((1,), tl.int32)
-        for start in range(0, K, BLOCK_SCAN):
-            ids = start + tl.arange(0, BLOCK_SCAN)[None, :]
-            row = x + (n + tl.zeros((1,), tl.int64)) * x_stride_n
-            pointers = codebook + ids.to(tl.int64) * codebook_stride_k
-            scores = exact_scores(
-                row, pointers, ids < K, D, x_stride_d, codebook_stride_d, EUCLIDEAN, False, BLOCK_D, NUM_D
-            )
-            score, index = better(scores, ids, score, index)
-        best_index = tl.where(this, tl.sum(index, axis=0), best_index)
-        hard = hard & (in_tile != chosen)
-
-    tl.store(indices + offs_n, best_index.to(tl.int64), mask=mask_n)
-    if WRITE_NORMALIZED or WRITE_CODES or WRITE_DISTANCES:
-        norm = tl.zeros((BLOCK_R,), tl.float32)
-        if not EUCLIDEAN:
-            for chunk in range(NUM_D):
-                values = load_rows(rows, mask_n, chunk * BLOCK_D, D, x_stride_d, BLOCK_D)
-                norm += tl.sum(values * values, axis=1)
-            norm = tl.maximum(tl.sqrt(norm), 1e-12)
-        distance = tl.zeros((BLOCK_R,), tl.float32)
-        winners = codebook + best_index.to(tl.int64) * codebook_stride_k
-        for chunk in range(NUM_D):
-            offs_d = (chunk * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
-            mask = mask_n[:, None] & (offs_d < D)[None, :]
-            values = load_rows(rows, mask_n, chunk * BLOCK_D, D, x_stride_d, BLOCK_D)
-            if not EUCLIDEAN:
-                values = values / norm[:, None]
-            code = tl.load(winners[:, None] + offs_d[None, :] * codebook_stride_d, mask=mask, other=0.0)
-            difference = tl.where(mask, values - code.to(tl.float32), 0.0)
-            distance += tl.sum(difference * difference, axis=1)
-            at = offs_n[:, None] * D + offs_d[None, :]
-            if WRITE_NORMALIZED:
-                tl.store(normalized + at, values, mask=mask)
-            if WRITE_CODES:
-                tl.store(codes + at, code, mask=mask)
-        if WRITE_DISTANCES:
-            tl.store(distances + offs_n, tl.where(finite, distance, float("nan")), mask=mask_n)
+    number = tl.sum(undecided.to(tl.int64), axis=0)
+    if number > 0:
+        place = tl.atomic_add(hard + N, number, sem="relaxed") + tl.cumsum(undecided.to(tl.int64), axis=0) - 1
+        tl.store(hard + place, offs_n, mask=undecided)
+    tl.store(hard + N + 1 + tl.program_id(0), 0)
+    write_outputs(
+        x, codebook, indices, normalized, codes, distances, offs_n, mask_n & (undecided == 0), best_index, finite, D,
+        x_stride_n, x_stride_d, codebook_stride_k, codebook_stride_d,
+        EUCLIDEAN, WRITE_NORMALIZED, WRITE_CODES, WRITE_DISTANCES, BLOCK_D, NUM_D,
+    )  # fmt: skip

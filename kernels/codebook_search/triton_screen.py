@@ -39,16 +39,26 @@ def load_rows(rows, mask_rows, start, D, stride_d, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def load_centered(rows, mask_rows, center, start, D, stride_d, EUCLIDEAN: tl.constexpr, BLOCK_D: tl.constexpr):
+    """As ``load_rows``, of what is screened: x for cosine, x - center for euclidean."""
+    x = load_rows(rows, mask_rows, start, D, stride_d, BLOCK_D)
+    if EUCLIDEAN:
+        x -= tl.load(center + start + tl.arange(0, BLOCK_D))[None, :]
+    return x
+
+
+@triton.jit
 def row_scale(
-    rows, mask_rows, codebook_scale, D, stride_d, EUCLIDEAN: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr
-):
+    rows, mask_rows, center, codebook_scale, D, stride_d,
+    EUCLIDEAN: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
+):  # fmt: skip
     """(scale, largest magnitude) of every row of x: the scale is applied before the row is rounded to fp16.
 
     Euclidean scores add a code's norm in units of scale * codebook scale: not above the codebook's, it cannot overflow.
     """
     largest = tl.zeros(mask_rows.shape, tl.float32)
     for chunk in range(NUM_D):
-        x = load_rows(rows, mask_rows, chunk * BLOCK_D, D, stride_d, BLOCK_D)
+        x = load_centered(rows, mask_rows, center, chunk * BLOCK_D, D, stride_d, EUCLIDEAN, BLOCK_D)
         largest = tl.maximum(largest, tl.max(magnitude(x), axis=1))
     scale = power_of_two_scale(largest)
     if EUCLIDEAN:
@@ -57,17 +67,22 @@ def row_scale(
 
 
 @triton.jit
-def codebook_magnitude(
-    codebook, bounds, K, D, stride_k, stride_d, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr
-):
-    """bounds[0] = largest |value| of the codebook (Inf if any is not finite)."""
-    offs_k = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    rows, mask = codebook + offs_k.to(tl.int64) * stride_k, offs_k < K
-    largest = tl.zeros((BLOCK_R,), tl.float32)
-    for chunk in range(NUM_D):
-        values = load_rows(rows, mask, chunk * BLOCK_D, D, stride_d, BLOCK_D)
-        largest = tl.maximum(largest, tl.max(magnitude(values), axis=1))
-    tl.atomic_max(bounds, tl.max(largest, axis=0))
+def sample_center(sample):
+    """About the mean of the codes, from some of them [S, BLOCK_D]; 0 where it is so large that codes minus it could
+    overflow. Any center leaves the nearest code the nearest."""
+    mean = tl.sum(tl.where(tl.abs(sample) < float("inf"), sample, 0.0) * (1.0 / sample.shape[0]), axis=0)
+    return tl.where(tl.abs(mean) < 2.0**100, mean, 0.0)
+
+
+@triton.jit
+def stand_ins(ids, usable, other, LANES: tl.constexpr, BLOCK_K: tl.constexpr):
+    """For each code of a block the one that is packed in its place: itself; if it is not usable, the first usable one
+    of its group, whose best score that cannot change; else one of the block; else ``other``."""
+    of_group = tl.min(tl.reshape(tl.where(usable, ids, 2**31 - 1), (BLOCK_K // LANES, LANES)), axis=0)
+    of_block = tl.min(of_group, axis=0)
+    of_group = tl.where(of_group < 2**31 - 1, of_group, tl.minimum(of_block, other))
+    spread = tl.reshape(tl.broadcast_to(of_group[None, :], (BLOCK_K // LANES, LANES)), (BLOCK_K,))
+    return tl.where(usable, ids, spread)
 
 
 @triton.jit
@@ -75,43 +90,89 @@ def pack_codebook(
     codebook,
     packed,
     bias,
+    center,
     bounds,
+    hard,
+    N,
     K,
     D,
+    num_blocks,
     stride_k,
     stride_d,
     LANES: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    SAMPLE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NUM_D: tl.constexpr,
 ):
-    """Round scaled codes to fp16 in [K to a whole block, D to a whole chunk] and measure what that loses.
+    """Round the codes minus ``center``, scaled, to fp16 in [K to a whole block, D to a whole chunk].
 
-    bias[k] = -||scale c_k||^2 / 2. bounds[1..3] = maxima over codes of ||scale c||, of ||scale c - packed c|| and of
-    -bias. Codes beyond K repeat one of their own lane in the last block, so they never raise a group's best score; in
-    a block of fewer than LANES codes they repeat a neighbor's, which costs a candidate, not the answer.
+    <x, c - m> orders the codes of a row as <x, c> does, and <x - m, c - m> - ||c - m||^2 / 2 as the distance; both
+    differ more, relative to their size, where the codes lie close together. Center m and scale come from SAMPLE codes,
+    so that every program finds them alone; fp16 leaves room for codes 2^13 times as large, and beyond them, or where
+    no sampled code is finite, nothing is screened. Codes that are not finite, or beyond K, repeat another.
+
+    bias[k] = -||scale (c_k - m)||^2 / 2. bounds[0] = scale; from bounds[4], for every block the maxima of
+    ||scale (c - m)|| (Inf: do not screen), of what rounding took from it, of -bias, and whether a code is not finite.
+    hard[N], the number of rows that the screening cannot decide, becomes 0.
     """
-    offs_k = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    last_start = (K - 1) // BLOCK_K * BLOCK_K
-    stand_in = last_start + (offs_k - last_start) % LANES % (K - last_start)
-    rows = codebook + tl.where(offs_k < K, offs_k, stand_in).to(tl.int64) * stride_k
-    everywhere = offs_k >= 0
-    scale = power_of_two_scale(tl.load(bounds))
-    squares = tl.zeros((BLOCK_R,), tl.float32)
-    losses = tl.zeros((BLOCK_R,), tl.float32)
+    block = tl.program_id(0)
+    ids = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    sampled = (tl.arange(0, SAMPLE).to(tl.int64) * K // SAMPLE).to(tl.int32)
+    sample_rows, everywhere = codebook + sampled.to(tl.int64) * stride_k, sampled >= 0
+    own = codebook + ids.to(tl.int64) * stride_k
+    largest = tl.zeros((BLOCK_K,), tl.float32)
+    sample_largest = tl.zeros((SAMPLE,), tl.float32)
+    away = tl.zeros((SAMPLE,), tl.float32)
     for chunk in range(NUM_D):
-        values = load_rows(rows, everywhere, chunk * BLOCK_D, D, stride_d, BLOCK_D) * scale
+        values = load_rows(own, ids < K, chunk * BLOCK_D, D, stride_d, BLOCK_D)
+        largest = tl.maximum(largest, tl.max(magnitude(values), axis=1))
+        values = load_rows(sample_rows, everywhere, chunk * BLOCK_D, D, stride_d, BLOCK_D)
+        sample_largest = tl.maximum(sample_largest, tl.max(magnitude(values), axis=1))
+        away = tl.maximum(away, tl.max(tl.abs(values - sample_center(values)[None, :]), axis=1))
+    finite = sample_largest < float("inf")
+    scale = power_of_two_scale(tl.max(tl.where(finite, away, 0.0), axis=0))
+    other = tl.min(tl.where(finite, sampled, 2**31 - 1), axis=0)
+    usable = (ids < K) & (largest < float("inf"))
+    source = stand_ins(ids, usable, other, LANES, BLOCK_K)
+    rows, mask = codebook + source.to(tl.int64) * stride_k, source < K
+
+    squares = tl.zeros((BLOCK_K,), tl.float32)
+    losses = tl.zeros((BLOCK_K,), tl.float32)
+    largest_packed = tl.zeros((BLOCK_K,), tl.float32)
+    for chunk in range(NUM_D):
+        offs_d = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+        middle = sample_center(load_rows(sample_rows, everywhere, chunk * BLOCK_D, D, stride_d, BLOCK_D))
+        if block == 0:
+            tl.store(center + offs_d, middle)
+        values = (load_rows(rows, mask, chunk * BLOCK_D, D, stride_d, BLOCK_D) - middle[None, :]) * scale
         rounded = values.to(tl.float16)
         loss = values - rounded.to(tl.float32)
         squares += tl.sum(values * values, axis=1)
         losses += tl.sum(loss * loss, axis=1)
-        offs_d = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
-        tl.store(packed + offs_k.to(tl.int64)[:, None] * (BLOCK_D * NUM_D) + offs_d[None, :], rounded)
-    tl.store(bias + offs_k, -0.5 * squares)
-    tl.atomic_max(bounds + 1, tl.sqrt(tl.max(squares, axis=0)))
-    tl.atomic_max(bounds + 2, tl.sqrt(tl.max(losses, axis=0)))
-    tl.atomic_max(bounds + 3, tl.max(0.5 * squares, axis=0))
+        largest_packed = tl.maximum(largest_packed, tl.max(magnitude(values), axis=1))
+        tl.store(packed + ids.to(tl.int64)[:, None] * (BLOCK_D * NUM_D) + offs_d[None, :], rounded)
+    tl.store(bias + ids, -0.5 * squares)
+    screened = (tl.max(largest_packed, axis=0) < 65504.0) & (other < K)
+    of_block = bounds + 4 + block
+    tl.store(of_block, tl.where(screened, tl.sqrt(tl.max(squares, axis=0)), float("inf")))
+    tl.store(of_block + num_blocks, tl.sqrt(tl.max(losses, axis=0)))
+    tl.store(of_block + 2 * num_blocks, tl.max(0.5 * squares, axis=0))
+    tl.store(of_block + 3 * num_blocks, tl.max(((ids < K) & (largest == float("inf"))).to(tl.float32), axis=0))
+    if block == 0:
+        tl.store(bounds, scale)
+        tl.store(hard + N, 0)
+
+
+@triton.jit
+def codebook_bound(bounds, which: tl.constexpr, num_blocks):
+    """The maximum over all blocks of one of the four that ``pack_codebook`` wrote."""
+    largest = tl.zeros((128,), tl.float32)
+    for start in range(0, num_blocks, 128):
+        offs = start + tl.arange(0, 128)
+        mine = tl.load(bounds + 4 + which * num_blocks + offs, mask=offs < num_blocks, other=0.0)
+        largest = tl.maximum(largest, mine)
+    return tl.max(largest, axis=0)
 
 
 @triton.jit
@@ -119,6 +180,7 @@ def screen(
     x,
     packed,
     bias,
+    center,
     bounds,
     keys,
     rest,
@@ -148,13 +210,16 @@ def screen(
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     rows = x + offs_n * x_stride_n
-    codebook_scale = power_of_two_scale(tl.load(bounds))
-    scale, _ = row_scale(rows, mask_n, codebook_scale, D, x_stride_d, EUCLIDEAN, BLOCK_D, NUM_D)
+    codebook_scale = tl.load(bounds)
+    scale, _ = row_scale(rows, mask_n, center, codebook_scale, D, x_stride_d, EUCLIDEAN, BLOCK_D, NUM_D)
     ratio = scale / codebook_scale
     if NUM_D == 1:
-        tile = (load_rows(rows, mask_n, 0, D, x_stride_d, BLOCK_D) * scale[:, None]).to(tl.float16)
+        tile = load_centered(rows, mask_n, center, 0, D, x_stride_d, EUCLIDEAN, BLOCK_D) * scale[:, None]
+        tile = tile.to(tl.float16)
     if POSITIVE:
-        offset = score_offset(rows, mask_n, scale, ratio, bounds, D, x_stride_d, EUCLIDEAN, BLOCK_D, NUM_D)
+        offset = score_offset(
+            rows, mask_n, center, scale, ratio, bounds, num_blocks, D, x_stride_d, EUCLIDEAN, BLOCK_D, NUM_D
+        )
 
     KEY: tl.constexpr = tl.int32 if POSITIVE else tl.float32
     best = tl.full((BLOCK_N, LANES), 0 if POSITIVE else -float("inf"), KEY)
@@ -173,7 +238,8 @@ def screen(
             scores = tl.dot(tile, tl.load(codes).T, scores)
         else:
             for chunk in range(NUM_D):
-                tile = load_rows(rows, mask_n, chunk * BLOCK_D, D, x_stride_d, BLOCK_D) * scale[:, None]
+                tile = load_centered(rows, mask_n, center, chunk * BLOCK_D, D, x_stride_d, EUCLIDEAN, BLOCK_D)
+                tile = tile * scale[:, None]
                 scores = tl.dot(tile.to(tl.float16), tl.load(codes + chunk * BLOCK_D).T, scores)
         scores = scores.to(KEY, bitcast=True)
         group = tl.max(tl.reshape(scores, (BLOCK_N, BLOCK_K // LANES, LANES)), axis=1)
@@ -191,15 +257,15 @@ def screen(
 
 @triton.jit
 def score_offset(
-    rows, mask_rows, scale, ratio, bounds, D, stride_d,
+    rows, mask_rows, center, scale, ratio, bounds, num_blocks, D, stride_d,
     EUCLIDEAN: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
 ):  # fmt: skip
     """A bound of |score| of every row: with it added, no score is negative."""
     squares = tl.zeros(mask_rows.shape, tl.float32)
     for chunk in range(NUM_D):
-        x = load_rows(rows, mask_rows, chunk * BLOCK_D, D, stride_d, BLOCK_D) * scale[:, None]
+        x = load_centered(rows, mask_rows, center, chunk * BLOCK_D, D, stride_d, EUCLIDEAN, BLOCK_D) * scale[:, None]
         squares += tl.sum(x * x, axis=1)
-    bound = 1.01 * tl.sqrt(squares) * tl.load(bounds + 1)
+    bound = 1.01 * tl.sqrt(squares) * codebook_bound(bounds, 0, num_blocks)
     if EUCLIDEAN:
-        bound += 1.01 * tl.load(bounds + 3) * ratio
+        bound += 1.01 * codebook_bound(bounds, 2, num_blocks) * ratio
     return bound

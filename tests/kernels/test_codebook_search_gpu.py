@@ -175,6 +175,19 @@ def test_a_narrow_cone_of_vectors_and_codes_is_told_apart(spread: float) -> None
     assert_nearest(x, codebook, "cosine", codebook_search(x, codebook).indices)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_the_screening_leaves_get_the_first_of_equal_codes(dtype: torch.dtype, metric: str) -> None:
+    x, three = randn(pick(4000, 70), 32).to(dtype), normalize(randn(3, 32), dim=-1)
+    codebook = three.repeat(pick(2700, 700), 1)
+    codebook[0, 0] = torch.nan
+    found = codebook_search(x, codebook, metric=metric, return_codes=True)
+    order = torch.tensor([1, 2, 3], device=HERE)  # the first of each that is whole
+    expected = order[codebook_search(x, codebook[order], metric=metric).indices]
+    assert torch.equal(found.indices, expected)
+    assert torch.equal(found.codes, codebook[found.indices])
+
+
 def test_the_host_waits_for_nothing() -> None:
     x, codebook = randn(500, 32), randn(300, 32)
     options = dict(return_normalized=True, return_codes=True, return_distances=True)

@@ -115,6 +115,53 @@ def test_clustered_rows_and_codes(metric: str) -> None:
     assert_nearest(x, codebook, metric, search(x, codebook, metric)[0])
 
 
+def undecided(x: Tensor, codebook: Tensor, metric: str, monkeypatch) -> int:
+    """How many rows the screening leaves to ``scan``; all rows' indices are compared with exact scores."""
+    scan, counts = host.scan, []
+
+    class Counting:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                counts.append(int(args[2][len(x)]))
+                scan[grid](*args, **options)
+
+            return launch
+
+    monkeypatch.setattr(host, "scan", Counting())
+    assert_nearest(x, codebook, metric, search(x, codebook, metric, plan="sm_90", split=2)[0])
+    return counts[0]
+
+
+@pytest.mark.parametrize("angle", [0.1, 0.05])
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_cone_of_vectors_and_codes_is_decided_by_the_screening(metric: str, angle: float, monkeypatch) -> None:
+    axis = normalize(torch.randn(1, 32), dim=-1)
+    x, codebook = (normalize(axis + angle * torch.randn(n, 32) / 32**0.5, dim=-1) for n in (64, 2500))
+    assert undecided(x, codebook, metric, monkeypatch) <= 3
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_code_that_is_not_finite_leaves_the_others_to_the_screening(metric: str, value: float, monkeypatch) -> None:
+    x, codebook = torch.randn(64, 16), torch.randn(1025, 16)
+    codebook[5, 0], codebook[1024, 3] = value, value  # the last one is alone in its block
+    good = codebook.isfinite().all(1).nonzero()[:, 0]
+    expected = good[search(x, codebook[good], metric)[0]]
+    assert torch.equal(search(x, codebook, metric)[0], expected)
+    monkeypatch.setitem(globals(), "assert_nearest", lambda *_: None)  # NaN among the exact scores
+    assert undecided(x, codebook, metric, monkeypatch) <= 3
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_rows_that_meet_the_codebook_in_parts_get_the_first_of_equal_codes(metric: str) -> None:
+    x, codebook = torch.randn(70, 8), normalize(torch.randn(3, 8), dim=-1).repeat(1100, 1)
+    assert host.scan_parts(len(codebook), 2) > 1
+    indices, _, codes, _ = search(x, codebook, metric, outputs=True, split=2)
+    assert_nearest(x, codebook, metric, indices)
+    assert_lowest_of_equals(codebook, indices)
+    assert torch.equal(codes, codebook[indices])
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_strides_are_obeyed(metric: str) -> None:
     x = torch.randn(16, 2, 90).transpose(0, 2)[:, 1, :12]  # [90, 12]

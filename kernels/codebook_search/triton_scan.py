@@ -1,0 +1,121 @@
+"""GPU search, for the rows that the screening could not decide: their float64 scores against all codes.
+
+``resolve`` lists those rows: dozens of codes lie within the screening's error of the best, as near copies do, or the
+codebook could not be screened. BLOCK_R of them meet a part of the codebook in one task, so that a few rows keep many
+multiprocessors busy, and all rows share what is read. The grid is the same whatever their number, which the host never
+learns; without any, a program ends after one load.
+
+Costs for H such rows: 2 H K D float64 FLOPs on the tensor cores (FMAs where these have no float64), which bound it; the
+codebook read H / BLOCK_R times, from L2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_resolve import better, finite_or_least, write_outputs
+
+
+@triton.jit
+def best_of_part(
+    rows, mask_rows, codebook, first, last, D, x_stride_d, codebook_stride_k, codebook_stride_d,
+    EUCLIDEAN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
+):  # fmt: skip
+    """(float64 score, index) [R] of the best of the codes first .. last - 1; -Inf and 0 if none is finite.
+
+    Equal codes have equal scores: every column of a product adds in the same order.
+    """
+    in_block, offs_d = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D).to(tl.int64)
+    best = tl.full((mask_rows.shape[0], BLOCK_C), -float("inf"), tl.float64)
+    found = tl.zeros((mask_rows.shape[0], BLOCK_C), tl.int32)
+    if NUM_D == 1:
+        row_at = rows[:, None] + offs_d[None, :] * x_stride_d
+        x = tl.load(row_at, mask=mask_rows[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float64)
+    for start in range(first, last, BLOCK_C):
+        ids = start + in_block
+        pointers = codebook + ids.to(tl.int64)[:, None] * codebook_stride_k
+        scores = tl.zeros((mask_rows.shape[0], BLOCK_C), tl.float64)
+        squares = tl.zeros((BLOCK_C,), tl.float64)
+        for chunk in range(NUM_D):
+            columns = chunk * BLOCK_D + offs_d
+            mask_d = (columns < D)[None, :]
+            if NUM_D > 1:
+                row_at = rows[:, None] + columns[None, :] * x_stride_d
+                x = tl.load(row_at, mask=mask_rows[:, None] & mask_d, other=0.0).to(tl.float64)
+            code_at = pointers + columns[None, :] * codebook_stride_d
+            values = tl.load(code_at, mask=(ids < last)[:, None] & mask_d, other=0.0).to(tl.float64)
+            scores = tl.dot(x, values.T, scores, out_dtype=tl.float64)
+            if EUCLIDEAN:
+                squares += tl.sum(values * values, axis=1)
+        if EUCLIDEAN:
+            scores = 2 * scores - squares[None, :]
+        wins = (finite_or_least(scores) > best) & (ids < last)[None, :]
+        best = tl.where(wins, scores, best)
+        found = tl.where(wins, start, found)
+    index = tl.zeros(mask_rows.shape, tl.int32)
+    return better(best, found + in_block[None, :], tl.full(mask_rows.shape, -float("inf"), tl.float64), index)
+
+
+@triton.jit
+def scan(
+    x,
+    codebook,
+    hard,
+    partial,
+    indices,
+    normalized,
+    codes,
+    distances,
+    N,
+    K,
+    D,
+    part_size,
+    x_stride_n,
+    x_stride_d,
+    codebook_stride_k,
+    codebook_stride_d,
+    EUCLIDEAN: tl.constexpr,
+    WRITE_NORMALIZED: tl.constexpr,
+    WRITE_CODES: tl.constexpr,
+    WRITE_DISTANCES: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NUM_D: tl.constexpr,
+):
+    """partial [2, N, PARTS] float64: score and index of the best code of every part. Whichever program completes the
+    last part of a block of rows combines the parts, in their order."""
+    count = tl.load(hard + N)
+    tasks = (count + BLOCK_R - 1) // BLOCK_R * PARTS
+    parts = tl.arange(0, PARTS)
+    for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
+        block, part = task // PARTS, task % PARTS
+        places = (block * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+        mask_n = places < count
+        offs_n = tl.load(hard + places, mask=mask_n, other=0)
+        first = (part * part_size).to(tl.int32)
+        score, index = best_of_part(
+            x + offs_n * x_stride_n, mask_n, codebook, first, tl.minimum(first + part_size, K), D,
+            x_stride_d, codebook_stride_k, codebook_stride_d, EUCLIDEAN, BLOCK_C, BLOCK_D, NUM_D,
+        )  # fmt: skip
+        combines = PARTS == 1
+        if PARTS > 1:
+            at = partial + places * PARTS
+            tl.store(at + part, score, mask=mask_n)
+            tl.store(at + N * PARTS + part, index.to(tl.float64), mask=mask_n)
+            tl.debug_barrier()  # all of the block is stored before it is counted as done
+            combines = tl.atomic_add(hard + N + 1 + block, 1, sem="acq_rel") == PARTS - 1
+        if combines:
+            if PARTS > 1:
+                of_parts, mask = at[:, None] + parts[None, :], mask_n[:, None]
+                scores = tl.load(of_parts, mask=mask, other=0.0, cache_modifier=".cg")  # of other multiprocessors
+                found = tl.load(of_parts + N * PARTS, mask=mask, other=0.0, cache_modifier=".cg").to(tl.int32)
+                least = tl.full(mask_n.shape, -float("inf"), tl.float64)
+                score, index = better(scores, found, least, tl.zeros(mask_n.shape, tl.int32))
+            write_outputs(
+                x, codebook, indices, normalized, codes, distances, offs_n, mask_n, index, mask_n, D,
+                x_stride_n, x_stride_d, codebook_stride_k, codebook_stride_d,
+                EUCLIDEAN, WRITE_NORMALIZED, WRITE_CODES, WRITE_DISTANCES, BLOCK_D, NUM_D,
+            )  # fmt: skip
