@@ -107,12 +107,37 @@ def gradient_cases(tiny: bool) -> Iterator[Case]:
         )
 
 
+def residual_norm_cases(tiny: bool) -> Iterator[Case]:
+    from beitv2_fast.kernels.residual_norm import triton as host
+
+    fp32, bf16 = torch.float32, torch.bfloat16
+    for width in (32,) if tiny else (384, 768, 1024):
+        x, row, keep = torch.zeros(2, 17, width), torch.zeros(width), torch.zeros(2)
+        narrow, statistics = x.to(bf16), torch.zeros(34)
+        # The three calls of a block with layer scale, with and without drop path, and those of one without.
+        calls = [
+            (None, None, None, row),
+            *((narrow, g, k, n) for g in (row, None) for k in (keep, None) for n in (row, None)),
+        ]
+        for branch, gamma, kept, norm in calls:
+            name = f"residual_norm C={width} gamma={gamma is not None} keep={kept is not None} norm={norm is not None}"
+            forward = (x, branch, gamma, kept, 0.9, norm, norm, 1e-6, fp32, bf16)
+            yield f"{name}, forward", partial(host.residual_norm_triton, *forward)
+            normed = (None,) * 4 if norm is None else (narrow, x, statistics, statistics)
+            backward = (x, *normed, branch, gamma, kept, 0.9, norm, fp32, None if branch is None else bf16)
+            yield f"{name}, backward", partial(host.residual_norm_backward_triton, *backward)
+
+
 def cases(target: str, tiny: bool) -> Iterator[Case]:
     with launching(target):  # the host code asks for the target here, too
-        found = [
-            *search_cases(PROCESSORS[target], tiny), *quantizer_cases(tiny), *head_cases(tiny), *gradient_cases(tiny),
-            *attention_cases(tiny),
-        ]  # fmt: skip
+        parts = (
+            search_cases(PROCESSORS[target], tiny),
+            *(
+                part(tiny)
+                for part in (quantizer_cases, head_cases, gradient_cases, attention_cases, residual_norm_cases)
+            ),
+        )
+        found = [case for part in parts for case in part]
     yield from found
 
 

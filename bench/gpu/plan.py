@@ -38,6 +38,7 @@ SECTIONS = (
     Section("head", "A", "head", 40, 90, "the masked-token head beside its peers"),
     Section("kernels", "A", "ops", 8, 40, "the time of every kernel of an op"),
     Section("sanitizer", "A", "checks", 45, 110, "compute-sanitizer: memcheck and racecheck over every kernel"),
+    Section("norm", "A", "norm", 20, 60, "residual, layer scale, drop path and LayerNorm beside torch.compile"),
     Section("masks", "A", "ops", 5, 30, "block masks and masked_gather"),
     Section("scaling", "A", "ops", 15, 40, "the search as N, K and D grow"),
     Section("attention", "B", "attention", 45, 100, "attention with a learned bias, by each implementation"),

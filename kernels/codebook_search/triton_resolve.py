@@ -2,7 +2,8 @@
 
 A row's screened scores are off by at most ``error`` (see ``screening_error``). Groups within twice that of the best
 are scored again in float64 from the given values: 1.0 to 1.1 per row unless codes nearly coincide. Where more
-groups of one lane are that close than were kept, or the codebook cannot be screened, the row is left to ``triton_scan``.
+groups of one lane are that close than were kept, or the codebook cannot be screened, the row is left to
+``triton_scan``.
 
 Costs: about 2 N D (group size) float64 FLOPs and (group size) D reads of the codebook (L2) per row; reads x and the
 keys once, writes the outputs. Bound by latency and L2.

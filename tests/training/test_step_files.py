@@ -37,7 +37,7 @@ class Files:
         return sorted(file for file in self.entered if not file.startswith((".venv/", "tests/")))
 
 
-def test_a_pre_training_step_enters_at_most_25_files(tmp_path, monkeypatch):
+def test_a_pre_training_step_enters_at_most_27_files(tmp_path, monkeypatch):
     """Step 5 of 9, which decodes, crops and jitters, and neither logs nor saves nor ends an epoch."""
     files, add = Files(), TrainingLog.add
 
@@ -54,7 +54,7 @@ def test_a_pre_training_step_enters_at_most_25_files(tmp_path, monkeypatch):
     assert call("pretrain", *options, "--save-every", 100) == 0
     entered = files.of_the_project()
     assert {"beitv2_fast/training/loop.py", "train/pretrain.py", "beitv2_fast/data/views.py"} <= set(entered)
-    assert len(entered) <= 25, "\n".join(entered)
+    assert len(entered) <= 27, "\n".join(entered)
 
 
 def test_a_quantizer_s_training_step_enters_at_most_7_files():
