@@ -200,9 +200,12 @@ class Undo:
 
     def tell(self) -> None:
         """Once the host knows that buffers were put back: through load_state_dict, which tells modules that keep a copy
-        of a buffer's value elsewhere.
+        of a buffer's value elsewhere. What the log counts, in buffers that are not stored, stays.
         """
+        counts = [(b, b.clone()) for name, b in self.model.named_buffers() if name not in self.places]
         self.model.load_state_dict(dict(zip(self.places, self._buffers(), strict=True)), strict=False)
+        for buffer, count in counts:
+            buffer.copy_(count)
 
     def _buffers(self) -> list[Tensor]:
         return [owner._buffers[name] for owner, name in self.places.values()]
