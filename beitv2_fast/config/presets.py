@@ -49,7 +49,7 @@ PRETRAIN = {
     "demo": replace(
         _PRETRAIN,
         data=Path("runs/demo/data"), out=Path("runs/demo/pretrain"), tokenizer=Path("runs/demo/tokenizer"),
-        image_size=128, dim=128, depth=6, heads=2, init_std=0.1, layer_scale=0.0, early_layer=4, num_masked=26,
+        image_size=128, dim=128, depth=6, heads=2, init_std=0.16, layer_scale=0.0, early_layer=4, num_masked=26,
         min_mask_patches=4, epochs=32, batch_size=32, lr=1e-3, lr_batch=32, warmup_epochs=2, crop_scale=(1.0, 1.0),
         color_jitter=0.0, in_memory=True, workers=0, log_every=20, save_every=200,
     ),

@@ -99,7 +99,7 @@ class PretrainView(View):
         student_size, tokenizer_size: sides in pixels.
         mask_grid: (H, W), patches of the student's view in rows and columns.
         num_masked: patches to mask (75 of 14x14 in the paper, arXiv 2208.06366, section 3.2).
-        min_mask_patches: the least area of a block.
+        min_mask_patches: the least area of a block. max_mask_patches: the most new patches it may mask; None: any.
         crop_scale: the range of the crop's share of the image's area.
         color_jitter: how far brightness, contrast and saturation may be scaled: factors in [1 - j, 1 + j].
         mask_kind: "block", or "random" for single patches.
@@ -118,6 +118,7 @@ class PretrainView(View):
     mask_kind: str = "block"
     masks: str = "loader"
     tokenizer_resample: str = "bicubic"
+    max_mask_patches: int | None = None
 
     def __post_init__(self) -> None:
         _check_view(self.student_size, self.crop_scale)
@@ -155,7 +156,7 @@ class PretrainView(View):
         return {"student": normalize(student), "tokenizer": tokenizer, name: mask}
 
     def _masks(self, keys: np.ndarray) -> np.ndarray:
-        settings = (self.mask_kind, self.mask_grid, self.num_masked, self.min_mask_patches)
+        settings = (self.mask_kind, self.mask_grid, self.num_masked, self.min_mask_patches, self.max_mask_patches)
         return patch_masks(torch.from_numpy(keys), *settings).numpy()
 
 
