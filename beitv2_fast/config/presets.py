@@ -18,6 +18,9 @@ _TOKENIZER = TokenizerConfig(
 TOKENIZER = {
     # batch 512 on 8 GPUs
     "base": _TOKENIZER,
+    # the published tokenizers: of 3 decoder blocks ("base"), and of 1, taught by CLIP or DINO
+    "base_1_block": replace(_TOKENIZER, decoder_depth=1),
+    "base_1_block_dino": replace(_TOKENIZER, decoder_depth=1, teacher="dino"),
     # the paper trains ViT-L on the same B/16 tokenizer
     "large": _TOKENIZER,
     "demo": replace(

@@ -118,6 +118,11 @@ class TokenizerConfig(TrainConfig):
 
     stage: ClassVar[str] = "tokenizer"
     out: Path = option(Path("runs/tokenizer"), OUT)
+    val: Path | None = option(
+        None, "folder of images to evaluate on after every epoch: similarity to the teacher, unused codes; none: "
+        "FOLDER/val of --data, if there is one", free=True,
+    )  # fmt: skip
+    eval_every: int = option(1, "epochs between these; the last is always evaluated", free=True, at_least=1)
     teacher: str = option(
         "clip", "frozen network whose features the tokenizer learns to predict: clip, dino, timm:NAME or "
         "timm:NAME@LAYER (any timm model), efficientnet_lite0",
