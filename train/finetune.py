@@ -5,6 +5,8 @@ Also under ``torchrun`` and plain ``python``. Stopped and started again with the
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,14 +66,37 @@ def _evaluate(config: FinetuneConfig, world: World) -> int:
     return evaluate_newest(config, world, models, lambda run: ClassifierValidation(config, classes, run, world))
 
 
+def with_loader(config: FinetuneConfig) -> FinetuneConfig:
+    """timm's policies change PIL images, which only torchvision's loader has.
+
+    Raises:
+        UserError: another loader is asked for.
+    """
+    if config.augment_policy == "none" or not config.augment_ops:
+        return config
+    if config.loader not in ("auto", "torchvision"):
+        raise UserError(
+            f"--loader {config.loader} makes no PIL images, and --augment-policy {config.augment_policy} needs them. "
+            "Leave one of them out, or choose --augment-policy none."
+        )
+    return replace(config, loader="torchvision")
+
+
 def main(argv: list[str] | None = None) -> int:
     config, world, backend = launched(FinetuneConfig, FINETUNE, argv)
     if config.evaluate:
         return _evaluate(config, world)
     start_model(config, ["", ""], lambda _: None)  # what does not fit is told before all images have been decoded
+    try:
+        augment = config.augment_ops, config.augment_magnitude, config.augment_policy if config.augment_ops else "none"
+        view = FinetuneView(config.image_size, config.crop_scale, *augment)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{error}. Change one of these options.") from error
+    loading = with_loader(config)
     run = open_run(config, world, backend)
-    view = FinetuneView(config.image_size, config.crop_scale, config.augment_ops, config.augment_magnitude)
-    dataset = training_images(config, view, run, world, labeled=True)
+    dataset = training_images(loading, view, run, world, labeled=True)
     classes = dataset.images.classes
     if len(classes) < 2:
         raise UserError(

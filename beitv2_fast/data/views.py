@@ -7,6 +7,9 @@ all random decisions of a batch; the loader cuts the ``pictures`` out of the ima
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +17,8 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from ..models.vit import normalize
+from ..errors import require
+from ..models.vit import IMAGENET_MEAN, normalize
 from .draws import AUGMENT, Draws, jitter_steps, mask_keys, patch_masks, random_crops, random_flips, uniforms
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
@@ -168,15 +172,17 @@ class FinetuneView(View):
 
     Args:
         ops, magnitude: RandAugment's number of operations and their strength, 0 .. 30 (arXiv 1909.13719); 0 ops: none.
-            The reference's "rand-m9-mstd0.5-inc1" is timm's: 9 of 10 (27 here), varied a little, each operation applied
-            in half of the cases, and a few other operations. 9 of 30 in all cases is this package's choice.
+            By torchvision, on any loader.
+        policy: instead of those two, one of timm's, as the reference's "rand-m9-mstd0.5-inc1": 2 operations, each in
+            half of the cases, of strength 9 of 10, varied a little, bicubic, what comes in from outside the mean color.
     """
 
     size: int
     crop_scale: tuple[float, float] = (0.08, 1.0)
     ops: int = 2
     magnitude: int = 9
-    _torchvision: list = field(default_factory=list, init=False, repr=False, compare=False)
+    policy: str = "none"
+    _made: list = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_view(self.size, self.crop_scale)
@@ -185,6 +191,8 @@ class FinetuneView(View):
                 f"RandAugment of {self.ops} operations of magnitude {self.magnitude}; expected at least 0 operations "
                 "of magnitude 0 to 30"
             )
+        if self.policy != "none":
+            timm_policy(self.policy, self.size)  # now, not in the middle of an epoch
 
     def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
         draws = {"box": random_crops(sizes, self.crop_scale, keys), "flip": random_flips(keys)}
@@ -201,14 +209,47 @@ class FinetuneView(View):
     def augment(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
         if not self.ops:
             return image
-        if not self._torchvision:
-            from torchvision.transforms.v2 import InterpolationMode, RandAugment
+        if not self._made:
+            self._made.append(self._transform())
+        seed = int(draws["augment_op"][i, 0] * 2**53)
+        with torch.random.fork_rng(devices=[]), seeded(seed):  # torchvision draws from torch's own generator
+            torch.manual_seed(seed)
+            return self._made[0](image)
 
-            made = RandAugment(self.ops, self.magnitude, interpolation=InterpolationMode.BILINEAR, fill=128)
-            self._torchvision.append(made)
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
-            torch.manual_seed(int(draws["augment_op"][i, 0] * 2**53))
-            return self._torchvision[0](image)
+    def _transform(self) -> Callable[[Image.Image], Image.Image]:
+        if self.policy != "none":
+            return timm_policy(self.policy, self.size)
+        from torchvision.transforms.v2 import InterpolationMode, RandAugment
+
+        return RandAugment(self.ops, self.magnitude, interpolation=InterpolationMode.BILINEAR, fill=128)
+
+
+def timm_policy(policy: str, size: int) -> Callable[[Image.Image], Image.Image]:
+    """timm's RandAugment, as its create_transform sets it up for images of this size, with ImageNet's mean.
+
+    Raises:
+        UserError: timm is not installed. ValueError: it does not know the policy.
+    """
+    library = require("timm.data.auto_augment", "teachers", "RandAugment by a policy (or choose --augment-policy none)")
+    mean = tuple(min(255, round(255 * value)) for value in IMAGENET_MEAN)
+    settings = {"translate_const": int(size * 0.45), "img_mean": mean, "interpolation": RESAMPLING["bicubic"]}
+    try:
+        return library.rand_augment_transform(policy, settings)
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"augment_policy is {policy!r}; expected one of timm's, as rand-m9-mstd0.5-inc1") from error
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Python's and NumPy's generators, from which timm draws, start at this seed and are put back."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 @dataclass(frozen=True)
