@@ -5,8 +5,6 @@ Also under ``torchrun`` and plain ``python``. Stopped and started again with the
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,22 +64,6 @@ def _evaluate(config: FinetuneConfig, world: World) -> int:
     return evaluate_newest(config, world, models, lambda run: ClassifierValidation(config, classes, run, world))
 
 
-def with_loader(config: FinetuneConfig) -> FinetuneConfig:
-    """timm's policies change PIL images, which only torchvision's loader has.
-
-    Raises:
-        UserError: another loader is asked for.
-    """
-    if config.augment_policy == "none" or not config.augment_ops:
-        return config
-    if config.loader not in ("auto", "torchvision"):
-        raise UserError(
-            f"--loader {config.loader} makes no PIL images, and --augment-policy {config.augment_policy} needs them. "
-            "Leave one of them out, or choose --augment-policy none."
-        )
-    return replace(config, loader="torchvision")
-
-
 def main(argv: list[str] | None = None) -> int:
     config, world, backend = launched(FinetuneConfig, FINETUNE, argv)
     if config.evaluate:
@@ -94,9 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         raise
     except ValueError as error:
         raise UserError(f"{error}. Change one of these options.") from error
-    loading = with_loader(config)
     run = open_run(config, world, backend)
-    dataset = training_images(loading, view, run, world, labeled=True)
+    dataset = training_images(config, view, run, world, labeled=True)
     classes = dataset.images.classes
     if len(classes) < 2:
         raise UserError(

@@ -98,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
             masks=config.masks,
             tokenizer_resample=config.tokenizer_interpolation,
             max_mask_patches=config.max_mask_patches,
+            jitter_on=config.jitter_on,
         )
     except ValueError as error:
         raise UserError(f"{error}. Change one of these options.") from error

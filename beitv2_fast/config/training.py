@@ -209,5 +209,9 @@ class PretrainConfig(TrainConfig):
         "bicubic", "what resizes the crop for the tokenizer", choices=("bicubic", "lanczos")
     )
     color_jitter: float = option(
-        0.4, "brightness, contrast and saturation of the student's view change by up to this share", at_least=0
+        0.4, "brightness, contrast and saturation of both views change by up to this share, alike", at_least=0
     )
+    jitter_on: str = option(
+        "crop", "contrast changes about the mean of the crop, with any loader, or of the whole image, as the reference "
+        "does, with torchvision's", choices=("crop", "image"),
+    )  # fmt: skip

@@ -46,6 +46,7 @@ class View:
     size: int
     resizes_first = False
     augments = False
+    needs_pil = ""  # the option, if there is one, for which a loader has to have the whole images in PIL
 
     def __call__(self, image: Image.Image, key: int = 0) -> dict[str, Tensor]:
         """The view of one image as the key, 64 random bits, wants it."""
@@ -63,6 +64,10 @@ class View:
         right; if ``resizes_first``, "resized" [B, 2], width and height of the resized image.
         """
         raise NotImplementedError(f"{type(self).__name__} must have a method draw: what is random about its images.")
+
+    def before_cutting(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
+        """What happens to image i of the batch before anything is cut out of it; only PIL's loader knows it whole."""
+        return image
 
     def augment(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
         """What else happens to picture i of the batch once it is resized and flipped."""
@@ -96,7 +101,7 @@ class PretrainView(View):
     """One crop and flip seen twice, and the student's mask:
 
     {"student": float32 [3, student_size, student_size], colors jittered, normalized by ImageNet's mean and deviation;
-     "tokenizer": float32 [3, tokenizer_size, tokenizer_size] in [0, 1], colors as they are;
+     "tokenizer": float32 [3, tokenizer_size, tokenizer_size] in [0, 1], with the same jitter;
      "mask": bool [H*W], True where the student does not see the patch}.
 
     Args:
@@ -106,6 +111,8 @@ class PretrainView(View):
         min_mask_patches: the least area of a block. max_mask_patches: the most new patches it may mask; None: any.
         crop_scale: the range of the crop's share of the image's area.
         color_jitter: how far brightness, contrast and saturation may be scaled: factors in [1 - j, 1 + j].
+        jitter_on: "crop": contrast is scaled about the crop's mean, so that a loader need not decode more; "image":
+            about the whole image's, as the reference does, which takes PIL images.
         mask_kind: "block", or "random" for single patches.
         masks: "loader", or "device": instead of "mask" there is "mask_key", int64, of which ``patch_masks`` makes the
             same masks wherever the keys lie.
@@ -123,6 +130,7 @@ class PretrainView(View):
     masks: str = "loader"
     tokenizer_resample: str = "bicubic"
     max_mask_patches: int | None = None
+    jitter_on: str = "crop"
 
     def __post_init__(self) -> None:
         _check_view(self.student_size, self.crop_scale)
@@ -135,7 +143,18 @@ class PretrainView(View):
             raise ValueError(f"masks is {self.masks!r}; expected 'loader' or 'device'")
         if self.tokenizer_resample not in RESAMPLING:
             raise ValueError(f"tokenizer_resample is {self.tokenizer_resample!r}; expected one of {sorted(RESAMPLING)}")
+        if self.jitter_on not in ("crop", "image"):
+            raise ValueError(f"jitter_on is {self.jitter_on!r}; expected 'crop' or 'image'")
         self._masks(np.zeros(1, np.int64))
+
+    @property
+    def needs_pil(self) -> str:
+        return "--jitter-on image" if self.jitter_on == "image" else ""
+
+    def before_cutting(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
+        if self.jitter_on == "crop" or "jitter_step" not in draws:
+            return image
+        return enhanced(image.convert("RGB"), draws["jitter_step"][i].tolist(), draws["jitter_factor"][i].tolist())
 
     @property
     def pictures(self) -> dict[str, Cut]:
@@ -149,12 +168,11 @@ class PretrainView(View):
         return {**draws, **jitter_steps(keys, self.color_jitter), **mask}
 
     def finish(self, pictures: Pictures, draws: Draws | dict[str, Tensor]) -> dict[str, Tensor]:
-        student = pictures["student"]
-        tokenizer = to_float(pictures.get("tokenizer", student))
-        if "jitter_step" in draws:
-            student = to_float(color_jitter(student, draws["jitter_step"], draws["jitter_factor"]))
-        else:
-            student = to_float(student)
+        if "jitter_step" in draws and self.jitter_on == "crop":
+            jitter = draws["jitter_step"], draws["jitter_factor"]
+            pictures = {name: color_jitter(pixels, *jitter) for name, pixels in pictures.items()}
+        student = to_float(pictures["student"])
+        tokenizer = to_float(pictures["tokenizer"]) if "tokenizer" in pictures else student
         name = "mask" if self.masks == "loader" else "mask_key"
         mask = torch.as_tensor(draws[name]).to(student.device, non_blocking=True)
         return {"student": normalize(student), "tokenizer": tokenizer, name: mask}
@@ -201,6 +219,10 @@ class FinetuneView(View):
             draws["augment_op"] = u[:, : self.ops]
             draws["augment_sign"] = (u[:, self.ops :] < 0.5).astype(np.int32)
         return draws
+
+    @property
+    def needs_pil(self) -> str:
+        return f"--augment-policy {self.policy}" if self.policy != "none" else ""
 
     @property
     def augments(self) -> bool:
@@ -276,6 +298,7 @@ class EvalView(View):
 
 def cut_out(images: list[Image.Image], view: View, draws: Draws) -> Pictures:
     """The view's pictures of PIL images (mode "RGB" or "L")."""
+    images = [view.before_cutting(image, draws, i) for i, image in enumerate(images)]
     if not view.resizes_first:
         images = [image.crop(box) for image, box in zip(images, draws["box"].tolist(), strict=True)]
     return resized_cuts(images, view, draws)
@@ -327,11 +350,15 @@ def color_jitter(pixels: Tensor, steps: np.ndarray | Tensor, factors: np.ndarray
         return jitter_batched(pixels, steps, factors)
     jittered = []
     for image, kinds, values in zip(pixels.numpy(), steps.tolist(), factors.tolist(), strict=True):
-        image = Image.fromarray(image)
-        for kind, factor in zip(kinds, values, strict=True):
-            image = ENHANCERS[kind](image).enhance(factor)
-        jittered.append(np.asarray(image))
+        jittered.append(np.asarray(enhanced(Image.fromarray(image), kinds, values)))
     return torch.from_numpy(np.stack(jittered))
+
+
+def enhanced(image: Image.Image, steps: list[int], factors: list[float]) -> Image.Image:
+    """``color_jitter`` of one PIL image."""
+    for step, factor in zip(steps, factors, strict=True):
+        image = ENHANCERS[step](image).enhance(factor)
+    return image
 
 
 def jitter_batched(pixels: Tensor, steps: np.ndarray | Tensor, factors: np.ndarray | Tensor) -> Tensor:

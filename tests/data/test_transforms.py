@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional
 
 from beitv2_fast.data.draws import image_keys, random_crops
+from beitv2_fast.data.loaders import choose_loader
 from beitv2_fast.data.views import EvalView, FinetuneView, PretrainView, TokenizerView
+from beitv2_fast.errors import UserError
 from beitv2_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -56,11 +59,36 @@ def test_student_and_tokenizer_see_the_same_crop_and_flip(tokenizer_size, resamp
     assert flips == {True, False}
 
 
-def test_only_the_student_s_colors_are_jittered():
+@pytest.mark.parametrize(("tokenizer_size", "most"), [(32, 1e-6), (16, 0.03)])
+@pytest.mark.parametrize("jitter_on", ["crop", "image"])
+def test_both_views_carry_one_and_the_same_jitter(tokenizer_size, most, jitter_on):
     image = gradient()
-    plain, jittered = (pretrain_view(color_jitter=j)(image, 4) for j in (0.0, 0.4))
-    assert torch.equal(plain["tokenizer"], jittered["tokenizer"])
-    assert (plain["student"] - jittered["student"]).abs().mean() > 0.05
+    for key in range(4):
+        plain, jittered = (
+            pretrain_view(32, tokenizer_size, color_jitter=j, jitter_on=jitter_on)(image, key) for j in (0.0, 0.4)
+        )
+        assert (plain["tokenizer"] - jittered["tokenizer"]).abs().mean() > 0.01
+        student = torch.nn.functional.interpolate(
+            denormalize(jittered["student"])[None], (tokenizer_size,) * 2, mode="area"
+        )
+        assert (student[0] - jittered["tokenizer"]).abs().max() < most
+
+
+def test_on_the_whole_image_colors_change_before_anything_is_cut_out():
+    """As torchvision's ColorJitter with these factors, in this order, then the view without it."""
+    image = gradient()
+    view = pretrain_view(32, 16, color_jitter=0.4, jitter_on="image")
+    draws = view.draw(np.array([image.size]), np.array([4], np.uint64))
+    for step, factor in zip(draws["jitter_step"][0].tolist(), draws["jitter_factor"][0].tolist(), strict=True):
+        image = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)[step](
+            image, factor
+        )
+    expected, found = pretrain_view(32, 16, color_jitter=0.0)(image, 4), view(gradient(), 4)
+    assert all(torch.equal(expected[name], found[name]) for name in ("student", "tokenizer"))
+    assert not torch.equal(found["student"], pretrain_view(32, 16, color_jitter=0.4)(gradient(), 4)["student"])
+    assert choose_loader("auto", view=view)[0] == "torchvision"
+    with pytest.raises(UserError, match="--loader dali: --jitter-on image takes PIL images"):
+        choose_loader("dali", view=view)
 
 
 def test_the_student_is_normalized_by_imagenet_statistics():
