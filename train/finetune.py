@@ -69,8 +69,14 @@ def main(argv: list[str] | None = None) -> int:
     if config.evaluate:
         return _evaluate(config, world)
     start_model(config, ["", ""], lambda _: None)  # what does not fit is told before all images have been decoded
+    try:
+        augment = config.augment_ops, config.augment_magnitude, config.augment_policy if config.augment_ops else "none"
+        view = FinetuneView(config.image_size, config.crop_scale, *augment)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{error}. Change one of these options.") from error
     run = open_run(config, world, backend)
-    view = FinetuneView(config.image_size, config.crop_scale, config.augment_ops, config.augment_magnitude)
     dataset = training_images(config, view, run, world, labeled=True)
     classes = dataset.images.classes
     if len(classes) < 2:

@@ -31,7 +31,8 @@ class PretrainTask(Task):
     def __init__(self, model: Student, tokenizer: Tokenizer, config: PretrainConfig):
         self.model, self.tokenizer, self.num_masked = model, tokenizer, config.num_masked
         self.encode = torch.compile(tokenizer.encode) if config.compile else tokenizer.encode
-        self.mask_settings = (config.mask, model.grid, config.num_masked, config.min_mask_patches)
+        sizes = (config.num_masked, config.min_mask_patches, config.max_mask_patches)
+        self.mask_settings = (config.mask, model.grid, *sizes)
         self.branches = ("mim", "agg")[: 2 if model.config.aggregation_depth else 1]
         self.weights = {"both": (1, 1), "last": (1, 0), "aggregation": (0, 1)}[config.loss_on]
         if config.loss_on == "aggregation" and len(self.branches) == 1:
@@ -95,6 +96,9 @@ def main(argv: list[str] | None = None) -> int:
             color_jitter=config.color_jitter,
             mask_kind=config.mask,
             masks=config.masks,
+            tokenizer_resample=config.tokenizer_interpolation,
+            max_mask_patches=config.max_mask_patches,
+            jitter_on=config.jitter_on,
         )
     except ValueError as error:
         raise UserError(f"{error}. Change one of these options.") from error

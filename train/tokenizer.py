@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beitv2_fast.config.presets import TOKENIZER
 from beitv2_fast.config.training import TokenizerConfig
 from beitv2_fast.data.views import TokenizerView
 from beitv2_fast.distributed import autocast_dtype, run_main
+from beitv2_fast.downstream.tokenizer_quality import TokenizerValidation, at_size, validation_images
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.tokenizer import Tokenizer
 from beitv2_fast.pictures import token_map
@@ -71,10 +71,7 @@ class TokenizerTask(Task):
 
     def _view(self, images: Tensor) -> Tensor:
         """The tokenizer may read a smaller version of the crop that the teacher reads."""
-        size = self.model.config.encoder.image_size
-        if images.shape[-1] == size:
-            return images
-        return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        return at_size(images, self.model.config.encoder.image_size)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,7 +104,10 @@ def main(argv: list[str] | None = None) -> int:
         # From here on only the tokenizer looks at the images: the same crops at its own size.
         images.view = replace(view, size=config.image_size)
     task = TokenizerTask(model, features if config.views else teacher, config)
-    return train(task, config, images, run, world, backend)
+    validation = None
+    if validation_images(config) is not None:
+        validation = TokenizerValidation(config, model, teacher, run, world)
+    return train(task, config, images, run, world, backend, after_epoch=validation, every_epochs=config.eval_every)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from beitv2_fast.config.downstream import TokenizerQualityConfig
@@ -21,6 +20,7 @@ from beitv2_fast.data.images import ImageFolder
 from beitv2_fast.data.loaders import choose_loader, eval_loader
 from beitv2_fast.data.views import EvalView
 from beitv2_fast.distributed import autocast_dtype, run_main, start
+from beitv2_fast.downstream.tokenizer_quality import measure, summary
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.tokenizer import Tokenizer
 from beitv2_fast.runs.folder import RunFolder, read_config
@@ -38,29 +38,10 @@ def tokenizer_quality(model: Tokenizer, teacher: Teacher, batches: Iterable[Tens
         batches: images [B, 3, S, S] in [0, 1], as large as the teacher reads them; the tokenizer sees them at its size.
 
     Returns:
-        similarity: mean cosine of the reconstruction and the teacher's feature of a patch; used_codes: share of the
-        codebook that some patch chose; perplexity: exp of the entropy of the codes' frequencies; codes, images.
+        see ``summary``.
     """
     model.eval()
-    size, codes = model.config.encoder.image_size, model.config.num_codes
-    counts = torch.zeros(codes, dtype=torch.int64)
-    similar, images = 0.0, 0
-    for batch in batches:
-        x = batch
-        if x.shape[-1] != size:
-            x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        out = model(x, teacher(batch, model.grid))
-        similar += (1 - out.rec_loss.item()) * len(batch)
-        counts += torch.bincount(out.indices.flatten().cpu(), minlength=codes)
-        images += len(batch)
-    shares = counts[counts > 0].double() / counts.sum()
-    return {
-        "similarity": similar / images,
-        "used_codes": (counts > 0).double().mean().item(),
-        "perplexity": (-(shares * shares.log()).sum()).exp().item(),
-        "codes": codes,
-        "images": images,
-    }
+    return summary(sum(measure(model, model, teacher, batch, len(batch)) for batch in batches))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -104,11 +104,14 @@ class FinetuneConfig(StartConfig):
     crop_scale: tuple[float, float] = option(
         (0.08, 1.0), "least and largest area of the random crop, as a share of the image", above=0, at_most=1
     )
-    augment_ops: int = option(2, "RandAugment's operations on each image; 0: none", at_least=0)
-    augment_magnitude: int = option(
-        9, "strength of these operations, of 30; 27: the reference's, which applies each in half of the cases",
-        at_least=0, at_most=30,
+    augment_policy: str = option(
+        "none", "RandAugment as timm does it, which must be installed; the reference's is rand-m9-mstd0.5-inc1; none: "
+        "torchvision's, by the next two options",
     )  # fmt: skip
+    augment_ops: int = option(
+        2, "torchvision's RandAugment: operations on each image; 0: no RandAugment at all", at_least=0
+    )
+    augment_magnitude: int = option(9, "strength of these operations, of 30", at_least=0, at_most=30)
     erasing: float = option(0.25, "how often a rectangle of an image becomes noise", at_least=0, at_most=1)
     mixup: float = option(0.8, "mixup's alpha; 0: no mixup", at_least=0)
     cutmix: float = option(1.0, "cutmix's alpha; 0: no cutmix. With both, a batch gets either by chance", at_least=0)
@@ -237,10 +240,15 @@ _BASE = SegmentConfig(
     save_every=2000, log_every=50,
 )  # fmt: skip
 
+_LARGE = replace(_BASE, **SIZES["large"], lr=4e-5, drop_path=0.2, layer_decay=0.9, layer_scale=1e-5)
+
 SEGMENT = {
     # ADE20K; batch 16 on 8 GPUs
     "base": _BASE,
-    "large": replace(_BASE, **SIZES["large"], lr=4e-5, drop_path=0.2, layer_decay=0.9, layer_scale=1e-5),
+    "large": _LARGE,
+    # from weights that were fine-tuned on ImageNet-21k
+    "base_after_intermediate": replace(_BASE, layer_decay=0.85),
+    "large_after_intermediate": replace(_LARGE, lr=3e-5),
     # not in the paper: small images on a laptop
     "demo": replace(
         _BASE,

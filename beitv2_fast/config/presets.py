@@ -18,6 +18,9 @@ _TOKENIZER = TokenizerConfig(
 TOKENIZER = {
     # batch 512 on 8 GPUs
     "base": _TOKENIZER,
+    # the published tokenizers: of 3 decoder blocks ("base"), and of 1, taught by CLIP or DINO
+    "base_1_block": replace(_TOKENIZER, decoder_depth=1),
+    "base_1_block_dino": replace(_TOKENIZER, decoder_depth=1, teacher="dino"),
     # the paper trains ViT-L on the same B/16 tokenizer
     "large": _TOKENIZER,
     "demo": replace(
@@ -49,7 +52,7 @@ PRETRAIN = {
     "demo": replace(
         _PRETRAIN,
         data=Path("runs/demo/data"), out=Path("runs/demo/pretrain"), tokenizer=Path("runs/demo/tokenizer"),
-        image_size=128, dim=128, depth=6, heads=2, init_std=0.1, layer_scale=0.0, early_layer=4, num_masked=26,
+        image_size=128, dim=128, depth=6, heads=2, init_std=0.16, layer_scale=0.0, early_layer=4, num_masked=26,
         min_mask_patches=4, epochs=32, batch_size=32, lr=1e-3, lr_batch=32, warmup_epochs=2, crop_scale=(1.0, 1.0),
         color_jitter=0.0, in_memory=True, workers=0, log_every=20, save_every=200,
     ),
@@ -68,7 +71,8 @@ PROBE = {
 # (beit2/get_started_for_image_classification.md and the defaults of its run_class_finetuning.py).
 _FINETUNE = FinetuneConfig(
     epochs=100, batch_size=128, lr=5e-4, lr_batch=1024, min_lr=1e-6, warmup_epochs=20, weight_decay=0.05,
-    betas=(0.9, 0.999), clip_grad=0.0, drop_path=0.1, layer_decay=0.65,
+    betas=(0.9, 0.999), clip_grad=0.0, drop_path=0.1, layer_decay=0.65, augment_policy="rand-m9-mstd0.5-inc1",
+    ema_decay=0.0,
 )  # fmt: skip
 
 _FINETUNE_LARGE = replace(
@@ -78,6 +82,8 @@ _FINETUNE_LARGE = replace(
 
 # On ImageNet-21k, batch 4096 on 32 GPUs: another label set, without evaluation unless there is a folder val or --val
 _INTERMEDIATE = replace(_FINETUNE, epochs=90, lr=6e-4, lr_batch=4096, layer_decay=0.75)
+
+_LARGE_AFTER = replace(_FINETUNE_LARGE, epochs=20, lr=7e-5, drop_path=0.25, mixup=0.0, cutmix=0.0)
 
 FINETUNE = {
     # after 300 epochs of pre-training; batch 1024 on 8 GPUs
@@ -91,14 +97,15 @@ FINETUNE = {
     "base_after_intermediate": replace(
         _FINETUNE, epochs=30, lr=5e-5, layer_decay=0.75, mixup=0.0, cutmix=0.0,
     ),
-    "large_after_intermediate": replace(
-        _FINETUNE_LARGE, epochs=20, lr=7e-5, drop_path=0.25, mixup=0.0, cutmix=0.0,
-    ),
+    "large_after_intermediate": _LARGE_AFTER,
+    # at 384 pixels; the paper has its score, and no command for it is published: that of 224 pixels
+    "large_384_after_intermediate": replace(_LARGE_AFTER, image_size=384, batch_size=8, accumulate=4),
     "demo": replace(
         _FINETUNE,
         data=Path("runs/demo/data"), out=Path("runs/demo/finetune"), weights=Path("runs/demo/pretrain"), image_size=128,
         dim=128, depth=6, heads=2, init_std=0.1, layer_scale=0.0, drop_path=0.0, epochs=10, batch_size=32, lr=5e-4,
-        lr_batch=32, warmup_epochs=1, crop_scale=(0.5, 1.0), crop_pct=1.0, ema_decay=0.99, in_memory=True, workers=0,
+        lr_batch=32, warmup_epochs=1, crop_scale=(0.5, 1.0), crop_pct=1.0, augment_policy="none", ema_decay=0.99,
+        in_memory=True, workers=0,
         log_every=20, save_every=200,
     ),
 }  # fmt: skip

@@ -86,6 +86,9 @@ class TrainConfig(RunConfig):
         "AdamW's weight decay; biases, norms, layer scales, CLS tokens and position embeddings are spared",
         at_least=0,
     )
+    weight_decay_end: float | None = option(
+        None, "the weight decay goes to this one over the training, along a cosine; none: it stays", at_least=0
+    )
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay rates of its two averages", at_least=0, below=1)
     clip_grad: float = option(3.0, "gradients longer than this are scaled down to it; 0: never", at_least=0)
     log_every: int = option(
@@ -116,6 +119,11 @@ class TokenizerConfig(TrainConfig):
 
     stage: ClassVar[str] = "tokenizer"
     out: Path = option(Path("runs/tokenizer"), OUT)
+    val: Path | None = option(
+        None, "folder of images to evaluate on after every epoch: similarity to the teacher, unused codes; none: "
+        "FOLDER/val of --data, if there is one", free=True,
+    )  # fmt: skip
+    eval_every: int = option(1, "epochs between these; the last is always evaluated", free=True, at_least=1)
     teacher: str = option(
         "clip", "frozen network whose features the tokenizer learns to predict: clip, dino, timm:NAME or "
         "timm:NAME@LAYER (any timm model), efficientnet_lite0",
@@ -169,8 +177,8 @@ class PretrainConfig(TrainConfig):
     position: str = option(
         "shared_relative",
         "positions of the student; shared_relative: one table of biases for all blocks; relative: a table for each "
-        "block; absolute: position embeddings",
-        choices=("shared_relative", "relative", "absolute"),
+        "block; absolute: position embeddings; absolute_...: these beside the tables",
+        choices=("shared_relative", "relative", "absolute", "absolute_shared_relative", "absolute_relative"),
     )
     layer_scale: float = option(0.1, "initial scale of every residual branch; 0: no layer scale", at_least=0)
     early_layer: int = option(
@@ -187,6 +195,9 @@ class PretrainConfig(TrainConfig):
     )  # fmt: skip
     num_masked: int = option(75, "masked patches of each image", at_least=1)
     min_mask_patches: int = option(16, "patches of the smallest block of the block mask", at_least=1)
+    max_mask_patches: int | None = option(
+        None, "patches that a block may mask at most; none: all that are still wanted", at_least=1
+    )
     mask: str = option("block", "shape of the mask; random: single patches, an ablation", choices=("block", "random"))
     masks: str = option(
         "loader", "what draws the masks: the loader's processes, or the device that trains, for the whole batch at "
@@ -195,6 +206,13 @@ class PretrainConfig(TrainConfig):
     crop_scale: tuple[float, float] = option(
         (0.2, 1.0), "least and largest area of the random crop, as a share of the image", above=0, at_most=1
     )
-    color_jitter: float = option(
-        0.4, "brightness, contrast and saturation of the student's view change by up to this share", at_least=0
+    tokenizer_interpolation: str = option(
+        "bicubic", "what resizes the crop for the tokenizer", choices=("bicubic", "lanczos")
     )
+    color_jitter: float = option(
+        0.4, "brightness, contrast and saturation of both views change by up to this share, alike", at_least=0
+    )
+    jitter_on: str = option(
+        "crop", "contrast changes about the mean of the crop, with any loader, or of the whole image, as the reference "
+        "does, with torchvision's", choices=("crop", "image"),
+    )  # fmt: skip

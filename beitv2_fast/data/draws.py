@@ -92,11 +92,18 @@ def jitter_steps(keys: np.ndarray, strength: float) -> Draws:
     return {"jitter_step": order, "jitter_factor": 1 - strength + 2 * strength * u[:, 1:]}
 
 
-def patch_masks(keys: Tensor, kind: str, grid: tuple[int, int], num_masked: int, min_patches: int) -> Tensor:
+def patch_masks(
+    keys: Tensor,
+    kind: str,
+    grid: tuple[int, int],
+    num_masked: int,
+    min_patches: int,
+    max_patches: int | None = None,
+) -> Tensor:
     """The student's masks, bool [B, H*W] on the device of the keys [B] int64: of kind "block" or "random"."""
     if kind == "random":
         return random_masks(keys, grid, num_masked).flatten(1)
-    return block_masks(keys, grid, num_masked, min_patches=min_patches).flatten(1)
+    return block_masks(keys, grid, num_masked, min_patches=min_patches, max_patches=max_patches).flatten(1)
 
 
 def random_masks(keys: Tensor, grid: tuple[int, int], num_masked: int) -> Tensor:

@@ -46,6 +46,10 @@ def choose_loader(
         UserError: DALI is wanted and not installed, or wanted with images in memory; the images or the view are
             nothing for "gpu".
     """
+    if view is not None and view.needs_pil:
+        if wanted not in ("auto", "torchvision"):
+            raise UserError(f"--loader {wanted}: {view.needs_pil} takes PIL images. Use --loader torchvision, or auto.")
+        return "torchvision", f"{view.needs_pil} takes PIL images"
     known = images is not None and images.sizes is not None
     why_not = cannot_be_stored(images.sizes, device) if known else None
     if view is not None and view.augments:

@@ -7,6 +7,9 @@ all random decisions of a batch; the loader cuts the ``pictures`` out of the ima
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +17,8 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from ..models.vit import normalize
+from ..errors import require
+from ..models.vit import IMAGENET_MEAN, normalize
 from .draws import AUGMENT, Draws, jitter_steps, mask_keys, patch_masks, random_crops, random_flips, uniforms
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
@@ -42,6 +46,7 @@ class View:
     size: int
     resizes_first = False
     augments = False
+    needs_pil = ""  # the option, if there is one, for which a loader has to have the whole images in PIL
 
     def __call__(self, image: Image.Image, key: int = 0) -> dict[str, Tensor]:
         """The view of one image as the key, 64 random bits, wants it."""
@@ -59,6 +64,10 @@ class View:
         right; if ``resizes_first``, "resized" [B, 2], width and height of the resized image.
         """
         raise NotImplementedError(f"{type(self).__name__} must have a method draw: what is random about its images.")
+
+    def before_cutting(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
+        """What happens to image i of the batch before anything is cut out of it; only PIL's loader knows it whole."""
+        return image
 
     def augment(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
         """What else happens to picture i of the batch once it is resized and flipped."""
@@ -92,16 +101,18 @@ class PretrainView(View):
     """One crop and flip seen twice, and the student's mask:
 
     {"student": float32 [3, student_size, student_size], colors jittered, normalized by ImageNet's mean and deviation;
-     "tokenizer": float32 [3, tokenizer_size, tokenizer_size] in [0, 1], colors as they are;
+     "tokenizer": float32 [3, tokenizer_size, tokenizer_size] in [0, 1], with the same jitter;
      "mask": bool [H*W], True where the student does not see the patch}.
 
     Args:
         student_size, tokenizer_size: sides in pixels.
         mask_grid: (H, W), patches of the student's view in rows and columns.
         num_masked: patches to mask (75 of 14x14 in the paper, arXiv 2208.06366, section 3.2).
-        min_mask_patches: the least area of a block.
+        min_mask_patches: the least area of a block. max_mask_patches: the most new patches it may mask; None: any.
         crop_scale: the range of the crop's share of the image's area.
         color_jitter: how far brightness, contrast and saturation may be scaled: factors in [1 - j, 1 + j].
+        jitter_on: "crop": contrast is scaled about the crop's mean, so that a loader need not decode more; "image":
+            about the whole image's, as the reference does, which takes PIL images.
         mask_kind: "block", or "random" for single patches.
         masks: "loader", or "device": instead of "mask" there is "mask_key", int64, of which ``patch_masks`` makes the
             same masks wherever the keys lie.
@@ -118,6 +129,8 @@ class PretrainView(View):
     mask_kind: str = "block"
     masks: str = "loader"
     tokenizer_resample: str = "bicubic"
+    max_mask_patches: int | None = None
+    jitter_on: str = "crop"
 
     def __post_init__(self) -> None:
         _check_view(self.student_size, self.crop_scale)
@@ -130,7 +143,18 @@ class PretrainView(View):
             raise ValueError(f"masks is {self.masks!r}; expected 'loader' or 'device'")
         if self.tokenizer_resample not in RESAMPLING:
             raise ValueError(f"tokenizer_resample is {self.tokenizer_resample!r}; expected one of {sorted(RESAMPLING)}")
+        if self.jitter_on not in ("crop", "image"):
+            raise ValueError(f"jitter_on is {self.jitter_on!r}; expected 'crop' or 'image'")
         self._masks(np.zeros(1, np.int64))
+
+    @property
+    def needs_pil(self) -> str:
+        return "--jitter-on image" if self.jitter_on == "image" else ""
+
+    def before_cutting(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
+        if self.jitter_on == "crop" or "jitter_step" not in draws:
+            return image
+        return enhanced(image.convert("RGB"), draws["jitter_step"][i].tolist(), draws["jitter_factor"][i].tolist())
 
     @property
     def pictures(self) -> dict[str, Cut]:
@@ -144,18 +168,17 @@ class PretrainView(View):
         return {**draws, **jitter_steps(keys, self.color_jitter), **mask}
 
     def finish(self, pictures: Pictures, draws: Draws | dict[str, Tensor]) -> dict[str, Tensor]:
-        student = pictures["student"]
-        tokenizer = to_float(pictures.get("tokenizer", student))
-        if "jitter_step" in draws:
-            student = to_float(color_jitter(student, draws["jitter_step"], draws["jitter_factor"]))
-        else:
-            student = to_float(student)
+        if "jitter_step" in draws and self.jitter_on == "crop":
+            jitter = draws["jitter_step"], draws["jitter_factor"]
+            pictures = {name: color_jitter(pixels, *jitter) for name, pixels in pictures.items()}
+        student = to_float(pictures["student"])
+        tokenizer = to_float(pictures["tokenizer"]) if "tokenizer" in pictures else student
         name = "mask" if self.masks == "loader" else "mask_key"
         mask = torch.as_tensor(draws[name]).to(student.device, non_blocking=True)
         return {"student": normalize(student), "tokenizer": tokenizer, name: mask}
 
     def _masks(self, keys: np.ndarray) -> np.ndarray:
-        settings = (self.mask_kind, self.mask_grid, self.num_masked, self.min_mask_patches)
+        settings = (self.mask_kind, self.mask_grid, self.num_masked, self.min_mask_patches, self.max_mask_patches)
         return patch_masks(torch.from_numpy(keys), *settings).numpy()
 
 
@@ -167,15 +190,17 @@ class FinetuneView(View):
 
     Args:
         ops, magnitude: RandAugment's number of operations and their strength, 0 .. 30 (arXiv 1909.13719); 0 ops: none.
-            The reference's "rand-m9-mstd0.5-inc1" is timm's: 9 of 10 (27 here), varied a little, each operation applied
-            in half of the cases, and a few other operations. 9 of 30 in all cases is this package's choice.
+            By torchvision, on any loader.
+        policy: instead of those two, one of timm's, as the reference's "rand-m9-mstd0.5-inc1": 2 operations, each in
+            half of the cases, of strength 9 of 10, varied a little, bicubic, what comes in from outside the mean color.
     """
 
     size: int
     crop_scale: tuple[float, float] = (0.08, 1.0)
     ops: int = 2
     magnitude: int = 9
-    _torchvision: list = field(default_factory=list, init=False, repr=False, compare=False)
+    policy: str = "none"
+    _made: list = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_view(self.size, self.crop_scale)
@@ -184,6 +209,8 @@ class FinetuneView(View):
                 f"RandAugment of {self.ops} operations of magnitude {self.magnitude}; expected at least 0 operations "
                 "of magnitude 0 to 30"
             )
+        if self.policy != "none":
+            timm_policy(self.policy, self.size)  # now, not in the middle of an epoch
 
     def draw(self, sizes: np.ndarray, keys: np.ndarray) -> Draws:
         draws = {"box": random_crops(sizes, self.crop_scale, keys), "flip": random_flips(keys)}
@@ -194,20 +221,57 @@ class FinetuneView(View):
         return draws
 
     @property
+    def needs_pil(self) -> str:
+        return f"--augment-policy {self.policy}" if self.policy != "none" else ""
+
+    @property
     def augments(self) -> bool:
         return self.ops > 0
 
     def augment(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
         if not self.ops:
             return image
-        if not self._torchvision:
-            from torchvision.transforms.v2 import InterpolationMode, RandAugment
+        if not self._made:
+            self._made.append(self._transform())
+        seed = int(draws["augment_op"][i, 0] * 2**53)
+        with torch.random.fork_rng(devices=[]), seeded(seed):  # torchvision draws from torch's own generator
+            torch.manual_seed(seed)
+            return self._made[0](image)
 
-            made = RandAugment(self.ops, self.magnitude, interpolation=InterpolationMode.BILINEAR, fill=128)
-            self._torchvision.append(made)
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
-            torch.manual_seed(int(draws["augment_op"][i, 0] * 2**53))
-            return self._torchvision[0](image)
+    def _transform(self) -> Callable[[Image.Image], Image.Image]:
+        if self.policy != "none":
+            return timm_policy(self.policy, self.size)
+        from torchvision.transforms.v2 import InterpolationMode, RandAugment
+
+        return RandAugment(self.ops, self.magnitude, interpolation=InterpolationMode.BILINEAR, fill=128)
+
+
+def timm_policy(policy: str, size: int) -> Callable[[Image.Image], Image.Image]:
+    """timm's RandAugment, as its create_transform sets it up for images of this size, with ImageNet's mean.
+
+    Raises:
+        UserError: timm is not installed. ValueError: it does not know the policy.
+    """
+    library = require("timm.data.auto_augment", "teachers", "RandAugment by a policy (or choose --augment-policy none)")
+    mean = tuple(min(255, round(255 * value)) for value in IMAGENET_MEAN)
+    settings = {"translate_const": int(size * 0.45), "img_mean": mean, "interpolation": RESAMPLING["bicubic"]}
+    try:
+        return library.rand_augment_transform(policy, settings)
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"augment_policy is {policy!r}; expected one of timm's, as rand-m9-mstd0.5-inc1") from error
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Python's and NumPy's generators, from which timm draws, start at this seed and are put back."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 @dataclass(frozen=True)
@@ -234,6 +298,7 @@ class EvalView(View):
 
 def cut_out(images: list[Image.Image], view: View, draws: Draws) -> Pictures:
     """The view's pictures of PIL images (mode "RGB" or "L")."""
+    images = [view.before_cutting(image, draws, i) for i, image in enumerate(images)]
     if not view.resizes_first:
         images = [image.crop(box) for image, box in zip(images, draws["box"].tolist(), strict=True)]
     return resized_cuts(images, view, draws)
@@ -285,11 +350,15 @@ def color_jitter(pixels: Tensor, steps: np.ndarray | Tensor, factors: np.ndarray
         return jitter_batched(pixels, steps, factors)
     jittered = []
     for image, kinds, values in zip(pixels.numpy(), steps.tolist(), factors.tolist(), strict=True):
-        image = Image.fromarray(image)
-        for kind, factor in zip(kinds, values, strict=True):
-            image = ENHANCERS[kind](image).enhance(factor)
-        jittered.append(np.asarray(image))
+        jittered.append(np.asarray(enhanced(Image.fromarray(image), kinds, values)))
     return torch.from_numpy(np.stack(jittered))
+
+
+def enhanced(image: Image.Image, steps: list[int], factors: list[float]) -> Image.Image:
+    """``color_jitter`` of one PIL image."""
+    for step, factor in zip(steps, factors, strict=True):
+        image = ENHANCERS[step](image).enhance(factor)
+    return image
 
 
 def jitter_batched(pixels: Tensor, steps: np.ndarray | Tensor, factors: np.ndarray | Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import masked_cross_entropy
-from .vit import Block, ViT, ViTConfig, init_weights, rescale_outputs
+from .vit import Block, ViT, ViTConfig, drop_rates, init_weights, rescale_outputs
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,24 @@ class Student(ViT):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.dim))
         self.norm = nn.LayerNorm(vit.dim, vit.eps)
         self.lm_head = nn.Linear(vit.dim, config.num_codes)
-        if config.aggregation_depth:
-            self.cls_pt_layers = nn.ModuleList(Block(vit, vit.drop_path) for _ in range(config.aggregation_depth))
-            if not config.shared_head:
-                self.cls_pt_norm = nn.LayerNorm(vit.dim, vit.eps)
-                self.cls_pt_lm_head = nn.Linear(vit.dim, config.num_codes)
-        init_weights(self, vit.init_std)
+        init_weights(self, vit.init_std, cut=vit.init_std, convolutions=True)
         for i, block in enumerate(self.blocks):
             rescale_outputs(block, i + 1)
-        for i, block in enumerate(self.cls_pt_layers if config.aggregation_depth else []):
+        if config.aggregation_depth:
+            self._add_aggregation()
+
+    def _add_aggregation(self) -> None:
+        """Blocks l .. l + depth - 1 of a longer network, with torch's own initial weights, as the reference's."""
+        config, vit = self.config, self.config.vit
+        last = config.early_layer + config.aggregation_depth
+        rates = drop_rates(vit.drop_path, max(vit.depth, last))[config.early_layer : last]
+        self.cls_pt_layers = nn.ModuleList(Block(vit, rate) for rate in rates)
+        for i, block in enumerate(self.cls_pt_layers):
             rescale_outputs(block, config.early_layer + i + 1)
+        if not config.shared_head:
+            self.cls_pt_norm = nn.LayerNorm(vit.dim, vit.eps)
+            self.cls_pt_lm_head = nn.Linear(vit.dim, config.num_codes)
+            init_weights(self.cls_pt_lm_head, vit.init_std, cut=vit.init_std)
 
     @property
     def aggregation_head(self) -> tuple[nn.LayerNorm, nn.Linear]:

@@ -19,7 +19,7 @@ from .attention import RelativePositionBias, add_bias_table, attend, position_bi
 FAST_BF16_ON_CPU = torch.cpu._is_amx_tile_supported()  # see ``linear``
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-POSITIONS = ("absolute", "shared_relative", "relative", "none")
+POSITIONS = ("absolute", "shared_relative", "relative", "none", "absolute_shared_relative", "absolute_relative")
 SIZES: dict[str, dict[str, int]] = {  # ViT-S/16, B/16, L/16, H/14: ViTConfig(**SIZES["large"], ...)
     "small": {"dim": 384, "depth": 12, "heads": 6, "patch_size": 16},
     "base": {"dim": 768, "depth": 12, "heads": 12, "patch_size": 16},
@@ -39,11 +39,11 @@ class ViTConfig:
     depth: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
-    position: str = "shared_relative"  # one of POSITIONS; "relative" has a bias table in every block
+    position: str = "shared_relative"  # one of POSITIONS; "relative": a bias table in every block; absolute_...: both
     layer_scale: float = 0.0  # initial value; 0 means no layer scale
     drop_path: float = 0.0  # rate of the last block, growing linearly from 0 at the first
     eps: float = 1e-6  # of every LayerNorm
-    init_std: float = 0.02  # of the initial weights, for a width of 768; narrow models start to learn sooner with more
+    init_std: float = 0.02  # see ``init_weights``; for a width of 768: narrow models start to learn sooner with more
     attention: str = "auto"  # what computes attention, one of attention.IMPLEMENTATIONS
     checkpointing: bool = False  # blocks keep only their input and compute the rest again in backward
 
@@ -54,6 +54,18 @@ class ViTConfig:
             raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
         if self.position not in POSITIONS:
             raise ValueError(f"position must be one of {', '.join(POSITIONS)}; got {self.position!r}")
+
+    @property
+    def absolute(self) -> bool:
+        return self.position.startswith("absolute")
+
+    @property
+    def shared_table(self) -> bool:
+        return self.position.endswith("shared_relative")
+
+    @property
+    def own_tables(self) -> bool:
+        return self.position.endswith("relative") and not self.shared_table
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -164,7 +176,7 @@ class Attention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(config.dim))
         self.v_bias = nn.Parameter(torch.zeros(config.dim))
         self.proj = Linear(config.dim, config.dim)
-        self.own_bias = config.position == "relative"
+        self.own_bias = config.own_tables
         if self.own_bias:
             add_bias_table(self, config.grid, config.heads, config.attention)
 
@@ -230,12 +242,11 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         self.pos_embed = self.rel_pos_bias = None
-        if config.position == "absolute":
+        if config.absolute:
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.num_patches, config.dim))
-        elif config.position == "shared_relative":
+        if config.shared_table:
             self.rel_pos_bias = RelativePositionBias(config.grid, config.heads, config.attention)
-        rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in drop_rates(config.drop_path, config.depth))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -282,13 +293,26 @@ class ViT(nn.Module):
         return x
 
 
-def init_weights(model: nn.Module, std: float) -> None:
-    """Truncated normal, cut at two std, for linear, convolution, tokens and positions; zeros for biases."""
+def drop_rates(last: float, count: int) -> list[float]:
+    """The drop path of each of ``count`` blocks: from 0 at the first to ``last`` at the last."""
+    return [last * i / max(count - 1, 1) for i in range(count)]
+
+
+def init_weights(model: nn.Module, std: float, *, cut: float = 2.0, convolutions: bool = False) -> None:
+    """Truncated normal on [-cut, cut] for linear layers, tokens and positions; zeros for biases.
+
+    Convolutions keep torch's own initial values unless ``convolutions``. Both are as the reference's: its student cuts
+    at one std (which leaves 0.54 std of deviation) and has its patch embedding among these, its other models cut at 2.
+    """
+    kinds = (nn.Linear, nn.Conv2d) if convolutions else nn.Linear
+    for module in model.modules():
+        if isinstance(module, kinds):
+            nn.init.trunc_normal_(module.weight, std=std, a=-cut, b=cut)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and "relative_position_bias_table" not in name:
-            nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
-        elif name.endswith("bias") or name.endswith("relative_position_bias_table"):
-            nn.init.zeros_(parameter)
+        if name.endswith(("cls_token", "mask_token", "pos_embed")):
+            nn.init.trunc_normal_(parameter, std=std, a=-cut, b=cut)
 
 
 def rescale_outputs(block: Block, layer: int) -> None:

@@ -39,6 +39,7 @@ def pretrain_view(config: PretrainConfig, student_size: int, tokenizer_size: int
         mask_grid=(side, side),
         num_masked=config.num_masked,
         min_mask_patches=config.min_mask_patches,
+        max_mask_patches=config.max_mask_patches,
         crop_scale=config.crop_scale,
         color_jitter=0.0,
         mask_kind=config.mask,

@@ -90,6 +90,7 @@ def train(
             metrics = gradient(task, backend, batch, config, step, world, amp)
             known.learn()  # what the step before came to; from here on its weights are gone
             lr = schedule.lr(step)
+            schedule.set_weight_decay(backend.optimizer, step)
             norm = backend.step(lr)
             undo.back(norm)
             step += 1

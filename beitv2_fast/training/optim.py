@@ -33,7 +33,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, layer_decay: floa
     which the learning rate of a group is to be multiplied.
 
     Returns:
-        dicts with params, names, weight_decay, lr_scale, in the order in which the model names its parameters.
+        dicts with params, names, weight_decay, decayed, lr_scale, in the order in which the model names its parameters.
     """
     spared = {
         f"{prefix}.{name}".removeprefix(".")
@@ -50,7 +50,13 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, layer_decay: floa
         scale = layer_decay ** (len(model.blocks) + 1 - layer) if layer_decay < 1.0 else 1.0
         group = groups.setdefault(
             (decayed, layer),
-            {"params": [], "names": [], "weight_decay": weight_decay if decayed else 0.0, "lr_scale": scale},
+            {
+                "params": [],
+                "names": [],
+                "weight_decay": weight_decay if decayed else 0.0,
+                "decayed": decayed,
+                "lr_scale": scale,
+            },
         )
         group["params"].append(parameter)
         group["names"].append(name)
@@ -85,6 +91,7 @@ class Schedule:
     warmup_steps: int
     peak_lr: float
     min_lr: float
+    decay: tuple[float, float] | None = None  # the weight decay at the start and at the end; None: it stays
 
     @classmethod
     def of(cls, config: TrainConfig, num_images: int, world_size: int) -> Schedule:
@@ -93,9 +100,10 @@ class Schedule:
         images = on_a_rank * world_size  # per step
         total = -(-config.epochs * num_images // images)
         warmup = min(round(config.warmup_epochs * num_images / images), total)
-        return cls(
-            num_images, images, config.epochs, total, warmup, config.lr * images / config.lr_batch, config.min_lr
-        )
+        end = config.weight_decay_end
+        decay = None if end is None else (config.weight_decay, end)
+        peak = config.lr * images / config.lr_batch
+        return cls(num_images, images, config.epochs, total, warmup, peak, config.min_lr, decay)
 
     def epoch(self, step: int) -> float:
         """How many epochs the first ``step`` steps are."""
@@ -117,6 +125,16 @@ class Schedule:
             total_steps=self.total_steps,
             warmup_steps=self.warmup_steps,
         )
+
+    def set_weight_decay(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Of the parameters that decay, if it changes: a cosine from the first value to the second, no warm-up."""
+        if self.decay is not None:
+            value = cosine_schedule(
+                step, peak=self.decay[0], final=self.decay[1], total_steps=self.total_steps, warmup_steps=0
+            )
+            for group in optimizer.param_groups:
+                if group["decayed"]:
+                    group["weight_decay"] = value
 
 
 class TorchBackend:

@@ -102,12 +102,14 @@ def _vit(ours: Mapping[str, Tensor], prefix: str, known: Mapping[str, Any]) -> d
         "shared_relative": f"{prefix}rel_pos_bias.{BIAS_TABLE}",
         "relative": f"{prefix}blocks.0.attn.{BIAS_TABLE}",
     }
+    absolute = f"{prefix}pos_embed" in ours
     for position, name in tables.items():
         if name in ours:
             side = grid_side(name, ours[name])
+            position = f"absolute_{position}" if absolute else position
             return {**values, "position": position, "heads": ours[name].shape[1], "image_size": side * patch_size}
     values["heads"] = known.get("heads") or _heads(dim)
-    if f"{prefix}pos_embed" in ours:
+    if absolute:
         patches = ours[f"{prefix}pos_embed"].shape[1] - 1
         side = round(patches**0.5)
         if side**2 != patches:

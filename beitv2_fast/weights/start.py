@@ -69,8 +69,7 @@ def reading_normalized(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def own_positions(backbone: ViTConfig) -> ViTConfig:
     """The backbone with a bias table in every block where all blocks shared one."""
-    shared = backbone.position == "shared_relative"
-    return dataclasses.replace(backbone, position="relative") if shared else backbone
+    return dataclasses.replace(backbone, position=backbone.position.replace("shared_", ""))
 
 
 def start_config(config: StartConfig, backbone: ViTConfig) -> ViTConfig:

@@ -27,8 +27,8 @@ SAME_MEANING = {
 }
 POSITION_FLAGS = {
     "use_absolute_position_embeddings": "absolute",
-    "use_shared_relative_position_bias": "shared_relative",
-    "use_relative_position_bias": "relative",
+    "use_shared_relative_position_bias": "shared_table",
+    "use_relative_position_bias": "own_tables",
 }
 
 
@@ -41,7 +41,7 @@ def to_transformers(config: ModelConfig) -> dict[str, Any]:
         "architectures": ["BeitForMaskedImageModeling" if student else "BeitForImageClassification"],
         "model_type": "beit",
         **{theirs: getattr(vit, ours) for theirs, ours in SAME_MEANING.items()},
-        **{theirs: vit.position == ours for theirs, ours in POSITION_FLAGS.items()},
+        **{theirs: getattr(vit, ours) for theirs, ours in POSITION_FLAGS.items()},
         "intermediate_size": int(vit.dim * vit.mlp_ratio),
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
+from beitv2_fast.config.training import PretrainConfig
 from beitv2_fast.data.draws import image_keys, random_masks
+from beitv2_fast.data.views import Cut, PretrainView
 from beitv2_fast.kernels.block_masks import block_masks
+from beitv2_fast.train import pretrain
+from beitv2_fast.train.pretrain import PretrainTask
+from beitv2_fast.weights.build import build_student
+
+from ..support.small_runs import small_runs
+from ..support.training import PRETRAIN, TINY, call
 
 SAMPLES = 8000
 # The largest deviation, in standard errors of the difference of two samples, that chance may cause: each test looks at
@@ -136,3 +145,25 @@ def test_impossible_settings_are_refused_by_name(arguments, message):
 def test_impossible_numbers_of_random_patches_are_refused(num_masked):
     with pytest.raises(ValueError, match=f"num_masked is {num_masked}"):
         random_masks(image_keys_of(0, 1), (4, 4), num_masked)
+
+
+def test_the_most_patches_of_a_block_reach_the_masks_of_a_pre_training_whoever_draws_them():
+    settings = {"num_masked": 12, "min_mask_patches": 2, "max_mask_patches": 3}
+    view = PretrainView(30, 30, (6, 5), **settings)
+    key = torch.arange(20)
+    expected = block_masks(key, (6, 5), 12, min_patches=2, max_patches=3).flatten(1)
+    assert torch.equal(torch.from_numpy(view._masks(key.numpy())), expected)
+    assert not torch.equal(expected, block_masks(key, (6, 5), 12, min_patches=2).flatten(1))
+    config = PretrainConfig(image_size=30, patch_size=5, dim=8, depth=1, heads=1, early_layer=1, **settings)
+    task = PretrainTask(build_student(config, 4), Mock(), config)
+    square = block_masks(key, (6, 6), 12, min_patches=2, max_patches=3).flatten(1)
+    assert torch.equal(task._mask({"mask_key": key}), square)
+
+
+def test_the_tokenizer_s_view_is_resized_as_asked(tmp_path, monkeypatch):
+    """--tokenizer-interpolation reaches the view."""
+    root, seen = small_runs(tmp_path), []
+    monkeypatch.setattr(pretrain, "train", lambda task, config, dataset, *rest: seen.append(dataset.view) or 0)
+    options = [*TINY, *PRETRAIN, "--data", root / "data", "--tokenizer", root / "tokenizer"]
+    assert call("pretrain", *options, "--tokenizer-interpolation", "lanczos", "--out", tmp_path / "out") == 0
+    assert seen[0].pictures["tokenizer"] == Cut(32, "lanczos") and seen[0].pictures["student"] == Cut(32, "bicubic")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional
 
 from beitv2_fast.data.draws import image_keys, random_crops
+from beitv2_fast.data.loaders import choose_loader
 from beitv2_fast.data.views import EvalView, FinetuneView, PretrainView, TokenizerView
+from beitv2_fast.errors import UserError
 from beitv2_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -54,11 +59,36 @@ def test_student_and_tokenizer_see_the_same_crop_and_flip(tokenizer_size, resamp
     assert flips == {True, False}
 
 
-def test_only_the_student_s_colors_are_jittered():
+@pytest.mark.parametrize(("tokenizer_size", "most"), [(32, 1e-6), (16, 0.03)])
+@pytest.mark.parametrize("jitter_on", ["crop", "image"])
+def test_both_views_carry_one_and_the_same_jitter(tokenizer_size, most, jitter_on):
     image = gradient()
-    plain, jittered = (pretrain_view(color_jitter=j)(image, 4) for j in (0.0, 0.4))
-    assert torch.equal(plain["tokenizer"], jittered["tokenizer"])
-    assert (plain["student"] - jittered["student"]).abs().mean() > 0.05
+    for key in range(4):
+        plain, jittered = (
+            pretrain_view(32, tokenizer_size, color_jitter=j, jitter_on=jitter_on)(image, key) for j in (0.0, 0.4)
+        )
+        assert (plain["tokenizer"] - jittered["tokenizer"]).abs().mean() > 0.01
+        student = torch.nn.functional.interpolate(
+            denormalize(jittered["student"])[None], (tokenizer_size,) * 2, mode="area"
+        )
+        assert (student[0] - jittered["tokenizer"]).abs().max() < most
+
+
+def test_on_the_whole_image_colors_change_before_anything_is_cut_out():
+    """As torchvision's ColorJitter with these factors, in this order, then the view without it."""
+    image = gradient()
+    view = pretrain_view(32, 16, color_jitter=0.4, jitter_on="image")
+    draws = view.draw(np.array([image.size]), np.array([4], np.uint64))
+    for step, factor in zip(draws["jitter_step"][0].tolist(), draws["jitter_factor"][0].tolist(), strict=True):
+        image = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)[step](
+            image, factor
+        )
+    expected, found = pretrain_view(32, 16, color_jitter=0.0)(image, 4), view(gradient(), 4)
+    assert all(torch.equal(expected[name], found[name]) for name in ("student", "tokenizer"))
+    assert not torch.equal(found["student"], pretrain_view(32, 16, color_jitter=0.4)(gradient(), 4)["student"])
+    assert choose_loader("auto", view=view)[0] == "torchvision"
+    with pytest.raises(UserError, match="--loader dali: --jitter-on image takes PIL images"):
+        choose_loader("dali", view=view)
 
 
 def test_the_student_is_normalized_by_imagenet_statistics():
@@ -124,3 +154,35 @@ def test_the_evaluation_view_is_the_center():
 def test_impossible_views_are_refused_when_made(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_policy_is_timm_s_with_the_reference_s_settings():
+    """The same crop through timm's own transform, from the same seed."""
+    auto_augment = pytest.importorskip("timm.data.auto_augment")
+    policy = "rand-m9-mstd0.5-inc1"
+    view, plain = FinetuneView(24, policy=policy), FinetuneView(24, ops=0)
+    settings = {"translate_const": 10, "img_mean": (124, 116, 104), "interpolation": Image.Resampling.BICUBIC}
+    transform, changed = auto_augment.rand_augment_transform(policy, settings), 0
+    states = random.getstate(), np.random.get_state()[1].copy()
+    for key in range(12):
+        image = gradient()
+        draws = view.draw(np.array([image.size]), np.array([key], np.uint64))
+        crop = plain(image, key)["image"].mul(255).round().to(torch.uint8)
+        before = random.getstate(), np.random.get_state()
+        seed = int(draws["augment_op"][0, 0] * 2**53)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        expected = np.asarray(transform(Image.fromarray(crop.permute(1, 2, 0).numpy())))
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        found = view(image, key)["image"].mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        assert np.array_equal(found, expected)
+        changed += not np.array_equal(found, crop.permute(1, 2, 0).numpy())
+    assert 4 < changed < 12  # an operation is left out in half of the cases, both in a quarter
+    assert random.getstate() == states[0] and np.array_equal(np.random.get_state()[1], states[1])
+
+
+def test_a_policy_that_timm_does_not_know_is_refused():
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match="augment_policy is 'auto-m9'"):
+        FinetuneView(8, policy="auto-m9")

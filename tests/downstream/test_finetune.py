@@ -20,6 +20,7 @@ from beitv2_fast.downstream.classification import HEAD_SCALE, crop_share, start_
 from beitv2_fast.models.positions import resize_bias_table, resize_embedding
 from beitv2_fast.models.vit import normalize
 from beitv2_fast.train import evaluate as evaluate_command
+from beitv2_fast.train import finetune as finetune_command
 from beitv2_fast.weights.build import load_run_model
 from beitv2_fast.weights.start import reading_normalized
 
@@ -132,13 +133,24 @@ def test_intermediate_fine_tuning_passes_all_but_the_head_on_to_the_next_label_s
         ("large_intermediate", (90, 6e-4, 4096, 20, 0.75, 0.2, 0.8, 1.0)),
         ("base_after_intermediate", (30, 5e-5, 1024, 20, 0.75, 0.1, 0.0, 0.0)),
         ("large_after_intermediate", (20, 7e-5, 1024, 5, 0.8, 0.25, 0.0, 0.0)),
+        ("large_384_after_intermediate", (20, 7e-5, 1024, 5, 0.8, 0.25, 0.0, 0.0)),
     ],
 )
 def test_presets_are_the_reference_s_commands(name, expected):
     c = FINETUNE[name]
     assert (c.epochs, c.lr, c.lr_batch, c.warmup_epochs, c.layer_decay, c.drop_path, c.mixup, c.cutmix) == expected
     assert (c.min_lr, c.weight_decay, c.smoothing, c.erasing, HEAD_SCALE) == (1e-6, 0.05, 0.1, 0.25, 1e-3)
+    assert (c.augment_policy, c.ema_decay, c.image_size) == ("rand-m9-mstd0.5-inc1", 0, 384 if "384" in name else 224)
     assert (c.dim, c.depth) == ((1024, 24) if name.startswith("large") else (768, 12))
+
+
+def test_timm_s_policy_augments_the_training_s_images_by_torchvision_s_loader(runs, monkeypatch):
+    pytest.importorskip("timm")
+    seen = []
+    monkeypatch.setattr(finetune_command, "train", lambda task, config, data, *rest, **_: seen.append(data) or 0)
+    assert finetune(runs, "policy", "--augment-policy", "rand-m5-n1") == 0
+    assert (seen[0].view.policy, seen[0].loader) == ("rand-m5-n1", "torchvision")
+    assert finetune(runs, "dali", "--augment-policy", "rand-m5-n1", "--loader", "dali", "--no-in-memory") == 2
 
 
 @pytest.mark.parametrize(("size", "given", "share"), [(224, None, 0.875), (384, None, 1.0), (224, 0.9, 0.9)])

@@ -92,6 +92,8 @@ def test_the_presets_are_the_references():
     base, large = SEGMENT["base"], SEGMENT["large"]
     assert (base.image_size, base.steps, base.lr, base.layer_decay, base.drop_path) == (512, 160_000, 5e-5, 0.75, 0.15)
     assert (large.dim, large.depth, large.lr, large.layer_decay, large.drop_path) == (1024, 24, 4e-5, 0.9, 0.2)
+    after = SEGMENT["base_after_intermediate"], SEGMENT["large_after_intermediate"]
+    assert after == (replace(base, layer_decay=0.85), replace(large, lr=3e-5))
     for preset in (base, large):
         assert (preset.num_classes, preset.reduce_zero_label, preset.auxiliary_weight) == (150, True, 0.4)
         assert preset.batch_size * 8 == preset.lr_batch == 16 and preset.clip_grad == preset.min_lr == 0

@@ -12,6 +12,7 @@ from PIL import Image
 from beitv2_fast.data.draws import EpochSampler
 from beitv2_fast.data.find import find_images
 from beitv2_fast.data.loaders import train_loader
+from beitv2_fast.downstream.segmentation import views
 from beitv2_fast.downstream.segmentation.masks import IGNORED, find_masks, label_table
 from beitv2_fast.downstream.segmentation.views import SegmentationFolder, TrainView, scaled_size
 from beitv2_fast.errors import DataError
@@ -126,3 +127,14 @@ def test_a_mask_that_vanishes_after_the_check_is_named(tmp_path):
     (tmp_path / "masks" / "a.png").unlink()
     with pytest.raises(DataError, match=r"a\.png could be read when it was checked"):
         data.__getitems__([(0, 0)])
+
+
+def test_brightness_is_added_and_contrast_multiplied_as_the_reference_does(monkeypatch):
+    """Levels are cut off at 0 and 255 and at whole numbers after each."""
+    values = {(-32.0, 32.0): 20.5, (0.5, 1.5): 1.5, (-0.05, 0.05): 0.0}
+    monkeypatch.setattr(views, "_uniform", lambda low, high: values[(low, high)])
+    draws = iter([0.9, 0.1, 0.1, 0.9, 0.9])  # contrast comes second; brightness and it happen, no other does
+    monkeypatch.setattr(torch, "rand", lambda *_: torch.tensor(next(draws)))
+    picture = torch.tensor([0, 100, 150, 250], dtype=torch.uint8).expand(3, 1, 4)
+    expected = [30, 180, 255, 255]  # 1.5 x (0 + 20), (100 + 20), (150 + 20), 255
+    assert views._distort(picture)[0, 0].tolist() == expected

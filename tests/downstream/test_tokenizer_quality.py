@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+from unittest.mock import Mock, patch
+
+import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from beitv2_fast.config.presets import TOKENIZER
+from beitv2_fast.config.training import TokenizerConfig
+from beitv2_fast.data.views import EvalView
+from beitv2_fast.downstream import tokenizer_quality as quality
 from beitv2_fast.models.tokenizer import Tokenizer, TokenizerModelConfig
 from beitv2_fast.models.vit import ViTConfig
+from beitv2_fast.teachers import create_teacher
 from beitv2_fast.train.tokenizer_quality import tokenizer_quality
+from beitv2_fast.weights.build import load_run_model
+
+from ..support.downstream import write_colors
+from ..support.training import TINY, call
+from ..support.training import TOKENIZER as TOKENIZER_OPTIONS
 
 
 def tokenizer(codes: int = 8) -> Tokenizer:
@@ -52,3 +68,57 @@ def test_larger_images_are_shrunk_for_the_tokenizer_and_not_for_the_teacher():
 
     assert tokenizer_quality(model, teacher, [torch.rand(2, 3, 64, 64)])["images"] == 2
     assert sizes == [((64, 64), (4, 4))]
+
+
+def test_the_published_tokenizers_have_presets():
+    found = {name: (TOKENIZER[name].decoder_depth, TOKENIZER[name].teacher) for name in TOKENIZER if "base" in name}
+    assert found == {"base": (3, "clip"), "base_1_block": (1, "clip"), "base_1_block_dino": (1, "dino")}
+
+
+def test_a_training_tells_similarity_and_unused_codes_of_the_validation_images_after_every_epoch(tmp_path):
+    """The last line is what the finished run has on the same images."""
+    data = write_colors(tmp_path / "data" / "train", 4)
+    write_colors(tmp_path / "data" / "val", 3)  # 9 images: no multiple of the batch
+    out, options = tmp_path / "run", [*TINY, *TOKENIZER_OPTIONS, "--data", data.parent]
+    assert call("tokenizer", *options, "--out", out) == 0
+    lines = [json.loads(line) for line in (out / "evaluation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 9] and {line["val_images"] for line in lines} == {9}
+    model, config = load_run_model(out)
+    teacher = create_teacher(config.teacher, model.grid)
+    view = EvalView(128)
+    images = [view(Image.open(file).convert("RGB"))["image"] for file in sorted((data.parent / "val").rglob("*.png"))]
+    expected = tokenizer_quality(model, teacher, torch.stack(images).split(4))
+    last = {name.removeprefix("val_"): value for name, value in lines[-1].items() if name != "step"}
+    assert last == pytest.approx(expected, rel=1e-5)
+    assert expected["unused_codes"] == round(16 * (1 - expected["used_codes"]))
+    assert "codes unused" in (out / "log.txt").read_text()
+    none = tmp_path / "none"
+    assert call("tokenizer", *options, "--data", data, "--out", none, "--epochs", 1) == 0
+    assert not (none / "evaluation.jsonl").exists()
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_two_ranks_see_every_validation_image_once(count):
+    model = tokenizer()
+    images = torch.rand(count, 3, 32, 32)
+    view = SimpleNamespace(config=TokenizerConfig(batch_size=2, workers=0), tokenizer=model, run=Mock())
+    view.teacher = reconstruction(model)
+    view.dataset = range(count)
+    parts = []
+
+    def gathered(rank):
+        def keep(sums):
+            parts.append(sums)
+            return sums
+
+        return SimpleNamespace(rank=rank, size=2, device=torch.device("cpu"), sum=keep)
+
+    def loader(dataset, keys, batch, workers):
+        return [{"image": images[[i for _, i in keys[k : k + batch]]]} for k in range(0, len(keys), batch)]
+
+    with patch.object(quality, "keyed_loader", loader):
+        for rank in (0, 1):
+            view.world = gathered(rank)
+            quality.TokenizerValidation.__call__(view, 1, {"weights": model}, lambda: None)
+    whole = tokenizer_quality(model.eval(), view.teacher, [images])
+    assert quality.summary(sum(parts)) == pytest.approx(whole)

@@ -16,7 +16,7 @@ from beitv2_fast import (
 )
 
 DIM, DEPTH, HEADS, SIZE, PATCH = 32, 3, 4, 48, 16
-POSITIONS = ("shared_relative", "relative", "absolute", "none")
+POSITIONS = ("shared_relative", "relative", "absolute", "none", "absolute_shared_relative", "absolute_relative")
 
 
 def vit(position: str, layer_scale: float = 0.1, eps: float = 1e-6) -> ViTConfig:

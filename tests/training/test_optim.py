@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 
+from beitv2_fast.config.training import PretrainConfig
 from beitv2_fast.downstream.segmentation.model import Segmenter, SegmenterConfig
 from beitv2_fast.models.classifier import Classifier, ClassifierConfig
-from beitv2_fast.training.optim import cosine_schedule, parameter_groups
+from beitv2_fast.training.optim import Schedule, adamw, cosine_schedule, parameter_groups
 
 from ..models.test_golden import vit_config
 from ..support import weights
@@ -87,6 +89,35 @@ def test_weight_decay_spares_cls_tokens_position_embeddings_and_what_has_one_dim
         pytest.skip("its blocks are the encoder's and the decoder's")
     groups = parameter_groups(model, 0.05, layer_decay=layer_decay)
     assert_spared({n: g["weight_decay"] for g in groups for n in g["names"]}, model)
+
+
+def test_the_weight_decay_goes_along_a_cosine_to_the_final_one_and_spares_what_it_spared():
+    config = PretrainConfig(epochs=2, batch_size=4, warmup_epochs=1, weight_decay=0.05, weight_decay_end=0.45)
+    schedule = Schedule.of(config, num_images=20, world_size=1)  # 10 steps, 5 of them warm-up
+    optimizer = adamw(parameter_groups(weights.student(), config.weight_decay), config)
+    found = []
+    for step in range(10):
+        schedule.set_weight_decay(optimizer, step)
+        found.append([group["weight_decay"] for group in optimizer.param_groups])
+    decayed = optimizer.param_groups[0]["decayed"]
+    spared, values = zip(*(row[:: 1 if not decayed else -1] for row in found), strict=True)
+    assert set(spared) == {0.0}
+    assert values == pytest.approx([0.25 - 0.2 * math.cos(math.pi * step / 10) for step in range(10)])
+
+
+def test_the_command_trains_with_the_weight_decay_of_every_step(tmp_path, monkeypatch):
+    root, used = small_runs(tmp_path), []
+    step = torch.optim.AdamW.step
+
+    def noted(optimizer, *args):
+        used.append(max(group["weight_decay"] for group in optimizer.param_groups))
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    options = [*ONE_STEP, *STAGES["pretrain"].split(), "--tokenizer", root / "tokenizer", "--data", root / "data"]
+    options += ["--epochs", 2, "--weight-decay-end", 0.25]
+    assert call("pretrain", "--preset", "demo", *options, "--out", tmp_path / "out") == 0
+    assert used == pytest.approx([0.05, 0.15])
 
 
 STAGES = {

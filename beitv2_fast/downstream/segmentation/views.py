@@ -19,7 +19,8 @@ from .masks import IGNORED, MaskList
 
 LONGEST = 4  # an image's longer side is at most this many times the base size: the reference's 2048 for 512
 PLACES_TRIED = 10
-DISTORTIONS = {"brightness": (0.875, 1.125), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.05, 0.05)}
+# levels are added for brightness and multiplied for contrast, as the reference does
+DISTORTIONS = {"brightness": (-32.0, 32.0), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.05, 0.05)}
 
 
 def scaled_size(size: tuple[int, int], base: int, scale: float = 1.0) -> tuple[int, int]:
@@ -92,6 +93,7 @@ def _uniform(low: float, high: float) -> float:
 
 def _distort(picture: Tensor) -> Tensor:
     """Contrast comes before saturation and hue or after them, as the reference has it."""
+    from torchvision import tv_tensors
     from torchvision.transforms.v2 import functional as F
 
     order = ["brightness", "contrast", "saturation", "hue"]
@@ -99,7 +101,12 @@ def _distort(picture: Tensor) -> Tensor:
         order = ["brightness", "saturation", "hue", "contrast"]
     for name in order:
         if torch.rand(()) < 0.5:
-            picture = getattr(F, f"adjust_{name}")(picture, _uniform(*DISTORTIONS[name]))
+            value = _uniform(*DISTORTIONS[name])
+            if name in ("brightness", "contrast"):
+                levels = picture.float() + value if name == "brightness" else picture.float() * value
+                picture = tv_tensors.Image(levels.clamp(0, 255).to(torch.uint8))
+            else:
+                picture = getattr(F, f"adjust_{name}")(picture, value)
     return picture
 
 

@@ -185,7 +185,13 @@ class Answers:
         if settings is None:
             raise BadRequest(self.runs.problem or "there is no student here")
         key = torch.tensor([seed], dtype=torch.int64)
-        found = block_masks(key, self.runs.grid, settings.num_masked, min_patches=settings.min_mask_patches)
+        found = block_masks(
+            key,
+            self.runs.grid,
+            settings.num_masked,
+            min_patches=settings.min_mask_patches,
+            max_patches=settings.max_mask_patches,
+        )
         return {"hidden": found.flatten().nonzero()[:, 0].tolist()}
 
     def _remember(self, key: str, name: str, photo: Image.Image) -> Shown:
