@@ -30,13 +30,15 @@ if TYPE_CHECKING:
     from .quantize.residual import ResidualVectorQuantizer
     from .show.attention import attention_probabilities
     from .weights.create import create_model, list_models, model_config
+    from .weights.pretrained import from_pretrained, save_pretrained
 
 __all__ = [
     "ADAPTERS", "Classifier", "ClassifierConfig", "EmbeddingAdapter", "Features", "FusedVectorQuantizer",
     "NormEMAAdapter", "Quantized", "QuantizerOptions", "ResidualVectorQuantizer", "Student", "StudentConfig",
     "StudentOutput", "Tokenizer", "TokenizerModelConfig", "TokenizerOutput", "Unsupported", "VectorQuantizeAdapter",
-    "ViT", "ViTConfig", "attention_probabilities", "classify", "create_model", "features", "list_models",
-    "model_config", "read_images", "replace_quantizers",
+    "ViT", "ViTConfig", "attention_probabilities", "classify", "create_model", "features", "from_pretrained",
+    "list_models",
+    "model_config", "read_images", "replace_quantizers", "save_pretrained",
 ]  # fmt: skip
 
 __version__ = "0.2.0"
@@ -55,6 +57,7 @@ _MODULES = {
     "quantize.residual": ("ResidualVectorQuantizer",),
     "show.attention": ("attention_probabilities",),
     "weights.create": ("create_model", "list_models", "model_config"),
+    "weights.pretrained": ("from_pretrained", "save_pretrained"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 # where the names are that modules of earlier versions had

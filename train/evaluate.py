@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from beitv2_fast import create_model
 from beitv2_fast.config.downstream import EvaluateConfig
 from beitv2_fast.config.options import parse
 from beitv2_fast.config.presets import EVALUATE
@@ -24,20 +23,17 @@ from beitv2_fast.downstream.evaluation import columns_of, evaluate_classifier, l
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.classifier import Classifier
 from beitv2_fast.runs.checkpoints import latest_weights
-from beitv2_fast.runs.folder import RunFolder
-from beitv2_fast.weights.build import load_run_model
+from beitv2_fast.runs.folder import RunFolder, is_run_folder
+from beitv2_fast.runs.sources import locate
+from beitv2_fast.weights.create import open_model
 
 
 def models(config: EvaluateConfig) -> dict[str, Classifier]:
     """The classifier by name: of a fine-tuning that kept an average of its weights, both."""
-    if (config.model / "checkpoints").is_dir():
-        model, stored = load_run_model(config.model, config.image_size)
-        found: dict[str, nn.Module] = {"weights": model}
-        if getattr(stored, "ema_decay", 0):
-            found["average"] = load_run_model(config.model, config.image_size, average=True)[0]
-    else:
-        size = {} if config.image_size is None else {"image_size": config.image_size}
-        found = {"weights": create_model(None, config.model, **size)}
+    model, stored = open_model(config.model, config.image_size)
+    found: dict[str, nn.Module] = {"weights": model}
+    if is_run_folder(config.model) and getattr(stored, "ema_decay", 0):
+        found["average"] = open_model(config.model, config.image_size, average=True)[0]
     if not isinstance(found["weights"], Classifier):
         raise UserError(f"--model {config.model} is no classifier. Fine-tune it first: train/finetune.py --weights.")
     return found
@@ -47,7 +43,7 @@ def class_names(config: EvaluateConfig, model: Classifier) -> list[str]:
     """The names of the classifier's classes."""
     source, names = config.classes, None
     if source is None:
-        names = stored_classes(config.model)
+        names = stored_classes(locate(config.model))
     elif source.is_dir():
         names = find_images(source, "train", labeled=True).classes
     elif source.is_file():
@@ -72,8 +68,8 @@ def folder_names(folders: tuple[Path, ...]) -> list[str]:
 
 
 def source_state(model: Path) -> str:
-    """Tells the weights from later ones in the same place."""
-    file = latest_weights(model).resolve() if (model / "checkpoints").is_dir() else model
+    """Tells the weights from later ones under the same name."""
+    file = latest_weights(model).resolve() if is_run_folder(model) else locate(model)
     return f"{file} {file.stat().st_mtime_ns}"
 
 

@@ -20,19 +20,26 @@ from torch import Tensor
 from beitv2_fast.config.downstream import ProbeConfig
 from beitv2_fast.config.options import parse
 from beitv2_fast.config.presets import PROBE
-from beitv2_fast.config.training import TokenizerConfig
 from beitv2_fast.data.find import find_split
 from beitv2_fast.data.images import ImageList
 from beitv2_fast.distributed import World, run_main, start
-from beitv2_fast.downstream.probes.backbones import Backbone, Run, choose_backbone, labels_seen, teacher, untrained
+from beitv2_fast.downstream.probes.backbones import (
+    Backbone,
+    Run,
+    choose_backbone,
+    labels_seen,
+    teacher,
+    untrained,
+    vit_of,
+)
 from beitv2_fast.downstream.probes.exact import ProbeResult, balanced_accuracy, few_shot, linear_probe
 from beitv2_fast.downstream.probes.features import POOLED, Extractor, SplitFeatures
 from beitv2_fast.downstream.probes.knn import knn_predict
 from beitv2_fast.downstream.probes.sweep import SweepResult, sweep
 from beitv2_fast.errors import UserError
-from beitv2_fast.runs.folder import RunFolder, read_config
+from beitv2_fast.runs.folder import RunFolder
 from beitv2_fast.training.images import checked_images
-from beitv2_fast.weights.build import load_run_model
+from beitv2_fast.weights.create import open_model, tokenizer_config
 
 PIXELS = 32  # side of the images whose raw pixels are probed
 Split = dict[str, ImageList]
@@ -155,13 +162,13 @@ def swept(
 def main(argv: list[str] | None = None) -> int:
     config, _ = parse(ProbeConfig, PROBE, argv)
     world = start(config.device)
-    model, stored = load_run_model(config.run)
+    model, stored = open_model(config.run)
     backbone = choose_backbone(config, (model, stored), world.device)
     keep = kept_columns(config, backbone)
     if config.exact and config.tokenizer is not None:
-        read_config(TokenizerConfig, config.tokenizer)  # now, not after the other features have been computed
+        tokenizer_config(config.tokenizer)  # now, not after the other features have been computed
     run = RunFolder(config, world.rank)
-    splits = find_labeled(config, run, world, stored.patch_size)
+    splits = find_labeled(config, run, world, vit_of(model).patch_size)
     extract = Extractor(splits, run.path / "features", world, batch_size=config.batch_size, workers=config.workers)
     found = extracted(extract, backbone)
     others = list(compared(config, (model, stored), extract)) if config.exact and config.backbone == "trained" else []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from beitv2_fast.config.presets import PRETRAIN
-from beitv2_fast.config.training import PretrainConfig, TokenizerConfig
+from beitv2_fast.config.training import PretrainConfig
 from beitv2_fast.data.draws import patch_masks
 from beitv2_fast.data.views import PretrainView
 from beitv2_fast.distributed import run_main
@@ -22,7 +22,8 @@ from beitv2_fast.training.images import training_images
 from beitv2_fast.training.launch import launched, open_run
 from beitv2_fast.training.loop import train
 from beitv2_fast.training.task import Batch, Task
-from beitv2_fast.weights.build import build_student, load_run_model
+from beitv2_fast.weights.build import build_student
+from beitv2_fast.weights.create import open_model
 
 
 class PretrainTask(Task):
@@ -66,10 +67,10 @@ class PretrainTask(Task):
         return batch["mask"] if "mask" in batch else patch_masks(batch["mask_key"], *self.mask_settings)
 
 
-def load_tokenizer(config: PretrainConfig) -> tuple[Tokenizer, TokenizerConfig]:
-    tokenizer, stored = load_run_model(config.tokenizer, config.tokenizer_image_size)
+def load_tokenizer(config: PretrainConfig) -> Tokenizer:
+    tokenizer, _ = open_model(config.tokenizer, config.tokenizer_image_size)
     if not isinstance(tokenizer, Tokenizer):
-        raise UserError(f"--tokenizer {config.tokenizer} is the run folder of a pre-training, not of a tokenizer")
+        raise UserError(f"--tokenizer {config.tokenizer} holds a {type(tokenizer).__name__.lower()}, not a tokenizer.")
     grid = (config.image_size // config.patch_size,) * 2
     if tokenizer.grid != grid:
         raise UserError(
@@ -77,18 +78,18 @@ def load_tokenizer(config: PretrainConfig) -> tuple[Tokenizer, TokenizerConfig]:
             f"{grid}. Choose --image-size and --patch-size so that both have the same grid, or --tokenizer-image-size "
             f"{grid[0] * tokenizer.patch_size}, with which the tokenizer's positions are interpolated."
         )
-    return tokenizer.requires_grad_(False), stored
+    return tokenizer.requires_grad_(False)
 
 
 def main(argv: list[str] | None = None) -> int:
     config, world, backend = launched(PretrainConfig, PRETRAIN, argv)
-    tokenizer, stored = load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
     torch.manual_seed(config.seed)
     model = build_student(config, tokenizer.num_codes)
     try:
         view = PretrainView(
             student_size=config.image_size,
-            tokenizer_size=stored.image_size,
+            tokenizer_size=tokenizer.config.encoder.image_size,
             mask_grid=model.grid,
             num_masked=config.num_masked,
             min_mask_patches=config.min_mask_patches,

@@ -14,7 +14,6 @@ from torch import Tensor
 from beitv2_fast.config.downstream import TokenizerQualityConfig
 from beitv2_fast.config.options import parse
 from beitv2_fast.config.presets import PRESETS
-from beitv2_fast.config.training import TokenizerConfig
 from beitv2_fast.data.find import find_split
 from beitv2_fast.data.images import ImageFolder
 from beitv2_fast.data.loaders import choose_loader, eval_loader
@@ -23,11 +22,11 @@ from beitv2_fast.distributed import autocast_dtype, run_main, start
 from beitv2_fast.downstream.tokenizer_quality import measure, summary
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.tokenizer import Tokenizer
-from beitv2_fast.runs.folder import RunFolder, read_config
+from beitv2_fast.runs.folder import RunFolder
 from beitv2_fast.teachers import create_teacher
 from beitv2_fast.teachers.base import Teacher
 from beitv2_fast.training.images import checked_images
-from beitv2_fast.weights.build import load_run_model
+from beitv2_fast.weights.create import open_model, tokenizer_config
 
 
 @torch.no_grad()
@@ -47,10 +46,10 @@ def tokenizer_quality(model: Tokenizer, teacher: Teacher, batches: Iterable[Tens
 def main(argv: list[str] | None = None) -> int:
     config, _ = parse(TokenizerQualityConfig, PRESETS, argv)
     world = start(config.device)
-    model, _ = load_run_model(config.run)
+    model, _ = open_model(config.run)
     if not isinstance(model, Tokenizer):
-        raise UserError(f"--run {config.run} is no tokenizer's run folder. Name one that train/tokenizer.py made.")
-    stored = read_config(TokenizerConfig, config.run)
+        raise UserError(f"--run {config.run} is no tokenizer. Name the run folder of one, or a published one.")
+    stored = tokenizer_config(config.run)
     teacher = create_teacher(
         stored.teacher, model.grid, stored.teacher_weights, dtype=autocast_dtype("auto", world.device)
     )

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.options import add_options, check_limits, path
+from ..config.options import SOURCE, add_options, check_limits, path
 from ..config.show import ExploreConfig
 from ..distributed import run_main
 from ..runs.checkpoints import compact
+from ..runs.sources import PUBLISHED
 from ..show.explore import explore
 from ..weights.create import ALIASES, MODELS
 from ..weights.names import FORMATS
@@ -27,10 +28,10 @@ def parser() -> argparse.ArgumentParser:
     commands = result.add_subparsers(dest="command", required=True)
     help = "weights between the published checkpoints, this package, timm and transformers"
     convert = commands.add_parser("convert", help=help, description=f"Convert {help}.")
-    convert.add_argument("input", metavar="IN", type=path, help="weights file, run folder, or folder of transformers")
+    convert.add_argument("input", metavar="IN", type=path, help=SOURCE)
     convert.add_argument(
         "output", metavar="OUT", type=path,
-        help="NAME.safetensors, NAME.pth, or for transformers a folder that from_pretrained reads",
+        help="NAME.safetensors, NAME.pth, or a folder: for transformers and beitv2_fast, for its from_pretrained",
     )  # fmt: skip
     convert.add_argument("--to", choices=list(FORMATS), required=True, help="the format to make")
     convert.add_argument("--from", dest="source", choices=list(FORMATS), help="the format of IN [recognized]")
@@ -46,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     explore = commands.add_parser(
         "explore", help="a local page to look at a run with", description=ExploreConfig.__doc__
     )
-    explore.add_argument("run", metavar="RUN", type=path, help="folder of the runs, or a run folder")
+    explore.add_argument("run", metavar="RUN", type=path, help=f"folder of the runs, or {SOURCE}")
     add_options(explore, ExploreConfig())
     pictures = commands.add_parser(
         "picture", help="pictures of a run as PNG files", description="Pictures of a run as PNG files."
@@ -54,10 +55,10 @@ def parser() -> argparse.ArgumentParser:
     for kind, config in PICTURES.items():
         text = " ".join((type(config).__doc__ or "").split())
         picture = pictures.add_parser(kind, help=text.split(":")[0].split(".")[0], description=text)
-        picture.add_argument("run", metavar="RUN", type=path, nargs="+", help="folder of the runs, or a run folder")
+        picture.add_argument("run", metavar="RUN", type=path, nargs="+", help=f"folder of the runs, or {SOURCE}")
         picture.add_argument("-o", "--out", type=path, required=True, help="the .png file to write")
         add_options(picture, config)
-    commands.add_parser("models", help="the names that create_model knows", description="List the models' names.")
+    commands.add_parser("models", help="published weights and models by name", description="List the models' names.")
     return result
 
 
@@ -83,9 +84,19 @@ def run_command(argv: Sequence[str] | None = None) -> int:
         count, left_out = encode_folder(images, config)
         print(f"{config.out}: the codes of {count} images; {len(left_out)} files left out")
     else:
-        aliases = {name: [alias for alias, target in ALIASES.items() if target == name] for name in MODELS}
-        print("\n".join(f"{name:<26}{', '.join(aliases[name])}".rstrip() for name in MODELS))
+        _list_models()
     return 0
+
+
+def _list_models() -> None:
+    print("published weights, by name wherever a model is read\n")
+    for name, published in PUBLISHED.items():
+        print(f"  {name:<41}{published.millions:>4} M parameters  {published.what}")
+    print("\nmodels with random weights, for create_model; other names of theirs\n")
+    aliases = {alias: name for alias, name in ALIASES.items() if alias not in PUBLISHED}
+    for model in MODELS:
+        names = ", ".join(alias for alias, name in aliases.items() if name == model)
+        print(f"  {model:<26}{names}".rstrip())
 
 
 def given_options(config: Any, given: dict[str, Any]) -> Any:

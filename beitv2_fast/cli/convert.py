@@ -8,6 +8,7 @@ from ..errors import CheckpointError
 from ..weights import Weights, convert
 from ..weights.create import model_config
 from ..weights.files import METADATA, WEIGHT_SUFFIXES, read, write
+from ..weights.pretrained import write_pretrained
 from ..weights.shapes import flatten
 
 
@@ -18,7 +19,7 @@ def convert_file(
     """Read weights, convert them, write them: the command ``beitv2-fast convert``.
 
     Args:
-        path, out: see ``read`` and ``write``.
+        path, out: see ``read`` and ``write``; for beitv2_fast a name without a suffix is a ``save_pretrained`` folder.
         target, source: see ``convert``.
         model: a name of ``create_model``, for what neither the weights nor their file tell (heads without bias tables,
             eps).
@@ -36,5 +37,8 @@ def convert_file(
         except CheckpointError:  # a file of only weights is written without
             if Path(out).suffix not in WEIGHT_SUFFIXES:
                 raise
-    write(out, state, target, config, force=force)
+    if target == METADATA and Path(out).suffix not in WEIGHT_SUFFIXES:
+        write_pretrained(out, state, config, path, force=force)
+    else:
+        write(out, state, target, config, force=force)
     return loaded.format, state

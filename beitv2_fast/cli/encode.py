@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..config.options import option
+from ..config.options import SOURCE, option
 from ..distributed import autocast_dtype
 from ..errors import UserError, first_lines, require
 from ..models.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ class EncodeConfig:
     Run again after an interruption, it goes on where it was.
     """
 
-    tokenizer: Path = option(Path("runs/tokenizer"), "run folder, or weights file of any format, of a tokenizer")
+    tokenizer: Path = option(Path("runs/tokenizer"), f"the tokenizer, in any format: {SOURCE}")
     out: Path = option(Path("codes.npz"), "file to write: .npz or .safetensors")
     crop_pct: float = option(
         1.0, "side of the central square that is encoded, as a share of the shorter side", above=0, at_most=1

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..models.vit import SIZES
-from .options import OUT, RunConfig, option
+from .options import OUT, SOURCE, RunConfig, option
 from .training import LOADERS, TrainConfig
 
 
@@ -19,8 +19,8 @@ class ProbeConfig(RunConfig):
     out: Path = option(Path("runs/probe"), "run folder for results.json and the log")
     data: Path = option(Path("data"), "folder of FOLDER/train/CLASS and FOLDER/test/CLASS (or val) with images")
     run: Path = option(
-        Path("runs/pretrain"), "run folder whose backbone is probed: of a pre-training, a tokenizer (its encoder) or a "
-        "fine-tuning", holds="start",
+        Path("runs/pretrain"), "whose backbone is probed, that of a pre-training, a tokenizer (its encoder) or a "
+        f"fine-tuning: {SOURCE}", holds="start",
     )  # fmt: skip
     backbone: str = option(
         "trained", "trained: the network of --run; untrained: one of its shape with random weights; teacher: the "
@@ -64,9 +64,9 @@ class StartConfig(TrainConfig):
 
     weights: Path | None = option(
         Path("runs/pretrain"),
-        "where the training starts: the run folder of a pre-training, of a tokenizer (its encoder is trained on), of a "
-        "fine-tuning or, for a segmentation, of another one (with a new head if its classes are others), or a file of "
-        "weights in any format of `beitv2-fast convert`; none: random weights",
+        "where the training starts: from a pre-training, a tokenizer (its encoder is trained on), a fine-tuning or, of "
+        "a segmentation, another one (with a new head if its classes are others), in any format of `beitv2-fast "
+        f"convert`: {SOURCE}; none: random weights",
         holds="start",
     )
     layer_scale: float = option(
@@ -134,7 +134,7 @@ class EvaluateConfig(RunConfig):
     out: Path = option(Path("runs/evaluate"), "run folder for results.json and the log")
     model: Path = option(
         Path("runs/finetune"),
-        "run folder of a fine-tuning, or a file of a classifier's weights in any format",
+        f"a fine-tuned classifier, in any format: {SOURCE}",
         holds="start",
     )
     data: tuple[Path, ...] = option(
@@ -266,7 +266,7 @@ class TokenizerQualityConfig(RunConfig):
 
     stage: ClassVar[str] = "tokenizer_quality"
     out: Path = option(Path("runs/tokenizer_quality"), "run folder for results.json and the log")
-    run: Path = option(Path("runs/tokenizer"), "run folder of the tokenizer", holds="start")
+    run: Path = option(Path("runs/tokenizer"), f"the tokenizer: {SOURCE}", holds="start")
     data: Path = option(Path("data"), "folder of images; FOLDER/test or FOLDER/val is used if there is one")
     max_images: int = option(5000, "at most so many images, evenly spread over the list", at_least=1)
     batch_size: int = option(64, "images per forward", free=True, at_least=1)

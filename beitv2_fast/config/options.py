@@ -19,6 +19,7 @@ C = TypeVar("C", bound="RunConfig")
 
 
 OUT = "run folder for config, log, metrics and checkpoints; the same command run again resumes it"
+SOURCE = "a run folder, a file, a URL, hf-hub:ORGANIZATION/NAME, or a name that `beitv2-fast models` lists"
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 

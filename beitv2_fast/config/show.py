@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from .options import RunConfig, option
+from .options import SOURCE, RunConfig, option
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class ReportConfig(RunConfig):
     stage: ClassVar[str] = "report"
     out: Path = option(Path("runs/report"), "folder of the report: report.html and PNG files; replaced if there is one")
     data: Path = option(Path("data"), "the image folder; examples come from FOLDER/test or FOLDER/val, if there is one")
-    tokenizer: Path = option(Path("runs/tokenizer"), "run folder of the tokenizer")
-    pretrain: Path = option(Path("runs/pretrain"), "run folder of the pre-training")
+    tokenizer: Path = option(Path("runs/tokenizer"), f"the tokenizer: {SOURCE}")
+    pretrain: Path = option(Path("runs/pretrain"), f"the pre-training: {SOURCE}")
     probe: Path = option(Path("runs/probe"), "run folder of the linear probe")
     downstream: tuple[Path, ...] = option(
         (), "run folders of fine-tunings, segmentations and evaluations, to be reported too"
@@ -35,7 +35,8 @@ class ReportConfig(RunConfig):
 class ExploreConfig:
     """Explore a run on a page in the browser: the tokens of an image, each token's other patches in the data set, what
     a patch attends to, and the mask game. It listens only on 127.0.0.1. RUN: a folder with the runs tokenizer/ and
-    pretrain/ in it (as `make demo` leaves), or the run folder of a tokenizer or of a pre-training."""
+    pretrain/ in it (as `make demo` leaves), or a tokenizer or a pre-training: a run folder, a file, a URL,
+    hf-hub:ORGANIZATION/NAME, or a name that `beitv2-fast models` lists."""
 
     data: Path | None = option(None, "folder of images to compare with; none: the run's own")
     max_images: int = option(

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..models.attention import IMPLEMENTATIONS
 from ..quantize.options import DEAD_AFTER
-from .options import OUT, RunConfig, option
+from .options import OUT, SOURCE, RunConfig, option
 
 LOADERS = ("auto", "gpu", "dali", "torchvision")
 
@@ -169,7 +169,7 @@ class PretrainConfig(TrainConfig):
 
     stage: ClassVar[str] = "pretrain"
     out: Path = option(Path("runs/pretrain"), OUT)
-    tokenizer: Path = option(Path("runs/tokenizer"), "run folder of the trained tokenizer", holds="weights")
+    tokenizer: Path = option(Path("runs/tokenizer"), f"the trained tokenizer: {SOURCE}", holds="weights")
     tokenizer_image_size: int | None = option(
         None, "side of the images that the tokenizer reads, its positions interpolated; none: that of its training",
         at_least=1,

@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..models.classifier import Classifier, ClassifierConfig
 from ..runs.files import write_atomically
 from ..runs.folder import RunFolder
+from ..runs.sources import locate
 from ..training.images import checked_images
 from ..weights.build import vit_config
 from ..weights.files import read
@@ -48,7 +49,7 @@ def start_model(config: FinetuneConfig, classes: list[str], say: Callable[[str],
     vit = start_config(config, loaded.backbone(heads=config.heads))
     model = Classifier(ClassifierConfig(vit, len(classes)))
     state = loaded.ours
-    if (known := stored_classes(config.weights)) is not None and known != classes:
+    if (known := stored_classes(locate(config.weights))) is not None and known != classes:
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
     new = start_from(model, state, str(config.weights))
     say(f"weights from {config.weights}; {describe_new(new)}")

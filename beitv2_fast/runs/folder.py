@@ -19,6 +19,7 @@ from torch import Tensor
 from ..config.options import RunConfig, fingerprint, from_json, to_json
 from ..errors import UserError
 from .files import write_atomically
+from .sources import locate
 
 CONFIG, LOCK = "config.json", ".lock"
 INPUTS = "inputs.json"  # by the name of an option that is a path: a hash of what was there
@@ -227,8 +228,17 @@ def held(config: RunConfig, *kinds: str) -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(config) if f.metadata["holds"] in kinds]
 
 
-def content(path: Path) -> str | None:
-    """A hash of weights, wherever they lie: a file's, a run folder's newest checkpoint's, a folder's; None for none."""
+def is_run_folder(path: Path) -> bool:
+    """Whether a folder's config.json is one of a training here, and not of a model as hubs keep them."""
+    return (path / CONFIG).is_file() and not {"model_type", "architecture"} & stored_config(path).keys()
+
+
+def content(source: Path) -> str | None:
+    """A hash of weights, wherever they lie: a file's, a run folder's newest checkpoint's, a folder's; None for none.
+
+    Of a name or a URL (see ``locate``) it is that of what has been fetched.
+    """
+    path = locate(source, fetch=False)
     folder = max(path.glob("checkpoints/step_*"), default=path)
     patterns = ("model.safetensors",) if folder != path else WEIGHTS
     files = [path] if path.is_file() else sorted(file for pattern in patterns for file in folder.glob(pattern))

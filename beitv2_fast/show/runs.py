@@ -23,9 +23,10 @@ from ..models.features import features
 from ..models.student import Student
 from ..models.tokenizer import Tokenizer
 from ..runs.folder import CONFIG
+from ..runs.sources import is_remote
 from ..teachers.base import Teacher
-from ..weights.build import load_run_model, load_teacher
-from ..weights.create import create_model
+from ..weights.build import load_teacher
+from ..weights.create import open_model
 from .sheets import squares
 
 _log = logging.getLogger(__name__)
@@ -104,9 +105,7 @@ def open_runs(run: Path, config: ExploreConfig, *, with_images: bool = True) -> 
     """
     folder, settings, student, problem = _find(run)
     device = start(config.device).device
-    tokenizer, stored = (
-        load_run_model(folder) if (folder / CONFIG).is_file() else (create_model(checkpoint=folder), None)
-    )
+    tokenizer, stored = open_model(folder)
     if not isinstance(tokenizer, Tokenizer):
         raise UserError(f"{folder} holds a {type(tokenizer).__name__.lower()}, where a tokenizer was expected.")
     if student is not None:
@@ -126,14 +125,16 @@ def open_runs(run: Path, config: ExploreConfig, *, with_images: bool = True) -> 
 
 def _find(run: Path) -> tuple[Path, PretrainConfig | None, Student | None, str | None]:
     """(the tokenizer's run folder or file, the pre-training's config and model, why there is none)"""
-    if (run / CONFIG).is_file():
-        model, config = load_run_model(run)
+    if (run / CONFIG).is_file() or run.is_file() or is_remote(run):
+        model, config = open_model(run)
         if isinstance(model, Tokenizer):
             return run, None, None, NO_STUDENT
         if not isinstance(model, Student):
             raise UserError(f"{run} is the run of a fine-tuning. Name a tokenizer's run folder or a pre-training's.")
-        beside = run.parent / "tokenizer"
-        return (config.tokenizer if config.tokenizer.exists() else beside), config, model, None
+        if config is None:
+            raise UserError(f"nothing says whose codes the student {run} predicts. Name its run folder.")
+        named, beside = config.tokenizer, run.parent / "tokenizer"
+        return (named if named.exists() or is_remote(named) else beside), config, model, None
     if not (run / "tokenizer" / CONFIG).is_file():
         raise UserError(
             f"{run} is no run: it has neither a {CONFIG} nor a folder tokenizer with one. Name the folder in which "
@@ -142,7 +143,7 @@ def _find(run: Path) -> tuple[Path, PretrainConfig | None, Student | None, str |
     if not (run / "pretrain" / CONFIG).is_file():
         return run / "tokenizer", None, None, NO_STUDENT
     try:
-        model, config = load_run_model(run / "pretrain")
+        model, config = open_model(run / "pretrain")
     except UserError as error:  # a training that has just begun: the tokens can be looked at already
         return run / "tokenizer", None, None, f"{NO_STUDENT} ({error})"
     return run / "tokenizer", config, model, None

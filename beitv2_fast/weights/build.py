@@ -68,7 +68,7 @@ def load_run_model(
         image_size: that of the images it will read, if not its training's; its positions are interpolated.
         average: of a fine-tuning, the moving average of the weights.
     """
-    config = _config_of(run)
+    config = run_config(run)
     if image_size is not None:
         config = dataclasses.replace(config, image_size=image_size)
     path = latest_weights(run)
@@ -86,7 +86,8 @@ def load_run_model(
     return model.eval(), config
 
 
-def _config_of(run: Path) -> TokenizerConfig | PretrainConfig | FinetuneConfig:
+def run_config(run: Path) -> TokenizerConfig | PretrainConfig | FinetuneConfig:
+    """The config of a run folder whose model ``load_run_model`` loads."""
     configs = {config.stage: config for config in (TokenizerConfig, PretrainConfig, FinetuneConfig)}
     stage = str(stored_config(run)["stage"])
     if stage not in configs:

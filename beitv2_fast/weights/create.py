@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
+from ..config.downstream import FinetuneConfig
+from ..config.training import PretrainConfig, TokenizerConfig, TrainConfig
 from ..errors import CheckpointError, UserError
 from ..models.classifier import Classifier, ClassifierConfig
 from ..models.positions import resize_positions
@@ -14,14 +17,22 @@ from ..models.student import Student, StudentConfig
 from ..models.tokenizer import Tokenizer, TokenizerModelConfig
 from ..models.vit import SIZES, ViTConfig
 from ..runs.checkpoints import load_model
+from ..runs.folder import CONFIG, is_run_folder, read_config
+from ..runs.sources import PUBLISHED, is_remote, locate
 from . import kind_of
-from .files import Loaded, read
+from .build import load_run_model, run_config
+from .files import Loaded, read, read_training
 from .shapes import EARLY_LAYERS, ModelConfig, flatten, unflatten
 from .start import describe_new, own_positions, start_from
 
 _log = logging.getLogger(__name__)
 
 MODEL_CLASSES = {TokenizerModelConfig: Tokenizer, StudentConfig: Student, ClassifierConfig: Classifier}
+CONFIG_CLASSES = {
+    TokenizerModelConfig: TokenizerConfig,
+    StudentConfig: PretrainConfig,
+    ClassifierConfig: FinetuneConfig,
+}
 LAYER_SCALE = {"small": 0.1, "base": 0.1, "large": 1e-5, "huge": 1e-5}
 # what no weight depends on, or what loading adapts
 FREE = ("image_size", "num_classes", "layer_scale", "drop_path", "eps", "init_std", "early_layer", "decay")
@@ -59,11 +70,9 @@ MODELS: dict[str, ModelConfig] = {
     **_students(),
     **_classifiers(),
 }
-# the names of the reference's and timm's models
+# the names of the reference's and timm's models; a published name without weights stands for their shape
 ALIASES = {
-    "vqkd_encoder_base_decoder_3x768x12_clip": "vqkd_base_clip",
-    "vqkd_encoder_base_decoder_1x768x12_clip": "vqkd_base_clip_1",
-    "vqkd_encoder_base_decoder_1x768x12_dino": "vqkd_base_dino",
+    **{name: published.model for name, published in PUBLISHED.items()},
     "beit_base_patch16_224_8k_vocab_cls_pt": "beitv2_base",
     "beit_large_patch16_224_8k_vocab_cls_pt": "beitv2_large",
     "beitv2_base_patch16_224": "beitv2_base_classifier",
@@ -85,6 +94,9 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
     config = MODELS.get(ALIASES.get(name, name))
     if config is None:
         raise UserError(f"there is no model {name!r}. Choose one of: {', '.join((*MODELS, *ALIASES))}.")
+    published = PUBLISHED.get(name)
+    if published is not None and published.classes:
+        overrides = {"num_classes": published.classes, **overrides}
     return _replace(config, overrides, f"create_model({name!r})")
 
 
@@ -101,9 +113,11 @@ def create_model(
     as a warning.
 
     Args:
-        name: see ``list_models``; None: whatever model the checkpoint holds.
-        checkpoint: a .safetensors, .pth or .pt file in any format of ``convert``, a folder of transformers, or a run
-            folder of this package.
+        name: see ``list_models``; None: whatever model the checkpoint holds. A published name, a URL or ``hf-hub:...``
+            without a checkpoint is one itself.
+        checkpoint: a .safetensors, .pth or .pt file in any format of ``convert``, a folder of transformers, timm or
+            ``save_pretrained``, a run folder of this package, a published name, a URL, or
+            ``hf-hub:ORGANIZATION/NAME``: see ``runs.sources``.
         source: the checkpoint's format, if it should not be recognized.
         overrides: values of the config, e.g. ``image_size=384, drop_path=0.1, num_classes=10``.
 
@@ -113,6 +127,8 @@ def create_model(
     """
     if name is None and checkpoint is None:
         raise UserError(f"create_model needs a name or a checkpoint. Names: {', '.join(MODELS)}.")
+    if checkpoint is None and (name in PUBLISHED or is_remote(name)):
+        name, checkpoint = (name if name in PUBLISHED else None), name
     named = model_config(name, **overrides) if name is not None else None
     if checkpoint is None:
         return MODEL_CLASSES[type(named)](named).eval()
@@ -121,6 +137,60 @@ def create_model(
         return _load(name, named, loaded, str(checkpoint), overrides)
     except CheckpointError as error:
         raise error if str(checkpoint) in str(error) else CheckpointError(f"{checkpoint}: {error}") from error
+
+
+def open_model(
+    source: str | Path, image_size: int | None = None, *, average: bool = False
+) -> tuple[Tokenizer | Student | Classifier, TrainConfig | None]:
+    """The model of any source that ``create_model`` reads, in eval mode, and the config of its training.
+
+    A run folder and a folder of ``save_pretrained`` say it; a published model's is the paper's; of others it is None.
+
+    Args:
+        image_size, average: see ``load_run_model``.
+    """
+    path = locate(source)
+    if average or not (path.is_file() or (path / CONFIG).is_file()) or is_run_folder(path):
+        return load_run_model(path, image_size, average=average)
+    model = create_model(checkpoint=source, **({} if image_size is None else {"image_size": image_size}))
+    config = training_config(source)
+    if config is not None:
+        config = paper_config(model.config, config)
+    return model, config
+
+
+def training_config(source: str | Path) -> TrainConfig | None:
+    """The config alone of ``open_model``; a published model's shape is that of its name, and nothing is fetched."""
+    if (published := PUBLISHED.get(str(source))) is not None and not Path(source).exists():
+        config = paper_config(model_config(published.model))
+        known = {"teacher": published.teacher, "tokenizer": Path(published.tokenizer)}
+        return dataclasses.replace(config, **{name: v for name, v in known.items() if hasattr(config, name)})
+    path = locate(source)
+    if is_run_folder(path):
+        return run_config(path)
+    return read_training(path) if (path / CONFIG).is_file() else None
+
+
+def tokenizer_config(source: str | Path) -> TokenizerConfig:
+    """``training_config`` of a tokenizer, which says what its teacher was; UserError where there is none."""
+    path = Path(source)
+    if not (is_remote(path) or path.is_file()) and (is_run_folder(path) or not (path / CONFIG).is_file()):
+        return read_config(TokenizerConfig, path)
+    config = training_config(source)
+    if not isinstance(config, TokenizerConfig):
+        raise UserError(
+            f"nothing says how the tokenizer {source} was trained. Name the run folder of one, or a published one."
+        )
+    return config
+
+
+def paper_config(model: ModelConfig, config: TrainConfig | None = None) -> TrainConfig:
+    """A training's config, by default the paper's, for a model of this shape; the share of masked patches stays."""
+    config = config or CONFIG_CLASSES[type(model)]()
+    known, patches = flatten(model), (model.encoder if isinstance(model, TokenizerModelConfig) else model.vit).grid
+    before = (config.image_size // config.patch_size) ** 2
+    known["num_masked"] = round(getattr(config, "num_masked", 0) / before * math.prod(patches))
+    return dataclasses.replace(config, **{name: v for name, v in known.items() if hasattr(config, name)})
 
 
 def _load(name: str | None, named: ModelConfig | None, loaded: Loaded, source: str, overrides: dict[str, Any]) -> Any:

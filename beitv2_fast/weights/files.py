@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.downstream import FinetuneConfig
+from ..config.options import from_json
+from ..config.training import PretrainConfig, TokenizerConfig, TrainConfig
 from ..errors import CheckpointError, UserError, require
 from ..models.vit import ViTConfig
 from ..runs.checkpoints import read_weights, save_weights
 from ..runs.files import atomically, check_no_folder
-from ..runs.folder import CONFIG, stored_config
+from ..runs.folder import CONFIG, is_run_folder, stored_config
+from ..runs.sources import locate
 from . import Weights, convert, detect, without_wrapping
 from .build import load_run_model
 from .shapes import ModelConfig, describe, describe_backbone, flatten
@@ -59,15 +63,21 @@ def read(path: str | Path, source: str | None = None) -> Loaded:
 
     Args:
         path: a .safetensors, .pth, .pt or .bin file, or the .index.json of one in pieces; a run folder of this package
-            (its newest checkpoint); a folder of transformers (config.json and weights, of whichever variant).
+            (its newest checkpoint); a folder of transformers, timm or ``save_pretrained`` (config.json and weights, of
+            whichever variant); a published name, a URL or ``hf-hub:ORGANIZATION/NAME``: see ``runs.sources``.
         source: the format; None: recognized.
 
     Raises:
         CheckpointError: there is nothing there, or nothing that can be read as such.
     """
-    path = Path(path)
+    named, path = path, locate(path)
     if path.is_dir():
         return _read_folder(path, source)
+    if not path.exists():
+        raise CheckpointError(
+            f"there is no checkpoint file {named}. Name a run folder, a file, a URL, hf-hub:ORGANIZATION/NAME, or a "
+            "name that `beitv2-fast models` lists."
+        )
     state = _read_pieces(path) if path.suffix == ".json" else read_weights(path)
     weights = Weights(without_wrapping(state), _read_extras(_extras_file(path)))
     return Loaded(weights, source or detect(weights), _metadata(path))
@@ -131,14 +141,27 @@ def _is_of_transformers(path: Path) -> bool:
 
 def _read_folder(path: Path, source: str | None) -> Loaded:
     values = stored_config(path)
-    if values.get("model_type") is None:  # a run folder
+    if is_run_folder(path):
         model = load_run_model(path)[0]
         return Loaded(Weights(model.state_dict()), "beitv2_fast", flatten(model.config))
-    known = from_transformers(path / CONFIG)
+    if values.get("model_type") == METADATA:  # of save_pretrained
+        known = values["config"] if isinstance(values.get("config"), dict) else {}
+    else:  # timm's has no values that shapes do not tell
+        known = {} if "architecture" in values else from_transformers(path / CONFIG)
     found = _folder_weights(path)
     state = _read_pieces(found) if found.suffix == ".json" else read_weights(found)
     weights = Weights(without_wrapping(state), _read_extras(path / "extras.safetensors"))
     return Loaded(weights, source or detect(weights), known)
+
+
+def read_training(path: Path) -> TrainConfig | None:
+    """The config of the training behind a folder of ``save_pretrained``; None: it says none of this version."""
+    values = stored_config(path).get("training")
+    configs = {config.stage: config for config in (TokenizerConfig, PretrainConfig, FinetuneConfig)}
+    try:
+        return from_json(configs[values["stage"]], values)
+    except (TypeError, ValueError, KeyError):
+        return None
 
 
 def _folder_weights(path: Path) -> Path:

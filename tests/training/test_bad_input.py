@@ -91,7 +91,7 @@ MISTAKES = [
     (("pretrain",), "--image-size 64", "Choose --image-size and --patch-size so that both have the same grid"),
     (("pretrain",), "--tokenizer missing", "missing is no run folder"),
     (("pretrain",), "--tokenizer images", "images is no run folder"),
-    (("pretrain",), "--tokenizer pretrain", "is the run folder of a pre-training, not of a tokenizer"),
+    (("pretrain",), "--tokenizer pretrain", "holds a student, not a tokenizer"),
     (("pretrain",), "--tokenizer corrupt_config", "corrupt_config/config.json cannot be read"),
     (("pretrain",), "--tokenizer no_checkpoint", "has no checkpoint yet"),
     (("pretrain",), "--tokenizer cut", "cannot be read as a checkpoint"),

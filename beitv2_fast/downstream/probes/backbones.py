@@ -15,13 +15,15 @@ from ...errors import UserError
 from ...models.classifier import Classifier
 from ...models.student import Student
 from ...models.tokenizer import Tokenizer
+from ...models.vit import ViTConfig
 from ...runs.checkpoints import latest_weights
-from ...runs.folder import CONFIG, read_config
+from ...runs.folder import content, is_run_folder
 from ...teachers import TAUGHT_BY, create_teacher
+from ...weights.create import tokenizer_config
 from .features import POOLED, feature_names, global_features
 
 TITLES = {Student: "pre-trained", Tokenizer: "VQ-KD encoder", Classifier: "fine-tuned"}
-Run = tuple[nn.Module, object]  # what ``load_run_model`` gives
+Run = tuple[nn.Module, object]  # what ``open_model`` gives
 
 
 @dataclass(frozen=True)
@@ -42,27 +44,28 @@ def choose_backbone(config: ProbeConfig, run: Run, device: torch.device) -> Back
         if config.layers:
             raise UserError("--layers are those of the network of --run; a teacher is probed as a whole. Leave it out.")
         return teacher(_tokenizer_run(config, stored), device)
-    if any(layer > stored.depth for layer in config.layers):
-        raise UserError(f"--layers {' '.join(map(str, config.layers))}: the network has {stored.depth} blocks")
+    depth = vit_of(model).depth
+    if any(layer > depth for layer in config.layers):
+        raise UserError(f"--layers {' '.join(map(str, config.layers))}: the network has {depth} blocks")
     if config.backbone == "untrained":
         return untrained(config, run, config.seed, device)
-    key = f"{latest_weights(config.run).resolve()}/{config.layers}"
+    key = f"{weights_state(config.run)}/{config.layers}"
     features = global_features(model.to(device), config.layers)
-    return Backbone(TITLES[type(model)], stored.image_size, feature_names(config.layers), features, key)
+    return Backbone(TITLES[type(model)], vit_of(model).image_size, feature_names(config.layers), features, key)
 
 
 def untrained(config: ProbeConfig, run: Run, seed: int, device: torch.device) -> Backbone:
     """A network of the shape of --run with the random weights of its training's start, other ones for each seed."""
-    model, stored = run
+    model, _ = run
     torch.manual_seed(1000 + seed)
     fresh = type(model)(model.config).to(device).eval()
     features = global_features(fresh, config.layers)
-    return Backbone("untrained", stored.image_size, feature_names(config.layers), features)
+    return Backbone("untrained", vit_of(model).image_size, feature_names(config.layers), features)
 
 
 def teacher(tokenizer: Path, device: torch.device) -> Backbone:
     """The mean of the patch features from which a tokenizer learned."""
-    stored = read_config(TokenizerConfig, tokenizer)
+    stored = tokenizer_config(tokenizer)
     grid = (stored.image_size // stored.patch_size,) * 2
     network = create_teacher(stored.teacher, grid, stored.teacher_weights).to(device)
     return Backbone(
@@ -74,15 +77,28 @@ def teacher(tokenizer: Path, device: torch.device) -> Backbone:
     )
 
 
+def weights_state(source: Path) -> str:
+    """Tells the weights of a model from later ones under the same name."""
+    return str(latest_weights(source).resolve()) if is_run_folder(source) else f"{source} {content(source)}"
+
+
+def vit_of(model: nn.Module) -> ViTConfig:
+    """The config of a model's ViT, of a tokenizer its encoder's."""
+    return model.config.encoder if isinstance(model, Tokenizer) else model.vit_config
+
+
 def labels_seen(config: ProbeConfig, run: Run) -> str:
     """A remark for the report: whether labels were used in the trainings behind the numbers."""
     model, stored = run
     if isinstance(model, Classifier) and config.backbone == "trained":
         return "The backbone was fine-tuned with labels."
     tokenizer = config.tokenizer or (config.run if isinstance(model, Tokenizer) else getattr(stored, "tokenizer", None))
-    if tokenizer is None or not (tokenizer / CONFIG).is_file():
+    try:
+        name = tokenizer_config(tokenizer).teacher if tokenizer else ""
+    except UserError:
+        name = ""
+    if not name:
         return "The trainings here saw no label; what the tokenizer's teacher learned from is not known here."
-    name = read_config(TokenizerConfig, tokenizer).teacher
     learned = TAUGHT_BY.get(name, "what its source says")
     return f"The teacher ({name}) learned from {learned}; nothing else here saw a label."
 

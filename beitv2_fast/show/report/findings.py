@@ -78,7 +78,7 @@ def gather(config: ReportConfig, device: torch.device) -> Findings:
     """
     tokenizer, pretrain = read_stage(config.tokenizer, Tokenizer), read_stage(config.pretrain, Student)
     results, no_results = read_results(config.probe)
-    anything = (tokenizer.config, tokenizer.metrics, pretrain.config, pretrain.metrics, results, config.downstream)
+    anything = (tokenizer.model, tokenizer.metrics, pretrain.model, pretrain.metrics, results, config.downstream)
     if not any(anything):
         raise UserError(
             f"There is nothing to report on. {tokenizer.problem} {pretrain.problem} {no_results} "
@@ -120,6 +120,9 @@ def _add_guesses(found: Findings, config: ReportConfig, device: torch.device) ->
 
 def _add_teacher(found: Findings, device: torch.device) -> None:
     """A report does without a teacher whose weights are not there."""
+    if found.tokenizer.config is None:
+        found.no_teacher = "Nothing says which teacher the tokenizer had."
+        return
     try:
         found.teacher = load_teacher(found.tokenizer.config, found.tokenizer.model).to(device)
     except UserError as error:

@@ -10,18 +10,23 @@ from typing import Any
 from ...errors import UserError
 from ...models.student import Student
 from ...models.tokenizer import Tokenizer
+from ...runs.folder import is_run_folder
 from ...runs.logs import read_metrics
-from ...weights.build import load_run_model
+from ...weights.create import open_model, paper_config
 
 
 @dataclass
 class Stage:
-    """One training: its model and config where there are any, its log, and in words what is missing."""
+    """One training: its model and config where there are any, its log, and in words what is missing.
+
+    own_options: whether the config is that of a run folder.
+    """
 
     model: Any = None
     config: Any = None
     metrics: list[dict[str, float]] = field(default_factory=list)
     problem: str | None = None
+    own_options: bool = True
 
     @property
     def unfinished(self) -> str | None:
@@ -42,13 +47,15 @@ def read_stage(run: Path | None, kind: type[Tokenizer] | type[Student]) -> Stage
         return Stage(problem="No run folder was named for this stage.")
     metrics = read_metrics(run)
     try:
-        model, config = load_run_model(run)
+        model, config = open_model(run)
     except UserError as error:
         return Stage(metrics=metrics, problem=str(error))
     if not isinstance(model, kind):
         wanted, found = ("tokenizer", "pre-training") if kind is Tokenizer else ("pre-training", "tokenizer")
         raise UserError(f"{run} is the run folder of a {found}, where that of a {wanted} was expected. Swap the two?")
-    return Stage(model.requires_grad_(False), config, metrics)
+    if config is None and isinstance(model, Student):
+        config = paper_config(model.config)  # whose masks are shown; nothing tells those of its training
+    return Stage(model.requires_grad_(False), config, metrics, own_options=is_run_folder(run))
 
 
 def read_results(probe: Path | None) -> tuple[dict[str, Any] | None, str | None]:

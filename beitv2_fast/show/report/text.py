@@ -252,7 +252,7 @@ def _attention(found: Findings, figure) -> list[str]:
 def _how(found: Findings, data: Path) -> list[str]:
     lines = []
     for name, stage in (("tokenizer", found.tokenizer), ("pre-training", found.pretrain)):
-        if stage.config is not None:
+        if stage.config is not None and stage.own_options:
             lines.append(details(f"Options of the {name}", _options(to_json(stage.config))))
     readme = next((data / name for name in ("README.md", "LICENSE") if (data / name).is_file()), None)
     if readme is not None:
