@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ops import gather_rows, masked_cross_entropy_op, masked_positions, with_gradient
+from .ops import gather_rows, masked_cross_entropy_op, masked_positions, with_gradients
 
 
 def masked_gather(tokens: Tensor, mask: Tensor, *, num_masked: int | None = None) -> Tensor:
@@ -79,19 +79,14 @@ def masked_cross_entropy(
         )
     rows = positions.shape[0]  # an int to the op: 1 / rows of a ragged mask is no number yet when it is compiled
     if wanted[0]:
-        losses = torch.cat(
-            [
-                with_gradient(losses[b : b + 1], tokens, grad_rows[b][None], rows, positions)
-                if tokens.requires_grad
-                else losses[b : b + 1]
-                for b, tokens in enumerate(branches)
-            ]
+        losses = with_gradients(
+            losses, list(branches), [rows_of_branch[None] for rows_of_branch in grad_rows], rows, positions
         )
     parameters = [(norm_weight, grad_norm[:, 0]), (norm_bias, grad_norm[:, 1])] if wanted[1] else []
     parameters += [(weight, grad_weight), (bias, grad_bias)] if wanted[2] else []
-    for parameter, gradient in parameters:
-        if parameter is not None and parameter.requires_grad:
-            losses = with_gradient(losses, parameter, gradient, rows, None)
+    trained = [(p, gradient) for p, gradient in parameters if p is not None and p.requires_grad]
+    if trained:
+        losses = with_gradients(losses, *(list(group) for group in zip(*trained, strict=True)), rows, None)
     return losses, correct
 
 

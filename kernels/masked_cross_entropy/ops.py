@@ -190,15 +190,21 @@ def softmax_native_(logits, bias, labels, losses, correct, gradient, grad_bias) 
         logits.copy_(wide)
 
 
-@torch.library.custom_op("beitv2_fast::with_gradient", mutates_args=())
-def with_gradient(losses: Tensor, x: Tensor, gradient: Tensor, rows: int, positions: Tensor | None) -> Tensor:
-    """losses [L], whose gradient by x is known: gradient [L, *x.shape] / max(rows, 1), or by positions, at which
-    the rows gradient [L, M, C] are the gradient by x [B, N, C] and elsewhere it is 0."""
+@torch.library.custom_op("beitv2_fast::with_gradients", mutates_args=())
+def with_gradients(
+    losses: Tensor, xs: Sequence[Tensor], gradients: Sequence[Tensor], rows: int, positions: Tensor | None
+) -> Tensor:
+    """losses [L], whose gradient by each x is known: gradient [L, *x.shape] / max(rows, 1). Or by positions: losses[b]
+    has by branch x_b [B, N, C] the rows gradient_b [1, M, C] / max(rows, 1) at the positions and elsewhere 0.
+
+    One node for several, as each costs the host as much as a kernel; two in all, tokens and parameters, as a node frees
+    what it keeps when all its gradients are there.
+    """
     return losses.clone()
 
 
-@with_gradient.register_fake
-def _with_gradient_fake(losses, x, gradient, rows, positions):
+@with_gradients.register_fake
+def _with_gradients_fake(losses, xs, gradients, rows, positions):
     return torch.empty_like(losses)
 
 
@@ -226,18 +232,24 @@ def _with_gradient_backward_fake(upstream, gradient, rows, dtype):
     return gradient.new_empty(gradient.shape[1:], dtype=dtype)
 
 
-def _save_gradient(ctx, inputs, output) -> None:
-    _, x, gradient, ctx.rows, positions = inputs
-    ctx.save_for_backward(gradient, positions)
-    ctx.shape, ctx.dtype = x.shape, x.dtype
+def _save_gradients(ctx, inputs, output) -> None:
+    _, xs, gradients, ctx.rows, positions = inputs
+    ctx.save_for_backward(*gradients, positions)
+    ctx.wanted = [(x.shape, x.dtype) if x.requires_grad else None for x in xs]
 
 
-def _known_gradient(ctx, upstream: Tensor):
-    gradient, positions = ctx.saved_tensors
-    grad_x = with_gradient_backward(upstream, gradient, ctx.rows, ctx.dtype)
-    if positions is not None:
-        grad_x = scatter_rows(grad_x, positions, *ctx.shape[:2])
-    return upstream, grad_x, None, None, None
+def _known_gradients(ctx, upstream: Tensor):
+    *gradients, positions = ctx.saved_tensors
+    grads: list[Tensor | None] = []
+    for b, (gradient, wanted) in enumerate(zip(gradients, ctx.wanted, strict=True)):
+        if wanted is None:
+            grads.append(None)
+            continue
+        shape, dtype = wanted
+        factors = upstream if positions is None else upstream[b : b + 1]
+        grad = with_gradient_backward(factors, gradient, ctx.rows, dtype)
+        grads.append(grad if positions is None else scatter_rows(grad, positions, *shape[:2]))
+    return upstream, grads, [None] * len(gradients), None, None
 
 
-with_gradient.register_autograd(_known_gradient, setup_context=_save_gradient)
+with_gradients.register_autograd(_known_gradients, setup_context=_save_gradients)

@@ -21,8 +21,8 @@ from beitv2_fast.kernels.masked_cross_entropy.ops import (
     masked_cross_entropy_op,
     masked_positions,
     softmax_native_,
-    with_gradient,
     with_gradient_backward,
+    with_gradients,
 )
 from beitv2_fast.kernels.native import native_ops
 
@@ -266,8 +266,10 @@ def test_ops_pass_opcheck():
         arguments = ([t.detach() for t in p.branches], positions, p.labels, *leaves, None, 1e-6, torch.float32, *wanted)
         torch.library.opcheck(masked_cross_entropy_op, arguments)
     losses = torch.randn(2, requires_grad=True)
-    torch.library.opcheck(with_gradient, (losses, p.weight, torch.randn(2, 83, 24), 12, None))
-    torch.library.opcheck(with_gradient, (losses[:1], p.tokens[0], torch.randn(1, 12, 24), 12, positions))
+    parameters, known = [p.weight, p.norm_bias], [torch.randn(2, 83, 24), torch.randn(2, 24)]
+    torch.library.opcheck(with_gradients, (losses, parameters, known, 12, None))
+    for tokens in (p.tokens, [p.tokens[0], p.tokens[1].detach()]):
+        torch.library.opcheck(with_gradients, (losses, tokens, list(torch.randn(2, 1, 12, 24)), 12, positions))
     torch.library.opcheck(with_gradient_backward, (torch.randn(2), torch.randn(2, 3, 4), 12, torch.bfloat16))
 
 

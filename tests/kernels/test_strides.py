@@ -72,7 +72,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "masked_gather": (tokens[0], positions),
         "masked_scatter": (noise(4, 3), positions, 2, 3),
         "masked_cross_entropy": (tokens, positions, labels, *head, 1e-6, torch.float32, True, True, True),
-        "with_gradient": (noise(2), noise(2, 3, 4), noise(2, 4, 4), 3, positions),
+        "with_gradients": (noise(2), tokens, [noise(1, 4, 4), noise(1, 4, 4)], 3, positions),
         "with_gradient_backward": (noise(2), noise(2, 4, 4), 3, torch.bfloat16),
         "vector_quantize cosine": (x, codes, "cosine", 0.25, 0.5, True),
         "vector_quantize euclidean": (x, codes, "euclidean", 0.25, 0.5, True),
