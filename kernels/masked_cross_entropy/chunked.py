@@ -123,7 +123,7 @@ class Results(NamedTuple):
     """losses, correct [branches]; the gradients of M times each loss, [branches, ...], of size 0 if not wanted.
 
     The factor M keeps them in the range of fp16; with_gradients divides by it. Each branch's rows are a tensor of their
-    own: the backward pass frees them as soon as they have become that branch's gradient.
+    own, so that none is copied to become that branch's gradient.
     """
 
     losses: Tensor
