@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::item", "aten::equal", "aten::nonzero")
 NO_LAUNCH = ("aten::_unsafe_view", "aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided")
+NOT_OF_A_DEVICE = ("profiler::", "aten::promote_types")
 
 
 class Dispatched(TorchDispatchMode):
@@ -22,7 +23,7 @@ class Dispatched(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func._schema.name
         views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not views and name not in NO_LAUNCH and not name.startswith("profiler::"):
+        if not views and name not in NO_LAUNCH and not name.startswith(NOT_OF_A_DEVICE):
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 
