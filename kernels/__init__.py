@@ -15,6 +15,7 @@ else:
     from .block_masks import block_masks
     from .codebook_search import CodebookSearch, codebook_search
     from .codebook_update import codebook_update
+    from .gelu import gelu_and_gradient
     from .masked_cross_entropy import masked_cross_entropy, masked_gather
     from .residual_norm import residual_norm
     from .vector_quantize import VectorQuantize, vector_quantize
@@ -26,6 +27,7 @@ __all__ = [
     "block_masks",
     "codebook_search",
     "codebook_update",
+    "gelu_and_gradient",
     "masked_cross_entropy",
     "masked_gather",
     "residual_norm",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels import residual_norm
+from ..kernels import gelu_and_gradient, residual_norm
 from .attention import RelativePositionBias, add_bias_table, attend, position_bias
 
 FAST_BF16_ON_CPU = torch.cpu._is_amx_tile_supported()  # see ``linear``
@@ -136,13 +136,17 @@ class _Linear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         with torch.autocast(x.device.type, enabled=False):
             g = grad.reshape(-1, grad.shape[-1]).to(dtype)  # [M, out]
+            in_one_pass = ctx.gelu and x.is_cuda and all(ctx.needs_input_grad[:2])
+            if in_one_pass:
+                a, grad_x = gelu_and_gradient(x, (g @ weight.to(dtype)).view(x.shape))
             if ctx.needs_input_grad[1]:
-                a = (F.gelu(x) if ctx.gelu else x).reshape(-1, x.shape[-1]).to(dtype)
+                a = a if in_one_pass else F.gelu(x) if ctx.gelu else x
+                a = a.reshape(-1, x.shape[-1]).to(dtype)
                 grad_weight = (g.t() @ a).to(weight.dtype)
                 del a
             if ctx.needs_input_grad[2]:
                 grad_bias = g.sum(0).to(weight.dtype)
-            if ctx.needs_input_grad[0]:
+            if ctx.needs_input_grad[0] and not in_one_pass:
                 grad_x = (g @ weight.to(dtype)).to(x.dtype).view(x.shape)
                 if ctx.gelu:
                     grad_x = torch.ops.aten.gelu_backward(grad_x, x)

@@ -128,13 +128,27 @@ def residual_norm_cases(tiny: bool) -> Iterator[Case]:
             yield f"{name}, backward", partial(host.residual_norm_backward_triton, *backward)
 
 
+def gelu_cases(tiny: bool) -> Iterator[Case]:
+    from beitv2_fast.kernels.gelu.triton import gelu_and_gradient_triton
+
+    x = torch.zeros(2, 64 if tiny else 1536, dtype=torch.bfloat16)
+    yield "gelu_and_gradient", partial(gelu_and_gradient_triton, x, x)
+
+
 def cases(target: str, tiny: bool) -> Iterator[Case]:
     with launching(target):  # the host code asks for the target here, too
         parts = (
             search_cases(PROCESSORS[target], tiny),
             *(
                 part(tiny)
-                for part in (quantizer_cases, head_cases, gradient_cases, attention_cases, residual_norm_cases)
+                for part in (
+                    quantizer_cases,
+                    head_cases,
+                    gradient_cases,
+                    attention_cases,
+                    residual_norm_cases,
+                    gelu_cases,
+                )
             ),
         )
         found = [case for part in parts for case in part]

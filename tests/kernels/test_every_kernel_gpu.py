@@ -149,6 +149,15 @@ def attend() -> None:
                 assert (ours - right).norm() <= 2e-2 * max(right.norm(), 1.0)
 
 
+def gelu() -> None:
+    from beitv2_fast.kernels.gelu.reference import gelu_and_gradient_reference
+    from beitv2_fast.kernels.gelu.triton import gelu_and_gradient_triton
+
+    x, grad = torch.randn(2, 57, 33, device=HERE)
+    ours, theirs = gelu_and_gradient_triton(x, grad), gelu_and_gradient_reference(x, grad)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_every_kernel_once(monkeypatch):
     launched, kind = set(), type(search.resolve)
     run = kind.run
@@ -159,6 +168,7 @@ def test_every_kernel_once(monkeypatch):
     head(monkeypatch)
     residual_norm()
     attend()
+    gelu()
     if not DRY:
         torch.cuda.synchronize()
     assert launched == launched_kernels()

@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 from beitv2_fast.kernels.attention import triton as attention
 from beitv2_fast.kernels.codebook_search import triton as search
 from beitv2_fast.kernels.codebook_update import triton as update
+from beitv2_fast.kernels.gelu.triton import gelu_and_gradient_triton
 from beitv2_fast.kernels.masked_cross_entropy import triton as head
 from beitv2_fast.kernels.residual_norm import triton as residual
 from beitv2_fast.kernels.vector_quantize import triton as quantize
@@ -139,6 +140,13 @@ def test_the_gradients_fit(images, patches, masked, width, dtype, launches) -> N
     rows, upstream = torch.zeros(images * masked, width, dtype=dtype), torch.ones(1).expand(2)
     head.scatter_rows_triton(rows, torch.arange(len(rows)), images, patches)
     head.weigh_triton(upstream, torch.zeros(2, patches, width), 7, dtype)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (64, 1536)])
+def test_gelu_and_gradient_fits(shape, dtype, launches) -> None:
+    x = torch.empty(shape, dtype=dtype)
+    gelu_and_gradient_triton(x, x.T.contiguous().T)
 
 
 def test_the_loss_without_logits_takes_more_tokens_than_65535_blocks(launches) -> None:

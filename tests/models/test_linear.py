@@ -12,6 +12,7 @@ from beitv2_fast.models import vit as module
 from beitv2_fast.models.vit import Linear, linear
 
 from ..support.counting import kept
+from ..support.pretend_gpu import OnGPU, pretend_gpu
 
 
 def pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
@@ -27,7 +28,7 @@ def problem(dtype: torch.dtype = torch.float32, bias: bool = True) -> list[Tenso
 def results(function, tensors: list[Tensor | None], gelu: bool) -> list[Tensor]:
     """Output and gradients."""
     out = function(*tensors, gelu=gelu)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     return [out, *torch.autograd.grad(out, [t for t in tensors if t is not None], upstream)]
 
 
@@ -103,6 +104,18 @@ def test_on_a_gpu_only_what_saves_memory_is_not_pytorch_s_own():
         x, weight = (torch.empty(s, device="cuda", requires_grad=True) for s in ((3, 24), (8, 24)))
         names = [linear(x, weight, None, gelu=gelu).grad_fn.name() for gelu in (False, True)]
     assert names == ["MmBackward0", "_LinearBackward"]
+
+
+def test_on_a_gpu_gelu_and_its_gradient_are_one_op_of_the_backward(monkeypatch):
+    seen, op = [], module.gelu_and_gradient
+    monkeypatch.setattr(module, "gelu_and_gradient", lambda x, grad: (seen.append(x.shape), op(x, grad))[1])
+    tensors = problem()
+    with pretend_gpu():
+        there = [t.detach().as_subclass(OnGPU).requires_grad_() for t in tensors]
+        found = results(linear, there, gelu=True)
+    assert seen == [tensors[0].shape]
+    for ours, theirs in zip(found, results(pytorch, tensors, gelu=True), strict=True):
+        torch.testing.assert_close(ours.as_subclass(Tensor), theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_the_parameters_are_those_of_nn_linear():
