@@ -20,8 +20,6 @@ from torch import Tensor
 from beitv2_fast.config.downstream import ProbeConfig
 from beitv2_fast.config.options import parse
 from beitv2_fast.config.presets import PROBE
-from beitv2_fast.data.find import find_split
-from beitv2_fast.data.images import ImageList
 from beitv2_fast.distributed import World, run_main, start
 from beitv2_fast.downstream.probes.backbones import (
     Backbone,
@@ -34,40 +32,15 @@ from beitv2_fast.downstream.probes.backbones import (
 )
 from beitv2_fast.downstream.probes.exact import ProbeResult, balanced_accuracy, few_shot, linear_probe
 from beitv2_fast.downstream.probes.features import POOLED, Extractor, SplitFeatures
+from beitv2_fast.downstream.probes.images import find_labeled
 from beitv2_fast.downstream.probes.knn import knn_predict
 from beitv2_fast.downstream.probes.sweep import SweepResult, sweep
 from beitv2_fast.errors import UserError
 from beitv2_fast.runs.folder import RunFolder
-from beitv2_fast.training.images import checked_images
 from beitv2_fast.weights.create import open_model, tokenizer_config
 
 PIXELS = 32  # side of the images whose raw pixels are probed
-Split = dict[str, ImageList]
 Probed = tuple[str, list[SplitFeatures]]  # name, features [N, C] by split: one for all seeds, or one per seed
-
-
-def find_labeled(config: ProbeConfig, run: RunFolder, world: World, min_size: int) -> Split:
-    splits, test = {}, find_split(config.data, "test", "val")
-    if test is None or find_split(config.data, "train") is None:
-        raise UserError(f"{config.data} needs the folders train/CLASS and test/CLASS (or val/CLASS) for a probe")
-    for split, folder in (("train", "train"), ("test", test)):
-        splits[split] = checked_images(
-            config.data, folder, config, run, world, min_size=min_size, name=f"_{split}", labeled=True
-        )
-    if splits["train"].labels is None or len(splits["train"].classes) < 2:
-        raise UserError(f"{config.data}/train needs at least two class folders for a probe")
-    for split, images in splits.items():
-        empty = [name for i, name in enumerate(images.classes) if i not in images.labels]
-        if empty:
-            raise UserError(
-                f"no image of the classes {', '.join(empty)} in {images.root} can be used; add some ({split})"
-            )
-    if splits["train"].classes != splits["test"].classes:
-        raise UserError(
-            f"train has the classes {splits['train'].classes}, {test} has {splits['test'].classes}: "
-            "they must be the same"
-        )
-    return splits
 
 
 def kept_columns(config: ProbeConfig, backbone: Backbone) -> list[int]:
@@ -168,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.exact and config.tokenizer is not None:
         tokenizer_config(config.tokenizer)  # now, not after the other features have been computed
     run = RunFolder(config, world.rank)
-    splits = find_labeled(config, run, world, vit_of(model).patch_size)
+    splits = find_labeled(config.data, config, run, world, vit_of(model).patch_size)
     extract = Extractor(splits, run.path / "features", world, batch_size=config.batch_size, workers=config.workers)
     found = extracted(extract, backbone)
     others = list(compared(config, (model, stored), extract)) if config.exact and config.backbone == "trained" else []

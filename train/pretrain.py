@@ -13,11 +13,13 @@ from beitv2_fast.config.training import PretrainConfig
 from beitv2_fast.data.draws import patch_masks
 from beitv2_fast.data.views import PretrainView
 from beitv2_fast.distributed import run_main
+from beitv2_fast.downstream.probes.validation import KnnValidation
 from beitv2_fast.errors import UserError
 from beitv2_fast.kernels import masked_gather
 from beitv2_fast.models.student import Student
 from beitv2_fast.models.tokenizer import Tokenizer
 from beitv2_fast.pictures import masked_picture, token_map
+from beitv2_fast.training.deepspeed import DeepSpeedBackend, zero_stage
 from beitv2_fast.training.images import training_images
 from beitv2_fast.training.launch import launched, open_run
 from beitv2_fast.training.loop import train
@@ -103,9 +105,13 @@ def main(argv: list[str] | None = None) -> int:
         )
     except ValueError as error:
         raise UserError(f"{error}. Change one of these options.") from error
+    if config.knn_data and backend is DeepSpeedBackend and zero_stage(config, world.device) == 3:
+        raise UserError("--knn-data needs whole weights on every rank, and ZeRO 3 has none. Leave one of them out.")
     task = PretrainTask(model, tokenizer.to(world.device), config)
     run = open_run(config, world, backend)
-    return train(task, config, training_images(config, view, run, world), run, world, backend)
+    images = training_images(config, view, run, world)
+    knn = KnnValidation(config, model, run, world) if config.knn_data else None
+    return train(task, config, images, run, world, backend, after_epoch=knn, every_epochs=config.knn_every)
 
 
 if __name__ == "__main__":

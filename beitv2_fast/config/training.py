@@ -216,3 +216,8 @@ class PretrainConfig(TrainConfig):
         "crop", "contrast changes about the mean of the crop, with any loader, or of the whole image, as the reference "
         "does, with torchvision's", choices=("crop", "image"),
     )  # fmt: skip
+    knn_data: Path | None = option(
+        None, "labeled images (FOLDER/train/CLASS and FOLDER/val/CLASS, or test) on which k nearest neighbors tell "
+        "during the training how good the student's features are; none: nothing does", free=True,
+    )  # fmt: skip
+    knn_every: int = option(10, "epochs between these; the last is always told", free=True, at_least=1)

@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..models.classifier import Classifier, ClassifierConfig
 from ..runs.files import write_atomically
 from ..runs.folder import RunFolder
+from ..runs.logs import read_metrics
 from ..runs.sources import locate
 from ..training.images import checked_images
 from ..weights.build import vit_config
@@ -122,6 +123,7 @@ class ClassifierValidation:
         view = EvalView(config.image_size, crop_share(config.crop_pct, config.image_size))
         self.dataset = labeled_images(folder, split, "val", config, run, world, view=view, min_size=config.patch_size)
         self.columns = columns_of(self.dataset.images, classes, self.dataset.images.root)
+        self.best: str | None = None  # what was just evaluated, if nothing before was better
 
     def __call__(self, step: int, models: dict[str, nn.Module], progress: Callable[[], None]) -> dict[str, dict]:
         """The results by model, logged."""
@@ -145,8 +147,22 @@ class ClassifierValidation:
             {f"{name}_{key}": v for name, found in results.items() for key, v in found.items()},
             "evaluation.jsonl",
         )
+        self._compare(step, {name: found["top1"] for name, found in results.items()})
         self.run.results({"step": step, "classes": len(self.columns), **results})
         return results
+
+    def _compare(self, step: int, top1: dict[str, float]) -> None:
+        """Whether these are the best so far; a resumed run repeats steps, whose best counts once more."""
+        name = max(top1, key=top1.get)
+        before = [
+            value
+            for line in read_metrics(self.run.path, "evaluation.jsonl")
+            if line["step"] < step
+            for key, value in line.items()
+            if key.endswith("_top1")
+        ]
+        better = self.world.first(int(top1[name] > max(before, default=-1.0)))  # rank 0 has written its lines
+        self.best = name if better else None
 
 
 def top1_line(found: dict[str, float], classes: int) -> str:

@@ -170,3 +170,7 @@ def deepspeed_settings(config: TrainConfig, device: torch.device) -> dict[str, A
     autocast = {"enabled": dtype is not None, "dtype": str(dtype or torch.bfloat16).removeprefix("torch.")}
     owned["torch_autocast"] = {**settings.get("torch_autocast", {}), **autocast}
     return {"zero_optimization": {"stage": 0}, "steps_per_print": 10**9, **settings, **owned}
+
+
+def zero_stage(config: TrainConfig, device: torch.device) -> int:
+    return int(deepspeed_settings(config, device)["zero_optimization"].get("stage", 0))

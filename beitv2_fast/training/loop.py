@@ -24,7 +24,7 @@ from .ema import ModelEMA
 from .launch import Backend
 from .monitor import BadSteps, HostCopy, OnAnyRank, StopSignal, TrainingLog, Undo, Watchdog, learns_late, poisoned
 from .optim import Schedule, TorchBackend, parameter_groups
-from .resume import resume, save
+from .resume import resume, save, save_best
 from .task import ON_HOST, AfterEpoch, Batch, Task
 
 
@@ -107,6 +107,8 @@ def train(
             if evaluates:
                 models = {"weights": backend.wrapped, **({"average": ema.model} if ema else {})}
                 after_epoch(step, models, watchdog.progress)
+                if name := getattr(after_epoch, "best", None):
+                    save_best(run.path / "best", name, backend, ema, step, world)
             if due and not bad.in_a_row:  # among bad steps the weights are suspect
                 about = {"images_per_step": schedule.images_per_step, "skipped_steps": bad.skipped}
                 of_images = {"images": dataset.images.fingerprint, "image_count": len(dataset)}

@@ -12,6 +12,7 @@ from ..data.images import ImageFolder
 from ..distributed import World
 from ..errors import UserError
 from ..runs.checkpoints import Checkpoints, load_model, read_weights, save_weights
+from ..runs.files import atomically
 from ..runs.folder import RunFolder
 from .deepspeed import DeepSpeedBackend
 from .ema import ModelEMA
@@ -118,4 +119,23 @@ def save(
         raise UserError(
             f"the checkpoint of step {step} could not be written: {problem or 'see rank 0'}. The one before it is "
             "intact; make room and start the same command again."
+        ) from problem
+
+
+def save_best(
+    folder: Path, name: str, backend: TorchBackend | DeepSpeedBackend, ema: ModelEMA | None, step: int, world: World
+) -> None:
+    """The best weights so far, or their average, as folder/model.safetensors; if that fails, every rank raises."""
+    weights = backend.weights() if name == "weights" else ema.model.state_dict()
+    problem: OSError | None = None
+    try:
+        if world.rank == 0:
+            folder.mkdir(exist_ok=True)
+            atomically(folder / "model.safetensors", lambda temporary: save_weights(weights, temporary))
+    except OSError as error:
+        problem = error
+    if world.any(problem is not None):
+        raise UserError(
+            f"the best weights, of step {step}, could not be written: {problem or 'see rank 0'}. Make room and start "
+            "the same command again."
         ) from problem

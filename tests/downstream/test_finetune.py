@@ -16,6 +16,7 @@ from beitv2_fast.config.options import parse
 from beitv2_fast.config.presets import FINETUNE
 from beitv2_fast.data.find import find_images
 from beitv2_fast.data.views import EvalView
+from beitv2_fast.downstream import classification
 from beitv2_fast.downstream.classification import HEAD_SCALE, crop_share, start_model
 from beitv2_fast.models.positions import resize_bias_table, resize_embedding
 from beitv2_fast.models.vit import normalize
@@ -292,3 +293,30 @@ def test_zero_3_trains_averages_and_evaluates_as_plain_torch(runs):
     found, wanted = results(runs / "zero3"), results(runs / "tuned")
     assert found["average"] == pytest.approx(wanted["average"], rel=1e-4)
     assert found["weights"] == pytest.approx(wanted["weights"], rel=1e-4)
+
+
+def test_the_weights_of_the_best_epoch_are_kept(runs, monkeypatch):
+    """Epochs of 3 steps; the second is the best, the third only as good."""
+    scores = iter([0.3, 0.6, 0.6, 0.5])  # the last of the run that starts from it
+    found = {"top5": 1.0, "loss": 1.0, "images": 9}
+    monkeypatch.setattr(classification, "evaluate_classifier", lambda *_, **__: {"top1": next(scores), **found})
+    out = runs / "best_of_three"
+    assert finetune(runs, out.name, "--ema-decay", 0, "--keep-checkpoints", 3) == 0
+    best = load_file(out / "best" / "model.safetensors")
+    at_6, at_9 = (load_file(out / "checkpoints" / f"step_0000000{s}" / "model.safetensors") for s in (6, 9))
+    assert all(torch.equal(best[name], at_6[name]) for name in at_6)
+    assert not torch.equal(best["head.weight"], at_9["head.weight"])
+    started = finetune(runs, "from_best", *STILL, "--ema-decay", 0, weights=f"{out.name}/best/model.safetensors")
+    assert started == 0
+    assert_starts_from(at_6, runs / "from_best")
+
+
+def test_the_average_is_kept_where_it_is_better(runs, monkeypatch):
+    scores = iter([0.3, 0.4, 0.2, 0.1, 0.3, 0.3])  # weights, average
+    found = {"top5": 1.0, "loss": 1.0, "images": 9}
+    monkeypatch.setattr(classification, "evaluate_classifier", lambda *_, **__: {"top1": next(scores), **found})
+    out = runs / "best_average"
+    assert finetune(runs, out.name, "--keep-checkpoints", 3) == 0
+    best, average = load_file(out / "best" / "model.safetensors"), out / "checkpoints" / "step_00000003"
+    average = load_file(average / "ema.safetensors")
+    assert all(torch.equal(best[name], average[name]) for name in average)

@@ -27,6 +27,7 @@ class Stage:
     metrics: list[dict[str, float]] = field(default_factory=list)
     problem: str | None = None
     own_options: bool = True
+    evaluation: list[dict[str, float]] = field(default_factory=list)  # what was measured after epochs
 
     @property
     def unfinished(self) -> str | None:
@@ -55,7 +56,8 @@ def read_stage(run: Path | None, kind: type[Tokenizer] | type[Student]) -> Stage
         raise UserError(f"{run} is the run folder of a {found}, where that of a {wanted} was expected. Swap the two?")
     if config is None and isinstance(model, Student):
         config = paper_config(model.config)  # whose masks are shown; nothing tells those of its training
-    return Stage(model.requires_grad_(False), config, metrics, own_options=is_run_folder(run))
+    evaluation = read_metrics(run, "evaluation.jsonl")
+    return Stage(model.requires_grad_(False), config, metrics, own_options=is_run_folder(run), evaluation=evaluation)
 
 
 def read_results(probe: Path | None) -> tuple[dict[str, Any] | None, str | None]:

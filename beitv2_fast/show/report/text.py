@@ -209,6 +209,11 @@ def _pretraining(found: Findings, figure) -> list[str]:
             "guess gains that knows how frequent each code is and nothing of the photograph.",
         ),
     ]
+    if knn := [line for line in found.pretrain.evaluation if "knn_cls_10" in line]:
+        head = ["10 nearest neighbors, top-1, after step", "CLS token", "mean of patches"]
+        shown = [knn[i * (len(knn) - 1) // 4] for i in range(5)] if len(knn) > 5 else knn
+        rows = [[f"{line['step']:,}", f"{line['knn_cls_10']:.1%}", f"{line['knn_mean_10']:.1%}"] for line in shown]
+        lines.append(table(head, rows))
     if found.guesses:
         head = ["hidden patches whose code is ...", "first guess", "among first five"]
         rows = [[branch, f"{top1:.1%}", f"{top5:.1%}"] for branch, (top1, top5) in found.guesses.right.items()]
