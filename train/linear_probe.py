@@ -1,6 +1,6 @@
 """Probes of a frozen backbone: ``deepspeed train/linear_probe.py --run RUN --data FOLDER --out RUN``.
 
-A sweep of linear classifiers over layers and learning rates, as published; k nearest neighbors; few images per class.
+A sweep of linear classifiers over layers and learning rates; k nearest neighbors; few images per class.
 With --exact also the probe to convergence, on what a representation has to beat too: the untrained backbone and raw
 pixels, and on the teacher's features, from which the tokenizer learned.
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from beitv2_fast.config.downstream import ProbeConfig
 from beitv2_fast.config.options import parse
 from beitv2_fast.config.presets import PROBE
+from beitv2_fast.data.images import ImageList
 from beitv2_fast.distributed import World, run_main, start
 from beitv2_fast.downstream.probes.backbones import (
     Backbone,
@@ -34,11 +35,14 @@ from beitv2_fast.downstream.probes.exact import ProbeResult, balanced_accuracy, 
 from beitv2_fast.downstream.probes.features import POOLED, Extractor, SplitFeatures
 from beitv2_fast.downstream.probes.images import find_labeled
 from beitv2_fast.downstream.probes.knn import knn_predict
-from beitv2_fast.downstream.probes.sweep import SweepResult, sweep
+from beitv2_fast.downstream.probes.sweep import Classifiers, SweepResult, fit_sweep, shares
 from beitv2_fast.errors import UserError
+from beitv2_fast.runs.checkpoints import read_weights, save_weights
+from beitv2_fast.runs.files import atomically
 from beitv2_fast.runs.folder import RunFolder
 from beitv2_fast.weights.create import open_model, tokenizer_config
 
+CLASSIFIERS = "classifiers.safetensors"  # of the sweep: one for each feature, in the order of results.json
 PIXELS = 32  # side of the images whose raw pixels are probed
 Probed = tuple[str, list[SplitFeatures]]  # name, features [N, C] by split: one for all seeds, or one per seed
 
@@ -119,10 +123,11 @@ def swept(
     run: RunFolder,
     world: World,
 ) -> list[SweepResult]:
-    """The published probe, of several layers and learning rates at once: top-1 and top-5."""
+    """Several features and learning rates at once: top-1 and top-5. The classifiers are kept in the run folder."""
     how = {"learning_rates": config.learning_rates, "epochs": config.epochs, "batch_size": config.sgd_batch_size}
     given = (train, labels["train"]), (test, labels["test"])
-    found = sweep(names, *given, **how, seed=config.seed, device=world.device)
+    found, classifiers = fit_sweep(names, *given, **how, seed=config.seed, device=world.device)
+    atomically(run.path / CLASSIFIERS, lambda temporary: save_weights(vars(classifiers), temporary))
     for result in found:
         top5 = "" if result.top5 is None else f"  top-5 {result.top5:.2%}"
         run.print(
@@ -130,6 +135,27 @@ def swept(
             f"lr {result.lr:g} (held out: {result.held_out:.2%})"
         )
     return found
+
+
+def evaluate(
+    config: ProbeConfig, run: RunFolder, backbone: Backbone, keep: list[int], splits: dict[str, ImageList], world: World
+) -> int:
+    """--evaluate: the classifiers that a sweep left, on the test images."""
+    if not (run.path / CLASSIFIERS).is_file():
+        raise UserError(f"--evaluate: {run.path} has no {CLASSIFIERS}. Run the probe without it first.")
+    test = {"test": splits["test"]}
+    extract = Extractor(test, run.path / "features", world, batch_size=config.batch_size, workers=config.workers)
+    found = extracted(extract, backbone)
+    if world.rank:
+        return 0
+    state = read_weights(run.path / CLASSIFIERS)
+    classifiers = Classifiers(**{name: value.to(world.device) for name, value in state.items()})
+    top1, top5 = shares(classifiers, found["test"][:, keep], torch.tensor(splits["test"].labels))
+    for i, column in enumerate(keep):
+        run.print(f"evaluation  {backbone.columns[column]:<42}  top-1 {top1[i, 0]:.2%}  top-5 {top5[i, 0]:.2%}")
+    values = {backbone.columns[column]: top1[i, 0].item() for i, column in enumerate(keep)}
+    run.metrics(0, values, "evaluation.jsonl")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -143,6 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     run = RunFolder(config, world.rank)
     splits = find_labeled(config.data, config, run, world, vit_of(model).patch_size)
     extract = Extractor(splits, run.path / "features", world, batch_size=config.batch_size, workers=config.workers)
+    if config.evaluate:
+        return evaluate(config, run, backbone, keep, splits, world)
     found = extracted(extract, backbone)
     others = list(compared(config, (model, stored), extract)) if config.exact and config.backbone == "trained" else []
     world.leave()
@@ -157,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         table.append(probe_row(row, labels, config, world.device))
         run.print(line(table[-1]))
     metric = "balanced accuracy"
-    if not config.exact:  # the published probe's number stands for the row
+    if not config.exact:  # the sweep's number stands for the row
         metric, top1 = "top-1 accuracy", {f"{backbone.title}, {r.features}": r.top1 for r in sweeps}
         table = [{**row, "mean": top1[row["features"]], "std": 0.0, "runs": [top1[row["features"]]]} for row in table]
     classes = splits["train"].classes

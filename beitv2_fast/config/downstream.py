@@ -41,6 +41,9 @@ class ProbeConfig(RunConfig):
         False, "also probe by L-BFGS, to convergence and with the penalty chosen, and compare with an untrained "
         "network, pixels and the teacher: for up to some 10,000 images"
     )  # fmt: skip
+    evaluate: bool = option(
+        False, "fit nothing: evaluate the sweep's classifiers of --out on the test images of --data", free=True
+    )
     layers: tuple[int, ...] = option(
         (), "blocks, counted from 1, whose CLS token and mean of patches the sweep probes too; each takes 2 x dim x 4 "
         "bytes of memory an image", at_least=1,

@@ -70,7 +70,8 @@ class TokenizerValidation:
         folder, split = validation_images(config)
         images = checked_images(folder, split, config, run, world, min_size=config.patch_size, name="_val")
         view = EvalView(config.teacher_image_size or config.image_size)
-        self.dataset = ImageFolder(images, view, loader=choose_loader(config.loader)[0], device=world.device)
+        loader, _ = choose_loader(config.loader, images=images, view=view, device=world.device)
+        self.dataset = ImageFolder(images, view, loader=loader, device=world.device)
 
     def __call__(self, step: int, models: dict[str, nn.Module], progress: Callable[[], None]) -> dict[str, float]:
         """What ``summary`` says, logged. The ranks share the images, and all run as many forwards."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -170,3 +171,14 @@ class Spy:
     def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
         self.seen.append(rows)
         return self.x[rows]
+
+
+def test_the_sweep_s_classifiers_are_kept_and_evaluated_again(runs):
+    """On the same images they are as good as then, and nothing is fitted or written over."""
+    swept = {row["features"]: row["top1"] for row in results(runs / "probe")["sweep"]}
+    before = results(runs / "probe")
+    assert probe(runs, "probe", "--exact", "--evaluate") == 0
+    last = json.loads((runs / "probe" / "evaluation.jsonl").read_text().splitlines()[-1])
+    assert {name: value for name, value in last.items() if name != "step"} == pytest.approx(swept)
+    assert results(runs / "probe") == before
+    assert probe(runs, "nothing", "--evaluate") == 2

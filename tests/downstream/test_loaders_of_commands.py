@@ -62,7 +62,7 @@ def runs(tmp_path_factory) -> tuple[Path, dict[str, set[type]]]:
 def test_dali_serves_every_command_its_view(runs):
     _, served = runs
     assert served == {
-        "tokenizer": {TokenizerView},
+        "tokenizer": {TokenizerView, EvalView},
         "pretrain": {PretrainView},
         "finetune": {FinetuneView, EvalView},
         "linear_probe": {EvalView},

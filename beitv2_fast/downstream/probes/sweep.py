@@ -115,6 +115,22 @@ def sweep(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> list[SweepResult]:
+    """The results of ``fit_sweep``."""
+    how = {"learning_rates": learning_rates, "epochs": epochs, "batch_size": batch_size, "seed": seed}
+    return fit_sweep(names, train, test, **how, device=device)[0]
+
+
+def fit_sweep(
+    names: Sequence[str],
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    *,
+    learning_rates: Sequence[float],
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device | str,
+) -> tuple[list[SweepResult], Classifiers]:
     """Top-1 and top-5 on test of a linear classifier of each feature.
 
     The learning rate of a feature is the best on a fifth of the training images, held out; its classifier is then
@@ -122,6 +138,9 @@ def sweep(
 
     Args:
         names: of the F features. train, test: (features [N, F, C], labels [N] int64).
+
+    Returns:
+        the results by feature, and the classifiers [F, 1, ...] that were tested.
     """
     (x, labels), (x_test, test_labels) = train, test
     num_classes = int(torch.cat([labels, test_labels]).max()) + 1
@@ -135,9 +154,10 @@ def sweep(
     chosen = rates.gather(1, best[:, None])
     final = fit_sgd(x, labels, num_classes, chosen, **how)
     top1, top5 = (share[:, 0].tolist() for share in shares(final, x_test, test_labels))
-    return [
+    results = [
         SweepResult(
             name, learning_rates[best[i]], held_out[i, best[i]].item(), top1[i], top5[i] if num_classes > 5 else None
         )
         for i, name in enumerate(names)
     ]
+    return results, final
