@@ -163,7 +163,7 @@ def test_the_most_patches_of_a_block_reach_the_masks_of_a_pre_training_whoever_d
 def test_the_tokenizer_s_view_is_resized_as_asked(tmp_path, monkeypatch):
     """--tokenizer-interpolation reaches the view."""
     root, seen = small_runs(tmp_path), []
-    monkeypatch.setattr(pretrain, "train", lambda task, config, dataset, *rest: seen.append(dataset.view) or 0)
+    monkeypatch.setattr(pretrain, "train", lambda task, config, dataset, *rest, **_: seen.append(dataset.view) or 0)
     options = [*TINY, *PRETRAIN, "--data", root / "data", "--tokenizer", root / "tokenizer"]
     assert call("pretrain", *options, "--tokenizer-interpolation", "lanczos", "--out", tmp_path / "out") == 0
     assert seen[0].pictures["tokenizer"] == Cut(32, "lanczos") and seen[0].pictures["student"] == Cut(32, "bicubic")
