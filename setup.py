@@ -107,9 +107,10 @@ DEMO = [
     MATPLOTLIB,
 ]
 BENCH = ["pytest>=8.2", "pytest-benchmark>=5", MATPLOTLIB, "faiss-cpu>=1.8", VQ]
-TEACHERS = ["open_clip_torch>=3.3", TIMM]
+TRANSFORMERS = "transformers>=5.20"
+TEACHERS = ["open_clip_torch>=3.3", TIMM, TRANSFORMERS]
 REPLACE = ["diffusers>=0.41", VQ]  # whose quantizers replace_quantizers swaps
-INTEROP = [TIMM, "transformers>=5.20"]  # whose classes the tests of conversion compare with
+INTEROP = [TIMM, TRANSFORMERS]  # whose classes the tests of conversion compare with
 TEST = [*INTEROP, *REPLACE, *TEACHERS, *TRAIN, *SEGMENT, *DALI, *DEEPSPEED, *DEMO, *BENCH]
 TEST += ["build>=1.2", "codespell>=2.3", "hypothesis>=6.100", "import-linter>=2.6", "ruff>=0.14"]
 

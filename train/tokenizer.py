@@ -82,7 +82,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--teacher-cache keeps the features of a number of --views, and --views is 0: give at least 1.")
     # On a CPU without bf16 matrix units the teacher, which keeps no activations, is faster in fp32.
     precision = autocast_dtype(config.precision, world.device) and autocast_dtype("auto", world.device)
-    teacher = create_teacher(config.teacher, (side, side), config.teacher_weights, dtype=precision)
+    teacher = create_teacher(
+        config.teacher, (side, side), config.teacher_weights, dtype=precision, resize=config.teacher_resize
+    )
     model = build_tokenizer(config, teacher.dim)
     run = open_run(config, world, backend)
     teacher.to(world.device)

@@ -51,7 +51,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--run {config.run} is no tokenizer. Name the run folder of one, or a published one.")
     stored = tokenizer_config(config.run)
     teacher = create_teacher(
-        stored.teacher, model.grid, stored.teacher_weights, dtype=autocast_dtype("auto", world.device)
+        stored.teacher,
+        model.grid,
+        stored.teacher_weights,
+        dtype=autocast_dtype("auto", world.device),
+        resize=stored.teacher_resize,
     )
     run = RunFolder(config, world.rank)
     split = find_split(config.data, "test", "val") or "test"

@@ -125,8 +125,9 @@ class TokenizerConfig(TrainConfig):
     )  # fmt: skip
     eval_every: int = option(1, "epochs between these; the last is always evaluated", free=True, at_least=1)
     teacher: str = option(
-        "clip", "frozen network whose features the tokenizer learns to predict: clip, dino, timm:NAME or "
-        "timm:NAME@LAYER (any timm model), efficientnet_lite0",
+        "clip", "frozen network whose features the tokenizer learns to predict: clip, dino, efficientnet_lite0, "
+        "open_clip:NAME@TAG (any of open_clip), timm:NAME or timm:NAME@LAYER (any timm model), transformers:NAME (a "
+        "vision model of the hub, or its folder)",
     )  # fmt: skip
     teacher_weights: str | None = option(
         None, "the teacher's weights: a file, or a hub name (hf-hub:ORGANIZATION/NAME, or a tag of open_clip); none: "
@@ -135,6 +136,10 @@ class TokenizerConfig(TrainConfig):
     teacher_image_size: int | None = option(
         None, "side of the crop that the teacher reads, in pixels; none: image_size", at_least=1
     )
+    teacher_resize: bool = option(
+        False, "let the teacher read images of its own size, and interpolate its features to the tokenizer's grid; "
+        "otherwise it reads as many patches as the tokenizer has, its positions interpolated, or is refused"
+    )  # fmt: skip
     views: int = option(
         0, "0: a new random view of every image in each epoch; V: only V views of it, whose teacher features are "
         "computed once and kept", at_least=0,

@@ -19,11 +19,16 @@ from .torchscript import is_torchscript, read_torchscript
 class Teacher(nn.Module):
     """A frozen network, its input statistics, feature width ``dim`` and ``patch_size``, the pixels between features.
 
+    It reads images of as many patches as there are features wanted, its positions interpolated. With ``resize`` it
+    reads them at its own ``input_size``, and its features are interpolated (bicubic) to the grid that is wanted.
+
     Subclasses give ``features(normalized images) -> [B, C, h, w]``.
     """
 
     dim: int
     patch_size: int
+    input_size: int
+    resize: bool = False
     dtype: torch.dtype | None = None  # of autocast; None: none, whatever is around the call
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
@@ -37,16 +42,19 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         require_floating(images)
-        size = (grid[0] * self.patch_size, grid[1] * self.patch_size)
+        size = (self.input_size,) * 2 if self.resize else (grid[0] * self.patch_size, grid[1] * self.patch_size)
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
         images = (images - self.mean) / self.std
         with torch.autocast(images.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
             features = self.features(images)
+        if self.resize and features.shape[-2:] != grid:
+            features = F.interpolate(features.float(), grid, mode="bicubic", antialias=True).to(features.dtype)
         if features.shape[-2:] != grid:
             raise UserError(
                 f"the teacher {type(self).__name__} gives a grid of {tuple(features.shape[-2:])} features, the "
-                f"tokenizer has {grid} patches. Choose --image-size and --patch-size so that both have the same grid."
+                f"tokenizer has {grid} patches. Choose --image-size and --patch-size so that both have the same grid, "
+                "or give --teacher-resize, by which the features are interpolated."
             )
         return features.flatten(2).transpose(1, 2)
 
@@ -63,7 +71,8 @@ class Teacher(nn.Module):
 
     def fingerprint(self) -> str:
         """A hash of all weights and of the input statistics: features of two teachers with the same are the same."""
-        digest = hashlib.sha256(repr((self.mean.tolist(), self.std.tolist(), str(self.dtype))).encode())
+        how = (self.mean.tolist(), self.std.tolist(), str(self.dtype), *(["resized"] if self.resize else []))
+        digest = hashlib.sha256(repr(how).encode())
         for name, tensor in self.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

