@@ -129,7 +129,7 @@ def test_the_similarity_needs_the_teacher_that_the_tokenizer_had(root, tmp_path)
 def test_pictures_of_the_teacher_load_the_one_that_the_tokenizer_had(root, tmp_path, monkeypatch, words):
     asked = []
     monkeypatch.setattr(
-        "beitv2_fast.weights.build.create_teacher", lambda *given: asked.append(given) or TinyTeacher().eval()
+        "beitv2_fast.weights.build.create_teacher", lambda *given, **_: asked.append(given) or TinyTeacher().eval()
     )
     found = picture(tmp_path / "a.png", words[0], root, *words[1:], "--scale", "0.5")
     assert asked == [("efficientnet_lite0", (4, 4), None)] and found.width == 540

@@ -79,7 +79,7 @@ def teachers():
     asked = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "beitv2_fast.weights.build.create_teacher", lambda *given: asked.append(given) or TinyTeacher().eval()
+            "beitv2_fast.weights.build.create_teacher", lambda *given, **_: asked.append(given) or TinyTeacher().eval()
         )
         yield asked
 
@@ -145,7 +145,7 @@ def test_missing_parts_are_said_and_the_rest_is_there(runs, tmp_path):
 
 
 def test_a_teacher_that_cannot_be_had_is_said_in_its_place(runs, tmp_path, monkeypatch):
-    def fail(*given):
+    def fail(*given, **_):
         raise UserError("no weights here.")
 
     monkeypatch.setattr("beitv2_fast.weights.build.create_teacher", fail)
