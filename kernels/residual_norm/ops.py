@@ -32,13 +32,13 @@ def _forward_cpu(x, branch, gamma, keep, keep_rate, weight, bias, eps, sum_dtype
     """What a GPU's kernel returns, in plain PyTorch: the sum (empty without a branch), the norm, and mean and 1/std of
     its rows (empty without a norm)."""
     total, _ = residual_norm_reference(x, branch, gamma, keep, keep_rate, None, None, eps)
-    total, empty = total.to(sum_dtype), x.new_empty(0, dtype=torch.float32)
+    total, empty = total.to(sum_dtype).contiguous(), x.new_empty(0, dtype=torch.float32)
     out = total if branch is not None else x.new_empty(0, dtype=sum_dtype)
     if weight is None:
         return out, x.new_empty(0, dtype=norm_dtype), empty, empty.clone()
     parameters = (weight.float(), bias.float())
     norm, mean, rstd = torch.native_layer_norm(total.float(), total.shape[-1:], *parameters, eps)
-    return out, norm.to(norm_dtype), mean.flatten(), rstd.flatten()
+    return out, norm.to(norm_dtype).contiguous(), mean.flatten(), rstd.flatten()
 
 
 @torch.library.impl(FORWARD, "CUDA")
@@ -50,7 +50,7 @@ def _forward_cuda(*arguments):
 
 @torch.library.impl(BACKWARD, "CPU")
 def _backward_cpu(*arguments):
-    return residual_norm_backward_reference(*arguments)
+    return tuple(t.contiguous() for t in residual_norm_backward_reference(*arguments))
 
 
 @torch.library.impl(BACKWARD, "CUDA")

@@ -56,6 +56,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     started, steps = torch.tensor(False), torch.tensor(7)
     clock = torch.zeros(5, dtype=torch.int64)
     bins = torch.tensor([[3, 1, 0, 2, 1], [0, 0, 7, 0, 0]])
+    stream, rows, keep = noise(2, 2, 3, 4), noise(3, 4), torch.tensor([1.0, 0.0])
     return {
         "attention": (qkv, bias, 0.5),
         "attention_backward": (grad, qkv, bias, None, sums, 0.5, True),
@@ -74,6 +75,12 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "masked_cross_entropy": (tokens, positions, labels, *head, 1e-6, torch.float32, True, True, True),
         "with_gradients": (noise(2), tokens, [noise(1, 4, 4), noise(1, 4, 4)], 3, positions),
         "with_gradient_backward": (noise(2), noise(2, 4, 4), 3, torch.bfloat16),
+        "residual_norm": (*stream, *rows[:1], keep, 0.8, *rows[1:], 1e-5, torch.float32, torch.float32),
+        "residual_norm_backward": (
+            *noise(2, 2, 3, 4), stream[0], noise(6), noise(6).abs(), stream[1], rows[0], keep, 0.8, rows[1],
+            torch.float32, torch.float32,
+        ),
+        "gelu_and_gradient": (noise(5, 6), noise(5, 6)),
         "vector_quantize cosine": (x, codes, "cosine", 0.25, 0.5, True),
         "vector_quantize euclidean": (x, codes, "euclidean", 0.25, 0.5, True),
         "vector_quantize_backward": (x, codes[indices], noise(7, 6), torch.tensor(0.5), 0.25, "cosine"),

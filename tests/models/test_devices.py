@@ -40,7 +40,7 @@ def gpu(monkeypatch) -> Iterator[None]:
     for module in (launch, *(module for module in MODULES.values() if hasattr(module, "start"))):
         monkeypatch.setattr(module, "start", lambda device: WORLD)
     for module in (probe_features, finetuning, MODULES["tokenizer_quality"]):
-        monkeypatch.setattr(module, "choose_loader", lambda *_: ("torchvision", "no driver"))
+        monkeypatch.setattr(module, "choose_loader", lambda *_, **__: ("torchvision", "no driver"))
     with pretend_gpu():
         yield
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -176,6 +177,8 @@ def pretend_gpu() -> Iterator[None]:
         patch.setattr(torch, "get_autocast_dtype", lambda device: dtype(on_cpu(device)))
         patch.setattr(torch.cuda, "device", lambda device: nullcontext())
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (0, 0))
+        patch.setattr(torch.cuda, "Event", Mock)  # all is done when it is recorded
         try:
             with Placing():
                 yield
