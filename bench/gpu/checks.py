@@ -18,7 +18,16 @@ ONCE = "every_kernel_once"  # the tests that launch every kernel with small, odd
 SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"  # where CUDA's toolkit puts it when it is not on the PATH
 SUMMARY = re.compile(r"(\d+) (passed|failed|skipped|error|xfailed|xpassed|deselected)")
 FOUND = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
-PYTEST = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "gpu")  # -v: the log names what failed
+PYTEST = (
+    sys.executable,
+    "-m",
+    "pytest",
+    "-vv",
+    "-p",
+    "no:cacheprovider",
+    "-m",
+    "gpu",
+)  # the log names what failed, whenever it ends
 
 
 def tests(run: Run) -> None:

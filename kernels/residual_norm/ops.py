@@ -75,10 +75,11 @@ def _backward_fake(
     grad_sum, grad_norm, total, mean, rstd, branch, gamma, keep, keep_rate, weight, x_dtype, branch_dtype
 ):
     given = grad_sum if grad_norm is None else grad_norm
+    dtype = torch.promote_types(given.dtype, torch.float32)
     return (
         given.new_empty(0 if grad_norm is None else given.shape, dtype=x_dtype),
         given.new_empty(0 if branch_dtype is None else given.shape, dtype=branch_dtype),
-        given.new_empty((gamma is not None) + 2 * (grad_norm is not None), given.shape[-1], dtype=torch.float32),
+        given.new_empty((gamma is not None) + 2 * (grad_norm is not None), given.shape[-1], dtype=dtype),
     )
 
 
