@@ -15,7 +15,8 @@ import torch
 
 from beitv2_fast.config.presets import PRETRAIN, TOKENIZER
 from beitv2_fast.config.training import TrainConfig
-from beitv2_fast.teachers.networks import CLIP, CLIP_NAME
+from beitv2_fast.teachers import create_teacher
+from beitv2_fast.teachers.networks import CLIP_NAME
 from bench import model_cost
 from bench.gpu import clocks
 from bench.gpu.run import Run
@@ -162,6 +163,6 @@ def teacher(run: Run) -> None:
 
         file = Path(folder) / "clip.pt"
         torch.save(open_clip.create_model(CLIP_NAME).state_dict(), file)
-        network = CLIP(grid, str(file)).frozen(BF16).to(DEVICE)
+        network = create_teacher("clip", grid, str(file), dtype=BF16).to(DEVICE)
         images = torch.rand(batch, 3, 224, 224, device=DEVICE)
         run.time_call("CLIP B/16, forward", partial(network, images, grid), images=batch, seconds=0.5)

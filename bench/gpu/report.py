@@ -45,11 +45,11 @@ def is_measurement(records: Records) -> bool:
     return records.machine["kind"] == "cuda" and not records.machine["tiny"]
 
 
-def page(records: Records, pictures: dict[str, Path], folder: Path) -> str:
+def page(records: Records, pictures: dict[str, Path], folder: Path, note: str | None = None) -> str:
     lines = [f"# Measured on {records.machine['device']}\n"]
     if not is_measurement(records):
         lines.append(WARNING.format("" if records.machine["kind"] == "cuda" else " on a CPU"))
-    lines += [*tables.machine(records), "", LEGEND, ""]
+    lines += [*([f"{note}\n"] if note else []), *tables.machine(records), "", LEGEND, ""]
     lines += [f"![{title}]({file.relative_to(folder).as_posix()})\n" for title, file in pictures.items()]
     for title, part in PARTS:
         body = list(part(records))
@@ -64,6 +64,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--out", type=Path, help="the page; by default docs/gpu.md, of tiny results gpu.md beside the first file"
     )
+    parser.add_argument("--note", help="a paragraph that the page begins with")
     options = parser.parse_args(argv)
     try:
         records = read(options.files)
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
     beside = out.with_suffix("")
     beside.mkdir(parents=True, exist_ok=True)
     pictures = plots.write(records, beside)
-    out.write_text(page(records, pictures, out.parent), encoding="utf-8")
+    out.write_text(page(records, pictures, out.parent, options.note), encoding="utf-8")
     kept = [
         records.machine,
         *({"section": "run", "what": "plan", "command": c} for c in records.commands),

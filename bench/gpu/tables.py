@@ -44,7 +44,8 @@ def goal_rows(records: Records) -> Iterator[str]:
 
 
 def ceilings(records: Records) -> Iterator[str]:
-    yield from header("what", "shape", "reached")
+    if records.of("env"):
+        yield from header("what", "shape", "reached")
     for r in records.of("env"):
         if "tbs" in r:
             yield row(r["what"], "", f"{r['tbs']:.4g} TB/s")

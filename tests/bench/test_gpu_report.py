@@ -125,9 +125,9 @@ def test_the_page_of_a_gpu_has_its_name_the_command_and_no_warning(monkeypatch, 
     monkeypatch.setattr(report, "PAGE", tmp_path / "docs" / "gpu.md")
     (tmp_path / "docs").mkdir()
     skipped = {"section": "head", "what": "Liger", "group": "g", "skipped": "No module named 'liger_kernel'"}
-    assert report.main([str(write(tmp_path / "A.jsonl", *measured(), skipped))]) == 0
+    assert report.main([str(write(tmp_path / "A.jsonl", *measured(), skipped)), "--note", "First of two."]) == 0
     text = (tmp_path / "docs" / "gpu.md").read_text()
-    assert text.startswith("# Measured on NVIDIA H100 80GB HBM3\n") and "NOT A MEASUREMENT" not in text
+    assert text.startswith("# Measured on NVIDIA H100 80GB HBM3\n\nFirst of two.\n") and "NOT A MEASUREMENT" not in text
     for part in ("| driver | 580.1 |", "| torch | 2.11.0 |", "`python -m bench.gpu --part A`", "| 0.6 ms | **no** |"):
         assert part in text
     assert "- head: Liger (g): skipped: No module named 'liger_kernel'" in text
