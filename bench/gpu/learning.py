@@ -1,8 +1,8 @@
 """Section learn: from photographs to probes in the minutes there are, with the steps of train.downstream.
 
 A ViT of about S size (12 blocks of width 384, 64 patches of 8 pixels) on packed photographs (``--data``). The epochs
-are those that an H100 was measured to do in the section's time. What is done when the time ends stands in the table, so
-the order is that of importance.
+are estimated from what a step took on an H100. What is done when the time ends stands in the table, so the most
+important comes first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TINY_SCALE = SmallScale(
     pretrain_epochs=1, finetune_epochs=1, probe_epochs=1, batch_size=8, quality_images=8, jobs=1, loader="gpu",
 )  # fmt: skip
 # Of the section's time, with 40,000 photographs on an H100: what is left over is for the starts and the judges.
-EPOCHS_PER_MINUTE = {"tokenizer_epochs": 4.0, "pretrain_epochs": 6.0, "finetune_epochs": 1.5}
+EPOCHS_PER_MINUTE = {"tokenizer_epochs": 2.5, "pretrain_epochs": 6.0, "finetune_epochs": 1.5}
 CURVE = 20  # points of a training's log that its result keeps
 
 
