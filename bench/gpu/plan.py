@@ -13,7 +13,7 @@ TINY_SECONDS = 300.0  # the limit of every section at tiny sizes
 
 @dataclass(frozen=True)
 class Section:
-    """``module.function`` of this package. seconds: expected on an H100 (measured, of some an estimate), limit: it is ended
+    """``module.function`` of this package. seconds: expected on an H100 (of some measured), limit: it is ended
     then. ``limit`` 0: whatever time is left."""
 
     name: str
@@ -31,7 +31,7 @@ class Section:
 SECTIONS = (
     Section("env", "A", "card", 6, 40, "the card, its software, its copy and product rates"),
     Section("correct", "A", "correct", 20, 60, "whole models: losses and gradients against the CPU"),
-    Section("tests", "A", "checks", 120, 200, "pytest -m gpu in 14 processes"),
+    Section("tests", "A", "checks", 110, 180, "pytest -m gpu in 14 processes"),
     Section("search", "A", "ops", 15, 60, "codebook_search beside its peers"),
     Section("vectors", "A", "ops", 18, 60, "the search on vectors as they are: features, cones, duplicates, NaN"),
     Section("quantizer", "A", "ops", 5, 45, "codebook_update and the quantizer's step beside their peers"),
