@@ -183,7 +183,7 @@ def test_a_fine_tuning_finds_training_and_test_images_and_its_classes(kaggle, tm
 
 def test_the_probe_and_the_report_find_the_held_out_images(kaggle, tmp_path):
     config = ProbeConfig(data=kaggle, out=tmp_path / "run", workers=0)
-    splits = find_labeled(config, RunFolder(config), World(0, 1, None), 8)
+    splits = find_labeled(kaggle, config, RunFolder(config), World(0, 1, None), 8)
     assert {name: len(images) for name, images in splits.items()} == {"train": 8, "test": 4}
     assert len(held_out_images(kaggle)) == 4
 
