@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -104,22 +105,17 @@ def save(
 ) -> None:
     """Write a checkpoint on rank 0; if that fails, every rank raises."""
     weights, optimizer = backend.weights(), backend.optimizer_state()
-    problem: OSError | None = None
-    try:
-        if world.rank == 0:
-            checkpoints.begin(step)
-            save_weights(weights, checkpoints.unfinished(step) / "model.safetensors")
-            save_weights(optimizer, checkpoints.unfinished(step) / "optimizer.safetensors")
-            if ema is not None:
-                save_weights(ema.model.state_dict(), checkpoints.unfinished(step) / "ema.safetensors")
-            checkpoints.commit(step, **about)
-    except OSError as error:
-        problem = error
-    if world.any(problem is not None):
-        raise UserError(
-            f"the checkpoint of step {step} could not be written: {problem or 'see rank 0'}. The one before it is "
-            "intact; make room and start the same command again."
-        ) from problem
+
+    def write() -> None:
+        checkpoints.begin(step)
+        save_weights(weights, checkpoints.unfinished(step) / "model.safetensors")
+        save_weights(optimizer, checkpoints.unfinished(step) / "optimizer.safetensors")
+        if ema is not None:
+            save_weights(ema.model.state_dict(), checkpoints.unfinished(step) / "ema.safetensors")
+        checkpoints.commit(step, **about)
+
+    advice = "The one before it is intact; make room and start the same command again."
+    _write_on_rank_0(write, world, f"the checkpoint of step {step}", advice)
 
 
 def save_best(
@@ -127,15 +123,21 @@ def save_best(
 ) -> None:
     """The best weights so far, or their average, as folder/model.safetensors; if that fails, every rank raises."""
     weights = backend.weights() if name == "weights" else ema.model.state_dict()
+
+    def write() -> None:
+        folder.mkdir(exist_ok=True)
+        atomically(folder / "model.safetensors", lambda temporary: save_weights(weights, temporary))
+
+    advice = "Make room and start the same command again."
+    _write_on_rank_0(write, world, f"the best weights, of step {step},", advice)
+
+
+def _write_on_rank_0(write: Callable[[], None], world: World, what: str, advice: str) -> None:
     problem: OSError | None = None
     try:
         if world.rank == 0:
-            folder.mkdir(exist_ok=True)
-            atomically(folder / "model.safetensors", lambda temporary: save_weights(weights, temporary))
+            write()
     except OSError as error:
         problem = error
     if world.any(problem is not None):
-        raise UserError(
-            f"the best weights, of step {step}, could not be written: {problem or 'see rank 0'}. Make room and start "
-            "the same command again."
-        ) from problem
+        raise UserError(f"{what} could not be written: {problem or 'see rank 0'}. {advice}") from problem
