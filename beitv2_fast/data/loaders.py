@@ -50,6 +50,8 @@ def choose_loader(
         if wanted not in ("auto", "torchvision"):
             raise UserError(f"--loader {wanted}: {view.needs_pil} takes PIL images. Use --loader torchvision, or auto.")
         return "torchvision", f"{view.needs_pil} takes PIL images"
+    if wanted not in ("auto", "gpu"):
+        return _by_decoding(wanted, in_memory)
     known = images is not None and images.sizes is not None
     why_not = cannot_be_stored(images.sizes, device) if known else None
     if view is not None and view.augments:
@@ -58,7 +60,7 @@ def choose_loader(
         raise UserError(f"--loader gpu: {why_not}. Use another loader, or auto.")
     if wanted == "gpu":
         return wanted, "as asked for"
-    if wanted != "auto" or not known or device.type != "cuda":
+    if not known or device.type != "cuda":
         return _by_decoding(wanted, in_memory)
     needed = f"the decoded images take {stored_bytes(images.sizes) / 1e9:.2f} GB"
     if why_not is None and stored_bytes(images.sizes) > AUTO_BYTES:
