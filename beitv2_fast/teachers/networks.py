@@ -12,12 +12,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..errors import CheckpointError, UserError, require
 from ..runs.checkpoints import load_model
+from ..runs.sources import HUB
 from .base import Teacher, read_file
 
 CLIP_NAME = "ViT-B-16-quickgelu"  # plain "ViT-B-16" has another GELU than OpenAI's weights were trained with
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 DINO_NAME = "vit_base_patch16_224.dino"
-HUB = "hf-hub:"
 
 
 class EfficientNetLite0(Teacher):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import UserError, require
 from ..runs.checkpoints import load_model
+from ..runs.sources import HUB
 from . import networks
 from .base import Teacher, read_file
 
@@ -33,7 +34,7 @@ class OpenCLIP(Teacher):
     def __init__(self, name: str, tag: str, grid: tuple[int, int], weights: str | None = None, resize: bool = False):
         open_clip = require("open_clip", "teachers", f"The teacher {OPEN_CLIP}{name}")
         weights = weights or tag
-        if not weights.startswith(networks.HUB):
+        if not weights.startswith(HUB):
             self._check_name(open_clip, name, weights)
         model = self._model(open_clip, name, weights, None)
         visual = model.visual
@@ -60,7 +61,7 @@ class OpenCLIP(Teacher):
     def _model(self, open_clip: Any, name: str, weights: str, size: int | None) -> Any:
         """With another image size the positions are interpolated."""
         options = {} if size is None else {"force_image_size": size}
-        if weights.startswith(networks.HUB):
+        if weights.startswith(HUB):
             return open_clip.create_model(weights, **options)
         if weights in open_clip.list_pretrained_tags_by_model(name):
             tag = open_clip.get_pretrained_cfg(name, weights)  # OpenAI's weights have a GELU of their own

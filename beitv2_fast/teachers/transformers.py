@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, require
+from ..runs.sources import HUB
 from .base import Teacher
-from .networks import HUB
 
 TRANSFORMERS = "transformers:"
 
