@@ -27,7 +27,7 @@ from .draws import Draws, Key, image_keys
 from .forks import by_processes, processes_for
 from .names import PassedOver, shared_keys, told
 from .stored import StoredImages
-from .views import EvalView, View, cut_out
+from .views import EvalView, Pictures, View, cut_out
 
 EXIF_ORIENTATION = 0x0112
 DECODED_AT_ONCE = 64  # images
@@ -177,7 +177,8 @@ class ImageFolder(Dataset):
             where decoding is the larger part of the work and the images fit; forked worker processes share them.
         loader: what makes batches of them: "torchvision" (PIL and torch's workers), "dali" or "gpu", which keeps all
             images decoded on the device, ``stored``, whether ``in_memory`` or not; see ``choose_loader``.
-        device: where DALI and "gpu" work and leave the batches; PIL works on the CPU, whatever it says.
+        device: where batches are made and left. PIL works on the CPU, whatever it says; of its pictures a GPU makes the
+            batches (``FinishingLoader``).
 
     Raises:
         DataError: a file that could be read before no longer can.
@@ -199,7 +200,7 @@ class ImageFolder(Dataset):
         self.view = view
         self.seed = seed
         self.views = views
-        self.loader, self.device = loader, torch.device("cpu" if loader == "torchvision" else device)
+        self.loader, self.device = loader, torch.device(device)
         self.stored: StoredImages | None = None
         self._decoded: list[Image.Image] | None = None
         if loader == "gpu":
@@ -215,9 +216,13 @@ class ImageFolder(Dataset):
         return {n: v[0] if v[0].dim() else v[0].item() for n, v in self.__getitems__([key]).items()}
 
     def __getitems__(self, keys: list[Key]) -> dict[str, Tensor]:
+        return {**self.view.finish(*self.cut(keys)), **self.names(keys)}
+
+    def cut(self, keys: list[Key]) -> tuple[Pictures, Draws]:
+        """What the view finishes: the pictures of a batch by PIL, and its random decisions."""
         images = [self._open(index) if self._decoded is None else self._decoded[index] for _, index in keys]
         draws = self.draws(keys, np.array([image.size for image in images]))
-        return {**self.view.finish(cut_out(images, self.view, draws), draws), **self.names(keys)}
+        return cut_out(images, self.view, draws), draws
 
     def draws(self, keys: list[Key], sizes: np.ndarray) -> Draws:
         """The view's random decisions for images of these sizes [B, 2] (width, height)."""

@@ -14,7 +14,7 @@ from .draws import EpochSampler, Key, rank_share
 from .images import ImageFolder, ImageList
 from .stored import AUTO_BYTES, cannot_be_stored, stored_bytes
 from .stored_loader import StoredLoader
-from .torch_loader import TorchLoader
+from .torch_loader import FinishingLoader, TorchLoader
 from .views import View
 
 
@@ -146,4 +146,6 @@ def batch_loader(
         if dataset.device.type == "cuda":
             return DaliLoader(dataset, batches, batch_size, workers)
         return TorchLoader(DaliBatches(dataset, batch_size), batches, workers)
+    if dataset.device.type == "cuda":
+        return FinishingLoader(dataset, batches, workers)
     return TorchLoader(dataset, batches, workers)

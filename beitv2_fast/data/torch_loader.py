@@ -12,12 +12,15 @@ from contextlib import contextmanager, nullcontext, suppress
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DataError
+from .draws import Key
 from .forks import kept_from_the_collector
+from .images import ImageFolder
 
 PATIENCE = 30.0  # seconds for a batch that nobody wants any more, before the workers are ended; storage may hang
 
@@ -60,6 +63,37 @@ class TorchLoader(DataLoader):
                 yield from _one_ahead(batches) if self.num_workers and not self.pin_memory else batches
             except DataError as error:
                 raise DataError(str(error).rpartition("DataError: ")[2]) from None
+
+
+class FinishingLoader:
+    """Batches that workers cut and ``dataset.device`` finishes: there it jitters, converts and normalizes.
+
+    The pictures travel as uint8, an eighth of what two float32 views of the same size take.
+    """
+
+    def __init__(self, dataset: ImageFolder, batches: Any, workers: int) -> None:
+        self.dataset, self.cuts = dataset, TorchLoader(_Cuts(dataset), batches, workers)
+
+    def __len__(self) -> int:
+        return len(self.cuts)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        device, view = self.dataset.device, self.dataset.view
+        for *cut, names in self.cuts:
+            there = ({name: part.to(device, non_blocking=True) for name, part in parts.items()} for parts in cut)
+            yield {**view.finish(*there), **names}
+
+
+class _Cuts(Dataset):
+    """``_Cuts(dataset).__getitems__(keys)``: the pictures, the draws and the names of a batch."""
+
+    def __init__(self, dataset: ImageFolder) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, keys: list[Key]) -> tuple[dict[str, Tensor], ...]:
+        pictures, draws = self.dataset.cut(keys)
+        drawn = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in draws.items()}
+        return pictures, drawn, self.dataset.names(keys)
 
 
 def _one_ahead(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

@@ -331,7 +331,7 @@ def normalize(image: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple
     require_floating(image)
     statistics = torch.tensor((mean, std), dtype=image.dtype).view(2, 3, 1, 1)
     mean_, std_ = statistics.to(image.device, non_blocking=True)  # image.new_tensor would wait for a GPU
-    return (image - mean_) / std_
+    return (image - mean_).div_(std_)  # in place: a batch's memory is dear where it is fresh
 
 
 def require_floating(images: Tensor) -> None:

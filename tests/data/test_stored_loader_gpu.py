@@ -1,4 +1,4 @@
-"""`--loader gpu` on a GPU: the CPU's batches, made without a wait."""
+"""What a GPU cuts (`--loader gpu`) or finishes (of the workers' pictures): the CPU's batches, made without a wait."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from .test_stored_loader import VIEWS, images, levels  # noqa: F401 (a fixture)
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize("loader", ("gpu", "torchvision"))
 @pytest.mark.parametrize("name", VIEWS)
-def test_its_batches_are_the_cpu_s_and_nobody_waits_for_them(images, name):  # noqa: F811
-    here, there = (ImageFolder(images, VIEWS[name], seed=5, loader="gpu", device=where) for where in (HERE, "cpu"))
+def test_its_batches_are_the_cpu_s_and_nobody_waits_for_them(images, name, loader):  # noqa: F811
+    here, there = (ImageFolder(images, VIEWS[name], seed=5, loader=loader, device=where) for where in (HERE, "cpu"))
     steps = {"batch_size": 4, "total_steps": 5, "seed": 5}
     with no_waiting():
         ours = list(train_loader(here, **steps))
     for batch, expected in zip(ours, train_loader(there, **steps), strict=True):
         assert batch.keys() == expected.keys()
         for key, values in expected.items():
-            assert batch[key].device.type == ("cpu" if key in ("index", "view") else HERE)
+            names = ("index", "view") if loader == "gpu" else ("index", "view", "label")
+            assert batch[key].device.type == ("cpu" if key in names else HERE)
             if values.dim() < 4:
                 assert torch.equal(batch[key].cpu(), values)
             else:
