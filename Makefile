@@ -1,6 +1,6 @@
-# make demo: the whole of BEiT v2 on 2,624 photographs; make test: lint and the tests; make lint: ruff, the floor plan and the
-# spelling, as pyproject.toml has them; make test-faults: kills, full disks, fuzzing, soak (30 minutes). They install what they
-# need into .venv.
+# make demo: the whole of BEiT v2 on 2,624 photographs; make test: lint and the tests; make lint: ruff, the floor plan, mypy
+# and the spelling, as pyproject.toml has them; make test-faults: kills, full disks, fuzzing, soak (30 minutes). They install
+# what they need into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/pip --disable-pip-version-check
@@ -26,6 +26,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/mypy
 	$(VENV)/bin/codespell
 
 # torch comes first: the C++ ops are compiled against the torch they will run with.
@@ -38,4 +39,4 @@ $(VENV)/.installed: setup.py pyproject.toml $(wildcard kernels/*.cpp kernels/*.h
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

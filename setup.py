@@ -112,7 +112,7 @@ TEACHERS = ["open_clip_torch>=3.3", TIMM, TRANSFORMERS]
 REPLACE = ["diffusers>=0.41", VQ]  # whose quantizers replace_quantizers swaps
 INTEROP = [TIMM, TRANSFORMERS]  # whose classes the tests of conversion compare with
 TEST = [*INTEROP, *REPLACE, *TEACHERS, *TRAIN, *SEGMENT, *DALI, *DEEPSPEED, *DEMO, *BENCH]
-TEST += ["build>=1.2", "codespell>=2.3", "hypothesis>=6.100", "import-linter>=2.6", "ruff>=0.14"]
+TEST += ["build>=1.2", "codespell>=2.3", "hypothesis>=6.100", "import-linter>=2.6", "mypy>=2.4", "ruff>=0.14"]
 
 setup(
     name="beitv2-fast",

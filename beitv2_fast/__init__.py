@@ -61,6 +61,7 @@ _MODULES = {
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 # where the names are that modules of earlier versions had
+_MOVED: dict[str, tuple[str, ...]]
 _MOVED = {f"convert.{name}": (f"weights.{name}",) for name in ("names", "shapes", "transformers_config", "translate")}
 _MOVED |= {"convert": ("weights",), "convert.files": ("weights.files", "cli.convert")}
 _MOVED |= {"convert.finetune": ("weights.start",)}
@@ -93,5 +94,5 @@ _register_namedtuple(TokenizerOutput, serialized_type_name="beitv2_fast.tokenize
 
 for _name, _modules in _MOVED.items():
     _alias = sys.modules[f"{__name__}.{_name}"] = ModuleType(f"{__name__}.{_name}")
-    _alias.__getattr__ = partial(_find, _modules)
+    _alias.__dict__["__getattr__"] = partial(_find, _modules)
 convert = sys.modules[f"{__name__}.convert"]

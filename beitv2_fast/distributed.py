@@ -66,9 +66,12 @@ class World:
 
     def rank_0_first(self, find: Callable[[], _T]) -> _T:
         """What ``find`` returns, called on rank 0 first, so that the others read what it wrote."""
-        found = find() if self.rank == 0 else None
+        if self.rank == 0:
+            found = find()
+            self.barrier()
+            return found
         self.barrier()
-        return found if self.rank == 0 else find()
+        return find()
 
     def leave(self) -> None:
         """The end of the common work: what follows is one rank's, and the others need not wait for it."""

@@ -20,6 +20,6 @@ def target_name() -> str:
     return {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "sm_80")
 
 
-def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,11 +36,11 @@ def _copy_codebook_fake(codebook: Tensor, searched: Tensor | None) -> Tensor:
     return torch.empty_like(codebook, dtype=torch.float32)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.dtype = inputs[0].dtype
 
 
-def _backward(ctx, gradient):
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     return gradient.to(ctx.dtype), None
 
 

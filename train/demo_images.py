@@ -64,7 +64,7 @@ def write_demo_images(out: str | Path) -> Path:
             f"The demo's photographs should be written to {out}, but that exists and is something else. "
             "Choose another place or move it away."
         )
-    package = Path(require("elpv_dataset", "demo", "Writing the demo's photographs").__file__).parent
+    package = Path(str(require("elpv_dataset", "demo", "Writing the demo's photographs").__file__)).parent
     cells = _read_labels(package / "data" / "labels.csv")
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(out)

@@ -10,8 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from beitv2_fast.config.downstream import EvaluateConfig
 from beitv2_fast.config.options import parse
 from beitv2_fast.config.presets import EVALUATE
@@ -31,8 +29,8 @@ from beitv2_fast.weights.create import open_model
 def models(config: EvaluateConfig) -> dict[str, Classifier]:
     """The classifier by name: of a fine-tuning that kept an average of its weights, both."""
     model, stored = open_model(config.model, config.image_size)
-    found: dict[str, nn.Module] = {"weights": model}
-    if is_run_folder(config.model) and getattr(stored, "ema_decay", 0):
+    found: dict[str, Any] = {"weights": model}
+    if is_run_folder(config.model) and getattr(stored, "ema_decay", None):
         found["average"] = open_model(config.model, config.image_size, average=True)[0]
     if not isinstance(found["weights"], Classifier):
         raise UserError(f"--model {config.model} is no classifier. Fine-tune it first: train/finetune.py --weights.")

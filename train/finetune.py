@@ -70,8 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         return _evaluate(config, world)
     start_model(config, ["", ""], lambda _: None)  # what does not fit is told before all images have been decoded
     try:
-        augment = config.augment_ops, config.augment_magnitude, config.augment_policy if config.augment_ops else "none"
-        view = FinetuneView(config.image_size, config.crop_scale, *augment)
+        policy = config.augment_policy if config.augment_ops else "none"
+        view = FinetuneView(config.image_size, config.crop_scale, config.augment_ops, config.augment_magnitude, policy)
     except UserError:
         raise
     except ValueError as error:

@@ -95,7 +95,7 @@ def probe_row(row: Probed, labels: SplitFeatures, config: ProbeConfig, device: t
         given = (first["train"], labels["train"], first["test"], labels["test"])
         result = ProbeResult(name, few_shot(*given, shots, seeds))
         few[str(shots)] = {"mean": result.mean, "std": result.std, "runs": result.runs}
-    found = {"features": name, "knn": knn, "few_shot": few}
+    found: dict[str, Any] = {"features": name, "knn": knn, "few_shot": few}
     if config.exact:
 
         def both(seed: int) -> tuple[Tensor, Tensor]:
@@ -124,6 +124,7 @@ def swept(
     world: World,
 ) -> list[SweepResult]:
     """Several features and learning rates at once: top-1 and top-5. The classifiers are kept in the run folder."""
+    how: dict[str, Any]
     how = {"learning_rates": config.learning_rates, "epochs": config.epochs, "batch_size": config.sgd_batch_size}
     given = (train, labels["train"]), (test, labels["test"])
     found, classifiers = fit_sweep(names, *given, **how, seed=config.seed, device=world.device)

@@ -30,6 +30,7 @@ from beitv2_fast.weights.create import open_model
 
 class PretrainTask(Task):
     name = "pretrain"
+    model: Student
 
     def __init__(self, model: Student, tokenizer: Tokenizer, config: PretrainConfig):
         self.model, self.tokenizer, self.num_masked = model, tokenizer, config.num_masked

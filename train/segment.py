@@ -6,6 +6,7 @@ Also under ``torchrun`` and plain ``python``. Stopped and started again with the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,6 @@ from beitv2_fast.config.downstream import SEGMENT, SegmentConfig
 from beitv2_fast.distributed import World, run_main
 from beitv2_fast.downstream.segmentation.head import across_ranks, resize
 from beitv2_fast.downstream.segmentation.masks import IGNORED, validation_folders
-from beitv2_fast.downstream.segmentation.model import Segmenter
 from beitv2_fast.downstream.segmentation.overlays import overlay
 from beitv2_fast.downstream.segmentation.training import (
     SegmenterValidation,
@@ -38,7 +38,7 @@ class PolySchedule(Schedule):
     power: float = 1.0
 
     @classmethod
-    def of(cls, config: SegmentConfig, num_images: int, world_size: int) -> PolySchedule:
+    def of(cls, config: Any, num_images: int, world_size: int) -> PolySchedule:
         values = vars(Schedule.of(config, num_images, world_size))
         if config.steps:
             epochs = -(-config.steps * values["images_per_step"] // num_images)
@@ -61,7 +61,7 @@ class SegmentTask(Task):
 
     name = "segment"
 
-    def __init__(self, model: Segmenter, auxiliary_weight: float):
+    def __init__(self, model: nn.Module, auxiliary_weight: float):
         self.model, self.auxiliary_weight = model, auxiliary_weight
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -116,14 +116,14 @@ def main(argv: list[str] | None = None) -> int:
     return train(
         SegmentTask(model, config.auxiliary_weight),
         config,
-        dataset,
+        cast(Any, dataset),  # read like any images
         run,
         world,
         backend,
         layer_decay=config.layer_decay,
         after_epoch=None
         if validation is None
-        else lambda *args: validation(*args, last=args[0] == schedule.total_steps),
+        else lambda step, models, progress: validation(step, models, progress, step == schedule.total_steps),
         every_epochs=config.eval_every,
         schedule=schedule,
     )

@@ -31,6 +31,7 @@ from beitv2_fast.weights.build import build_tokenizer
 
 class TokenizerTask(Task):
     name = "tokenizer"
+    model: Tokenizer
 
     def __init__(self, model: Tokenizer, teacher: Teacher | TeacherFeatures, config: TokenizerConfig):
         self.model, self.teacher = model, teacher

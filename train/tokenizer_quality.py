@@ -6,7 +6,7 @@ On held-out images, FOLDER/test or FOLDER/val. One process is enough.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def tokenizer_quality(model: Tokenizer, teacher: Teacher, batches: Iterable[Tens
         see ``summary``.
     """
     model.eval()
-    return summary(sum(measure(model, model, teacher, batch, len(batch)) for batch in batches))
+    return summary(cast(Tensor, sum(measure(model, model, teacher, batch, len(batch)) for batch in batches)))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -37,7 +37,7 @@ def convert_file(
         except CheckpointError:  # a file of only weights is written without
             if Path(out).suffix not in WEIGHT_SUFFIXES:
                 raise
-    if target == METADATA and Path(out).suffix not in WEIGHT_SUFFIXES:
+    if config is not None and target == METADATA and Path(out).suffix not in WEIGHT_SUFFIXES:
         write_pretrained(out, state, config, path, force=force)
     else:
         write(out, state, target, config, force=force)

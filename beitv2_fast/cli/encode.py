@@ -13,7 +13,7 @@ import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -160,7 +160,10 @@ def _encode_pieces(images: ImageList, model: Tokenizer, config: EncodeConfig, pi
         indices: list[int] = []
         codes: list[Tensor] = []
         left_out: dict[str, str] = {}
-        for number, (good, views, bad) in enumerate(loader):
+        good: list[int]
+        views: Tensor | None
+        bad: dict[int, str]
+        for number, (good, views, bad) in enumerate(cast(Any, loader)):
             left_out |= {paths[index]: reason for index, reason in bad.items()}
             if views is not None:  # several GPUs take turns, none waits for another
                 device = number % len(devices)
@@ -214,7 +217,7 @@ def _state(images: ImageList, model: Tokenizer, config: EncodeConfig) -> dict[st
 
     files = hashlib.sha256()
     for path, state in zip(images.paths, file_states(images), strict=True):
-        files.update(repr((path, *(state or [None]))).encode())
+        files.update(repr((path, *(state or (None,)))).encode())
     weights = hashlib.sha256()
     for name, value in model.state_dict().items():
         weights.update(name.encode())

@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 from PIL import Image
 
 from ..config.show import ExploreConfig
 from ..data.find import sample_images
 from ..data.images import name_of, open_image
 from ..errors import UserError
+from ..models.student import Student
+from ..models.tokenizer import Tokenizer
 from ..pictures import code_colors
 from ..runs.logs import read_logs
 from ..show.attention import attention_probabilities, query_attention
@@ -51,7 +52,7 @@ def write_picture(kind: str, runs: list[Path], out: Path, config: PictureConfig)
         raise UserError(f"-o {out} should end in .png, which is what is written.")
     theme = DARK if config.theme == "dark" else LIGHT
     if kind == "curves":
-        picture = draw_curves(runs, config, theme)
+        picture = draw_curves(runs, cast(CurvesConfig, config), theme)
     else:
         if len(runs) > 1:
             raise UserError(f"a picture of kind {kind} is of one run; {len(runs)} were named. Make one picture each.")
@@ -147,7 +148,7 @@ def _attention(run: Path, config: AttentionConfig, theme: Theme) -> Image.Image:
     everything = attention_probabilities(model, views.of[config.model], config.layer or None)
     heads = query_attention(everything, patch, runs.grid)[0].cpu()
     square = squares([photo], display_size(runs.grid, attention_columns(len(heads)), config.scale))[0]
-    depth = len((model.encoder if config.model == "tokenizer" else model).blocks)
+    depth = len((model.encoder if isinstance(model, Tokenizer) else model).blocks)
     what = f"{config.model}, layer {config.layer or depth}"
     return attention_sheet(square, heads, patch, what, theme, config.scale, config.share)
 
@@ -161,8 +162,8 @@ def _nearest(run: Path, config: NearestConfig, theme: Theme) -> Image.Image:
     return nearest_sheet(photo, patch, runs.images, found, runs.grid, config.by, theme, config.scale)
 
 
-def _model(runs: Runs, name: str) -> torch.nn.Module:
-    model = getattr(runs, name)
+def _model(runs: Runs, name: str) -> Student | Tokenizer:
+    model: Student | Tokenizer | None = getattr(runs, name)
     if model is None:
         raise UserError(f"there is no {name} here: {runs.problem} Choose the tokenizer's, or name another run.")
     return model

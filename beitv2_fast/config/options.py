@@ -11,11 +11,15 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..errors import UserError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 C = TypeVar("C", bound="RunConfig")
+D = TypeVar("D", bound="DataclassInstance")
 
 
 OUT = "run folder for config, log, metrics and checkpoints; the same command run again resumes it"
@@ -85,7 +89,7 @@ def from_json(cls: type[C], values: Mapping[str, Any]) -> C:
     return cls(**{name: _restore(types_[name], value) for name, value in values.items()})
 
 
-def parse(cls: type[C], presets: Mapping[str, C], argv: Sequence[str] | None = None) -> tuple[C, int | None]:
+def parse(cls: type[D], presets: Mapping[str, D], argv: Sequence[str] | None = None) -> tuple[D, int | None]:
     """Read the command line: a preset, then single options over it.
 
     Returns:
@@ -117,8 +121,8 @@ def add_options(parser: argparse.ArgumentParser, shown: Any) -> None:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         elif typing.get_origin(kind) is tuple:
             item, count = typing.get_args(kind)[0], len(typing.get_args(kind))
-            count = "+" if typing.get_args(kind)[-1] is Ellipsis else count
-            parser.add_argument(flag, type=_typed(item), nargs=count, metavar=item.__name__.upper(), **common)
+            nargs = "+" if typing.get_args(kind)[-1] is Ellipsis else count
+            parser.add_argument(flag, type=_typed(item), nargs=nargs, metavar=item.__name__.upper(), **common)
         else:
             item = _optional(kind)
             parser.add_argument(
@@ -148,7 +152,7 @@ def check_limits(config: Any) -> None:
             raise UserError(f"{flag} is {_show(value)}, but its first number must not be above its second.")
 
 
-def _preset(presets: Mapping[str, C], argv: Sequence[str] | None) -> str:
+def _preset(presets: Mapping[str, D], argv: Sequence[str] | None) -> str:
     """The preset on the command line, whose values --help shows."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", default="base")

@@ -122,7 +122,7 @@ def _decode_all(images: ImageList, todo: list[int], workers: int) -> Iterator[tu
 
 
 def _decode_some(images: ImageList, indices: list[int]) -> list[tuple[int, int, int, str | None]]:
-    results = []
+    results: list[tuple[int, int, int, str | None]] = []
     for i in indices:
         try:
             with warnings.catch_warnings():

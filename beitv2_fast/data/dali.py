@@ -51,7 +51,7 @@ class DaliBatches(Dataset):
 
     def __init__(self, dataset: ImageFolder, batch_size: int) -> None:
         self.dataset, self.batch_size = dataset, batch_size
-        self._pipeline = None
+        self._pipeline: Any = None
 
     def __len__(self) -> int:
         return len(self.dataset)

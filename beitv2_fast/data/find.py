@@ -108,7 +108,7 @@ def _place(root: Path, split: str | None) -> tuple[Path, list[Path], PassedOver]
     shards, beside = shards_in(root)
     named = {} if split is None else splits_in(root)
     others = [name for other, names in named.items() if other != split for name in names]
-    if not others:
+    if split is None or not others:
         return root, shards, beside
     if split not in named or not shards:
         raise DataError(

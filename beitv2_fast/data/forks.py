@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from ..errors import DataError
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 _open = 0  # how many kept_from_the_collector are entered
 
 
@@ -85,7 +86,8 @@ def _start_process(work: Callable) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os._exit(1)
 
 

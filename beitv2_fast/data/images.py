@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -84,8 +84,8 @@ class ImageList:
     def subset(self, indices: list[int], rejected: list[tuple[str, str]] | None = None) -> ImageList:
         """These images, with the same classes."""
         rejected, paths = self.rejected if rejected is None else rejected, [self.paths[i] for i in indices]
-        lists = {"labels": self.labels, "spans": self.spans, "sizes": self.sizes}
-        chosen = {name: None if a is None else [a[i] for i in indices] for name, a in lists.items()}
+        lists: dict[str, list[Any] | None] = {"labels": self.labels, "spans": self.spans, "sizes": self.sizes}
+        chosen: dict[str, Any] = {name: None if a is None else [a[i] for i in indices] for name, a in lists.items()}
         return replace(self, paths=paths, rejected=rejected, **chosen)
 
     @property
@@ -133,10 +133,10 @@ def open_image(path: str | Path | io.BytesIO) -> Image.Image:
     Raises:
         OSError, ValueError, SyntaxError, ...: whatever the decoder finds wrong with the file.
     """
-    with Image.open(path) as image:
-        image.load()
-        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
+    with Image.open(path) as file:
+        file.load()
+        turned = file.getexif().get(EXIF_ORIENTATION, 1) != 1
+        image: Image.Image = ImageOps.exif_transpose(file) if turned else file
         if image.mode in ("RGB", "L"):
             return image
         if image.mode.startswith("I"):
@@ -148,20 +148,20 @@ def open_image(path: str | Path | io.BytesIO) -> Image.Image:
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
     image = image.convert("I")
-    low, high = image.getextrema()
+    low, high = cast(tuple[int, int], image.getextrema())  # of one channel
     if low < 0 or high > 65535:
         raise ValueError(f"32-bit pixels from {low} to {high}; save it with 8 or 16 bits (0 .. 65535)")
     return image.point(lambda value: value * (1 / 257) + 0.5).convert("L")
 
 
-def name_of(images: Any, index: int) -> str:
+def name_of(images: ImageList, index: int) -> str:
     """The class of an image, or its file's name."""
     if images.labels is None:
         return images.paths[index].rsplit("/", 1)[-1]
     return images.classes[images.labels[index]]
 
 
-class ImageFolder(Dataset):
+class ImageFolder(Dataset[dict[str, "Tensor | int | float"]]):
     """The views of the images of a list.
 
     ``folder[epoch, index]`` is the dict of the view's tensors, with "index", "view" (the epoch, or its remainder) and,
@@ -212,7 +212,7 @@ class ImageFolder(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: Key) -> dict[str, Tensor | int]:
+    def __getitem__(self, key: Key) -> dict[str, Tensor | int | float]:
         return {n: v[0] if v[0].dim() else v[0].item() for n, v in self.__getitems__([key]).items()}
 
     def __getitems__(self, keys: list[Key]) -> dict[str, Tensor]:

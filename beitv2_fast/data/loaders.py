@@ -52,18 +52,18 @@ def choose_loader(
         return "torchvision", f"{view.needs_pil} takes PIL images"
     if wanted not in ("auto", "gpu"):
         return _by_decoding(wanted, in_memory)
-    known = images is not None and images.sizes is not None
-    why_not = cannot_be_stored(images.sizes, device) if known else None
+    sizes = None if images is None else images.sizes
+    why_not = None if sizes is None or device is None else cannot_be_stored(sizes, device)
     if view is not None and view.augments:
         why_not = "RandAugment is done by PIL (--augment-ops 0 leaves it out)"
     if wanted == "gpu" and why_not:
         raise UserError(f"--loader gpu: {why_not}. Use another loader, or auto.")
     if wanted == "gpu":
         return wanted, "as asked for"
-    if not known or device.type != "cuda":
+    if sizes is None or device is None or device.type != "cuda":
         return _by_decoding(wanted, in_memory)
-    needed = f"the decoded images take {stored_bytes(images.sizes) / 1e9:.2f} GB"
-    if why_not is None and stored_bytes(images.sizes) > AUTO_BYTES:
+    needed = f"the decoded images take {stored_bytes(sizes) / 1e9:.2f} GB"
+    if why_not is None and stored_bytes(sizes) > AUTO_BYTES:
         why_not = f"{needed}, which is long to be decoded at the start"
     if why_not is None:
         return "gpu", f"{needed} of its memory"

@@ -19,6 +19,7 @@ SPLITS = {  # whatever their case, and what SPLIT_ENDS may follow
     "test": ("test", "testing", "tst"),
 }
 # Beginnings of the names of folders that systems and programs leave in data sets, thumbnails in some of them.
+SYSTEM_FOLDERS: tuple[str, ...]
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "@recycle", "#recycle", "$recycle.bin", "lost+found", "paxheaders")
 SYSTEM_FOLDERS += ("system volume information", "__pycache__")
 

@@ -184,13 +184,15 @@ def _with_labels(
     x.input.png if no other image begins so.
     """
     keys, short = {sample_key(name) for name in images}, Counter(map(short_sample_key, images))
-    found, used = [], set()
+    found: list[Member] = []
+    used = set()
     for name, span in images.items():
         key, other = sample_key(name), short_sample_key(name)
         if key not in labels and other not in keys and short[other] == 1:
             key = other
         used.add(key)
         said = {label for label in labels.get(key, {}).values() if label is not None}
+        why: str | None
         if len(said) > 1:
             why = f"no single label: {' and '.join(f'{v} in {n}' for n, v in labels[key].items() if v is not None)}"
         else:
@@ -209,7 +211,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             raise ValueError("a header that points backwards")  # would be read for ever
         previous = member.offset
         yield member
-        tar.members = []  # or they would all be kept
+        tar.members = []  # type: ignore[attr-defined]  # or they would all be kept
 
 
 def _refusal(member: tarfile.TarInfo, shard_size: int) -> str | None:

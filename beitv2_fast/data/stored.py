@@ -80,11 +80,10 @@ class StoredImages:
         return pictures
 
 
-def cannot_be_stored(sizes: Sequence[tuple[int, int]], device: torch.device) -> str | None:
+def cannot_be_stored(sizes: Sequence[tuple[int, int]] | np.ndarray, device: torch.device) -> str | None:
     """Why images of these sizes (width, height) should not lie decoded on the device; None if they may."""
-    sizes = np.asarray(sizes)
-    if sizes.max() > MAX_SIDE:
-        return f"an image has a side of {sizes.max()} pixels, and at most {MAX_SIDE} are stored"
+    if (longest := np.asarray(sizes).max()) > MAX_SIDE:
+        return f"an image has a side of {longest} pixels, and at most {MAX_SIDE} are stored"
     needed = stored_bytes(sizes)
     if needed > (most := room(device)):
         return f"the decoded images take {needed / 1e9:.2f} GB, and there is room for {most / 1e9:.2f}"
@@ -98,7 +97,7 @@ def room(device: torch.device) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * SHARE
 
 
-def stored_bytes(sizes: Sequence[tuple[int, int]]) -> int:
+def stored_bytes(sizes: Sequence[tuple[int, int]] | np.ndarray) -> int:
     return 3 * len(sizes) * int(np.max(sizes, axis=0).prod())
 
 

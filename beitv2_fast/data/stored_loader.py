@@ -39,8 +39,9 @@ class StoredLoader:
     def _drawn(self, keys: list[Key]) -> tuple[dict[str, Tensor], Packed]:
         """What says which images these are, for the host, and what the device needs."""
         dataset = self.dataset
-        names = dataset.names(keys)
-        sizes = dataset.stored.sizes[names["index"].numpy()]
+        names, stored = dataset.names(keys), dataset.stored
+        assert stored is not None
+        sizes = stored.sizes[names["index"].numpy()]
         labels = {name: values for name, values in names.items() if name != "view"}
         draws = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in dataset.draws(keys, sizes).items()}
         sent = {**draws, **labels, "size": torch.from_numpy(sizes)}
@@ -49,6 +50,7 @@ class StoredLoader:
     def _made(self, names: dict[str, Tensor], packed: Packed) -> dict[str, Tensor]:
         draws, view = packed.sent(), self.dataset.view
         label = {name: draws[name] for name in names if name == "label"}
+        assert self.dataset.stored is not None
         return {**view.finish(self.dataset.stored.cut(view, draws), draws), **names, **label}
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class TorchLoader(DataLoader):
             generator=torch.Generator(),
         )
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]  # torch promises a class of its own
         with deaths_explained(fetching=True):
             try:
                 # The workers inherit both from their first moment on.
@@ -79,7 +79,8 @@ class FinishingLoader:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         device, view = self.dataset.device, self.dataset.view
-        for *cut, names in self.cuts:
+        cuts: Iterator[Any] = iter(self.cuts)
+        for *cut, names in cuts:
             there = ({name: part.to(device, non_blocking=True) for name, part in parts.items()} for parts in cut)
             yield {**view.finish(*there), **names}
 
@@ -124,7 +125,7 @@ def _one_ahead(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tenso
             if found[0] is None:
                 return
             wanted.put(True)
-            yield found.pop()  # nothing here keeps the batch's memory
+            yield cast(dict[str, Tensor], found.pop())  # nothing here keeps the batch's memory
     finally:
         atexit.unregister(end)
         end()
@@ -159,7 +160,7 @@ def _death(error: Exception) -> DataError:
     )
 
 
-def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

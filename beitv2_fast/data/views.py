@@ -40,13 +40,20 @@ class View:
     """Makes named tensors of images; by default of one square picture, "image".
 
     resizes_first: the whole image is resized before the box is cut out of it; else the box, before it is resized.
-    augments: ``augment`` does something, which takes PIL images.
     """
 
     size: int
     resizes_first = False
-    augments = False
-    needs_pil = ""  # the option, if there is one, for which a loader has to have the whole images in PIL
+
+    @property
+    def augments(self) -> bool:
+        """Whether ``augment`` does something, which takes PIL images."""
+        return False
+
+    @property
+    def needs_pil(self) -> str:
+        """The option, if there is one, for which a loader has to have the whole images in PIL."""
+        return ""
 
     def __call__(self, image: Image.Image, key: int = 0) -> dict[str, Tensor]:
         """The view of one image as the key, 64 random bits, wants it."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..config.downstream import FinetuneConfig
-from ..config.options import RunConfig
+from ..config.downstream import EvaluateConfig, FinetuneConfig
 from ..data.find import find_split
 from ..data.images import ImageFolder
 from ..data.loaders import choose_loader
@@ -46,10 +45,11 @@ def start_model(config: FinetuneConfig, classes: list[str], say: Callable[[str],
     if config.from_scratch:
         model = Classifier(ClassifierConfig(vit_config(config, position="relative"), len(classes)))
         return _small_head(model)
+    assert config.weights is not None
     loaded = read(config.weights)
     vit = start_config(config, loaded.backbone(heads=config.heads))
     model = Classifier(ClassifierConfig(vit, len(classes)))
-    state = loaded.ours
+    state: Mapping[str, Tensor] = loaded.ours
     if (known := stored_classes(locate(config.weights))) is not None and known != classes:
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
     new = start_from(model, state, str(config.weights))
@@ -86,7 +86,7 @@ def labeled_images(
     folder: Path,
     split: str | None,
     name: str,
-    config: RunConfig,
+    config: FinetuneConfig | EvaluateConfig,
     run: RunFolder,
     world: World,
     *,
@@ -119,7 +119,9 @@ class ClassifierValidation:
 
     def __init__(self, config: FinetuneConfig, classes: list[str], run: RunFolder, world: World):
         self.config, self.run, self.world = config, run, world
-        folder, split = validation_images(config)
+        found = validation_images(config)
+        assert found is not None
+        folder, split = found
         view = EvalView(config.image_size, crop_share(config.crop_pct, config.image_size))
         self.dataset = labeled_images(folder, split, "val", config, run, world, view=view, min_size=config.patch_size)
         self.columns = columns_of(self.dataset.images, classes, self.dataset.images.root)
@@ -153,7 +155,7 @@ class ClassifierValidation:
 
     def _compare(self, step: int, top1: dict[str, float]) -> None:
         """Whether these are the best so far; a resumed run repeats steps, whose best counts once more."""
-        name = max(top1, key=top1.get)
+        name = max(top1, key=lambda name: top1[name])
         before = [
             value
             for line in read_metrics(self.run.path, "evaluation.jsonl")

@@ -67,7 +67,9 @@ class TokenizerValidation:
         self, config: TokenizerConfig, tokenizer: Tokenizer, teacher: Teacher, run: RunFolder, world: World
     ) -> None:
         self.config, self.tokenizer, self.teacher, self.run, self.world = config, tokenizer, teacher, run, world
-        folder, split = validation_images(config)
+        found = validation_images(config)
+        assert found is not None
+        folder, split = found
         images = checked_images(folder, split, config, run, world, min_size=config.patch_size, name="_val")
         view = EvalView(config.teacher_image_size or config.image_size)
         loader, _ = choose_loader(config.loader, images=images, view=view, device=world.device)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +99,7 @@ class RelativePositionBias(nn.Module):
         return position_bias(self)
 
 
-def add_bias_table(module: nn.Module, grid: tuple[int, int], heads: int, implementation: str) -> None:
+def add_bias_table(module: Any, grid: tuple[int, int], heads: int, implementation: str) -> None:
     """Give a module the table and its index: the model has one, or every attention its own (after fine-tuning)."""
     h, w = grid
     module.relative_position_bias_table = nn.Parameter(torch.zeros((2 * h - 1) * (2 * w - 1) + 3, heads))
@@ -106,7 +107,7 @@ def add_bias_table(module: nn.Module, grid: tuple[int, int], heads: int, impleme
     module.implementation = implementation
 
 
-def position_bias(module: nn.Module) -> Tensor:
+def position_bias(module: Any) -> Tensor:
     bias = F.embedding(module.relative_position_index, module.relative_position_bias_table)  # [N, N, H]
     return prepare_bias(bias.permute(2, 0, 1).unsqueeze(0).contiguous(), module.implementation)
 
@@ -118,7 +119,7 @@ def choose_attention(implementation: str, device_type: str) -> str:
 
 # The mark that torch.compiler.assume_constant_result makes; the decorator itself would import torch._dynamo, which
 # takes as long as the rest of the package.
-choose_attention._dynamo_marked_constant = True
+choose_attention._dynamo_marked_constant = True  # type: ignore[attr-defined]  # mypy knows none of functions
 
 
 @functools.cache  # once per process: the look at xformers imports it
@@ -138,7 +139,7 @@ def _choose(implementation: str, device_type: str) -> str:
     return implementation
 
 
-choose_attention.cache_clear = _choose.cache_clear  # for tests
+choose_attention.cache_clear = _choose.cache_clear  # type: ignore[attr-defined]  # for tests
 
 
 def native_problem(device_type: str) -> str | None:
@@ -214,4 +215,5 @@ def _xformers(qkv: Tensor, bias: Tensor | None) -> Tensor:
     q, k, v = qkv.unbind(2)
     if bias is not None:
         bias = bias.to(q.dtype).expand(q.shape[0], -1, -1, -1)
-    return memory_efficient_attention(q, k, v, attn_bias=bias)
+    out: Tensor = memory_efficient_attention(q, k, v, attn_bias=bias)
+    return out

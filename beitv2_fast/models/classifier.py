@@ -28,4 +28,5 @@ class Classifier(ViT):
             rescale_outputs(block, i + 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.fc_norm(self.forward_tokens(images)[:, 1:].mean(1)))
+        logits: Tensor = self.head(self.fc_norm(self.forward_tokens(images)[:, 1:].mean(1)))
+        return logits

@@ -44,7 +44,8 @@ def features(model: Student | Classifier | Tokenizer, images: Tensor) -> Feature
 @torch.no_grad()
 def classify(model: Classifier, images: Tensor) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] -> probabilities [B, classes]."""
-    return model(normalize(images)).softmax(-1)
+    logits: Tensor = model(normalize(images))
+    return logits.softmax(-1)
 
 
 @torch.no_grad()

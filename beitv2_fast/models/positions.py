@@ -7,6 +7,7 @@ their meaning and far ones are stretched.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -62,7 +63,7 @@ def resize_bias_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _side(count: int, what: str) -> int:
-    side = round(max(count, 0) ** 0.5)
+    side = round(math.sqrt(max(count, 0)))
     if side < 1 or side * side != count:
         raise CheckpointError(
             f"{what} has entries for {count} places, which is no square grid; only those are resized."
@@ -108,7 +109,7 @@ def spline_matrix(nodes: Tensor, points: Tensor) -> Tensor:
         right[i, i - 1 : i + 2] = 6 * torch.stack([1 / h[i - 1], -1 / h[i - 1] - 1 / h[i], 1 / h[i]])
     system[0, :3] = torch.stack([h[1], -h[0] - h[1], h[0]])
     system[-1, -3:] = torch.stack([h[-1], -h[-2] - h[-1], h[-2]])
-    second = torch.linalg.solve(system, right)
+    second: Tensor = torch.linalg.solve(system, right)
     left = (torch.searchsorted(nodes, points, right=True) - 1).clamp(0, n - 2)
     width = h[left][:, None]
     a = (nodes[left + 1] - points)[:, None] / width

@@ -7,13 +7,16 @@ student view + mask -> blocks -> masked tokens ------------------------> head ->
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import masked_cross_entropy
 from .vit import Block, ViT, ViTConfig, drop_rates, init_weights, rescale_outputs
+
+if TYPE_CHECKING:
+    from .vit import Blocks
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Student(ViT):
         config, vit = self.config, self.config.vit
         last = config.early_layer + config.aggregation_depth
         rates = drop_rates(vit.drop_path, max(vit.depth, last))[config.early_layer : last]
-        self.cls_pt_layers = nn.ModuleList(Block(vit, rate) for rate in rates)
+        self.cls_pt_layers = cast("Blocks", nn.ModuleList(Block(vit, rate) for rate in rates))
         for i, block in enumerate(self.cls_pt_layers):
             rescale_outputs(block, config.early_layer + i + 1)
         if not config.shared_head:

@@ -61,7 +61,8 @@ class PatchViT(ViT):
         self.fc_norm = nn.LayerNorm(config.dim, config.eps)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.fc_norm(self.forward_tokens(images)[:, 1:])
+        patches: Tensor = self.fc_norm(self.forward_tokens(images)[:, 1:])
+        return patches
 
 
 class FullPrecisionLinear(nn.Linear):
@@ -116,7 +117,8 @@ class Tokenizer(nn.Module):
 
         They are fp32, whatever autocast or ``tokenizer.half()`` says (fp64 after ``tokenizer.double()``).
         """
-        return self.encode_task_layer(self.encoder(2 * images - 1))
+        vectors: Tensor = self.encode_task_layer(self.encoder(2 * images - 1))
+        return vectors
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -126,7 +128,8 @@ class Tokenizer(nn.Module):
     def decode(self, quantized: Tensor) -> Tensor:
         """Quantized vectors [B, N, code_dim] -> reconstructed teacher features [B, N, teacher_dim]."""
         grid = quantized.transpose(1, 2).unflatten(2, self.grid)  # [B, D, h, w]
-        return self.decode_task_layer(self.decoder(grid))
+        features: Tensor = self.decode_task_layer(self.decoder(grid))
+        return features
 
     @torch.no_grad()
     def similarity(self, images: Tensor, teacher_features: Tensor) -> Tensor:

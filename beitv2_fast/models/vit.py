@@ -5,8 +5,9 @@ image [B, 3, H, W] -> patch tokens [B, h*w, C] -> [CLS; patches] -> blocks -> [B
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ FAST_BF16_ON_CPU = torch.cpu._is_amx_tile_supported()  # see ``linear``
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 POSITIONS = ("absolute", "shared_relative", "relative", "none", "absolute_shared_relative", "absolute_relative")
-SIZES: dict[str, dict[str, int]] = {  # ViT-S/16, B/16, L/16, H/14: ViTConfig(**SIZES["large"], ...)
+SIZES: dict[str, dict[str, Any]] = {  # ViT-S/16, B/16, L/16, H/14: ViTConfig(**SIZES["large"], ...)
     "small": {"dim": 384, "depth": 12, "heads": 6, "patch_size": 16},
     "base": {"dim": 768, "depth": 12, "heads": 12, "patch_size": 16},
     "large": {"dim": 1024, "depth": 24, "heads": 16, "patch_size": 16},
@@ -109,7 +110,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if x.dtype == torch.float64:
         dtype = x.dtype
-    return _Linear.apply(x.to(dtype), weight, bias, gelu)
+    out: Tensor = _Linear.apply(x.to(dtype), weight, bias, gelu)
+    return out
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -167,7 +169,8 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"this model reads images [B, {str(expected)[1:]}; got {list(x.shape)}")
         if x.is_floating_point():
             x = x.to(self.proj.weight.dtype)
-        return self.proj(x).flatten(2).transpose(1, 2)
+        patches: Tensor = self.proj(x)  # [B, C, h, w]
+        return patches.flatten(2).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -190,7 +193,8 @@ class Attention(nn.Module):
         qkv = linear(x, self.qkv.weight, qkv_bias).view(B, N, 3, self.heads, C // self.heads)
         if self.own_bias:
             bias = position_bias(self)
-        return self.proj(attend(qkv, bias, self.implementation))
+        out: Tensor = self.proj(attend(qkv, bias, self.implementation))
+        return out
 
 
 class MLP(nn.Module):
@@ -200,7 +204,8 @@ class MLP(nn.Module):
         self.fc2 = Linear(hidden, dim, gelu=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x))
+        out: Tensor = self.fc2(self.fc1(x))
+        return out
 
 
 class Block(nn.Module):
@@ -213,6 +218,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.dim, config.eps)
         self.mlp = MLP(config.dim, int(config.dim * config.mlp_ratio))
         self.drop_path = drop_path
+        self.gamma_1: nn.Parameter | None
+        self.gamma_2: nn.Parameter | None
         if config.layer_scale > 0:
             self.gamma_1 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
             self.gamma_2 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
@@ -237,6 +244,12 @@ class Block(nn.Module):
         return residual_norm(x, branch, gamma, keep, keep_rate, norm.weight, norm.bias, norm.eps)
 
 
+if TYPE_CHECKING:
+
+    class Blocks(nn.ModuleList):
+        def __iter__(self) -> Iterator[Block]: ...
+
+
 class ViT(nn.Module):
     """Patch embedding, CLS token, positions and blocks, without a final norm or head: its users add theirs."""
 
@@ -250,7 +263,8 @@ class ViT(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.num_patches, config.dim))
         if config.shared_table:
             self.rel_pos_bias = RelativePositionBias(config.grid, config.heads, config.attention)
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in drop_rates(config.drop_path, config.depth))
+        rates = drop_rates(config.drop_path, config.depth)
+        self.blocks = cast("Blocks", nn.ModuleList(Block(config, rate) for rate in rates))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -275,19 +289,23 @@ class ViT(nn.Module):
         require_floating(images)
         x = self.patch_embed(images)
         if mask is not None:
+            assert mask_token is not None
             x = torch.where(mask[:, :, None], mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
         return x if self.pos_embed is None else x + self.pos_embed
 
     def position_bias(self) -> Tensor | None:
         """The relative position bias that all blocks share, computed once per forward."""
-        return None if self.rel_pos_bias is None else self.rel_pos_bias()
+        bias: Tensor | None = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        return bias
 
     def run_block(self, block: Block, x: Tensor, bias: Tensor | None) -> Tensor:
         """A block, or in training with ``checkpointing`` the same bits without its activations kept for backward."""
         if self.vit_config.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, bias, use_reentrant=False)
-        return block(x, bias)
+            x = checkpoint(block, x, bias, use_reentrant=False)
+        else:
+            x = block(x, bias)
+        return x
 
     def forward_tokens(self, images: Tensor) -> Tensor:
         """Images -> the last block's tokens [B, 1 + N, C]."""
@@ -331,7 +349,8 @@ def normalize(image: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple
     require_floating(image)
     statistics = torch.tensor((mean, std), dtype=image.dtype).view(2, 3, 1, 1)
     mean_, std_ = statistics.to(image.device, non_blocking=True)  # image.new_tensor would wait for a GPU
-    return (image - mean_).div_(std_)  # in place: a batch's memory is dear where it is fresh
+    normalized: Tensor = (image - mean_).div_(std_)  # in place: a batch's memory is dear where it is fresh
+    return normalized
 
 
 def require_floating(images: Tensor) -> None:

@@ -52,12 +52,12 @@ class NormEMAAdapter(FusedVectorQuantizer):
 
     any_length = True
 
-    def __init__(self, module: nn.Module, **options: Unpack[QuantizerOptions]):
+    def __init__(self, module: Any, **options: Unpack[QuantizerOptions]):
         known = "num_tokens codebook_dim beta decay embedding cluster_size statistic_code_usage all_reduce_fn"
         _refuse_unknown(module, known)
         known = "num_tokens codebook_dim decay eps weight cluster_size embed_avg initted update"
         _refuse_unknown(module.embedding, known, "embedding.")
-        kept = {
+        kept: dict[str, Any] = {
             "decay": module.decay,
             "commitment_weight": module.beta,
             "channel_last": False,
@@ -95,7 +95,7 @@ class NormEMAAdapter(FusedVectorQuantizer):
             keep = torch.ones_like(x[:, 0], dtype=torch.bool)
         return super()._quantize(x, codebook, keep)
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]  # as the original's
         out = super().forward(z)
         return out.quantized, out.loss, out.indices.flatten()
 
@@ -120,7 +120,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
 
     any_length = True
 
-    def __init__(self, module: nn.Module, **options: Unpack[QuantizerOptions]):
+    def __init__(self, module: Any, **options: Unpack[QuantizerOptions]):
         book = module._codebook
         gumbel = getattr(book.gumbel_sample, "keywords", {})
         _refuse(
@@ -145,7 +145,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
                 "sync_kmeans=False": book.use_ddp and book.kmeans_all_reduce_fn is not dist.all_reduce,
             }
         )
-        kept = {
+        kept: dict[str, Any] = {
             "metric": "cosine" if module.use_cosine_sim else "euclidean",
             "learning": "sum_ema" if book.ema_update else "frozen",
             "decay": book.decay,
@@ -171,11 +171,11 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         with torch.no_grad():
             for name, value in self._state().items():
                 if value.numel() and name in ("codebook", "cluster_size", "embed_avg"):
-                    value.copy_({"codebook": book.embed}.get(name, getattr(book, name, None)))
+                    value.copy_(book.embed if name == "codebook" else getattr(book, name))
         if module.freeze_codebook:
             self.freeze()
 
-    def forward(
+    def forward(  # type: ignore[override]  # as the original's
         self,
         x: Tensor,
         indices: Tensor | None = None,
@@ -245,7 +245,10 @@ class EmbeddingAdapter(nn.Module):
     The parameter is the same object as before: names in checkpoints and optimizers keep their meaning.
     """
 
-    def __init__(self, module: nn.Module, **options: Unpack[QuantizerOptions]):
+    used: Tensor
+    table: Tensor
+
+    def __init__(self, module: Any, **options: Unpack[QuantizerOptions]):
         super().__init__()
         known = "embedding n_e e_dim vq_embed_dim beta legacy remap used re_embed unknown_index sane_index_shape"
         _refuse_unknown(module, known)
@@ -295,7 +298,7 @@ class EmbeddingAdapter(nn.Module):
         if self.remap is not None:
             indices = indices.reshape(-1)
             indices = self.used[torch.where(indices >= len(self.used), 0, indices)]
-        codes = self.embedding(indices)
+        codes: Tensor = self.embedding(indices)
         return codes if shape is None else codes.view(shape).movedim(-1, 1).contiguous()
 
     def _to_used(self, indices: Tensor) -> Tensor:

@@ -90,7 +90,8 @@ def start_codebook(
         due = [a or b for a, b in zip(due, collapsed.tolist(), strict=True)]
         recent.zero_()
     for g in (g for g, wanted in enumerate(due) if wanted):
-        codes, bins = kmeans(x[g], codebook.shape[1], metric=metric, iterations=iterations, seed=salt(seed, count, g))
+        start = int(salt(seed, count, g))
+        codes, bins = kmeans(x[g], codebook.shape[1], metric=metric, iterations=iterations, seed=start)
         if not bins.any():
             return  # no rank has a vector: the next batch will do
         codebook[g] = codes
@@ -148,8 +149,8 @@ def replace_dead_codes(
     for g in range(len(codebook)):
         average = embed_avg[g] if embed_avg.numel() else None
         state = (codebook[g], cluster_size[g], average, idle[g])
-        options = {"metric": metric, "salt": salt(seed, count, g), "least_size": dead_below}
-        replaced += restart_dead_codes(dead[g], x[g], *state, **options).sum()
+        draw = salt(seed, count, g)
+        replaced += restart_dead_codes(dead[g], x[g], *state, metric=metric, salt=draw, least_size=dead_below).sum()
 
 
 def host_waits_for(x: Tensor) -> bool:
@@ -199,7 +200,7 @@ def _sharded_by_fsdp2(module: nn.Module, name: str) -> bool:
 
 
 # Compiled code takes the answer that it had when it was traced: see torch.compiler.assume_constant_result.
-refuse_gathered_copy._dynamo_marked_constant = True
+refuse_gathered_copy._dynamo_marked_constant = True  # type: ignore[attr-defined]  # mypy knows none of functions
 
 
 ADVICE = (

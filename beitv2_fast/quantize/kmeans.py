@@ -47,7 +47,7 @@ def kmeans(
     return codebook, bins
 
 
-def _iterate(x: Tensor, codebook: Tensor, metric: str, scale: Tensor, salt: int) -> tuple[Tensor, Tensor]:
+def _iterate(x: Tensor, codebook: Tensor, metric: str, scale: Tensor, salt: int | Tensor) -> tuple[Tensor, Tensor]:
     """One assignment, the means, and a new start for the codes that nobody chose."""
     search = codebook_search(x, codebook, metric=metric, return_distances=True)
     moved, sizes = codebook.clone(), torch.zeros(len(codebook), dtype=torch.float32, device=x.device)
@@ -55,6 +55,7 @@ def _iterate(x: Tensor, codebook: Tensor, metric: str, scale: Tensor, salt: int)
     sums = torch.zeros_like(codebook) if metric == "euclidean" else None
     bins = codebook_update(moved, sizes, x, search.indices, decay=0.0, metric=metric, embed_avg=sums, eps=1e-12)
     empty = bins == 0
+    assert search.distances is not None
     weights = search.distances.double()
     weights = torch.where(weights > ROUNDING * scale.double().square() * x.shape[1], weights, 0.0)
     if metric == "cosine":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -241,7 +241,8 @@ class FusedVectorQuantizer(QuantizerState):
             parts = [self._quantize(x[g], codebooks[g], keep) for g in range(self.groups)]
             quantized, indices, losses = (_stack(part) for part in zip(*parts, strict=True))  # [G, N, D], [G, N], [G]
             if again:
-                counts = snapshot.counts if snapshot else self._count(indices, keep).view(self.idle.shape)
+                counted = snapshot.counts if snapshot else None
+                counts = self._count(indices, keep).view(self.idle.shape) if counted is None else counted
             else:
                 counts = self._learn_when_due(seen, indices, keep)
                 if snapshot is not None:
@@ -249,7 +250,7 @@ class FusedVectorQuantizer(QuantizerState):
             loss = losses.mean()
             axis = self.channel_axis(z)
             quantized = quantized.transpose(0, 1).reshape(z.movedim(axis, -1).shape).movedim(-1, axis).to(z.dtype)
-        if mask is not None:
+        if keep is not None:
             indices = torch.where(keep, indices, -1)
         return Quantized(quantized, self._index_map(indices, z), loss, counts)
 
@@ -373,7 +374,8 @@ class FusedVectorQuantizer(QuantizerState):
         """One codebook: x [N, D] -> (quantized [N, D], indices [N], loss)."""
         codebook_weight = self.codebook_weight if self._rule == "gradient" else 0.0
         if keep is None and self.gradient == "straight_through":
-            return quantize(x, codebook, self.metric, self.commitment_weight, codebook_weight, False)[:3]
+            out, indices, loss, _ = quantize(x, codebook, self.metric, self.commitment_weight, codebook_weight, False)
+            return out, indices, loss
         shortest = max(SHORTEST, torch.finfo(x.dtype).smallest_normal)  # of fp16, 6e-5: below, few bits are left
         x = x if x.dtype == torch.float64 else x.float()
         y = F.normalize(x, dim=-1) if self.metric == "cosine" else x
@@ -393,12 +395,12 @@ class FusedVectorQuantizer(QuantizerState):
         self._waiting.append((seen, indices, keep))
         if len(self._waiting) < self.forwards_per_step:
             return torch.zeros_like(self.window_counts)
-        seen, indices, keeps = zip(*self._waiting, strict=True)
+        all_seen, found, keeps = zip(*self._waiting, strict=True)
         keep = torch.cat(
-            [torch.ones_like(i[0], dtype=torch.bool) if k is None else k for i, k in zip(indices, keeps, strict=True)]
+            [torch.ones_like(i[0], dtype=torch.bool) if k is None else k for i, k in zip(found, keeps, strict=True)]
         )
         self._waiting = []
-        return self._learn(torch.cat(seen, dim=1), torch.cat(indices, dim=1), keep)
+        return self._learn(torch.cat(all_seen, dim=1), torch.cat(found, dim=1), keep)
 
     def _learn(self, seen: Tensor, indices: Tensor, keep: Tensor | None) -> Tensor:
         """Move the codebook and keep the statistics; returns how often each code was chosen, over all ranks.
@@ -407,12 +409,12 @@ class FusedVectorQuantizer(QuantizerState):
         """
         state, tracked = self._state(), self.training or self.track_eval_usage
         if self._learns and self.learning != "gradient":
-            counts = []
+            moved = []
             for g in range(self.groups):
                 average = None if self.embed_avg is None else state["embed_avg"][g]
                 book, size = state["codebook"][g], state["cluster_size"][g]
-                counts.append(ema_step(book, size, average, seen[g], indices[g], self.decay, self.metric, self.eps))
-            counts = _stack(counts)
+                moved.append(ema_step(book, size, average, seen[g], indices[g], self.decay, self.metric, self.eps))
+            counts = _stack(moved)
         else:
             counts = self._count(indices, keep)
             if tracked:
@@ -420,7 +422,8 @@ class FusedVectorQuantizer(QuantizerState):
             if tracked and self.learning != "sum_ema" and not (self.training and self.frozen):
                 state["cluster_size"].lerp_(counts.to(torch.float32), 1 - self.decay)
         if self._learns:
-            options = dict(metric=self.metric, seed=self.seed, dead_after=self.dead_after, dead_below=self.dead_below)
+            options: dict[str, Any] = dict(metric=self.metric, seed=self.seed)
+            options |= dict(dead_after=self.dead_after, dead_below=self.dead_below)
             replace_dead_codes(**state, replaced=self.window_replaced, x=seen, bins=counts, **options)
         counts = counts.view(self.window_counts.shape)
         if tracked:
@@ -439,14 +442,14 @@ class FusedVectorQuantizer(QuantizerState):
         if look_here and look(self.clock, self.initialized, self.steps):
             return
         below = 0.0 if self._rule == "frozen" else self.restart_below
-        options = dict(seed=self.seed, iterations=self.kmeans_iterations, restart_below=below)
+        options: dict[str, Any] = dict(seed=self.seed, iterations=self.kmeans_iterations, restart_below=below)
         options |= dict(metric=self.metric, restart_after=self.restart_after)
         start_codebook(**self._state(), initialized=self.initialized, x=seen, **options)
 
     def _state(self) -> dict[str, Tensor]:
         """What a step changes; views with a leading dimension for the codebook, absent ones empty."""
         empty = torch.empty(0, dtype=torch.float32, device=self.idle.device)
-        state = {
+        state: dict[str, Tensor | None] = {
             "codebook": self.codebook.detach(),
             "cluster_size": self.cluster_size,
             "embed_avg": self.embed_avg,

@@ -60,17 +60,19 @@ def replace_quantizers(
     """
     if unsupported not in ("error", "keep"):
         raise ValueError(f"unsupported must be 'error' or 'keep'; got {unsupported!r}")
-    known = {**ADAPTERS, **(adapters or {})}
-    found = {path: module for path, module in model.named_modules() if _adapter(module, known) is not None}
+    known = ADAPTERS.copy()
+    for cls, adapter in (adapters or {}).items():
+        known[cls] = adapter
+    found = {path: (module, make) for path, module in model.named_modules() if (make := _adapter(module, known))}
     if not found:
         names = ", ".join(key if isinstance(key, str) else key.__qualname__ for key in known)
         raise ValueError(f"{type(model).__name__} holds no quantizer of a known class ({names}): name its class")
     # All replacements are made before the first is put in, so that an error leaves the model as it was.
     replacements: dict[nn.Module, nn.Module] = {}
-    for path, module in found.items():
+    for path, (module, make) in found.items():
         try:
             _refuse_beam_search(model, path)
-            replacements[module] = _adapter(module, known)(module, **options).train(module.training)
+            replacements[module] = make(module, **options).train(module.training)
         except Unsupported as error:
             message = f"{path or 'the model'} ({type(module).__name__}): {error}"
             if unsupported == "error":

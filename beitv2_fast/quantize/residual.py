@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,15 +53,15 @@ class ResidualVectorQuantizer(nn.Module):
         if options.get("heads", 1) != 1:
             raise ValueError("residual stages have one head each; cut the width before, or use FusedVectorQuantizer")
         self.num_quantizers, self.dropout = num_quantizers, dropout
-        seed = options.pop("seed", 0)
+        seed = options.get("seed", 0)
         stages = 1 if share_stages else num_quantizers
         self.stages = nn.ModuleList(
-            FusedVectorQuantizer(num_codes, dim, seed=seed + i, **options) for i in range(stages)
+            FusedVectorQuantizer(num_codes, dim, **(options | {"seed": seed + i})) for i in range(stages)
         )
 
     def stage(self, i: int) -> FusedVectorQuantizer:
         """The quantizer of stage i."""
-        return self.stages[i % len(self.stages)]
+        return cast(FusedVectorQuantizer, self.stages[i % len(self.stages)])
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
         """As ``FusedVectorQuantizer.forward``; indices and counts have the stages last and first: [..., Q], [Q, K]."""
@@ -77,7 +77,7 @@ class ResidualVectorQuantizer(nn.Module):
             residual, total = residual - code, total + code
         quantized = z + (total.to(z.dtype) - z).detach()
         if mask is not None:
-            axis = self.stages[0].channel_axis(z)
+            axis = self.stage(0).channel_axis(z)
             quantized = torch.where(mask.unsqueeze(axis), quantized, 0.0)
         return Quantized(
             quantized,
@@ -103,17 +103,17 @@ class ResidualVectorQuantizer(nn.Module):
 
     def freeze(self) -> None:
         """Keep all codebooks as they are until ``thaw``: see ``FusedVectorQuantizer.freeze``."""
-        for stage in self.stages:
-            stage.freeze()
+        for i in range(len(self.stages)):
+            self.stage(i).freeze()
 
     def thaw(self) -> None:
         """Let all codebooks learn again."""
-        for stage in self.stages:
-            stage.thaw()
+        for i in range(len(self.stages)):
+            self.stage(i).thaw()
 
     def usage(self, reset: bool = False) -> dict[str, float]:
         """Means over the stages of their ``usage``."""
-        stages = [stage.usage(reset) for stage in self.stages]
+        stages = [self.stage(i).usage(reset) for i in range(len(self.stages))]
         return {name: sum(stage[name] for stage in stages) / len(stages) for name in stages[0]}
 
     def _depth(self, z: Tensor) -> Tensor | None:
@@ -127,7 +127,7 @@ class ResidualVectorQuantizer(nn.Module):
         """The mask of stage i."""
         if depth is None:
             return mask
-        shape = z.select(self.stages[0].channel_axis(z), 0).shape
+        shape = z.select(self.stage(0).channel_axis(z), 0).shape
         deep = (depth > i).view(-1, *[1] * (len(shape) - 1)).expand(shape)
         return deep if mask is None else deep & mask
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..kernels.snapshot import Snapshots
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from .quantizer import FusedVectorQuantizer
 
 # names of the reference implementation's quantizer -> ours
@@ -28,7 +30,18 @@ NOT_UNIT = 2.0**-9  # a length further from 1 is no rounding, of bf16 either
 class QuantizerState(nn.Module):
     """What ``FusedVectorQuantizer`` has beside the buffers that it registers."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedVectorQuantizer:
+    codebook: Tensor
+    cluster_size: Tensor
+    initialized: Tensor
+    idle: Tensor
+    steps: Tensor
+    embed_avg: Tensor | None
+    recent: Tensor | None
+    window_counts: Tensor
+    window_replaced: Tensor
+    clock: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves between devices, but not to another dtype: averages of small steps need fp32.
 
         A codebook that learns by gradient is a parameter like any other and takes the dtype.
@@ -38,11 +51,12 @@ class QuantizerState(nn.Module):
             moved = fn(t)
             return moved if moved.dtype == t.dtype or isinstance(t, nn.Parameter) else t.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)
+        moved: Self = super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]  # of torch
+        return moved
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Also accepts the reference implementation's names, and states of quantizers with other options."""
-        fit_state(self, state, prefix, errors=args[-1])
+        fit_state(cast("FusedVectorQuantizer", self), state, prefix, errors=args[-1])
         super()._load_from_state_dict(state, prefix, *args)
         self._reset_unsaved()
 
@@ -89,7 +103,7 @@ def _fit_options(quantizer: FusedVectorQuantizer, state: dict[str, Tensor], pref
     """What other options did not keep starts as it would start beside this codebook; what they kept besides is left
     out. One warning says what is new."""
     own = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
-    news = []
+    news: list[str] = []
     if not _fit_heads(quantizer, own, news):
         errors.append(
             f"{prefix}codebook is {list(own['codebook'].shape)} in the state dict, for a quantizer of num_codes="
@@ -101,7 +115,7 @@ def _fit_options(quantizer: FusedVectorQuantizer, state: dict[str, Tensor], pref
     counts = codebook.new_zeros(codebook.shape[:-1], dtype=torch.int64)
     own.setdefault("initialized", torch.ones_like(counts.view(-1)[0], dtype=torch.bool))
     unit = quantizer.metric == "cosine" and quantizer.learning != "gradient" and not quantizer.any_length
-    unit = unit and not codebook.is_meta and own["initialized"].any()
+    unit = unit and not codebook.is_meta and bool(own["initialized"].any())
     if unit and (codebook.float().norm(dim=-1) - 1).abs().max() > NOT_UNIT:
         codebook = own["codebook"] = F.normalize(codebook.float(), dim=-1)
         news.append("the codes, which have other lengths (as with learning='gradient'), are normalized")

@@ -26,7 +26,7 @@ def check_no_folder(path: Path) -> None:
         raise UserError(f"{path} is a folder, but a file is to be written. Name another one; no folder is replaced.")
 
 
-def atomically(path: Path, write: Callable[[Path], None]) -> None:
+def atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file or folder beside ``path``, flush it to disk, then give it its name.
 
     A crash leaves the old one or the new one, and a failure nothing else. Several writers do not meet.

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
-from ..config.options import RunConfig, fingerprint, from_json, to_json
+from ..config.options import C, RunConfig, fingerprint, from_json, to_json
 from ..errors import UserError
 from .files import write_atomically
 from .sources import locate
@@ -41,7 +41,7 @@ class RunFolder:
     def __init__(self, config: RunConfig, rank: int = 0):
         self.path, self.writes, self.config = config.out, rank == 0, config
         self.started = time.monotonic()
-        self._tensorboard = None
+        self._tensorboard: Any = None
         self.inputs: dict[str, str] = {}
         self.moved: set[str] = set()
         stale = self._refuse_another()
@@ -160,7 +160,7 @@ class RunFolder:
             self._tensorboard.close()
 
 
-def read_config(cls: type[RunConfig], path: Path) -> RunConfig:
+def read_config(cls: type[C], path: Path) -> C:
     """The config of a finished or interrupted run; UserError if it is one of another stage."""
     values = stored_config(path)
     if values["stage"] not in (None, cls.stage):
@@ -179,7 +179,7 @@ def stored_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{path} is no run folder: it has no {CONFIG}. Train that stage first, or name its folder.")
     try:
-        values = json.loads(file.read_text())
+        values: dict[str, Any] = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"{file} cannot be read ({error}). Restore it, or use another run folder.") from error
     if not isinstance(values, dict):

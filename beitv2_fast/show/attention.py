@@ -4,6 +4,8 @@ never hold them; here that one layer is computed by its definition.
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +15,7 @@ from ..models.attention import position_bias
 from ..models.classifier import Classifier
 from ..models.student import Student
 from ..models.tokenizer import Tokenizer
-from ..models.vit import Attention, ViT
+from ..models.vit import Block, ViT
 
 KEPT = 0.6  # the share of a head's attention that ``most_attended`` keeps, as the reference's visualize_attention.py
 
@@ -39,19 +41,19 @@ def attention_probabilities(
     if not 1 <= layer <= depth:
         raise UserError(f"layer {layer} does not exist: this model has layers 1 to {depth}. Choose one of them.")
     x, bias = _before(vit, views, layer)
-    block = vit.blocks[layer - 1]
-    return _probabilities(block.attn, block.norm1(x), bias)
+    return _probabilities(list(vit.blocks)[layer - 1], x, bias)
 
 
 def _before(vit: ViT, views: Tensor, layer: int) -> tuple[Tensor, Tensor | None]:
     """The tokens that a layer reads, and the bias that all blocks share."""
     x, bias = vit.embed(views), vit.position_bias()
-    for block in vit.blocks[: layer - 1]:
+    for block in islice(vit.blocks, layer - 1):
         x = vit.run_block(block, x, bias)
     return x, bias
 
 
-def _probabilities(attn: Attention, x: Tensor, bias: Tensor | None) -> Tensor:
+def _probabilities(block: Block, x: Tensor, bias: Tensor | None) -> Tensor:
+    attn, x = block.attn, block.norm1(x)
     B, N, C = x.shape
     qkv_bias = torch.cat([attn.q_bias, torch.zeros_like(attn.v_bias), attn.v_bias])
     qkv = F.linear(x, attn.qkv.weight, qkv_bias).float().view(B, N, 3, attn.heads, C // attn.heads)
@@ -64,7 +66,8 @@ def _probabilities(attn: Attention, x: Tensor, bias: Tensor | None) -> Tensor:
 
 def query_attention(probabilities: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
     """What a patch looks at: [B, H, 1 + N, 1 + N] -> [B, H, h, w], its attention to every patch (CLS left out)."""
-    return probabilities[:, :, 1 + patch, 1:].unflatten(-1, grid)
+    found: Tensor = probabilities[:, :, 1 + patch, 1:].unflatten(-1, grid)
+    return found
 
 
 def most_attended(attention: Tensor, share: float = KEPT) -> Tensor:

@@ -57,7 +57,10 @@ def guess_hidden(
 ) -> Guesses:
     """dataset: images with a ``pretrain_view``."""
     tqdm = require("tqdm", "train", "A progress bar").tqdm
-    masks, codes, guesses, hits = [], [], [], []  # hits: by batch [branches, 2, hidden patches]
+    masks: list[Tensor] = []
+    codes: list[Tensor] = []
+    guesses: list[Tensor] = []
+    hits = []  # by batch [branches, 2, hidden patches]
     loader = eval_loader(dataset, batch, workers)
     for found in tqdm(loader, desc="report: hidden patches", unit="batch", dynamic_ncols=True):
         mask, true = found["mask"], tokenizer.encode(found["tokenizer"].to(device)).cpu()

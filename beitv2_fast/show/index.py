@@ -119,7 +119,7 @@ def sprite(typical: np.ndarray) -> np.ndarray:
 def nearest_patches(index: Index, query: Tensor, model: str, count: int) -> list[dict[str, Any]]:
     """The patches of the data set with the largest cosine to a feature [C], one per image, the nearest first."""
     found = one_per_image(index.features[model], query, index.codes.shape[1], count)
-    return [{**row, "code": int(index.codes[row["image"], row["patch"]])} for row in found]
+    return [{**row, "code": int(index.codes[int(row["image"]), int(row["patch"])])} for row in found]
 
 
 def one_per_image(features: Tensor, query: Tensor, patches: int, count: int) -> list[dict[str, int | float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def nearest_sheet(
 
 
 def _with_headings(
-    rows: list[tuple[Label, list[Image.Image | None], list[str]]], columns: int, theme: Theme, scale: float
+    rows: Sequence[tuple[Label, Sequence[Image.Image | None], list[str]]], columns: int, theme: Theme, scale: float
 ) -> Image.Image:
     """Rows of (label, pictures, a heading for each), in this many columns."""
     sheet, gap = Sheet(theme, scale), 8

@@ -6,6 +6,7 @@ import io
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from PIL import Image
 
@@ -113,10 +114,14 @@ def draw_panels(panels: Iterable[Panel], theme: Theme, scale: float) -> Image.Im
     panels = [p for p in panels if p.curves or p.bars]
     with matplotlib.rc_context(_style(theme)):
         figure = Figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=100 * scale, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.04, wspace=0.03)
+        engine: Any = figure.get_layout_engine()
+        engine.set(w_pad=0.08, h_pad=0.04, wspace=0.03)
         for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
             axes.set_title(panel.title, loc="left", pad=8)
-            (_draw_bars if panel.bars else _draw_curves)(axes, panel, theme)
+            if panel.bars:
+                _draw_bars(axes, panel.bars, theme)
+            else:
+                _draw_curves(axes, panel, theme)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=100 * scale)
     return Image.open(buffer).convert("RGB")
@@ -128,7 +133,7 @@ def draw_rows(panels: Sequence[Panel], theme: Theme, scale: float, columns: int 
     return stack([draw_panels(row, theme, scale) for row in rows], theme.paper)
 
 
-def _draw_curves(axes, panel: Panel, theme: Theme) -> None:
+def _draw_curves(axes: Any, panel: Panel, theme: Theme) -> None:
     from matplotlib.ticker import MaxNLocator
 
     # Every second one is dashed, so that of two near-equal curves the first shows through.
@@ -154,10 +159,9 @@ def _draw_curves(axes, panel: Panel, theme: Theme) -> None:
     axes.set_xlabel("epoch")
 
 
-def _draw_bars(axes, panel: Panel, theme: Theme) -> None:
+def _draw_bars(axes: Any, usage: CodeUsage, theme: Theme) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    usage = panel.bars
     shares = usage.shares[usage.ranking][: usage.used].tolist()
     edges = [i + 0.5 for i in range(len(shares) + 1)]
     axes.stairs(shares, edges, fill=True, color=theme.accent, alpha=0.85, linewidth=0)

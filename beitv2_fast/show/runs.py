@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,7 @@ class Views:
     @torch.no_grad()
     def features(self, model: str) -> Tensor:
         """Of every patch by the student, the tokenizer's encoder or the teacher: [B, N, C], unit length."""
-        if model == "teacher":
+        if self.runs.teacher is not None and model == "teacher":
             found = self.runs.teacher(self.of["teacher"], self.runs.grid)
         else:
             found = features(getattr(self.runs, model), self.of[model]).patches
@@ -93,6 +94,7 @@ class Views:
 
     def similarity(self) -> Tensor:
         """Cosine between what the tokenizer's decoder makes of the codes and the teacher's features: [B, N]."""
+        assert self.runs.teacher is not None
         target = self.runs.teacher(self.of["teacher"], self.runs.grid)
         return self.runs.tokenizer.similarity(self.of["tokenizer"], target).cpu()
 
@@ -108,6 +110,7 @@ def open_runs(run: Path, config: ExploreConfig, *, with_images: bool = True) -> 
     tokenizer, stored = open_model(folder)
     if not isinstance(tokenizer, Tokenizer):
         raise UserError(f"{folder} holds a {type(tokenizer).__name__.lower()}, where a tokenizer was expected.")
+    assert stored is None or isinstance(stored, TokenizerConfig)
     if student is not None:
         check_belong(tokenizer, student)
     teacher = _teacher(stored, folder, tokenizer) if config.teacher else None
@@ -131,7 +134,7 @@ def _find(run: Path) -> tuple[Path, PretrainConfig | None, Student | None, str |
             return run, None, None, NO_STUDENT
         if not isinstance(model, Student):
             raise UserError(f"{run} is the run of a fine-tuning. Name a tokenizer's run folder or a pre-training's.")
-        if config is None:
+        if not isinstance(config, PretrainConfig):
             raise UserError(f"nothing says whose codes the student {run} predicts. Name its run folder.")
         named, beside = config.tokenizer, run.parent / "tokenizer"
         return (named if named.exists() or is_remote(named) else beside), config, model, None
@@ -146,7 +149,7 @@ def _find(run: Path) -> tuple[Path, PretrainConfig | None, Student | None, str |
         model, config = open_model(run / "pretrain")
     except UserError as error:  # a training that has just begun: the tokens can be looked at already
         return run / "tokenizer", None, None, f"{NO_STUDENT} ({error})"
-    return run / "tokenizer", config, model, None
+    return run / "tokenizer", cast(PretrainConfig, config), cast(Student, model), None
 
 
 def check_belong(tokenizer: Tokenizer, student: Student) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,12 @@ class Sheet:
         self.fonts = {(size, bold): _font(round(size * scale), bold) for size in (FONT, SMALL) for bold in (0, 1)}
 
     def draw(
-        self, rows: list[list[Image.Image | None]], labels: list[Label], columns: list[str], cell: int, gap: int = 8
+        self,
+        rows: Sequence[Sequence[Image.Image | None]],
+        labels: list[Label],
+        columns: list[str],
+        cell: int,
+        gap: int = 8,
     ) -> Image.Image:
         """Rows of square pictures, each ``cell`` wide or less; columns: headings, or [] for none."""
         px = self._px
@@ -61,14 +67,16 @@ class Sheet:
         y = top + max(0.0, (cell - line * len(label.lines)) / 2)
         left = 0
         if label.swatch is not None:
-            color = tuple((label.swatch * 255).round().int().tolist())
-            draw.rounded_rectangle([self._px(v) for v in (0, y + 2, FONT, y + 2 + FONT)], self._px(3), fill=color)
+            fill = tuple((label.swatch * 255).round().int().tolist())
+            draw.rounded_rectangle([self._px(v) for v in (0, y + 2, FONT, y + 2 + FONT)], self._px(3), fill=fill)
             left = FONT + 7
         for k, text in enumerate(label.lines):
             size, color = (FONT, self.theme.ink) if k == 0 else (SMALL, self.theme.muted)
             self._text(draw, left, y + k * line, text, size, color, LABEL - left - 10, bold=k == 0)
 
-    def _text(self, draw, x, y, text, size, color, width, bold=False) -> None:
+    def _text(
+        self, draw: Any, x: float, y: float, text: str, size: float, color: str, width: float, bold: bool = False
+    ) -> None:
         font = self.fonts[size, int(bold)]
         if draw.textlength(text, font) > width * self.scale:
             while text and draw.textlength(text + "…", font) > width * self.scale:

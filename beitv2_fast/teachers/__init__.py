@@ -79,7 +79,7 @@ def _build(name: str, grid: tuple[int, int], weights: str | None, resize: bool) 
 def _source(name: str) -> str:
     """Where the weights of a teacher come from, in words."""
     if name in ("clip", "efficientnet_lite0"):
-        return {"clip": OpenCLIP, "efficientnet_lite0": EfficientNetLite0}[name].source
+        return OpenCLIP.source if name == "clip" else EfficientNetLite0.source
     if name.startswith((OPEN_CLIP, TRANSFORMERS)):
         return "Its library fetches them from the hub by this name"
     model = DINO_NAME if name == "dino" else name.removeprefix("timm:").partition("@")[0]

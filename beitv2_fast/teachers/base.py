@@ -29,6 +29,8 @@ class Teacher(nn.Module):
     patch_size: int
     input_size: int
     resize: bool = False
+    mean: Tensor
+    std: Tensor
     dtype: torch.dtype | None = None  # of autocast; None: none, whatever is around the call
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):

@@ -73,9 +73,9 @@ class TeacherFeatures:
         batch_size: int = 32,
         workers: int = 0,
     ):
-        np = require("numpy", "train", "Keeping the teacher's features")
+        require("numpy", "train", "Keeping the teacher's features")
         # The pixels of one crop stand for all code between a file and the teacher: seed, cropping, decoder.
-        pixels = dataset[0, 0]["image"].contiguous().numpy().tobytes()
+        pixels = torch.as_tensor(dataset[0, 0]["image"]).contiguous().numpy().tobytes()
         key = [FORMAT, identity, dataset.seed, repr(dataset.view), hashlib.sha256(pixels).hexdigest()]
         name = re.sub(r"[^\w.@-]+", "_", str(identity["teacher"]))
         self.folder = folder / f"{name}-{_short_hash(key)}"
@@ -89,7 +89,7 @@ class TeacherFeatures:
         missing = [part for part in list(self.files)[world.rank :: world.size] if self._read(part) is None]
         self._compute(missing, dataset, teacher, world, batch_size, workers)
         world.barrier()
-        self.parts: dict[Part, np.ndarray] = {}
+        self.parts: dict[Part, Any] = {}
         for part, file in self.files.items():
             self.parts[part] = self._read(part)
             if self.parts[part] is None:
@@ -116,12 +116,12 @@ class TeacherFeatures:
             return self.on_device[rows].float()
         import numpy as np
 
-        rows = []
+        found = []
         for view, index in zip(views.tolist(), indices.tolist(), strict=True):
             first = index - index % IMAGES_PER_FILE
-            rows.append(self.parts[view, first][index - first])
+            found.append(self.parts[view, first][index - first])
         # numpy's stack: torch's is an op that autocast to bf16 on a CPU refuses for fp16.
-        return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True).float()
+        return torch.from_numpy(np.stack(found)).to(self.device, non_blocking=True).float()
 
     def _count(self, part: Part) -> int:
         """Images in a part."""

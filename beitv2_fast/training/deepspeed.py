@@ -51,7 +51,7 @@ class DeepSpeedBackend:
     def step(self, lr: float) -> Tensor:
         set_lr(self.optimizer, lr)
         if self.stage == 0:  # the engine would take a step of NaN; from stage 1 on it skips it
-            norm = nn.utils.get_total_norm([p.grad for _, p in trained(self.model)])
+            norm = nn.utils.get_total_norm([p.grad for _, p in trained(self.model) if p.grad is not None])
             if not norm.isfinite():
                 self.wrapped.zero_grad()
                 self.wrapped.micro_steps += 1
@@ -105,7 +105,7 @@ class DeepSpeedBackend:
         for own in self.base.state.values():
             own[STEP].copy_(state[STEP])
 
-    def _partition(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
+    def _partition(self, value: Tensor, parameter: Any) -> Tensor:
         """This rank's part of a whole value under ZeRO 3, filled up with zeros where the ranks do not divide it.
 
         DeepSpeed's own setter of whole values fails there (a head of 150 classes on 8 ranks).

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class ModelEMA:
@@ -36,7 +36,7 @@ class ModelEMA:
                 are there.
         """
         share = 1 - min(self.decay, (1 + step) / (10 + step))
-        own = list(self.model.parameters())
+        own: list[Tensor] = list(self.model.parameters())
         if whole is None:
             torch._foreach_lerp_(own, [p.detach().to(own[0].dtype) for p in trained.parameters()], share)
             return

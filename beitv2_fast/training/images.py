@@ -46,8 +46,9 @@ def training_images(
     """The images of --data and how they are loaded, which the log says. ``labeled``: see ``find_images``."""
     choose_loader(config.loader, in_memory=config.in_memory, view=view)  # what is missing is told before the images
     images = checked_images(config.data, "train", config, run, world, min_size=config.patch_size, labeled=labeled)
-    what = {"images": images, "view": view, "device": world.device}
-    loader, why = choose_loader(config.loader, in_memory=config.in_memory, **what)
+    loader, why = choose_loader(
+        config.loader, in_memory=config.in_memory, images=images, view=view, device=world.device
+    )
     dataset = ImageFolder(images, view, config.seed, in_memory=config.in_memory, loader=loader, device=world.device)
     run.print(f"images: {len(images):,} from {images.root}, loaded by {loader} on the {dataset.device.type} ({why})")
     return dataset

@@ -38,7 +38,7 @@ def open_run(config: TrainConfig, world: World, backend: Backend) -> RunFolder:
 
 
 def evaluate_newest(
-    config: TrainConfig, world: World, models: dict[str, nn.Module], validation: Callable[[RunFolder], AfterEpoch]
+    config: TrainConfig, world: World, models: Mapping[str, nn.Module], validation: Callable[[RunFolder], AfterEpoch]
 ) -> int:
     """--evaluate: what ``validation`` does after an epoch, for the models of the newest checkpoint; the exit code."""
     run = RunFolder(config, world.rank)

@@ -104,7 +104,7 @@ def train(
             due = stopping or step - saved >= config.save_every - saved % config.save_every or ends
             if evaluates or due:
                 known.learn()
-            if evaluates:
+            if after_epoch is not None and evaluates:
                 models = {"weights": backend.wrapped, **({"average": ema.model} if ema else {})}
                 after_epoch(step, models, watchdog.progress)
                 if name := getattr(after_epoch, "best", None):
@@ -128,7 +128,7 @@ def train(
 class Known:
     """The newest step until the host knows whether it counts: its numbers are on their way from the device."""
 
-    def __init__(self, bad: BadSteps, undo: Undo, log: TrainingLog, follow: Callable[[int], None]):
+    def __init__(self, bad: BadSteps, undo: Undo, log: TrainingLog, follow: Callable[[int], object]):
         self.bad, self.undo, self.log, self.follow = bad, undo, log, follow
         self.waiting: tuple[int, float, list[str], HostCopy, Batch] | None = None
 

@@ -75,7 +75,7 @@ class TrainingLog:
         if self._line_due(step):
             report = self.task.report()
             self.report_names = list(report)
-            self.report = HostCopy(torch.stack(list(report.values()))) if report else None
+            self.report: HostCopy | None = HostCopy(torch.stack(list(report.values()))) if report else None
 
     def add(self, step: int, lr: float, metrics: dict[str, float], batch: Batch) -> None:
         """A step that the host knows of; ``metrics`` is empty if it was skipped, on every rank."""
@@ -129,7 +129,7 @@ class TrainingLog:
 
     def _clear(self) -> None:
         self.sums: dict[str, float] = {}
-        self.report: HostCopy | None = None
+        self.report = None
         self.count = self.steps = 0
         self.window_started = time.monotonic()
 
@@ -194,7 +194,9 @@ class Undo:
 
     def back(self, norm: Tensor) -> None:
         """After a step: what was kept, if the norm of its gradient is not finite."""
-        good = norm.isfinite() if self.kept else None
+        if not self.kept:
+            return
+        good = norm.isfinite()
         for kept, buffer in zip(self.kept, self._buffers(), strict=True):
             torch.where(good.to(buffer.device), buffer, kept, out=buffer)
 
@@ -208,7 +210,7 @@ class Undo:
             buffer.copy_(count)
 
     def _buffers(self) -> list[Tensor]:
-        return [owner._buffers[name] for owner, name in self.places.values()]
+        return [owner.get_buffer(name) for owner, name in self.places.values()]
 
 
 class BadSteps:
@@ -241,6 +243,7 @@ class BadSteps:
 
     def stop(self, step: int) -> None:
         """Write the first bad batch of the row, on the ranks where it was, and raise UserError. Every rank calls it."""
+        assert self._first is not None
         mine = not math.isfinite(self._first[1])
         write = not self.world.any(mine) or mine  # the collective first: every rank has to take part
         said = f"The first batch that did it, with its images' names, is in {self.write()}. " if write else ""
@@ -252,6 +255,7 @@ class BadSteps:
 
     def write(self) -> Path:
         """That batch as safetensors, its images' names in the file's metadata."""
+        assert self._first is not None
         step, loss, batch = self._first
         file = self.run.path / f"bad_batch_step_{step:08d}_rank_{self.world.rank}.safetensors"
         names = [self.paths[i] for i in batch["index"].tolist()] if "index" in batch else []
@@ -324,7 +328,7 @@ class Watchdog:
         if not self.seconds:
             return
         self.last = time.monotonic()
-        faulthandler.dump_traceback_later(self.seconds + 2 * self.grace, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(self.seconds + 2 * self.grace, exit=True, file=sys.__stderr__ or 2)
 
     def _watch(self) -> None:
         while not self._closed.wait(max(self.last + self.seconds - time.monotonic(), 0.01)):
@@ -346,6 +350,6 @@ class Watchdog:
             said += f"({self.file} could not be written: {error})\n"
         with contextlib.suppress(OSError):  # a console that is gone
             print(said, file=sys.__stderr__, flush=True)
-            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         time.sleep(self.grace)
         os._exit(EXIT_HUNG)

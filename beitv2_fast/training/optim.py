@@ -25,7 +25,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, in torch's 
 STEP = "step"  # and how many steps it took, the same for all parameters
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, *, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+def parameter_groups(model: Any, weight_decay: float, *, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """Groups for AdamW. Biases, norms, layer scales are not decayed, nor what the model's parts name themselves in a
     method ``no_weight_decay``.
 
@@ -150,7 +150,7 @@ class TorchBackend:
         self.model, self.clip, self.accumulate = model, config.clip_grad, config.accumulate
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = adamw(groups, config)
-        self.wrapped: nn.Module = model
+        self.wrapped: Any = model
         self.no_sync: Callable[[], AbstractContextManager] = nullcontext
         if world.size > 1:
             # The codebook is a buffer that every rank computes to the same bits: nothing to broadcast.
@@ -176,7 +176,7 @@ class TorchBackend:
         if self.clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         set_lr(self.optimizer, lr)
-        self.optimizer.found_inf = norm.isfinite().logical_not().float()
+        vars(self.optimizer)["found_inf"] = norm.isfinite().logical_not().float()
         self.optimizer.step()
         for parameter in self.parameters:
             parameter.grad = None

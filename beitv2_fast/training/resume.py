@@ -71,7 +71,8 @@ def _accept_images(about: dict, dataset: ImageFolder, run: RunFolder) -> None:
             f"warning: the images are others than at step {step} (files came, went, were renamed or replaced; "
             f"{len(images):,} now{before}): the run goes on, but not as it would have with the old ones"
         )
-    run.accept(data=found)
+    if found is not None:
+        run.accept(data=found)
 
 
 def images_hash(dataset: ImageFolder) -> str:
@@ -88,7 +89,7 @@ def read_checkpoint(folder: Path, model: nn.Module, ema: ModelEMA | None) -> tup
     weights, optimizer = (read_weights(folder / f"{name}.safetensors") for name in ("model", "optimizer"))
     about = json.loads((folder / "training.json").read_text())
     check_optimizer_state(optimizer, model, str(folder / "optimizer.safetensors"))
-    average = read_weights(folder / "ema.safetensors") if ema is not None else None
+    average = read_weights(folder / "ema.safetensors") if ema is not None else {}
     load_model(model, weights, str(folder))
     if ema is not None:
         load_model(ema.model, average, str(folder / "ema.safetensors"))
@@ -122,7 +123,7 @@ def save_best(
     folder: Path, name: str, backend: TorchBackend | DeepSpeedBackend, ema: ModelEMA | None, step: int, world: World
 ) -> None:
     """The best weights so far, or their average, as folder/model.safetensors; if that fails, every rank raises."""
-    weights = backend.weights() if name == "weights" else ema.model.state_dict()
+    weights = backend.weights() if ema is None or name == "weights" else ema.model.state_dict()
 
     def write() -> None:
         folder.mkdir(exist_ok=True)

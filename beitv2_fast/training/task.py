@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
 ON_HOST = ("index", "view")  # say which images a batch holds: the host reads them, and need not wait for them
 # After an epoch, on every rank: the step, the models to look at by name, and what tells that it goes on.
-AfterEpoch = Callable[[int, dict[str, nn.Module], Callable[[], None]], None]
+AfterEpoch = Callable[[int, dict[str, Any], Callable[[], None]], object]
 
 
 class Task:

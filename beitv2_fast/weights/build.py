@@ -6,12 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ..config.downstream import FinetuneConfig
 from ..config.training import PretrainConfig, TokenizerConfig, TrainConfig
 from ..errors import UserError
-from ..models.classifier import Classifier
+from ..models.classifier import Classifier, ClassifierConfig
 from ..models.positions import resize_positions
 from ..models.student import Student, StudentConfig
 from ..models.tokenizer import Tokenizer, TokenizerModelConfig
@@ -61,7 +59,7 @@ def build_student(config: PretrainConfig, num_codes: int) -> Student:
 
 def load_run_model(
     run: Path, image_size: int | None = None, *, average: bool = False
-) -> tuple[nn.Module, TokenizerConfig | PretrainConfig | FinetuneConfig]:
+) -> tuple[Tokenizer | Student | Classifier, TokenizerConfig | PretrainConfig | FinetuneConfig]:
     """The model of a training's run folder, from its newest checkpoint, in eval mode.
 
     Args:
@@ -76,11 +74,12 @@ def load_run_model(
         path = path.with_name("ema.safetensors")
     state = read_weights(path)
     if isinstance(config, TokenizerConfig):
-        model: nn.Module = build_tokenizer(config, state["decode_task_layer.2.weight"].shape[0])
+        model: Tokenizer | Student | Classifier = build_tokenizer(config, state["decode_task_layer.2.weight"].shape[0])
     elif isinstance(config, PretrainConfig):
         model = build_student(config, state["lm_head.weight"].shape[0])
     else:
         found = describe(state, {"heads": config.heads})
+        assert isinstance(found, ClassifierConfig)
         model = Classifier(dataclasses.replace(found, vit=trained_vit(config, found.vit)))
     load_model(model, resize_positions(state, model), str(path))
     return model.eval(), config
@@ -88,6 +87,7 @@ def load_run_model(
 
 def run_config(run: Path) -> TokenizerConfig | PretrainConfig | FinetuneConfig:
     """The config of a run folder whose model ``load_run_model`` loads."""
+    configs: dict[str, type[TokenizerConfig | PretrainConfig | FinetuneConfig]]
     configs = {config.stage: config for config in (TokenizerConfig, PretrainConfig, FinetuneConfig)}
     stage = str(stored_config(run)["stage"])
     if stage not in configs:

@@ -27,14 +27,19 @@ from .start import describe_new, own_positions, start_from
 
 _log = logging.getLogger(__name__)
 
-MODEL_CLASSES = {TokenizerModelConfig: Tokenizer, StudentConfig: Student, ClassifierConfig: Classifier}
-CONFIG_CLASSES = {
+MODEL_CLASSES: dict[type[ModelConfig], Any] = {
+    TokenizerModelConfig: Tokenizer,
+    StudentConfig: Student,
+    ClassifierConfig: Classifier,
+}
+CONFIG_CLASSES: dict[type[ModelConfig], type[TrainConfig]] = {
     TokenizerModelConfig: TokenizerConfig,
     StudentConfig: PretrainConfig,
     ClassifierConfig: FinetuneConfig,
 }
 LAYER_SCALE = {"small": 0.1, "base": 0.1, "large": 1e-5, "huge": 1e-5}
 # what no weight depends on, or what loading adapts
+FREE: tuple[str, ...]
 FREE = ("image_size", "num_classes", "layer_scale", "drop_path", "eps", "init_std", "early_layer", "decay")
 FREE += ("commitment_weight", "kmeans_init", "dead_after", "attention", "checkpointing")
 DEFINING = ("dim", "depth", "heads", "patch_size")  # what a name stands for; the rest a checkpoint may have otherwise
@@ -127,11 +132,13 @@ def create_model(
     """
     if name is None and checkpoint is None:
         raise UserError(f"create_model needs a name or a checkpoint. Names: {', '.join(MODELS)}.")
-    if checkpoint is None and (name in PUBLISHED or is_remote(name)):
+    if checkpoint is None and name is not None and (name in PUBLISHED or is_remote(name)):
         name, checkpoint = (name if name in PUBLISHED else None), name
     named = model_config(name, **overrides) if name is not None else None
     if checkpoint is None:
-        return MODEL_CLASSES[type(named)](named).eval()
+        assert named is not None
+        model: Tokenizer | Student | Classifier = MODEL_CLASSES[type(named)](named).eval()
+        return model
     loaded = read(checkpoint, source)
     try:
         return _load(name, named, loaded, str(checkpoint), overrides)
@@ -152,7 +159,8 @@ def open_model(
     path = locate(source)
     if average or not (path.is_file() or (path / CONFIG).is_file()) or is_run_folder(path):
         return load_run_model(path, image_size, average=average)
-    model = create_model(checkpoint=source, **({} if image_size is None else {"image_size": image_size}))
+    size: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
+    model = create_model(checkpoint=source, **size)
     config = training_config(source)
     if config is not None:
         config = paper_config(model.config, config)
@@ -163,7 +171,7 @@ def training_config(source: str | Path) -> TrainConfig | None:
     """The config alone of ``open_model``; a published model's shape is that of its name, and nothing is fetched."""
     if (published := PUBLISHED.get(str(source))) is not None and not Path(source).exists():
         config = paper_config(model_config(published.model))
-        known = {"teacher": published.teacher, "tokenizer": Path(published.tokenizer)}
+        known: dict[str, Any] = {"teacher": published.teacher, "tokenizer": Path(published.tokenizer)}
         return dataclasses.replace(config, **{name: v for name, v in known.items() if hasattr(config, name)})
     path = locate(source)
     if is_run_folder(path):
@@ -193,7 +201,9 @@ def paper_config(model: ModelConfig, config: TrainConfig | None = None) -> Train
     return dataclasses.replace(config, **{name: v for name, v in known.items() if hasattr(config, name)})
 
 
-def _load(name: str | None, named: ModelConfig | None, loaded: Loaded, source: str, overrides: dict[str, Any]) -> Any:
+def _load(
+    name: str | None, named: ModelConfig | None, loaded: Loaded, source: str, overrides: dict[str, Any]
+) -> Tokenizer | Student | Classifier:
     weights = loaded.ours
     kind = kind_of(weights)
     wanted = kind if named is None else _kind(named)
@@ -203,17 +213,18 @@ def _load(name: str | None, named: ModelConfig | None, loaded: Loaded, source: s
         )
     starts = named is not None and (kind != wanted or (kind == "classifier" and "head.weight" not in weights))
     if starts:
+        assert isinstance(named, ClassifierConfig)
         backbone = own_positions(loaded.backbone(heads=named.vit.heads, eps=named.vit.eps))
         found: ModelConfig = ClassifierConfig(
             dataclasses.replace(backbone, drop_path=named.vit.drop_path), named.num_classes
         )
     else:
         found = loaded.config(**(flatten(named) if named is not None else overrides))
-    if name is not None:
+    if name is not None and named is not None:
         _check_name(name, named, found, source)
     config = _replace(found, overrides, source)
     _check_overrides(found, config, source)
-    model = MODEL_CLASSES[type(config)](config).eval()
+    model: Tokenizer | Student | Classifier = MODEL_CLASSES[type(config)](config).eval()
     if starts or getattr(config, "num_classes", None) != getattr(found, "num_classes", None):
         _log.warning("%s: %s", source, describe_new(start_from(model, weights, source)))
     else:
@@ -222,7 +233,7 @@ def _load(name: str | None, named: ModelConfig | None, loaded: Loaded, source: s
 
 
 def _kind(config: ModelConfig) -> str:
-    return MODEL_CLASSES[type(config)].__name__.lower()
+    return str(MODEL_CLASSES[type(config)].__name__).lower()
 
 
 def _replace(config: ModelConfig, overrides: dict[str, Any], where: str) -> ModelConfig:

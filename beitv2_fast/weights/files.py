@@ -117,7 +117,7 @@ def write(
     if folder and config is None:
         raise UserError(f"a folder for transformers ({path}) needs the model's config.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if folder:
+    if folder and config is not None:
         atomically(path, lambda temporary: _write_folder(temporary, state, extras, config))
         return
     side = _extras_file(path)
@@ -156,7 +156,7 @@ def _read_folder(path: Path, source: str | None) -> Loaded:
 
 def read_training(path: Path) -> TrainConfig | None:
     """The config of the training behind a folder of ``save_pretrained``; None: it says none of this version."""
-    values = stored_config(path).get("training")
+    values: Any = stored_config(path).get("training")
     configs = {config.stage: config for config in (TokenizerConfig, PretrainConfig, FinetuneConfig)}
     try:
         return from_json(configs[values["stage"]], values)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config.options import RunConfig, fingerprint, to_json
 from ..config.presets import FINETUNE, PRETRAIN, TOKENIZER
+from ..config.training import TrainConfig
 from ..errors import UserError
 from ..models.classifier import Classifier, ClassifierConfig
 from ..models.student import Student, StudentConfig
@@ -27,7 +28,7 @@ from .files import METADATA, read
 from .shapes import ModelConfig, flatten
 
 CARD, CLASSES = "README.md", "classes.json"
-PRESETS = {"tokenizer": TOKENIZER, "pretrain": PRETRAIN, "finetune": FINETUNE}
+PRESETS: dict[str, Mapping[str, RunConfig]] = {"tokenizer": TOKENIZER, "pretrain": PRETRAIN, "finetune": FINETUNE}
 KINDS = {TokenizerModelConfig: "tokenizer", StudentConfig: "student", ClassifierConfig: "classifier"}
 USE = {
     "tokenizer": "codes = model.encode(images)  # [B, N]",
@@ -50,7 +51,8 @@ def save_pretrained(source: nn.Module | str | Path, folder: str | Path, *, force
         UserError: the folder exists, or is none of a model.
     """
     if isinstance(source, nn.Module):
-        return write_pretrained(folder, source.state_dict(), source.config, force=force)
+        config: Any = source.config
+        return write_pretrained(folder, source.state_dict(), config, force=force)
     loaded = read(source)
     return write_pretrained(folder, loaded.ours, loaded.config(), source, force=force)
 
@@ -89,7 +91,7 @@ def write_pretrained(
     return folder
 
 
-def model_card(kind: str, config: ModelConfig, training: RunConfig | None, run: Path | None) -> str:
+def model_card(kind: str, config: ModelConfig, training: TrainConfig | None, run: Path | None) -> str:
     """README.md in Markdown, with the metadata that hubs read in front."""
     task = "image-classification" if kind == "classifier" else "image-feature-extraction"
     lines = ["---", f"library_name: {METADATA.replace('_', '-')}", f"pipeline_tag: {task}", "tags:"]

@@ -18,6 +18,7 @@ from . import grid_side, kind_of
 from .names import BIAS_TABLE
 
 ModelConfig = TokenizerModelConfig | StudentConfig | ClassifierConfig
+VIT_FIELD: dict[type[ModelConfig], str]
 VIT_FIELD = {TokenizerModelConfig: "encoder", StudentConfig: "vit", ClassifierConfig: "vit"}
 HEADS_OF_WIDTH = {size["dim"]: size["heads"] for size in SIZES.values()}
 EARLY_LAYERS = {12: 9, 24: 21, 32: 28}  # depth -> layer that the aggregation branch reads
@@ -34,7 +35,8 @@ def unflatten(kind: type[ModelConfig], values: Mapping[str, Any]) -> ModelConfig
     """What ``flatten`` made, as a config again. Names of other models are passed over."""
     vit = {f.name: values[f.name] for f in dataclasses.fields(ViTConfig) if f.name in values}
     own = {f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}
-    return kind(**own, **{VIT_FIELD[kind]: ViTConfig(**vit)})
+    own[VIT_FIELD[kind]] = ViTConfig(**vit)
+    return kind(**own)
 
 
 def describe(ours: Mapping[str, Tensor], known: Mapping[str, Any] | None = None) -> ModelConfig:

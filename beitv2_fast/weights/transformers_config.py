@@ -10,7 +10,7 @@ from ..errors import CheckpointError
 from ..models.student import StudentConfig
 from ..models.tokenizer import TokenizerModelConfig
 from ..models.vit import IMAGENET_MEAN, IMAGENET_STD
-from .shapes import ModelConfig
+from .shapes import ModelConfig, flatten
 
 # BeitConfig's name -> ours, for what has the same meaning
 SAME_MEANING = {
@@ -37,7 +37,7 @@ def to_transformers(config: ModelConfig) -> dict[str, Any]:
     if isinstance(config, TokenizerModelConfig):
         raise CheckpointError("transformers has no class for a tokenizer")
     vit, student = config.vit, isinstance(config, StudentConfig)
-    values = {
+    values: dict[str, Any] = {
         "architectures": ["BeitForMaskedImageModeling" if student else "BeitForImageClassification"],
         "model_type": "beit",
         **{theirs: getattr(vit, ours) for theirs, ours in SAME_MEANING.items()},
@@ -49,7 +49,7 @@ def to_transformers(config: ModelConfig) -> dict[str, Any]:
         "use_mask_token": student,
         "use_mean_pooling": True,  # BeitModel's own norm is then none: a student's is in its head
     }
-    if student:
+    if isinstance(config, StudentConfig):
         return {**values, "vocab_size": config.num_codes}
     labels = [f"LABEL_{i}" for i in range(config.num_classes)]
     return {**values, "id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
@@ -57,7 +57,7 @@ def to_transformers(config: ModelConfig) -> dict[str, Any]:
 
 def preprocessor(config: ModelConfig) -> dict[str, Any]:
     """preprocessor_config.json of BeitImageProcessor: the images as BEiT v2 was trained on them."""
-    side = config.vit.image_size
+    side = flatten(config)["image_size"]
     return {
         "image_processor_type": "BeitImageProcessor",
         "do_resize": True,

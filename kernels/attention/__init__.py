@@ -42,4 +42,5 @@ def attention(qkv: Tensor, bias: Tensor | None = None, *, scale: float | None = 
             raise ValueError(f"bias must be [1, {H}, {N}, {N}] or [{H}, {N}, {N}]; got {list(bias.shape)}")
         if bias.device != qkv.device:
             raise ValueError(f"qkv is on {qkv.device}, bias on {bias.device}; move one of them")
-    return attention_op(qkv, bias, d**-0.5 if scale is None else float(scale))[0]
+    out: Tensor = attention_op(qkv, bias, d**-0.5 if scale is None else float(scale))[0]
+    return out

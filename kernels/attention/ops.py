@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,13 +27,14 @@ def attention_op(qkv: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor
 
         return attention_triton(qkv, bias, scale)
     if _native(qkv):
-        return torch.ops.beitv2_fast_cpu.attention(_unit_stride(qkv), _for_kernel(bias), scale)
+        out, sums = torch.ops.beitv2_fast_cpu.attention(_unit_stride(qkv), _for_kernel(bias), scale)
+        return out, sums
     out, sums = attention_reference(qkv, bias, scale)
     return out.contiguous(), sums
 
 
 @attention_op.register_fake
-def _attention_fake(qkv, bias, scale):
+def _attention_fake(qkv: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     B, N, _, H, d = qkv.shape
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     rows = (B, H, N) if has_gpu_kernel(qkv, scale) else (2, B, H, N)
@@ -47,18 +50,20 @@ def attention_backward_op(
         from .triton import attention_backward_triton
 
         grad_qkv, grad_bias = attention_backward_triton(grad, qkv, bias, out, sums, scale, of_bias)
-        return grad_qkv, grad_bias.to(bias.dtype) if of_bias else grad_bias
+        return grad_qkv, grad_bias if bias is None or not of_bias else grad_bias.to(bias.dtype)
     if _native(qkv):
         tensors = (_unit_stride(grad), _unit_stride(qkv), _for_kernel(bias), sums.contiguous())
         grad_qkv, grad_bias = torch.ops.beitv2_fast_cpu.attention_backward(*tensors, scale, of_bias)
         return grad_qkv, grad_bias if bias is None else grad_bias.to(bias.dtype)
     grad_qkv, grad_bias = attention_backward_reference(grad, qkv, bias, scale)
-    return grad_qkv.contiguous(), grad_bias.to(bias.dtype) if of_bias else sums.new_empty(0)
+    return grad_qkv.contiguous(), sums.new_empty(0) if bias is None or not of_bias else grad_bias.to(bias.dtype)
 
 
 @attention_backward_op.register_fake
-def _attention_backward_fake(grad, qkv, bias, out, sums, scale, of_bias):
-    return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape) if of_bias else sums.new_empty(0)
+def _attention_backward_fake(
+    grad: Tensor, qkv: Tensor, bias: Tensor | None, out: Tensor | None, sums: Tensor, scale: float, of_bias: bool
+) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), sums.new_empty(0) if bias is None or not of_bias else bias.new_empty(bias.shape)
 
 
 def _native(qkv: Tensor) -> bool:
@@ -73,14 +78,14 @@ def _for_kernel(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float().contiguous()
 
 
-def _save_for_backward(ctx, inputs, output):
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, bias, ctx.scale = inputs
     out, sums = output
     ctx.mark_non_differentiable(sums)
     ctx.save_for_backward(qkv, bias, out if has_gpu_kernel(qkv, ctx.scale) else None, sums)
 
 
-def _gradients(ctx, grad, _):
+def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
     of_bias = ctx.needs_input_grad[1]
     grad_qkv, grad_bias = attention_backward_op(grad, *ctx.saved_tensors, ctx.scale, of_bias)
     return grad_qkv, grad_bias if of_bias else None, None

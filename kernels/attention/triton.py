@@ -87,12 +87,12 @@ def attention_triton(qkv: Tensor, bias: Tensor | None, scale: float) -> tuple[Te
 
 
 def attention_backward_triton(
-    grad: Tensor, qkv: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, scale: float, of_bias: bool
+    grad: Tensor, qkv: Tensor, bias: Tensor | None, out: Tensor | None, lse: Tensor, scale: float, of_bias: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients of qkv, contiguous, and of the bias [H, N, N] in fp32 (empty without ``of_bias``)."""
     B, N, _, H, d = qkv.shape
     dqkv, delta, none = qkv.new_empty(qkv.shape), lse.new_empty(lse.shape), lse.new_empty(0)
-    if out.numel() == 0:
+    if out is None or out.numel() == 0:
         return dqkv, lse.new_zeros(H, N, N) if of_bias else none
     grad, qkv, out, lse = (x.contiguous() for x in (grad, qkv, out, lse))
     factor, partial, chunk = scale * LOG2E, none, 1
@@ -100,8 +100,8 @@ def attention_backward_triton(
     with device_of(qkv):
         plan = choose_plan(N, d)
         packed, transposed = _pack(bias, qkv, scale)
+        blocks = plan.together if of_bias and plan.together else plan.queries
         together = of_bias and plan.together is not None
-        blocks = plan.together if together else plan.queries
         programs = triton.cdiv(N, blocks.m) * H
         if together:
             partial, chunk = _partial(lse, programs, PROGRAMS)
@@ -146,11 +146,11 @@ def _partial(lse: Tensor, programs: int, most: int) -> tuple[Tensor, int]:
 
 def side(tokens: int) -> int:
     """Of the packed bias: a multiple of all blocks, so that none reads beyond it."""
-    return triton.cdiv(tokens, 128) * 128
+    return int(triton.cdiv(tokens, 128)) * 128
 
 
 def block_d(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, int(triton.next_power_of_2(width)))
 
 
 def _shape(qkv: Tensor) -> dict[str, int]:

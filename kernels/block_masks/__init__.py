@@ -57,7 +57,8 @@ def block_masks(
     if keys.dtype != torch.int64 or keys.dim() != 1:
         raise ValueError(f"block_masks: keys must be int64 [B]; got {keys.dtype} of shape {list(keys.shape)}")
     most = num_masked if max_patches is None else max_patches
-    return block_masks_op(keys, *grid, num_masked, min_patches, min_aspect, most)
+    masks: Tensor = block_masks_op(keys, *grid, num_masked, min_patches, min_aspect, most)
+    return masks
 
 
 def check_settings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,13 +60,11 @@ block_masks_op = torch.library.custom_op("beitv2_fast::block_masks", block_masks
 
 
 @block_masks_op.register_kernel("cpu")
-def _block_masks_cpu(keys, height, width, num_masked, min_patches, min_aspect, max_patches):
-    settings = (height, width, num_masked, min_patches, min_aspect, max_patches)
-    if native_ops():
-        return torch.ops.beitv2_fast_cpu.block_masks(keys, *settings)
-    return block_masks_reference(keys, *settings)
+def _block_masks_cpu(keys: Tensor, *settings: Any) -> Tensor:
+    masks: Tensor = (torch.ops.beitv2_fast_cpu.block_masks if native_ops() else block_masks_reference)(keys, *settings)
+    return masks
 
 
 @block_masks_op.register_fake
-def _block_masks_fake(keys, height, width, num_masked, min_patches, min_aspect, max_patches):
+def _block_masks_fake(keys: Tensor, height: int, width: int, *_: Any) -> Tensor:
     return keys.new_empty(len(keys), height, width, dtype=torch.bool)

@@ -10,10 +10,12 @@ from torch import Tensor
 from ..native import native_ops
 from .reference import codebook_search_reference
 
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # indices, normalized, codes, distances
+
 
 def _by_definition(
     x: Tensor, codebook: Tensor, metric: str, return_normalized: bool, return_codes: bool, return_distances: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     indices, normalized = codebook_search_reference(x, codebook, metric)
     codes = codebook[indices] if return_codes or return_distances else codebook.new_empty(0)
     distances = normalized.new_empty(0)
@@ -32,14 +34,15 @@ codebook_search_op = torch.library.custom_op("beitv2_fast::codebook_search", _by
 
 
 @codebook_search_op.register_kernel("cpu")
-def _codebook_search_cpu(x, codebook, metric, *wanted):
+def _codebook_search_cpu(x: Tensor, codebook: Tensor, metric: str, *wanted: bool) -> Outputs:
     if torch.float64 in (x.dtype, codebook.dtype) or not native_ops():
         return _by_definition(x, codebook, metric, *wanted)
-    return torch.ops.beitv2_fast_cpu.codebook_search(x, codebook, metric == "cosine", *wanted)
+    outputs: Outputs = torch.ops.beitv2_fast_cpu.codebook_search(x, codebook, metric == "cosine", *wanted)
+    return outputs
 
 
 @codebook_search_op.register_kernel("cuda")
-def _codebook_search_cuda(x, codebook, metric, *wanted):
+def _codebook_search_cuda(x: Tensor, codebook: Tensor, metric: str, *wanted: bool) -> Outputs:
     if torch.float64 in (x.dtype, codebook.dtype) or find_spec("triton") is None:
         return _by_definition(x, codebook, metric, *wanted)
     from .triton import codebook_search_triton  # here, so that the package imports without triton
@@ -48,7 +51,9 @@ def _codebook_search_cuda(x, codebook, metric, *wanted):
 
 
 @codebook_search_op.register_fake
-def _codebook_search_fake(x, codebook, metric, return_normalized, return_codes, return_distances):
+def _codebook_search_fake(
+    x: Tensor, codebook: Tensor, metric: str, return_normalized: bool, return_codes: bool, return_distances: bool
+) -> Outputs:
     rows = x.shape[0]
     return (
         x.new_empty(rows, dtype=torch.int64),

@@ -93,7 +93,7 @@ def choose_split(row_blocks: int, num_blocks: int, multiprocessors: int) -> int:
 
 def index_bits(num_blocks: int, split: int) -> int:
     """Low mantissa bits that hold the number of a block within its part."""
-    return max(1, (triton.cdiv(num_blocks, split) - 1).bit_length())
+    return max(1, (int(triton.cdiv(num_blocks, split)) - 1).bit_length())
 
 
 def scan_parts(k: int, split: int) -> int:

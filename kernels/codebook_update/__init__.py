@@ -92,6 +92,7 @@ def codebook_update(
     if restart_seed is not None:
         dead = find_dead(cluster_size, idle, dead_after, dead_below)
         state = (codebook, cluster_size, embed_avg, idle)
-        options = {"metric": metric, "salt": restart_seed, "least_size": dead_below}
-        restart_dead_codes(dead, x, *state, **options, process_group=process_group)
+        restart_dead_codes(
+            dead, x, *state, metric=metric, salt=restart_seed, least_size=dead_below, process_group=process_group
+        )
     return bins

@@ -6,6 +6,8 @@ For callers that know their vectors and indices to fit, as the quantizer does; `
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -31,7 +33,8 @@ def ema_step(
     check_state(codebook, cluster_size=cluster_size, embed_avg=embed_avg)
     statistics = codebook_statistics(x, indices, codebook.shape[0], metric)
     sum_over_ranks(statistics, group)
-    return apply_statistics(statistics, codebook, cluster_size, embed_avg, decay, metric, eps)
+    bins: Tensor = apply_statistics(statistics, codebook, cluster_size, embed_avg, decay, metric, eps)
+    return bins
 
 
 def check_state(codebook: Tensor, **state: Tensor | None) -> None:
@@ -81,7 +84,8 @@ def _codebook_statistics_fake(x: Tensor, indices: Tensor, num_codes: int, metric
 @codebook_statistics.register_kernel("cpu")
 def _codebook_statistics_cpu(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:
     if native_ops():
-        return torch.ops.beitv2_fast_cpu.codebook_statistics(x, indices, num_codes, metric == "cosine")
+        statistics: Tensor = torch.ops.beitv2_fast_cpu.codebook_statistics(x, indices, num_codes, metric == "cosine")
+        return statistics
     if len(indices) and (indices.min() < -1 or indices.max() >= num_codes):
         raise IndexError(
             f"codebook_update: indices must lie in 0..{num_codes - 1}, or be -1 for vectors not to be counted; "
@@ -113,26 +117,28 @@ def apply_statistics(
 
 
 @apply_statistics.register_fake
-def _apply_statistics_fake(statistics, codebook, cluster_size, embed_avg, decay, metric, eps):
+def _apply_statistics_fake(statistics: Tensor, *_: Any) -> Tensor:
     return statistics.new_empty(statistics.shape[0])
 
 
 @apply_statistics.register_kernel("cpu")
-def _apply_statistics_cpu(statistics, codebook, cluster_size, embed_avg, decay, metric, eps):
+def _apply_statistics_cpu(statistics: Tensor, *state_and_options: Any) -> Tensor:
+    codebook, cluster_size, embed_avg, decay, metric, eps = state_and_options
     if not native_ops() or not _all_contiguous(codebook, cluster_size, embed_avg):
-        return apply_statistics_reference(statistics, codebook, cluster_size, embed_avg, decay, metric, eps)
-    return torch.ops.beitv2_fast_cpu.move_codebook(
+        return apply_statistics_reference(statistics, *state_and_options)
+    bins: Tensor = torch.ops.beitv2_fast_cpu.move_codebook(
         statistics.contiguous(), codebook, cluster_size, embed_avg, decay, metric == "cosine", eps
     )
+    return bins
 
 
 @apply_statistics.register_kernel("cuda")
-def _apply_statistics_cuda(statistics, codebook, cluster_size, embed_avg, decay, metric, eps):
-    if not _all_contiguous(codebook, cluster_size, embed_avg):
-        return apply_statistics_reference(statistics, codebook, cluster_size, embed_avg, decay, metric, eps)
+def _apply_statistics_cuda(statistics: Tensor, *state_and_options: Any) -> Tensor:
+    if not _all_contiguous(*state_and_options[:3]):
+        return apply_statistics_reference(statistics, *state_and_options)
     from .triton import apply_statistics_triton
 
-    return apply_statistics_triton(statistics.contiguous(), codebook, cluster_size, embed_avg, decay, metric, eps)
+    return apply_statistics_triton(statistics.contiguous(), *state_and_options)
 
 
 def _all_contiguous(*state: Tensor | None) -> bool:

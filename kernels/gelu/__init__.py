@@ -30,4 +30,5 @@ def gelu_and_gradient(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         )
     if not x.is_cuda or x.dtype == torch.float64 or x.numel() == 0:
         return gelu_and_gradient_reference(x, grad)
-    return gelu_and_gradient_op(x, grad)
+    out, of_x = gelu_and_gradient_op(x, grad)
+    return out, of_x

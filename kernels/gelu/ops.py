@@ -13,7 +13,8 @@ torch.library.define(NAME, "(Tensor x, Tensor grad) -> (Tensor, Tensor)")
 
 @torch.library.impl(NAME, "CPU")
 def _cpu(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(t.contiguous() for t in gelu_and_gradient_reference(x, grad))  # as the kernel's
+    out, of_x = gelu_and_gradient_reference(x, grad)
+    return out.contiguous(), of_x.contiguous()  # as the kernel's
 
 
 @torch.library.impl(NAME, "CUDA")

@@ -26,7 +26,8 @@ def masked_gather(tokens: Tensor, mask: Tensor, *, num_masked: int | None = None
             for, so there surplus positions are left out and missing ones read the batch's last token.
     """
     _check_mask("masked_gather", [tokens], mask)
-    return gather_rows(tokens, masked_positions(mask, num_masked))
+    rows: Tensor = gather_rows(tokens, masked_positions(mask, num_masked))
+    return rows
 
 
 def masked_cross_entropy(
@@ -82,7 +83,8 @@ def masked_cross_entropy(
         losses = with_gradients(
             losses, list(branches), [rows_of_branch[None] for rows_of_branch in grad_rows], rows, positions
         )
-    parameters = [(norm_weight, grad_norm[:, 0]), (norm_bias, grad_norm[:, 1])] if wanted[1] else []
+    parameters: list[tuple[Tensor | None, Tensor]] = []
+    parameters += [(norm_weight, grad_norm[:, 0]), (norm_bias, grad_norm[:, 1])] if wanted[1] else []
     parameters += [(weight, grad_weight), (bias, grad_bias)] if wanted[2] else []
     trained = [(p, gradient) for p, gradient in parameters if p is not None and p.requires_grad]
     if trained:

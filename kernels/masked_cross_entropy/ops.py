@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,18 +83,18 @@ def _masked_scatter_fake(rows: Tensor, positions: Tensor, images: int, patches: 
     return rows.new_empty(images, patches, rows.shape[1])
 
 
-def _save_positions(ctx, inputs, output) -> None:
+def _save_positions(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     tokens, positions = inputs
     ctx.save_for_backward(positions)
     ctx.images, ctx.patches = tokens.shape[:2]
 
 
-def _scatter_gradient(ctx, grad: Tensor) -> tuple[Tensor, None]:
+def _scatter_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (positions,) = ctx.saved_tensors
     return scatter_rows(grad, positions, ctx.images, ctx.patches), None
 
 
-def _gather_gradient(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+def _gather_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     (positions,) = ctx.saved_tensors
     return gather_rows(grad, positions), None, None, None
 
@@ -125,42 +126,42 @@ def masked_cross_entropy_op(
 
 
 @masked_cross_entropy_op.register_kernel("cpu")
-def _masked_cross_entropy_cpu(branches, positions, labels, norm_weight, norm_bias, weight, *rest):
+def _masked_cross_entropy_cpu(branches: Sequence[Tensor], positions: Tensor, labels: Tensor, *rest: Any) -> Outputs:
+    _, _, weight, *_ = rest
     check_labels(labels, len(positions), len(weight))
     # Without matrix units for bf16 (AMX), fp32 products are about twice as fast as the libraries' bf16 ones.
     device = Device(1 << 22, softmax_native_, widen=not torch.cpu._is_amx_tile_supported())
-    return _run(partial(head_losses, device=device), branches, positions, labels, norm_weight, norm_bias, weight, *rest)
+    return _run(partial(head_losses, device=device), branches, positions, labels, *rest)
 
 
 @masked_cross_entropy_op.register_kernel("cuda")
-def _masked_cross_entropy_cuda(branches, positions, labels, norm_weight, norm_bias, weight, bias, eps, dtype, *wanted):
+def _masked_cross_entropy_cuda(branches: Sequence[Tensor], positions: Tensor, labels: Tensor, *rest: Any) -> Outputs:
     from .triton import head_losses_triton  # here, so that the package imports without triton
 
     if len(labels) != len(positions):
         raise ValueError(_wrong_label_count(labels, len(positions)))
-    head = (norm_weight, norm_bias, weight, bias)
-    return _run(head_losses_triton, branches, positions, labels, *head, eps, dtype, *wanted)
+    return _run(head_losses_triton, branches, positions, labels, *rest)
 
 
 @masked_cross_entropy_op.register_fake
-def _masked_cross_entropy_fake(branches, positions, labels, norm_weight, norm_bias, weight, bias, eps, dtype, *wanted):
+def _masked_cross_entropy_fake(branches: Sequence[Tensor], positions: Tensor, labels: Tensor, *rest: Any) -> Outputs:
+    norm_weight, norm_bias, weight, bias, eps, dtype, *wanted = rest
     head = Head(norm_weight, norm_bias, eps, weight, bias)
     shapes, count = empty_results(branches, positions, head, dtype, Wanted(*wanted)), len(branches)
-    return tuple(
-        shapes._replace(
-            losses=branches[0].new_empty(count, dtype=accumulation_dtype(dtype)),
-            correct=branches[0].new_empty(count, dtype=torch.int64),
-        )
-    )
+    return shapes._replace(
+        losses=branches[0].new_empty(count, dtype=accumulation_dtype(dtype)),
+        correct=branches[0].new_empty(count, dtype=torch.int64),
+    )[:]  # a plain tuple
 
 
 def _run(
-    run: Callable[..., Results], branches, positions, labels, norm_weight, norm_bias, weight, bias, eps, dtype, *wanted
+    run: Callable[..., Results], branches: Sequence[Tensor], positions: Tensor, labels: Tensor, *rest: Any
 ) -> Outputs:
+    norm_weight, norm_bias, weight, bias, eps, dtype, *wanted = rest
     head = Head(norm_weight, norm_bias, eps, weight, bias)
     # Every cast is written out: an enclosing autocast has been heard already, when ``dtype`` was chosen.
     with torch.autocast(labels.device.type, enabled=False):
-        return tuple(run(branches, positions, labels, head, dtype, Wanted(*wanted)))
+        return run(branches, positions, labels, head, dtype, Wanted(*wanted))[:]
 
 
 def _wrong_label_count(labels: Tensor, rows: int) -> str:
@@ -180,7 +181,15 @@ def check_labels(labels: Tensor, rows: int, classes: int) -> None:
         )
 
 
-def softmax_native_(logits, bias, labels, losses, correct, gradient, grad_bias) -> None:
+def softmax_native_(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    losses: Tensor,
+    correct: Tensor,
+    gradient: bool,
+    grad_bias: Tensor | None,
+) -> None:
     """softmax_ by the compiled op, which knows fp32: low-precision logits are widened and narrowed."""
     if losses.dtype != torch.float32 or not native_ops():
         return softmax_(logits, bias, labels, losses, correct, gradient, grad_bias)
@@ -204,7 +213,7 @@ def with_gradients(
 
 
 @with_gradients.register_fake
-def _with_gradients_fake(losses, xs, gradients, rows, positions):
+def _with_gradients_fake(losses: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(losses)
 
 
@@ -223,22 +232,23 @@ def _with_gradient_backward_cuda(upstream: Tensor, gradient: Tensor, rows: int, 
     from .triton import weigh_triton
 
     if gradient.dtype == torch.float64 or not gradient[0].is_contiguous():
-        return with_gradient_backward._init_fn(upstream, gradient, rows, dtype)
+        by_definition: Tensor = with_gradient_backward._init_fn(upstream, gradient, rows, dtype)
+        return by_definition
     return weigh_triton(upstream, gradient, rows, dtype)
 
 
 @with_gradient_backward.register_fake
-def _with_gradient_backward_fake(upstream, gradient, rows, dtype):
+def _with_gradient_backward_fake(upstream: Tensor, gradient: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     return gradient.new_empty(gradient.shape[1:], dtype=dtype)
 
 
-def _save_gradients(ctx, inputs, output) -> None:
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, xs, gradients, ctx.rows, positions = inputs
     ctx.save_for_backward(*gradients, positions)
     ctx.wanted = [(x.shape, x.dtype) if x.requires_grad else None for x in xs]
 
 
-def _known_gradients(ctx, upstream: Tensor):
+def _known_gradients(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
     *gradients, positions = ctx.saved_tensors
     grads: list[Tensor | None] = []
     for b, (gradient, wanted) in enumerate(zip(gradients, ctx.wanted, strict=True)):

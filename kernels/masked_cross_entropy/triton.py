@@ -85,8 +85,7 @@ def head_losses_triton(
         if logits_free:
             loss_triton(normalized.hidden, weight, bias, labels, losses, correct)
             continue
-        needs_hidden = wanted.tokens or wanted.norm
-        grad_hidden = torch.empty_like(normalized.hidden) if needs_hidden else None
+        grad_hidden = torch.empty_like(normalized.hidden) if wanted.tokens or wanted.norm else None
         sums = bias_sums(buffer, group, size) if out.grad_bias.numel() else None
         for start in range(0, rows, size):
             chunk = slice(start, min(start + size, rows)) if group == 1 else slice(0, group * rows)
@@ -98,11 +97,11 @@ def head_losses_triton(
             for b, part in enumerate(logits.view(group, -1, classes) if wanted.head else ()):
                 product = part.t(), hidden.view(group, -1, dim)[b]
                 write_product(out.grad_weight[first + b], *product, add=start > 0)
-            if needs_hidden:
+            if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[chunk])
         if sums is not None:
             torch.sum(sums, 1, out=out.grad_bias[first : first + group])
-        if needs_hidden:
+        if grad_hidden is not None:
             normalize_backward_triton(
                 grad_hidden,
                 branches[first : first + group],
@@ -118,7 +117,7 @@ def head_losses_triton(
 def chunk_rows(rows: int, classes: int) -> int:
     """Rows of a chunk: chunks of nearly the same size, of whole blocks of 128 rows, of about CHUNK_LOGITS at most."""
     chunks = triton.cdiv(rows, max(CHUNK_LOGITS // classes, 128))
-    return min(triton.cdiv(triton.cdiv(rows, chunks), 128) * 128, rows)
+    return min(int(triton.cdiv(triton.cdiv(rows, chunks), 128)) * 128, rows)
 
 
 def write_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
@@ -201,7 +200,7 @@ def softmax_programs(logits: Tensor, branches: int, rows: int) -> int:
     resident = (
         processors(logits.device) * 32 // softmax_launch(logits.shape[1], logits.dtype, target_name())["num_warps"]
     )
-    return min(triton.cdiv(resident, branches), triton.cdiv(rows, 8))
+    return min(int(triton.cdiv(resident, branches)), int(triton.cdiv(rows, 8)))
 
 
 @cache

@@ -28,9 +28,10 @@ torch.library.define(
 
 
 @torch.library.impl(FORWARD, "CPU")
-def _forward_cpu(x, branch, gamma, keep, keep_rate, weight, bias, eps, sum_dtype, norm_dtype):
+def _forward_cpu(x: Tensor, branch: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a GPU's kernel returns, in plain PyTorch: the sum (empty without a branch), the norm, and mean and 1/std of
     its rows (empty without a norm)."""
+    gamma, keep, keep_rate, weight, bias, eps, sum_dtype, norm_dtype = rest
     total, _ = residual_norm_reference(x, branch, gamma, keep, keep_rate, None, None, eps)
     total, empty = total.to(sum_dtype).contiguous(), x.new_empty(0, dtype=torch.float32)
     out = total if branch is not None else x.new_empty(0, dtype=sum_dtype)
@@ -42,26 +43,27 @@ def _forward_cpu(x, branch, gamma, keep, keep_rate, weight, bias, eps, sum_dtype
 
 
 @torch.library.impl(FORWARD, "CUDA")
-def _forward_cuda(*arguments):
+def _forward_cuda(*arguments: Any) -> tuple[Tensor, ...]:
     from .triton import residual_norm_triton
 
     return residual_norm_triton(*arguments)
 
 
 @torch.library.impl(BACKWARD, "CPU")
-def _backward_cpu(*arguments):
+def _backward_cpu(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(t.contiguous() for t in residual_norm_backward_reference(*arguments))
 
 
 @torch.library.impl(BACKWARD, "CUDA")
-def _backward_cuda(*arguments):
+def _backward_cuda(*arguments: Any) -> tuple[Tensor, ...]:
     from .triton import residual_norm_backward_triton
 
     return residual_norm_backward_triton(*arguments)
 
 
 @torch.library.register_fake(FORWARD)
-def _forward_fake(x, branch, gamma, keep, keep_rate, weight, bias, eps, sum_dtype, norm_dtype):
+def _forward_fake(x: Tensor, branch: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    _, _, _, weight, _, _, sum_dtype, norm_dtype = rest
     rows = 0 if weight is None else x.numel() // x.shape[-1]
     return (
         x.new_empty(0 if branch is None else x.shape, dtype=sum_dtype),
@@ -71,10 +73,10 @@ def _forward_fake(x, branch, gamma, keep, keep_rate, weight, bias, eps, sum_dtyp
 
 
 @torch.library.register_fake(BACKWARD)
-def _backward_fake(
-    grad_sum, grad_norm, total, mean, rstd, branch, gamma, keep, keep_rate, weight, x_dtype, branch_dtype
-):
+def _backward_fake(grad_sum: Tensor | None, grad_norm: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    _, _, _, _, gamma, _, _, _, x_dtype, branch_dtype = rest
     given = grad_sum if grad_norm is None else grad_norm
+    assert given is not None
     dtype = torch.promote_types(given.dtype, torch.float32)
     return (
         given.new_empty(0 if grad_norm is None else given.shape, dtype=x_dtype),
@@ -103,7 +105,8 @@ def residual_norm_op(
         sum_dtype = sum_dtype if tensor is None else torch.promote_types(sum_dtype, tensor.dtype)
     norm_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else sum_dtype
     if torch.is_grad_enabled():
-        return _ResidualNorm.apply(*arguments, sum_dtype, norm_dtype)
+        stream, normed = _ResidualNorm.apply(*arguments, sum_dtype, norm_dtype)
+        return stream, normed
     total, norm, _, _ = forward_op(*arguments, sum_dtype, norm_dtype)
     return x if branch is None else total, None if weight is None else norm
 
@@ -133,7 +136,7 @@ class _ResidualNorm(torch.autograd.Function):
         rows = list(of_parameters.unbind(0))
         of_gamma = rows.pop(0).to(gamma.dtype) if gamma is not None else None
         of_weight, of_bias = (row.to(weight.dtype) for row in rows) if rows else (None, None)
-        if grad_norm is None:
+        if grad_norm is None and grad_sum is not None:
             grad_x = grad_sum.to(ctx.x_dtype)
         of_branch = None if ctx.branch_dtype is None else grad_branch
         return grad_x, of_branch, of_gamma, None, None, of_weight, of_bias, None, None, None

@@ -47,10 +47,12 @@ def residual_norm_backward_reference(
     needed for gamma only; total, mean and rstd with ``grad_norm`` only.
     """
     given = grad_sum if grad_norm is None else grad_norm
+    assert given is not None
     dtype = torch.promote_types(given.dtype, torch.float32)
     dx = torch.zeros_like(given, dtype=dtype) if grad_sum is None else grad_sum.to(dtype)
     of_parameters, grad_x, rows = [], given.new_empty(0, dtype=x_dtype), tuple(range(given.dim() - 1))
     if grad_norm is not None:
+        assert total is not None and mean is not None and rstd is not None and weight is not None
         grad, y = grad_norm.to(dtype), (total.to(dtype) - mean.view_as(total[..., :1])) * rstd.view_as(total[..., :1])
         g = grad * weight.to(dtype)
         dx = dx + rstd.view_as(total[..., :1]) * (g - g.mean(-1, keepdim=True) - y * (g * y).mean(-1, keepdim=True))
@@ -61,6 +63,7 @@ def residual_norm_backward_reference(
         if keep is not None:
             dx = dx * (keep.to(dtype) / keep_rate).view(-1, *[1] * (dx.dim() - 1))
         if gamma is not None:
+            assert branch is not None
             of_parameters.insert(0, (dx * branch.to(dtype)).sum(rows))
             dx = dx * gamma.to(dtype)
         grad_branch = dx.to(branch_dtype, copy=True)

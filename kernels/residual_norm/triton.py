@@ -69,6 +69,7 @@ def residual_norm_backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``residual_norm_backward_reference``."""
     given = grad_sum if grad_norm is None else grad_norm
+    assert given is not None
     shape, width, device = given.shape, given.shape[-1], given.device
     rows = given.numel() // width
     programs = min(PROGRAMS, rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,21 +20,22 @@ def quantize(
     # The search returns codes and distances in its own pass, on any device: a sum is all that is left to do.
     if x.dtype == torch.float64:
         x = x.contiguous()  # the results take its layout
-        *results, compared = vector_quantize_reference(x, codebook, metric, commitment_weight, codebook_weight)
-        return *results, compared.clone() if return_compared else x.new_empty(0)
+        results = vector_quantize_reference(x, codebook, metric, commitment_weight, codebook_weight)
+        return *results[:3], results[3].clone() if return_compared else x.new_empty(0)
     unit = return_compared and metric == "cosine"
     search = torch.ops.beitv2_fast.codebook_search  # without the checks, which x and codebook have passed
     indices, normalized, codes, distances = search(x, codebook, metric, unit, True, True)
     loss = distances.sum() * ((commitment_weight + codebook_weight) / max(1, x.numel()))
     compared = loss.new_empty(0)
     if return_compared:
-        copy = {"copy": True, "memory_format": torch.contiguous_format}
-        compared = normalized if unit else x.to(torch.float32, **copy)
+        as_rows = torch.contiguous_format
+        compared = normalized if unit else x.to(torch.float32, copy=True, memory_format=as_rows)
     return codes.float(), indices, loss, compared
 
 
 @quantize.register_fake
-def _quantize_fake(x, codebook, metric, commitment_weight, codebook_weight, return_compared):
+def _quantize_fake(x: Tensor, codebook: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, return_compared = rest
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
         x.new_empty(x.shape, dtype=dtype),
@@ -55,29 +58,31 @@ def quantize_backward(
 
 
 @quantize_backward.register_fake
-def _quantize_backward_fake(x, quantized, grad_quantized, grad_loss, commitment_weight, metric):
+def _quantize_backward_fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @quantize_backward.register_kernel("cpu")
-def _quantize_backward_cpu(x, quantized, grad_quantized, grad_loss, commitment_weight, metric):
+def _quantize_backward_cpu(x: Tensor, quantized: Tensor, *rest: Any) -> Tensor:
+    grad_quantized, grad_loss, commitment_weight, metric = rest
     if x.dtype == torch.float64 or not native_ops():
-        return vector_quantize_backward_reference(x, quantized, grad_quantized, grad_loss, commitment_weight, metric)
+        return vector_quantize_backward_reference(x, quantized, *rest)
     weight = 0.0 if grad_loss is None else 2 * commitment_weight * grad_loss.item() / max(1, x.numel())
-    return torch.ops.beitv2_fast_cpu.vector_quantize_backward(x, quantized, grad_quantized, weight, metric == "cosine")
+    native = torch.ops.beitv2_fast_cpu.vector_quantize_backward
+    grad_x: Tensor = native(x, quantized, grad_quantized, weight, metric == "cosine")
+    return grad_x
 
 
 @quantize_backward.register_kernel("cuda")
-def _quantize_backward_cuda(x, quantized, grad_quantized, grad_loss, commitment_weight, metric):
-    arguments = (x, quantized, grad_quantized, grad_loss, commitment_weight, metric)
+def _quantize_backward_cuda(x: Tensor, *rest: Any) -> Tensor:
     if x.dtype == torch.float64:
-        return vector_quantize_backward_reference(*arguments)
+        return vector_quantize_backward_reference(x, *rest)
     from .triton import vector_quantize_backward_triton
 
-    return vector_quantize_backward_triton(*arguments)
+    return vector_quantize_backward_triton(x, *rest)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, codebook, ctx.metric, ctx.commitment_weight, ctx.codebook_weight, _ = inputs
     quantized, indices, _, compared = output
     ctx.mark_non_differentiable(indices, compared)
@@ -86,7 +91,9 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, quantized, *((indices, codebook) if ctx.trains_codebook else ()))
 
 
-def _backward(ctx, grad_quantized, _indices, grad_loss, _compared):
+def _backward(
+    ctx: Any, grad_quantized: Tensor | None, _indices: None, grad_loss: Tensor | None, _compared: None
+) -> tuple[Tensor | None, ...]:
     x, quantized, *rest = ctx.saved_tensors
     grad_x = grad_codebook = None
     if ctx.needs_input_grad[0] and not (grad_quantized is None and grad_loss is None):

@@ -152,7 +152,7 @@ def step_result(root: Path, name: str) -> dict[str, Any] | None:
 
 def probe_numbers(found: dict[str, Any], neighbors: str = "10") -> dict[str, float]:
     """Of a probe: top-1 of the linear probe and of k-NN, of the CLS token and of the mean of the patches."""
-    numbers = {}
+    numbers: dict[str, float] = {}
     for row in found["rows"]:
         kind = "cls" if row["features"].endswith("CLS token") else "mean"
         numbers |= {f"probe_{kind}": row["mean"], f"knn_{kind}": row["knn"][neighbors]}

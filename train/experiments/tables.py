@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from beitv2_fast.errors import require
 from beitv2_fast.show.theme import LIGHT, WIDTH
@@ -93,7 +94,7 @@ def plot(
         figure.savefig(file, dpi=100 * scale)
 
 
-def _panel(axes, table: Table, names: Sequence[str], column: Column, aside: Sequence[str]) -> None:
+def _panel(axes: Any, table: Table, names: Sequence[str], column: Column, aside: Sequence[str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     factor = 100 if column.percent else 1
@@ -116,7 +117,7 @@ def _panel(axes, table: Table, names: Sequence[str], column: Column, aside: Sequ
     axes.tick_params(axis="y", length=0, labelcolor=LIGHT.ink)
 
 
-_STYLE = {
+_STYLE: Any = {
     "font.size": 8.5, "axes.titlesize": 9, "axes.titleweight": "bold", "axes.titlecolor": LIGHT.ink,
     "text.color": LIGHT.ink, "axes.edgecolor": LIGHT.line, "xtick.color": LIGHT.line, "xtick.labelcolor": LIGHT.muted,
     "axes.grid": True, "grid.color": LIGHT.line, "grid.linewidth": 0.6, "axes.axisbelow": True,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...config.downstream import ProbeConfig
 from ...config.training import TokenizerConfig
@@ -23,7 +24,8 @@ from ...weights.create import tokenizer_config
 from .features import POOLED, feature_names, global_features
 
 TITLES = {Student: "pre-trained", Tokenizer: "VQ-KD encoder", Classifier: "fine-tuned"}
-Run = tuple[nn.Module, object]  # what ``open_model`` gives
+Model = Student | Classifier | Tokenizer
+Run = tuple[Model, object]  # what ``open_model`` gives
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def untrained(config: ProbeConfig, run: Run, seed: int, device: torch.device) ->
     """A network of the shape of --run with the random weights of its training's start, other ones for each seed."""
     model, _ = run
     torch.manual_seed(1000 + seed)
-    fresh = type(model)(model.config).to(device).eval()
+    kind: Any = type(model)
+    fresh = kind(model.config).to(device).eval()
     features = global_features(fresh, config.layers)
     return Backbone("untrained", vit_of(model).image_size, feature_names(config.layers), features)
 
@@ -82,7 +85,7 @@ def weights_state(source: Path) -> str:
     return str(latest_weights(source).resolve()) if is_run_folder(source) else f"{source} {content(source)}"
 
 
-def vit_of(model: nn.Module) -> ViTConfig:
+def vit_of(model: Model) -> ViTConfig:
     """The config of a model's ViT, of a tokenizer its encoder's."""
     return model.config.encoder if isinstance(model, Tokenizer) else model.vit_config
 

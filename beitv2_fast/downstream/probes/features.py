@@ -80,7 +80,7 @@ class Extractor:
                 same, such as the checkpoint; "": they are not kept.
         """
         found = {split: self._split(name, split, size, function, key) for split in self.splits}
-        return found if self.world.rank == 0 else {}
+        return {split: features for split, features in found.items() if features is not None}
 
     def _split(self, name: str, split: str, size: int, function: Callable[[Tensor], Tensor], key: str) -> Tensor | None:
         images = self.splits[split]
@@ -90,7 +90,7 @@ class Extractor:
         if self.world.first(int(bool(key) and file.is_file())):
             return read_weights(file)["features"] if first else None
         found = self._computed(f"{name} ({split})", images, size, function)
-        if key and first:
+        if key and found is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             atomically(file, lambda temporary: save_weights({"features": found}, temporary))
         return found

@@ -29,7 +29,7 @@ def find_labeled(data: Path, config: RunConfig, run: RunFolder, world: World, mi
     if splits["train"].labels is None or len(splits["train"].classes) < 2:
         raise UserError(f"{data}/train needs at least two class folders for a probe")
     for split, images in splits.items():
-        empty = [name for i, name in enumerate(images.classes) if i not in images.labels]
+        empty = [name for i, name in enumerate(images.classes) if i not in (images.labels or ())]
         if empty:
             raise UserError(
                 f"no image of the classes {', '.join(empty)} in {images.root} can be used; add some ({split})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,13 +96,14 @@ def _moments(features: Tensor, device: torch.device, block: int = 8192) -> tuple
 
 def shares(classifiers: Classifiers, features: Tensor, labels: Tensor, block: int = 1024) -> tuple[Tensor, Tensor]:
     """top-1 and top-5 of each classifier: [F, R] float64 each."""
-    right = 0
+    right = torch.zeros((), dtype=torch.float64)
     for rows, wanted in zip(features.split(block), labels.split(block), strict=True):
         scores = classifiers(rows.to(classifiers.weight.device))
         best = scores.topk(min(5, scores.shape[-1]), dim=-1).indices  # [F, R, B, 5]
         hits = best == wanted.to(best.device)[:, None]
         right = right + torch.stack([hits[..., 0].sum(-1), hits.sum((-1, -2))]).double()
-    return tuple(right / len(labels))
+    top1, top5 = right / len(labels)
+    return top1, top5
 
 
 def sweep(
@@ -116,8 +118,8 @@ def sweep(
     device: torch.device | str = "cpu",
 ) -> list[SweepResult]:
     """The results of ``fit_sweep``."""
-    how = {"learning_rates": learning_rates, "epochs": epochs, "batch_size": batch_size, "seed": seed}
-    return fit_sweep(names, train, test, **how, device=device)[0]
+    how: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "device": device}
+    return fit_sweep(names, train, test, learning_rates=learning_rates, **how)[0]
 
 
 def fit_sweep(
@@ -155,9 +157,7 @@ def fit_sweep(
     final = fit_sgd(x, labels, num_classes, chosen, **how)
     top1, top5 = (share[:, 0].tolist() for share in shares(final, x_test, test_labels))
     results = [
-        SweepResult(
-            name, learning_rates[best[i]], held_out[i, best[i]].item(), top1[i], top5[i] if num_classes > 5 else None
-        )
-        for i, name in enumerate(names)
+        SweepResult(name, rate, held_out[i, best[i]].item(), top1[i], top5[i] if num_classes > 5 else None)
+        for i, (name, rate) in enumerate(zip(names, [learning_rates[i] for i in best.tolist()], strict=True))
     ]
     return results, final

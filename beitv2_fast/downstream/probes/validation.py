@@ -25,6 +25,7 @@ class KnnValidation:
 
     def __init__(self, config: PretrainConfig, student: Student, run: RunFolder, world: World) -> None:
         self.config, self.student, self.run, self.world = config, student, run, world
+        assert config.knn_data is not None
         splits = find_labeled(config.knn_data, config, run, world, config.patch_size)
         self.labels = {split: torch.tensor(images.labels) for split, images in splits.items()}
         self.extract = Extractor(splits, run.path, world, batch_size=config.batch_size, workers=config.workers)
@@ -45,7 +46,7 @@ class KnnValidation:
             self.student.train()
         if self.world.rank:
             return {}
-        accuracies = {}
+        accuracies: dict[str, float] = {}
         for i, name in enumerate(POOLED):
             accuracies |= {f"knn_{name}_{k}": value for k, value in self._top1(found, i).items()}
         told = "  ".join(f"{name} {accuracies[f'knn_{name}_{NEIGHBORS[0]}']:.2%}" for name in POOLED)

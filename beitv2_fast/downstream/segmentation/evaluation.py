@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +44,12 @@ class Slide:
 
     def __call__(self, model: nn.Module, image: Tensor) -> Tensor:
         """Image uint8 [3, H, W] -> probabilities [classes, H, W], the mean over scales and sides."""
-        size, total = image.shape[1:], 0.0
+        size, total = (image.shape[1], image.shape[2]), image.new_zeros((), dtype=torch.float32)
         picture = image[None].float() / 255
         for scale in self.scales:
             scaled = scaled_size(size, self.base_size, scale)
             x = picture
-            if scaled != tuple(size):
+            if scaled != size:
                 x = F.interpolate(picture, scaled, mode="bilinear", antialias=True)
             x = normalize(x)[0]
             for flipped in (False, True)[: 1 + self.flip]:
@@ -68,7 +69,8 @@ def sliding_logits(model: nn.Module, image: Tensor, slide: Slide) -> Tensor:
     height, width = image.shape[1:]
     missing = [max(slide.window - side, 0) for side in (width, height)]
     padded = F.pad(image, (0, missing[0], 0, missing[1]))
-    sums, counts = None, image.new_zeros(padded.shape[1:])
+    sums: Tensor | None = None
+    counts = image.new_zeros(padded.shape[1:])
     corners = _corners((height, width), slide)
     for first in range(0, len(corners), slide.batch):
         some = corners[first : first + slide.batch]
@@ -79,6 +81,7 @@ def sliding_logits(model: nn.Module, image: Tensor, slide: Slide) -> Tensor:
         for (y, x), found in zip(some, logits, strict=True):
             sums[:, y : y + slide.window, x : x + slide.window] += found
             counts[y : y + slide.window, x : x + slide.window] += 1
+    assert sums is not None
     return (sums / counts)[:, :height, :width]
 
 
@@ -149,7 +152,7 @@ def evaluate_segmenter(
     model.eval()
     try:
         with torch.autocast(world.device.type, amp or torch.bfloat16, enabled=amp is not None):
-            for batch in keyed_loader(folder, own, 1, workers):
+            for batch in keyed_loader(cast(Any, folder), own, 1, workers):  # read like any images
                 index = int(batch["index"][0])
                 found = slide(model, batch["image"][0].to(world.device)).argmax(0)
                 truth = batch["mask"][0].to(world.device, torch.int64)

@@ -87,6 +87,8 @@ class BatchNorm(nn.BatchNorm2d):
         ranks = dist.get_world_size() if self.training and in_a_group() else 1
         if ranks == 1:
             return super().forward(x)
+        assert self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None
+        assert self.momentum is not None
         self.num_batches_tracked.add_(1)
         count = ranks * x.numel() // x.shape[1]  # every rank has as many images
         x = x.float()
@@ -125,6 +127,7 @@ class _SumOverRanks(torch.autograd.Function):
 def last_layer(channels: int, num_classes: int) -> nn.Conv2d:
     conv = nn.Conv2d(channels, num_classes, 1)
     nn.init.normal_(conv.weight, std=SEGMENT_STD)
+    assert conv.bias is not None
     nn.init.zeros_(conv.bias)
     return conv
 

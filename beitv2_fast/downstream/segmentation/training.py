@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ...config.downstream import SegmentConfig
+from ...data.images import ImageList
 from ...distributed import World, autocast_dtype
 from ...errors import UserError
 from ...models.vit import ViTConfig
@@ -45,6 +46,7 @@ def start_segmenter(config: SegmentConfig, num_classes: int, say: Callable[[str]
     if config.from_scratch:
         say("random weights")
         return Segmenter(segmenter_config(config, vit_config(config, position="relative"), num_classes))
+    assert config.weights is not None
     if is_segmentation(config.weights):
         stored, backbone, state = _read_segmentation(config.weights)
         check_shape(config, stored, (*SHAPE, "channels", "auxiliary_channels"))
@@ -80,7 +82,7 @@ def _read_segmentation(run: Path) -> tuple[SegmentConfig, ViTConfig, dict[str, T
 
 def checked_pairs(
     folders: tuple[Path, Path], config: SegmentConfig, run: RunFolder, world: World, name: str = ""
-) -> tuple[object, MaskList]:
+) -> tuple[ImageList, MaskList]:
     """The images and masks of two folders, checked once: rank 0 decodes them all, the others read what it wrote."""
     images = checked_images(folders[0], None, config, run, world, min_size=1, name=name)
 

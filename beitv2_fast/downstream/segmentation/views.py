@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -26,7 +26,8 @@ DISTORTIONS = {"brightness": (-32.0, 32.0), "contrast": (0.5, 1.5), "saturation"
 def scaled_size(size: tuple[int, int], base: int, scale: float = 1.0) -> tuple[int, int]:
     """(height, width) of an image whose shorter side becomes ``base * scale``, or whose longer one four times that."""
     factor = scale * min(base / min(size), LONGEST * base / max(size))
-    return tuple(max(int(side * factor + 0.5), 1) for side in size)
+    height, width = (max(int(side * factor + 0.5), 1) for side in size)
+    return height, width
 
 
 class TrainView:
@@ -60,6 +61,7 @@ class TrainView:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key)
+            pair: Sequence[Tensor]
             pair = tv_tensors.Image(F.pil_to_tensor(image.convert("RGB"))), tv_tensors.Mask(torch.from_numpy(mask))
             size = list(scaled_size(mask.shape, self.base_size, _uniform(*self.scale_range)))
             pair = [F.resize(x, size, antialias=True) for x in pair]
@@ -110,7 +112,7 @@ def _distort(picture: Tensor) -> Tensor:
     return picture
 
 
-class SegmentationFolder(Dataset):
+class SegmentationFolder(Dataset[dict[str, Tensor]]):
     """Images and masks as the training loop reads them: ``folder[keys]`` follows from (seed, epoch, index) only.
 
     Args:

@@ -15,6 +15,7 @@ from ..sheets import CAPTION
 from .page import note, paragraph, table
 
 Row = dict[str, Any]
+Draw = Callable[[str, str], list[str]]  # (picture, caption) -> HTML, [] if there is no such picture
 SCORES = {"top1": "top-1", "top5": "top-5", "miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
 
 
@@ -68,7 +69,7 @@ def panels(run: Downstream) -> list[Panel]:
     return [
         Panel("training loss, labels mixed and smoothed" if score == "top1" else "training loss",
               curve(run.metrics, "loss", "loss")),
-        Panel(f"evaluation, {SCORES.get(score, '')}", scores[:2], percent=True),
+        Panel(f"evaluation, {SCORES.get(score or '', '')}", scores[:2], percent=True),
         rate_panel(run.metrics),
     ]  # fmt: skip
 
@@ -82,8 +83,8 @@ def _picture(number: int) -> str:
     return f"downstream_{number}"
 
 
-def body(runs: list[Downstream], figure: Callable[[str, str], list[str]]) -> list[str]:
-    """The section's HTML. ``figure``: (picture, caption) -> HTML, [] if there is no such picture."""
+def body(runs: list[Downstream], figure: Draw) -> list[str]:
+    """The section's HTML."""
     lines: list[str] = []
     for i, run in enumerate(runs):
         start = "random weights" if run.start in (None, "none") else run.start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from PIL import Image
@@ -15,8 +16,9 @@ from ...data.images import ImageFolder, name_of
 from ...data.loaders import eval_loader
 from ...data.views import EvalView
 from ...models.features import features
+from ...teachers.base import Teacher
 from ..attention import attention_probabilities, query_attention
-from ..guesses import pretrain_view
+from ..guesses import Guesses, pretrain_view
 from ..index import one_per_image
 from ..patch_sheets import attention_columns, attention_sheet, nearest_sheet, similarity_sheet
 from ..plots import codebook_panels, compared_panels, draw_panels, draw_rows, pretrain_panels, tokenizer_panels
@@ -43,14 +45,14 @@ def drawings_of(found: Findings, config: ReportConfig, rows: list[int]) -> dict[
     )
     for name, alt, panels in (*curves, *((n, *picture) for n, picture in curve_pictures(found.downstream).items())):
         if any(p.curves or p.bars for p in panels):
-            drawings[name] = alt, False, lambda theme, panels=panels: draw_panels(panels, theme, config.scale)
+            drawings[name] = alt, False, partial(draw_panels, panels, scale=config.scale)
     if panels := compared_panels(found.compared):
         alt = f"Curves of {', '.join(found.compared)}"
         drawings["compared"] = alt, False, lambda theme: draw_rows(panels, theme, config.scale)
     for i, run in enumerate(config.downstream):
         if (sheet := overlay_sheet(run)) is not None:
             alt = "Photographs, their classes, and the classes predicted"
-            drawings[f"overlays_{i}"] = alt, True, lambda theme, sheet=sheet: sheet
+            drawings[f"overlays_{i}"] = alt, True, partial(_as_drawn, sheet)
     if found.codes is None:
         return drawings
     grid = found.tokenizer.model.grid
@@ -58,7 +60,8 @@ def drawings_of(found: Findings, config: ReportConfig, rows: list[int]) -> dict[
         examples = _examples(found, config, grid)
         drawings["token_maps"] = "Photographs and their token maps", True, _maps(found, examples, config.scale)
         if found.guesses is not None:
-            drawings["masks"] = "Photographs, masks, and codes of hidden patches", True, _masks(found, config, grid)
+            masks = _masks(found, found.guesses, config, grid)
+            drawings["masks"] = "Photographs, masks, and codes of hidden patches", True, masks
             attention, nearest = _chosen_patch(found, config, grid)
             drawings["attention"] = "A photograph, and what one of its patches attends to", True, attention
             drawings["nearest"] = "A patch, and the nearest patches of other photographs", True, nearest
@@ -66,14 +69,19 @@ def drawings_of(found: Findings, config: ReportConfig, rows: list[int]) -> dict[
             drawings["similarity"] = (
                 "Photographs, and the similarity of every patch",
                 True,
-                _similarity(found, examples, config.scale),
+                _similarity(found, found.teacher, examples, config.scale),
             )
-    if rows:
+    if rows and (usage := found.usage) is not None:
+        codes = found.codes
         drawings["codes"] = "Patches grouped by code", True, lambda theme: code_sheet(
-            found.images, found.codes, grid, found.usage, rows, found.colors, theme, config.scale,
+            found.images, codes, grid, usage, rows, found.colors, theme, config.scale,
             columns=PATCHES_PER_CODE, seed=config.seed,
         )  # fmt: skip
     return drawings
+
+
+def _as_drawn(sheet: Image.Image, theme: Theme) -> Image.Image:
+    return sheet
 
 
 @dataclass(frozen=True)
@@ -99,13 +107,12 @@ def _maps(found: Findings, shown: _Examples, scale: float) -> Callable[[Theme], 
     return lambda theme: token_map_sheet(shown.photos, codes, found.colors, shown.names, theme, scale)
 
 
-def _masks(found: Findings, config: ReportConfig, grid: tuple[int, int]) -> Callable[[Theme], Image.Image]:
+def _masks(found: Findings, g: Guesses, config: ReportConfig, grid: tuple[int, int]) -> Callable[[Theme], Image.Image]:
     # Another seed than the token maps': other photographs, where there are enough.
     chosen = sample_images(found.shown, min(config.examples, MASK_EXAMPLES), config.seed + 1)
     size = display_size(grid, 4, config.scale)
     crops = ImageFolder(found.shown, pretrain_view(found.pretrain.config, 1, size), config.seed)
-    photos = [crops[0, i]["tokenizer"] for i in chosen]
-    g = found.guesses
+    photos = [torch.as_tensor(crops[0, i]["tokenizer"]) for i in chosen]
     masks, codes, guesses = (x[chosen].unflatten(1, grid) for x in (g.masks, g.codes, g.guesses))
     names = [name_of(found.shown, i) for i in chosen]
     return lambda theme: mask_sheet(photos, masks, codes, guesses, found.colors, names, theme, config.scale)
@@ -138,9 +145,9 @@ def _chosen_patch(
     )
 
 
-def _similarity(found: Findings, shown: _Examples, scale: float) -> Callable[[Theme], Image.Image]:
+def _similarity(found: Findings, teacher: Teacher, shown: _Examples, scale: float) -> Callable[[Theme], Image.Image]:
     model, trained = found.tokenizer.model, found.tokenizer.config
-    target = found.teacher(_views(found, shown.chosen, trained.teacher_image_size or trained.image_size), model.grid)
+    target = teacher(_views(found, shown.chosen, trained.teacher_image_size or trained.image_size), model.grid)
     values = model.similarity(shown.views, target).cpu().unflatten(1, model.grid)
     return lambda theme: similarity_sheet(shown.photos, values, shown.names, theme, scale)
 

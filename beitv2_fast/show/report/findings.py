@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ class Findings:
     held_out: bool = False
     codes: Tensor | None = None
     usage: CodeUsage | None = None
-    colors: Tensor | None = None
-    shown: ImageList | None = None
+    colors: Tensor = field(default_factory=lambda: torch.empty(0, 3))
+    shown: ImageList = field(default_factory=lambda: ImageList(Path(), []))
     guesses: Guesses | None = None
     teacher: Teacher | None = None
     no_teacher: str | None = None
@@ -57,7 +58,7 @@ class Findings:
     @property
     def hidden_usage(self) -> CodeUsage | None:
         """How often each code is asked for on the pre-training's crops: what a guess can know without looking."""
-        if self.guesses is None:
+        if self.guesses is None or self.usage is None:
             return None
         counts = torch.bincount(self.guesses.codes[self.guesses.masks], minlength=self.usage.num_codes)
         return CodeUsage(counts)

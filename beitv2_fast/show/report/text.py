@@ -9,7 +9,7 @@ from pathlib import Path
 from ...config.options import to_json
 from ..codes import CodeUsage
 from . import downstream
-from .downstream import Row
+from .downstream import Draw, Row
 from .findings import Findings
 from .page import Figure, Section, details, note, number_tile, paragraph, results_table, table
 from .stages import Stage
@@ -31,7 +31,7 @@ def introduction(found: Findings) -> list[str]:
 def tiles(found: Findings) -> list[str]:
     result = []
     own, untrained = (_best(found.results, kind) for kind in ("pre-trained", "untrained"))
-    if own:
+    if own and found.results:
         remark = f"untrained backbone: {untrained['mean']:.3f}" if untrained else own["features"]
         metric = found.results.get("metric", "score")
         result.append(number_tile(f"Probe, {metric}", f"{own['mean']:.3f}", remark))
@@ -42,8 +42,8 @@ def tiles(found: Findings) -> list[str]:
         usage = found.usage
         remark = f"perplexity {usage.perplexity:.1f}: as varied as that many equally frequent codes"
         result.append(number_tile("Codes used", f"{usage.used:,} of {usage.num_codes:,}", remark))
-    if found.guesses:
-        where, guess = "held-out" if found.held_out else "training", found.hidden_usage.shares.max()
+    if found.guesses and (hidden := found.hidden_usage):
+        where, guess = "held-out" if found.held_out else "training", hidden.shares.max()
         remark = f"{where} photographs; {guess:.1%} by always naming the most frequent"
         right = next(iter(found.guesses.right.values()))[0]
         result.append(number_tile("Hidden codes named right", f"{right:.1%}", remark))
@@ -112,7 +112,7 @@ def verdict(results: Row) -> list[str]:
     return [f"The pre-trained backbone's better feature ({own['mean']:.3f}) is {_listed(parts)}."]
 
 
-def _tokenizer(found: Findings, figure) -> list[str]:
+def _tokenizer(found: Findings, figure: Draw) -> list[str]:
     stage = found.tokenizer
     teacher = f" {stage.config.teacher}" if stage.config else ""
     return [
@@ -126,7 +126,7 @@ def _tokenizer(found: Findings, figure) -> list[str]:
     ]
 
 
-def _codebook(found: Findings, figure) -> list[str]:
+def _codebook(found: Findings, figure: Draw) -> list[str]:
     caption = (
         "Left: the share of codes that were chosen at least once between two points of the curve. "
         "Middle: perplexity of their frequencies."
@@ -160,7 +160,7 @@ def usage_table(usage: CodeUsage) -> tuple[list[str], list[list[str]]]:
     return head, body
 
 
-def _maps(found: Findings, figure) -> list[str]:
+def _maps(found: Findings, figure: Draw) -> list[str]:
     if found.codes is None:
         return _state(found.tokenizer)
     return figure(
@@ -172,7 +172,7 @@ def _maps(found: Findings, figure) -> list[str]:
     )
 
 
-def _similarity(found: Findings, figure) -> list[str]:
+def _similarity(found: Findings, figure: Draw) -> list[str]:
     if found.codes is None:
         return _state(found.tokenizer)
     if found.teacher is None:
@@ -184,7 +184,7 @@ def _similarity(found: Findings, figure) -> list[str]:
     )
 
 
-def _codes(found: Findings, figure, shown: Mapping[str, int]) -> list[str]:
+def _codes(found: Findings, figure: Draw, shown: Mapping[str, int]) -> list[str]:
     if found.codes is None:
         return _state(found.tokenizer)
     top, rest = shown["top"], shown["all"] - shown["top"]
@@ -199,7 +199,7 @@ def _codes(found: Findings, figure, shown: Mapping[str, int]) -> list[str]:
     )
 
 
-def _pretraining(found: Findings, figure) -> list[str]:
+def _pretraining(found: Findings, figure: Draw) -> list[str]:
     lines = [
         *_state(found.pretrain),
         *figure(
@@ -214,10 +214,10 @@ def _pretraining(found: Findings, figure) -> list[str]:
         shown = [knn[i * (len(knn) - 1) // 4] for i in range(5)] if len(knn) > 5 else knn
         rows = [[f"{line['step']:,}", f"{line['knn_cls_10']:.1%}", f"{line['knn_mean_10']:.1%}"] for line in shown]
         lines.append(table(head, rows))
-    if found.guesses:
+    if found.guesses and (hidden := found.hidden_usage):
         head = ["hidden patches whose code is ...", "first guess", "among first five"]
         rows = [[branch, f"{top1:.1%}", f"{top5:.1%}"] for branch, (top1, top5) in found.guesses.right.items()]
-        best = found.hidden_usage.shares.sort(descending=True).values
+        best = hidden.shares.sort(descending=True).values
         rows.append(["the most frequent codes, without looking", f"{best[0]:.1%}", f"{best[:5].sum():.1%}"])
         which = "which the trainings have not seen" if found.held_out else "which the trainings have seen"
         lines += [
@@ -227,7 +227,7 @@ def _pretraining(found: Findings, figure) -> list[str]:
     return lines
 
 
-def _masks(found: Findings, figure) -> list[str]:
+def _masks(found: Findings, figure: Draw) -> list[str]:
     if found.guesses is None:
         return _state(found.pretrain) or _state(found.tokenizer)
     return figure(
@@ -238,7 +238,7 @@ def _masks(found: Findings, figure) -> list[str]:
     )
 
 
-def _attention(found: Findings, figure) -> list[str]:
+def _attention(found: Findings, figure: Draw) -> list[str]:
     if found.guesses is None:
         return _state(found.pretrain) or _state(found.tokenizer)
     return figure(
