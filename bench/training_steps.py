@@ -82,7 +82,7 @@ def steps(
             lambda: other(images, mask, labels),
         ]
         if tokenizer is not None:
-            encoders = _frozen_tokenizers(tokenizer, images)
+            encoders = _frozen_tokenizers(tokenizer, images, dtype)
 
             def labeled() -> Tensor:
                 codes = encoders[0].encode(images)
@@ -102,12 +102,14 @@ def steps(
     }
 
 
-def _frozen_tokenizers(config: TokenizerConfig, images: Tensor) -> tuple[nn.Module, nn.Module]:
+def _frozen_tokenizers(
+    config: TokenizerConfig, images: Tensor, dtype: torch.dtype | None
+) -> tuple[nn.Module, nn.Module]:
     """Ours and the reference's structure, with the same weights and a codebook that fits the images."""
     ours = build_tokenizer(config, TEACHER_DIM).to(DEVICE).eval()
     ours.quantize.codebook.copy_(_codes_near(ours, images))
     other = reference_structure.same_weights(reference_structure.Tokenizer(ours.config), ours).to(DEVICE).eval()
-    return ours.requires_grad_(False), other.requires_grad_(False)
+    return ours.frozen(dtype), other.requires_grad_(False)
 
 
 @torch.no_grad()

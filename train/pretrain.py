@@ -12,7 +12,7 @@ from beitv2_fast.config.presets import PRETRAIN
 from beitv2_fast.config.training import PretrainConfig
 from beitv2_fast.data.draws import patch_masks
 from beitv2_fast.data.views import PretrainView
-from beitv2_fast.distributed import run_main
+from beitv2_fast.distributed import autocast_dtype, run_main
 from beitv2_fast.downstream.probes.validation import KnnValidation
 from beitv2_fast.errors import UserError
 from beitv2_fast.kernels import masked_gather
@@ -70,7 +70,7 @@ class PretrainTask(Task):
         return batch["mask"] if "mask" in batch else patch_masks(batch["mask_key"], *self.mask_settings)
 
 
-def load_tokenizer(config: PretrainConfig) -> Tokenizer:
+def load_tokenizer(config: PretrainConfig, dtype: torch.dtype | None) -> Tokenizer:
     tokenizer, _ = open_model(config.tokenizer, config.tokenizer_image_size)
     if not isinstance(tokenizer, Tokenizer):
         raise UserError(f"--tokenizer {config.tokenizer} holds a {type(tokenizer).__name__.lower()}, not a tokenizer.")
@@ -81,12 +81,12 @@ def load_tokenizer(config: PretrainConfig) -> Tokenizer:
             f"{grid}. Choose --image-size and --patch-size so that both have the same grid, or --tokenizer-image-size "
             f"{grid[0] * tokenizer.patch_size}, with which the tokenizer's positions are interpolated."
         )
-    return tokenizer.requires_grad_(False)
+    return tokenizer.frozen(dtype)
 
 
 def main(argv: list[str] | None = None) -> int:
     config, world, backend = launched(PretrainConfig, PRETRAIN, argv)
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config, autocast_dtype(config.precision, world.device))
     torch.manual_seed(config.seed)
     model = build_student(config, tokenizer.num_codes)
     try:

@@ -48,6 +48,9 @@ class TokenizerTask(Task):
             vectors = [self.model.features(self._view(batch["image"])) for batch in micro_batches]
         self.model.quantize.start(torch.cat(vectors))
 
+    def inputs(self, batch: Batch) -> Batch:
+        return {**batch, "target": self._target(batch)} if isinstance(self.teacher, TeacherFeatures) else batch
+
     def report(self) -> dict[str, Tensor]:
         return self.model.quantize.usage_tensors(reset=True)
 
@@ -66,6 +69,8 @@ class TokenizerTask(Task):
         return {"image": image[0], "tokens": token_map(codes, self.model.patch_size)}
 
     def _target(self, batch: Batch) -> Tensor:
+        if "target" in batch:
+            return batch["target"]
         if isinstance(self.teacher, TeacherFeatures):
             return self.teacher(batch["view"], batch["index"])
         return self.teacher(batch["image"], self.model.grid)

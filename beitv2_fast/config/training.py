@@ -114,7 +114,17 @@ class TrainConfig(RunConfig):
 
 
 @dataclass(frozen=True)
-class TokenizerConfig(TrainConfig):
+class CapturedConfig(TrainConfig):
+    """A training whose step draws nothing on the host."""
+
+    cuda_graph: bool = option(
+        False, "capture the step in a CUDA graph, which the host launches at once: for models so small that the host "
+        "is slower than the GPU; one process, without --accumulate and --checkpointing", free=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TokenizerConfig(CapturedConfig):
     """VQ-KD tokenizer training (arXiv 2208.06366 section 2.2)."""
 
     stage: ClassVar[str] = "tokenizer"
@@ -169,7 +179,7 @@ class TokenizerConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class PretrainConfig(TrainConfig):
+class PretrainConfig(CapturedConfig):
     """Masked image modeling with patch aggregation (arXiv 2208.06366 sections 2.3 and 2.4)."""
 
     stage: ClassVar[str] = "pretrain"

@@ -5,6 +5,7 @@ image in [0,1] -> encoder -> Linear-Tanh-Linear -> quantizer -> decoder -> Linea
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ..quantize.options import DEAD_AFTER
 from ..quantize.quantizer import FusedVectorQuantizer
-from .vit import Linear, ViT, ViTConfig, init_weights, rescale_outputs
+from .vit import Linear, ViT, ViTConfig, convert_products, init_weights, rescale_outputs
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class FullPrecisionLinear(nn.Linear):
 class Tokenizer(nn.Module):
     """VQ-KD. ``forward`` is the training loss; ``encode`` turns images into codes."""
 
+    dtype: torch.dtype | None = None  # of the autocast of ``encode``; None: whatever is around the call
+
     def __init__(self, config: TokenizerModelConfig):
         super().__init__()
         self.config = config
@@ -123,7 +126,15 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] -> codes [B, N] int64. The codebook stays as it is."""
-        return self.quantize.encode(self.features(images))
+        with nullcontext() if self.dtype is None else torch.autocast(images.device.type, self.dtype):
+            return self.quantize.encode(self.features(images))
+
+    def frozen(self, dtype: torch.dtype | None = None) -> Tokenizer:
+        """In eval mode, without gradients. With a dtype: ``encode`` under autocast to it (``convert_products``)."""
+        self.dtype = dtype
+        if dtype is not None:
+            convert_products(self.encoder, dtype)
+        return self.eval().requires_grad_(False)
 
     def decode(self, quantized: Tensor) -> Tensor:
         """Quantized vectors [B, N, code_dim] -> reconstructed teacher features [B, N, teacher_dim]."""

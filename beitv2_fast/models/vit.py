@@ -344,6 +344,19 @@ def rescale_outputs(block: Block, layer: int) -> None:
         block.mlp.fc2.weight.div_((2.0 * layer) ** 0.5)
 
 
+def convert_products(model: nn.Module, dtype: torch.dtype) -> None:
+    """Linear layers and convolutions of a frozen network to the dtype of the autocast that it runs under, once.
+
+    Autocast itself would convert frozen weights again in every forward. The results are the same bits.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)
+        elif isinstance(module, Attention):
+            for bias in (module.q_bias, module.v_bias):
+                bias.data = bias.data.to(dtype)
+
+
 def normalize(image: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> Tensor:
     """(image - mean) / std by channel: [..., 3 or 1, H, W] in [0, 1] -> [..., 3, H, W]. TypeError: integers."""
     require_floating(image)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, UserError
-from ..models.vit import require_floating
+from ..models.vit import convert_products, require_floating
 from ..runs.checkpoints import read_weights
 from .torchscript import is_torchscript, read_torchscript
 
@@ -61,14 +61,10 @@ class Teacher(nn.Module):
         return features.flatten(2).transpose(1, 2)
 
     def frozen(self, dtype: torch.dtype | None = None) -> Teacher:
-        """In eval mode, without gradients. With a dtype: under autocast to it, linear layers and convolutions converted
-        once, since autocast itself would convert frozen weights again in every step. The features are the same bits.
-        """
+        """In eval mode, without gradients. With a dtype: under autocast to it (see ``convert_products``)."""
         self.dtype = dtype
         if dtype is not None:
-            for module in self.modules():
-                if isinstance(module, nn.Linear | nn.Conv2d):
-                    module.to(dtype)
+            convert_products(self, dtype)
         return self.eval().requires_grad_(False)
 
     def fingerprint(self) -> str:

@@ -13,6 +13,7 @@ from ..distributed import World, start
 from ..models.attention import choose_attention
 from ..runs.checkpoints import Checkpoints
 from ..runs.folder import RunFolder
+from .capture import check_capture
 from .deepspeed import DeepSpeedBackend
 from .optim import TorchBackend
 from .task import AfterEpoch
@@ -34,6 +35,7 @@ def open_run(config: TrainConfig, world: World, backend: Backend) -> RunFolder:
     """The run folder of a training, once the options that need no images are seen to work here."""
     choose_attention(config.attention, world.device.type)
     backend.check(config, world.device)
+    check_capture(config, world, backend is DeepSpeedBackend)
     return RunFolder(config, world.rank)
 
 

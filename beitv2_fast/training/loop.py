@@ -5,6 +5,7 @@ All randomness is a function of (seed, step) or (seed, epoch, sample), so a resu
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from ..data.torch_loader import deaths_explained
 from ..distributed import World, autocast_dtype
 from ..runs.checkpoints import Checkpoints
 from ..runs.folder import RunFolder
+from .capture import CapturedStep, captures
 from .deepspeed import DeepSpeedBackend
 from .ema import ModelEMA
 from .launch import Backend
@@ -64,8 +66,9 @@ def train(
     del optimizer_state
     amp = autocast_dtype(config.precision, world.device)
     log = TrainingLog(task, run, world, schedule, config, step)
+    name = backend.name + ", CUDA graph" * captures(config)
     parameters = sum(p.numel() for group in groups for p in group["params"])
-    log.opening(len(dataset), parameters, "bf16 autocast" if amp else "fp32", backend.name)
+    log.opening(len(dataset), parameters, "bf16 autocast" if amp else "fp32", name)
     if step >= schedule.total_steps:
         run.print(f"{task.name}: already complete")
         return 0
@@ -84,17 +87,26 @@ def train(
     undo, any_rank = Undo(task.model), OnAnyRank(world)
     watchdog = Watchdog(run.path, world.rank, config.hang_after)
     known = Known(bad, undo, log, lambda step: ema and ema.update(task.model, step, backend.whole))
+
+    def take(batch: Batch, step: int | None, lr: float | Tensor) -> dict[str, Tensor]:
+        undo.keep()
+        metrics = gradient(task, backend, batch, config, step, world, amp)
+        known.learn()  # what the step before came to; from here on its weights are gone
+        norm = backend.step(lr)
+        undo.back(norm)
+        return {**metrics, "grad_norm": norm}
+
+    if captures(config):
+        seed = functools.partial(_mix, config.seed, lane=0)
+        take = CapturedStep(take, known, task.inputs, seed, backend.optimizer, world.device)
     with StopSignal() as stop, log, watchdog, deaths_explained():
         for batch in loader:
-            undo.keep()
-            metrics = gradient(task, backend, batch, config, step, world, amp)
-            known.learn()  # what the step before came to; from here on its weights are gone
             lr = schedule.lr(step)
             schedule.set_weight_decay(backend.optimizer, step)
-            norm = backend.step(lr)
-            undo.back(norm)
+            metrics = take(batch, step, lr)
+            known.learn()  # of the step before a captured one, which is on its way
             step += 1
-            known.add(step, lr, {**metrics, "grad_norm": norm}, batch)
+            known.add(step, lr, metrics, batch)
             if not learns_late(world.device) or log.pictures_due(step):
                 known.learn()
             stopping = any_rank(stop.received is not None)
@@ -163,11 +175,14 @@ def gradient(
     backend: TorchBackend | DeepSpeedBackend,
     batch: Batch,
     config: TrainConfig,
-    step: int,
+    step: int | None,
     world: World,
     amp: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """Forward and backward of the step's micro-batches; the mean of the loss and of the metrics over them."""
+    """Forward and backward of the step's micro-batches; the mean of the loss and of the metrics over them.
+
+    ``step`` seeds torch's generators; None: they are seeded.
+    """
     slices = [slice(i * config.batch_size, (i + 1) * config.batch_size) for i in range(config.accumulate)]
     batch = {name: v if name in ON_HOST else v.to(world.device, non_blocking=True) for name, v in batch.items()}
     parts = [{name: v[s] for name, v in batch.items()} for s in slices]
@@ -176,8 +191,9 @@ def gradient(
         if step == 0 and len(parts) > 1:
             task.prepare(parts)
     for i, part in enumerate(parts):
-        # As many micro-batches as there are ranks draw the same numbers as the ranks would.
-        torch.manual_seed(_mix(config.seed, step, world.rank * len(parts) + i))
+        if step is not None:
+            # As many micro-batches as there are ranks draw the same numbers as the ranks would.
+            torch.manual_seed(_mix(config.seed, step, world.rank * len(parts) + i))
         last = i + 1 == len(parts)
         with backend.micro_batch(last):
             with torch.autocast(world.device.type, amp or torch.bfloat16, enabled=amp is not None):

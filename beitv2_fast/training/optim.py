@@ -167,7 +167,7 @@ class TorchBackend:
         """Add the gradient of a micro-batch's share of the step's loss."""
         (loss / self.accumulate).backward()
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float | Tensor) -> Tensor:
         """Clip and step; returns the gradient's norm before clipping. If it is not finite, nothing is changed.
 
         The device sees to that, by AdamW's ``found_inf``: the host does not wait for the norm.
@@ -231,6 +231,6 @@ def adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=1e-8, fused=True)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -27,6 +27,10 @@ class Task:
         """Before a first step of several micro-batches: what must see them all at once."""
         return
 
+    def inputs(self, batch: Batch) -> Batch:
+        """What a captured step reads of a batch: with that which only the host can look up."""
+        return batch
+
     def report(self) -> dict[str, Tensor]:
         """Further scalars over the window since the last line of the log, fp64, where they are."""
         return {}

@@ -13,6 +13,7 @@ from beitv2_fast import classify, features
 from beitv2_fast.downstream.segmentation.model import Segmenter, SegmenterConfig
 
 from ..support import weights
+from ..support.dispatched import Dispatched
 
 # Greatest difference to fp32, over fp32's greatest value: 8 roundings of the dtype; of fp64, 64 of fp32's own.
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float16, torch.bfloat16, torch.float32)}
@@ -87,3 +88,18 @@ def test_a_training_step_in_another_dtype_moves_an_fp32_codebook_and_has_fp32_s_
         if name.startswith("decode_task_layer.2"):  # no codes between it and the loss but by the decoder's input
             error = (parameter.grad.double() - wanted.grad.double()).norm() / wanted.grad.norm()
             assert error < (1e-4 if dtype == torch.float64 else 0.2)
+
+
+def test_a_frozen_tokenizer_has_the_bits_of_autocast_and_converts_its_weights_once():
+    model = weights.tokenizer()
+    frozen, casts = copy.deepcopy(model).frozen(torch.bfloat16), []
+    for network in (model, frozen):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Dispatched() as seen:
+            casts.append((network.features(images()), seen.counts["aten::_to_copy"]))
+    assert torch.equal(casts[0][0], casts[1][0])
+    # of each block the weights of four products and their biases, and of the patches' convolution
+    assert casts[0][1] - casts[1][1] == 8 * len(model.encoder.blocks) + 2
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.encode(images())
+    assert torch.equal(frozen.encode(images()), expected)  # the autocast is its own
+    assert not frozen.training and not any(p.requires_grad for p in frozen.parameters())

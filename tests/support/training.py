@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from beitv2_fast import distributed
 from beitv2_fast.train import evaluate, finetune, linear_probe, pretrain, segment, tokenizer, tokenizer_quality
+from beitv2_fast.training import loop
 
 ROOT = Path(__file__).resolve().parents[2]
 HALTING = str(Path(__file__).with_name("halting.py"))
@@ -113,6 +114,18 @@ class Halted:
         self.output += self.process.stdout.read()
         self.watchdog.cancel()
         return self.process.wait()
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, steps: Sequence[int]) -> None:
+    """The images of these steps, from 1, are NaN in every training: a captured step runs no Python that could do it."""
+    make = loop.train_loader
+
+    def loader(*args: object, start_step: int, **options: object) -> Iterator[dict[str, torch.Tensor]]:
+        for step, batch in enumerate(make(*args, start_step=start_step, **options), start_step + 1):
+            factor = torch.nan if step in steps else 1
+            yield {name: v * factor if v.is_floating_point() else v for name, v in batch.items()}
+
+    monkeypatch.setattr(loop, "train_loader", loader)
 
 
 def last_weights(run_folder: Path, file: str = "model") -> dict[str, torch.Tensor]:
