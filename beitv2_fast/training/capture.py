@@ -85,7 +85,7 @@ class CapturedStep:
                 self.warm = 0
             if self.warm < WARM_UP:
                 return self._warm_up(batch, step)
-            self._capture(batch)
+            self.graph = self._captured(batch)
         for name, value in batch.items():
             self.batch[name].copy_(value, non_blocking=True)
         torch.manual_seed(self.seed(step))
@@ -102,7 +102,7 @@ class CapturedStep:
         current.wait_stream(self.stream)
         return metrics
 
-    def _capture(self, batch: Batch) -> None:
+    def _captured(self, batch: Batch) -> torch.cuda.CUDAGraph:
         self.batch = {name: value.to(self.device, copy=True) for name, value in batch.items()}
         graph = torch.cuda.CUDAGraph()
         try:
@@ -111,4 +111,4 @@ class CapturedStep:
                 self.metrics = self.take(self.batch, None, self.lr)
         except RuntimeError as error:
             raise UserError(f"--cuda-graph: the step cannot be captured: {error}. Leave out --cuda-graph.") from error
-        self.graph = graph
+        return graph

@@ -48,7 +48,7 @@ class DeepSpeedBackend:
         if not last:
             self.wrapped.step()  # only counts
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float | Tensor) -> Tensor:
         set_lr(self.optimizer, lr)
         if self.stage == 0:  # the engine would take a step of NaN; from stage 1 on it skips it
             norm = nn.utils.get_total_norm([p.grad for _, p in trained(self.model) if p.grad is not None])

@@ -66,9 +66,9 @@ def train(
     del optimizer_state
     amp = autocast_dtype(config.precision, world.device)
     log = TrainingLog(task, run, world, schedule, config, step)
-    name = backend.name + ", CUDA graph" * captures(config)
+    how = backend.name + ", CUDA graph" * captures(config)
     parameters = sum(p.numel() for group in groups for p in group["params"])
-    log.opening(len(dataset), parameters, "bf16 autocast" if amp else "fp32", name)
+    log.opening(len(dataset), parameters, "bf16 autocast" if amp else "fp32", how)
     if step >= schedule.total_steps:
         run.print(f"{task.name}: already complete")
         return 0
@@ -96,14 +96,15 @@ def train(
         undo.back(norm)
         return {**metrics, "grad_norm": norm}
 
+    take_step: Callable[[Batch, int, float], dict[str, Tensor]] = take
     if captures(config):
         seed = functools.partial(_mix, config.seed, lane=0)
-        take = CapturedStep(take, known, task.inputs, seed, backend.optimizer, world.device)
+        take_step = CapturedStep(take, known, task.inputs, seed, backend.optimizer, world.device)
     with StopSignal() as stop, log, watchdog, deaths_explained():
         for batch in loader:
             lr = schedule.lr(step)
             schedule.set_weight_decay(backend.optimizer, step)
-            metrics = take(batch, step, lr)
+            metrics = take_step(batch, step, lr)
             known.learn()  # of the step before a captured one, which is on its way
             step += 1
             known.add(step, lr, metrics, batch)
