@@ -135,6 +135,14 @@ def gelu_cases(tiny: bool) -> Iterator[Case]:
     yield "gelu_and_gradient", partial(gelu_and_gradient_triton, x, x)
 
 
+def mask_cases(tiny: bool) -> Iterator[Case]:
+    from beitv2_fast.kernels.block_masks.triton import block_masks_triton
+
+    keys = torch.zeros(256, dtype=torch.int64)
+    for side, masked in ((8, 26), (14, 75)):
+        yield f"block_masks {side}x{side}", partial(block_masks_triton, keys, side, side, masked, 4, 0.3, masked)
+
+
 def cases(target: str, tiny: bool) -> Iterator[Case]:
     with launching(target):  # the host code asks for the target here, too
         parts = (
@@ -148,6 +156,7 @@ def cases(target: str, tiny: bool) -> Iterator[Case]:
                     attention_cases,
                     residual_norm_cases,
                     gelu_cases,
+                    mask_cases,
                 )
             ),
         )

@@ -120,7 +120,7 @@ def kernels(run: Run) -> None:
 
 def masks(run: Run) -> None:
     for name, call in test_masks.IMPLEMENTATIONS.items():
-        there = name == test_masks.ON_GPUS
+        there = name in test_masks.ON_DEVICE_TOO
         run.time_call(name, call, group=test_masks.GROUP, seconds=0.3, graph=False, on_device=there)
     p = head_problem(*TINY_HEAD) if run.tiny else head_problem()
     rows, width = len(p.labels), p.norm_weight.shape[0]

@@ -1,4 +1,4 @@
-"""block_masks as a custom op: the C++ op or the definition on the CPU, torch ops elsewhere."""
+"""block_masks as a custom op: the C++ op or the definition on the CPU, a kernel on GPUs, torch ops elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .reference import ATTEMPTS_PER_BLOCK, DRAWS_PER_ATTEMPT, FIRST_FILL, MAX_AT
 def block_masks_batched(
     keys: Tensor, height: int, width: int, num_masked: int, min_patches: int, min_aspect: float, max_patches: int
 ) -> Tensor:
-    """For GPUs: all masks of the batch attempt their next block at once, and nobody waits.
+    """For other devices: all masks of the batch attempt their next block at once, and nobody waits.
 
     The number of rounds is fixed, so that nothing has to be read back: MAX_ATTEMPTS, after which every mask is through.
     """
@@ -63,6 +63,13 @@ block_masks_op = torch.library.custom_op("beitv2_fast::block_masks", block_masks
 def _block_masks_cpu(keys: Tensor, *settings: Any) -> Tensor:
     masks: Tensor = (torch.ops.beitv2_fast_cpu.block_masks if native_ops() else block_masks_reference)(keys, *settings)
     return masks
+
+
+@block_masks_op.register_kernel("cuda")
+def _block_masks_cuda(keys: Tensor, height: int, width: int, *settings: Any) -> Tensor:
+    from .triton import block_masks_triton, fits
+
+    return (block_masks_triton if fits(height, width) else block_masks_batched)(keys, height, width, *settings)
 
 
 @block_masks_op.register_fake

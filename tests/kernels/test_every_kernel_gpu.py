@@ -158,6 +158,14 @@ def gelu() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def paint() -> None:
+    from beitv2_fast.kernels.block_masks.reference import block_masks_reference
+    from beitv2_fast.kernels.block_masks.triton import block_masks_triton
+
+    keys, case = torch.arange(5, device=HERE), (7, 5, 20, 4, 0.3, 20)
+    assert torch.equal(block_masks_triton(keys, *case).cpu(), block_masks_reference(keys.cpu(), *case))
+
+
 def test_every_kernel_once(monkeypatch):
     launched, kind = set(), type(search.resolve)
     run = kind.run
@@ -169,6 +177,7 @@ def test_every_kernel_once(monkeypatch):
     residual_norm()
     attend()
     gelu()
+    paint()
     if not DRY:
         torch.cuda.synchronize()
     assert launched == launched_kernels()

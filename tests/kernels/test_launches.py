@@ -18,6 +18,7 @@ from ..support.launches import Launch, launching
 
 pytest.importorskip("triton")
 from beitv2_fast.kernels.attention import triton as attention
+from beitv2_fast.kernels.block_masks.triton import block_masks_triton
 from beitv2_fast.kernels.codebook_search import triton as search
 from beitv2_fast.kernels.codebook_update import triton as update
 from beitv2_fast.kernels.gelu.triton import gelu_and_gradient_triton
@@ -147,6 +148,11 @@ def test_the_gradients_fit(images, patches, masked, width, dtype, launches) -> N
 def test_gelu_and_gradient_fits(shape, dtype, launches) -> None:
     x = torch.empty(shape, dtype=dtype)
     gelu_and_gradient_triton(x, x.T.contiguous().T)
+
+
+@pytest.mark.parametrize(("side", "masked"), [(1, 1), (14, 75), (64, 1600)])
+def test_the_masks_fit(side, masked, launches) -> None:
+    block_masks_triton(torch.zeros(3, dtype=torch.int64), side, side, masked, 1, 0.3, masked)
 
 
 def test_the_loss_without_logits_takes_more_tokens_than_65535_blocks(launches) -> None:
