@@ -194,8 +194,9 @@ def update_cases(target: str, *, d: int = 32) -> Iterator[Case]:
     state = {"codebook": "*fp32", "cluster_size": "*fp32"}
     yield Case(
         "codebook_update", "codes", codes_kernel,
-        {**state, "statistics": "*i64", "totals": "*i64", "K": "i32", "decay": "fp32", "rest": "fp32", "eps": "fp32"},
-        {"embed_avg": None, "D": d, "COSINE": True, "AVERAGE": False, "BLOCK_K": block_k, "BLOCK_D": block_d},
+        {**state, "statistics": "*i64", "bins": "*i64", "K": "i32", "decay": "fp32", "rest": "fp32", "eps": "fp32"},
+        {"totals": None, "embed_avg": None, "D": d, "COSINE": True, "AVERAGE": False, "BLOCK_K": block_k,
+         "BLOCK_D": block_d},
         2 if target == "gfx942" else 4, 3,
     )  # fmt: skip
     yield Case(

@@ -247,7 +247,7 @@ class FusedVectorQuantizer(QuantizerState):
                 counts = self._learn_when_due(seen, indices, keep)
                 if snapshot is not None:
                     snapshot.counts = counts
-            loss = losses.mean()
+            loss = losses.squeeze(0) if self.groups == 1 else losses.mean()
             axis = self.channel_axis(z)
             quantized = quantized.transpose(0, 1).reshape(z.movedim(axis, -1).shape).movedim(-1, axis).to(z.dtype)
         if keep is not None:

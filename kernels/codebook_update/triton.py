@@ -58,19 +58,21 @@ def apply_statistics_triton(
     """All tensors contiguous."""
     count, dim = codebook.shape
     decay, rest, eps = fp32(decay), fp32(1 - decay), fp32(eps)
-    bins = statistics.new_empty(count)
-    totals = statistics.new_zeros(1)
+    bins, totals = statistics.new_empty(count), None
     block_k, block_d = tile_shape(dim, APPLY_TILE)
     with device_of(codebook):
-        sizes_kernel[(triton.cdiv(count, 256),)](
-            statistics, cluster_size, bins, totals, count, statistics.shape[1], decay, rest, BLOCK_K=256
-        )
+        if embed_avg is not None:
+            totals = statistics.new_zeros(1)
+            sizes_kernel[(triton.cdiv(count, 256),)](
+                statistics, cluster_size, bins, totals, count, statistics.shape[1], decay, rest, BLOCK_K=256
+            )
         codes_kernel[(triton.cdiv(count, block_k),)](
             statistics,
             totals,
             codebook,
             cluster_size,
             embed_avg,
+            bins,
             count,
             decay,
             rest,

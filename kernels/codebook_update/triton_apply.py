@@ -1,4 +1,4 @@
-"""The second pass of codebook_update on a GPU: sizes and their totals, then everything else row by row.
+"""The second pass of codebook_update on a GPU: row by row, after the sizes' total where averages are smoothed by it.
 
 Bytes: 8 K (1 + D) of statistics read (twice that for euclidean), 4 K D of every state tensor read and written; these
 bound it. The arithmetic is reference.py's, bit for bit.
@@ -21,17 +21,23 @@ def wide(scalar):
 
 
 @triton.jit
-def sizes_kernel(statistics, cluster_size, bins, totals, K, WIDTH, decay, rest, BLOCK_K: tl.constexpr):
-    """cluster_size, its total in steps of 2^-30, and bins."""
-    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = offs_k < K
-    number = tl.load(statistics + offs_k.to(tl.int64) * WIDTH, mask=mask, other=0)
+def move_sizes(number, cluster_size, bins, offs_k, mask, decay, rest):
+    """bins and cluster_size, which is returned."""
     tl.store(bins + offs_k, number, mask=mask)
     old = tl.load(cluster_size + offs_k, mask=mask, other=0.0).to(tl.float64)
     new = number.to(tl.float32).to(tl.float64)
     moved = (old * wide(decay) + new * wide(rest)).to(tl.float32)
     tl.store(cluster_size + offs_k, moved, mask=mask)
-    steps = moved.to(tl.float64) * 1073741824.0
+    return moved
+
+
+@triton.jit
+def sizes_kernel(statistics, cluster_size, bins, totals, K, WIDTH, decay, rest, BLOCK_K: tl.constexpr):
+    """``move_sizes`` and their total in steps of 2^-30, before the codes that need it."""
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = offs_k < K
+    number = tl.load(statistics + offs_k.to(tl.int64) * WIDTH, mask=mask, other=0)
+    steps = move_sizes(number, cluster_size, bins, offs_k, mask, decay, rest).to(tl.float64) * 1073741824.0
     steps = tl.where(steps < EXACT, (steps + INTEGER_ROUND) - INTEGER_ROUND, steps).to(tl.int64)
     tl.atomic_add(totals, tl.sum(tl.where(mask, steps, 0), axis=0), sem="relaxed")
 
@@ -55,6 +61,7 @@ def codes_kernel(
     codebook,
     cluster_size,
     embed_avg,
+    bins,
     K,
     decay,
     rest,
@@ -65,6 +72,7 @@ def codes_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """codebook and embed_avg; without that, which needs no total, cluster_size and bins, too."""
     offs_k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_d = tl.arange(0, BLOCK_D)
     mask_k = offs_k < K
@@ -89,6 +97,7 @@ def codes_kernel(
             moved = l2_rows(moved)
         code = tl.where((smoothed > 0)[:, None], moved, code)
     else:
+        move_sizes(number, cluster_size, bins, offs_k, mask_k, decay, rest)
         inverse = 1.0 / tl.maximum(number, 1).to(tl.float64)
         mean = l2_rows((sums * inverse[:, None]).to(tl.float32))
         code = l2_rows(mix_rows(code, tl.where((number > 0)[:, None], mean, code), decay, rest))

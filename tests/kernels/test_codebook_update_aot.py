@@ -54,7 +54,7 @@ def test_statistics_add_integers_without_waiting_for_the_sum(target):
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("flags", [{}, {"AVERAGE": True}, {"AVERAGE": True, "COSINE": False}])
 def test_the_second_pass_fits(target, dim, flags):
-    average = {"embed_avg": "*fp32"} if flags else None
+    average = {"embed_avg": "*fp32", "totals": "*i64"} if flags else None
     check(compiled("codes", target, dim, average, **flags), wide_loads=1)
 
 

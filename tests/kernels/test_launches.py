@@ -84,6 +84,12 @@ def test_the_update_and_the_gradient_fit(n: int, k: int, d: int, dtype: torch.dt
         quantize.vector_quantize_backward_triton(x, quantized, grad, grad_loss, 1.0, metric)
 
 
+def test_an_update_without_averages_is_two_kernels(launches) -> None:
+    statistics = update.codebook_statistics_triton(torch.empty(40, 8), torch.empty(40, dtype=torch.int64), 9, "cosine")
+    update.apply_statistics_triton(statistics, torch.empty(9, 8), torch.empty(9), None, 0.99, "cosine", 1e-5)
+    assert [launch.kernel for launch in launches] == ["statistics_kernel", "codes_kernel"]
+
+
 def test_the_update_and_the_gradient_fit_with_strides(launches) -> None:
     x, pairs = torch.empty(40, 60, dtype=BF16).T, torch.empty(60, 2, dtype=torch.int64)
     update.codebook_statistics_triton(x[:, 1:], pairs[:, 1], 9, "cosine")
