@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from beitv2_fast import Classifier, FusedVectorQuantizer, Student, Tokenizer
+import beitv2_fast
+from beitv2_fast import Classifier, FusedVectorQuantizer, Student, Tokenizer, kernels
 from beitv2_fast.cli.encode import EncodeConfig, encode_folder
 from beitv2_fast.config.training import TrainConfig
 from beitv2_fast.weights import convert
@@ -29,7 +30,7 @@ from .support.training import write_images
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, TESTS = ROOT / "docs", ROOT / "tests"
-FOLDERS = (".", "docs", "docs/demo", "bench", "kernels")
+FOLDERS = (".", "docs", "docs/api", "docs/demo", "bench", "kernels")
 PAGES = [page for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.md"))]
 FILE = re.compile(r"(?<![\w/{.*-])(?:[\w-]+/)+[\w-]+\.(?:py|md|sh|json|png)\b")
 MADE = ("docs/gpu.md", "runs/")  # by the commands of the pages
@@ -51,6 +52,22 @@ def test_the_examples_of_the_pages_run(code):
         pytest.importorskip(package)
     torch.manual_seed(0)
     exec(compile(code, "example", "exec"), {"__name__": "example"})
+
+
+def test_every_public_name_has_its_place_in_the_api_reference():
+    pages = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    shown = [path.rpartition(".")[2] for path in re.findall(r"^::: (\S+)$", pages, re.MULTILINE)]
+    assert sorted(shown) == sorted([*beitv2_fast.__all__, *kernels.__all__, "convert"])
+
+
+@pytest.mark.parametrize("name", [*beitv2_fast.__all__, *kernels.__all__])
+def test_every_argument_that_a_public_docstring_explains_has_a_line_of_its_own(name):
+    public = getattr(beitv2_fast if name in beitv2_fast.__all__ else kernels, name)
+    methods = [value for key, value in vars(public).items() if key[0] != "_"] if inspect.isclass(public) else []
+    for function in filter(callable, [public, *methods]):
+        explained = (inspect.getdoc(function) or "").partition("Args:\n")[2].partition("\n\n")[0]
+        for parameter in inspect.signature(function).parameters if explained else ():
+            assert re.search(rf"[.;,] {parameter}: ", explained) is None, parameter
 
 
 def test_the_readme_is_short_enough_to_be_read():
