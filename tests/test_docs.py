@@ -21,7 +21,12 @@ import torch
 import beitv2_fast
 from beitv2_fast import Classifier, FusedVectorQuantizer, Student, Tokenizer, kernels
 from beitv2_fast.cli.encode import EncodeConfig, encode_folder
+from beitv2_fast.cli.picture_options import PICTURES
+from beitv2_fast.config.options import RunConfig
+from beitv2_fast.config.show import ExploreConfig
 from beitv2_fast.config.training import TrainConfig
+from beitv2_fast.train.experiments.ablate import AblateConfig
+from beitv2_fast.train.experiments.downstream import DownstreamConfig
 from beitv2_fast.weights import convert
 from beitv2_fast.weights import create as models
 from beitv2_fast.weights.files import write
@@ -114,6 +119,21 @@ def test_the_commands_of_the_pages_are_understood(monkeypatch, page, module, arg
 
 def test_most_commands_are_found_on_the_pages():
     assert len(COMMANDS) > 30 and {"README.md", "training.md", "weights.md"} <= {page for page, *_ in COMMANDS}
+
+
+def options_of_all_commands() -> set[str]:
+    configs = [RunConfig, AblateConfig, DownstreamConfig]
+    for config in configs:  # which grows
+        configs += config.__subclasses__()
+    configs += [ExploreConfig, EncodeConfig, *map(type, PICTURES.values())]
+    return {field.name.replace("_", "-") for config in configs for field in dataclasses.fields(config)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
+def test_the_options_that_a_page_names_exist(page):
+    known = options_of_all_commands() | {"help", "preset", "from", "build-isolation"}
+    named = re.findall(r"`--(?:no-)?([a-z][a-z-]+)", page.read_text(encoding="utf-8"))
+    assert [name for name in named if name not in known] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
