@@ -6,7 +6,7 @@ VENV ?= .venv
 PIP = $(VENV)/bin/pip --disable-pip-version-check
 DATA ?=
 
-.PHONY: demo test test-faults lint clean
+.PHONY: demo test test-faults lint docs clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python train/demo.py $(if $(DATA),--data $(DATA))
@@ -28,6 +28,11 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/mypy
 	$(VENV)/bin/codespell
+
+# The pages and the API from its docstrings, into build/docs.
+docs: $(VENV)/.installed
+	$(PIP) install --quiet "beitv2-fast[docs]"
+	$(VENV)/bin/mkdocs build --strict
 
 # torch comes first: the C++ ops are compiled against the torch they will run with.
 $(VENV)/.installed: setup.py pyproject.toml $(wildcard kernels/*.cpp kernels/*.h kernels/*/*.cpp kernels/*/*.h)

@@ -111,6 +111,7 @@ TRANSFORMERS = "transformers>=5.20"
 TEACHERS = ["open_clip_torch>=3.3", TIMM, TRANSFORMERS]
 REPLACE = ["diffusers>=0.41", VQ]  # whose quantizers replace_quantizers swaps
 INTEROP = [TIMM, TRANSFORMERS]  # whose classes the tests of conversion compare with
+DOCS = ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"]
 TEST = [*INTEROP, *REPLACE, *TEACHERS, *TRAIN, *SEGMENT, *DALI, *DEEPSPEED, *DEMO, *BENCH]
 TEST += ["build>=1.2", "codespell>=2.3", "hypothesis>=6.100", "import-linter>=2.6", "mypy>=2.4", "ruff>=0.14"]
 
@@ -141,6 +142,7 @@ setup(
         "segment": [*TRAIN, *SEGMENT],  # mIoU
         "demo": [*TRAIN, *DEMO],
         "bench": BENCH,
+        "docs": DOCS,
         "test": TEST,
     },
     **native_ops(),

@@ -1,22 +1,32 @@
-"""The pages: Python examples run as they stand, defaults are true, files, modules and tests that are named exist."""
+"""The pages: Python examples run as they stand, commands are understood, defaults are true, what is named exists."""
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import inspect
 import pkgutil
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from beitv2_fast import Classifier, FusedVectorQuantizer, Student, Tokenizer
+import beitv2_fast
+from beitv2_fast import Classifier, FusedVectorQuantizer, Student, Tokenizer, kernels
 from beitv2_fast.cli.encode import EncodeConfig, encode_folder
+from beitv2_fast.cli.picture_options import PICTURES
+from beitv2_fast.config.options import RunConfig
+from beitv2_fast.config.show import ExploreConfig
 from beitv2_fast.config.training import TrainConfig
+from beitv2_fast.train.experiments.ablate import AblateConfig
+from beitv2_fast.train.experiments.downstream import DownstreamConfig
 from beitv2_fast.weights import convert
 from beitv2_fast.weights import create as models
 from beitv2_fast.weights.files import write
@@ -25,7 +35,8 @@ from .support.training import write_images
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, TESTS = ROOT / "docs", ROOT / "tests"
-PAGES = [page for folder in (".", "docs", "bench", "kernels") for page in sorted((ROOT / folder).glob("*.md"))]
+FOLDERS = (".", "docs", "docs/api", "docs/demo", "bench", "kernels")
+PAGES = [page for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.md"))]
 FILE = re.compile(r"(?<![\w/{.*-])(?:[\w-]+/)+[\w-]+\.(?:py|md|sh|json|png)\b")
 MADE = ("docs/gpu.md", "runs/")  # by the commands of the pages
 SMALL = dict(dim=32, depth=3, heads=4)
@@ -35,16 +46,104 @@ def examples(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-PAGE, WEIGHTS = DOCS / "quantizer.md", DOCS / "weights.md"
-EXAMPLES, WEIGHTS_EXAMPLES = examples(PAGE), examples(WEIGHTS)
+README, PAGE, WEIGHTS = ROOT / "README.md", DOCS / "quantizer.md", DOCS / "weights.md"
+WEIGHTS_EXAMPLES = examples(WEIGHTS)
+EXAMPLES = [code for page in PAGES if page != WEIGHTS for code in examples(page)]  # which need files
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_the_examples_of_the_page_run(code):
+def test_the_examples_of_the_pages_run(code):
     for package in re.findall(r"^from (vector_quantize_pytorch|diffusers) import", code, re.MULTILINE):
         pytest.importorskip(package)
     torch.manual_seed(0)
-    exec(compile(code, str(PAGE), "exec"), {"__name__": "example"})
+    exec(compile(code, "example", "exec"), {"__name__": "example"})
+
+
+def test_every_public_name_has_its_place_in_the_api_reference():
+    pages = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    shown = [path.rpartition(".")[2] for path in re.findall(r"^::: (\S+)$", pages, re.MULTILINE)]
+    assert sorted(shown) == sorted([*beitv2_fast.__all__, *kernels.__all__, "convert"])
+
+
+@pytest.mark.parametrize("name", [*beitv2_fast.__all__, *kernels.__all__])
+def test_every_argument_that_a_public_docstring_explains_has_a_line_of_its_own(name):
+    public = getattr(beitv2_fast if name in beitv2_fast.__all__ else kernels, name)
+    methods = [value for key, value in vars(public).items() if key[0] != "_"] if inspect.isclass(public) else []
+    for function in filter(callable, [public, *methods]):
+        explained = (inspect.getdoc(function) or "").partition("Args:\n")[2].partition("\n\n")[0]
+        for parameter in inspect.signature(function).parameters if explained else ():
+            assert re.search(rf"[.;,] {parameter}: ", explained) is None, parameter
+
+
+def test_the_readme_is_short_enough_to_be_read():
+    assert len(README.read_text(encoding="utf-8").splitlines()) < 120
+
+
+LAUNCHED = r"(?:deepspeed|torchrun|python)(?: --?[\w-]+ \w+)*? "
+COMMAND = re.compile(LAUNCHED + r"(?:-m )?(beitv2_fast\.train\.[\w.]+|train/\w+\.py) ?(.*)")
+
+
+def commands(page: Path) -> list[tuple[str, list[str]]]:
+    """(module, arguments) of every command of ours that a page shows in a block of its own."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    found = []
+    for line in re.findall(r"^    (?:\$ )?(.*)", text, re.MULTILINE):
+        if line.startswith("beitv2-fast "):
+            found.append(("beitv2_fast.cli", line.removeprefix("beitv2-fast ")))
+        elif command := COMMAND.match(line):
+            module = command[1].removesuffix(".py").replace("/", ".").removeprefix("beitv2_fast.")
+            found.append((f"beitv2_fast.{module}", command[2]))
+    return [(module, shlex.split(arguments, comments=True)) for module, arguments in found]
+
+
+COMMANDS = [(page.name, *command) for page in PAGES for command in commands(page)]
+
+
+class UnderstoodError(Exception):
+    """Instead of what the command would do."""
+
+
+@pytest.mark.parametrize(("page", "module", "arguments"), COMMANDS, ids=[f"{c[0]}-{c[1]}" for c in COMMANDS])
+def test_the_commands_of_the_pages_are_understood(monkeypatch, page, module, arguments):
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def only_parse(*args, **kwargs):
+        parse_args(*args, **kwargs)
+        raise UnderstoodError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    with pytest.raises(UnderstoodError):
+        getattr(importlib.import_module(module), "run_command" if module == "beitv2_fast.cli" else "main")()
+
+
+def test_most_commands_are_found_on_the_pages():
+    assert len(COMMANDS) > 30 and {"README.md", "training.md", "weights.md"} <= {page for page, *_ in COMMANDS}
+
+
+def options_of_all_commands() -> set[str]:
+    configs = [RunConfig, AblateConfig, DownstreamConfig]
+    for config in configs:  # which grows
+        configs += config.__subclasses__()
+    configs += [ExploreConfig, EncodeConfig, *map(type, PICTURES.values())]
+    return {field.name.replace("_", "-") for config in configs for field in dataclasses.fields(config)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
+def test_the_options_that_a_page_names_exist(page):
+    known = options_of_all_commands() | {"help", "preset", "from", "build-isolation"}
+    named = re.findall(r"`--(?:no-)?([a-z][a-z-]+)", page.read_text(encoding="utf-8"))
+    assert [name for name in named if name not in known] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
+def test_the_extras_and_make_targets_that_a_page_names_exist(page):
+    text = page.read_text(encoding="utf-8")
+    extras = set(re.findall(r'^        "(\w+)": ', (ROOT / "setup.py").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([\w$()./-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {name for names in re.findall(r"(?:beitv2-fast|['\"]\.)\[([a-z,]+)\]", text) for name in names.split(",")}
+    assert named - extras == set()
+    assert set(re.findall(r"(?:^    |`)make ([\w-]+)", text, re.MULTILINE)) - targets == set()
 
 
 def test_the_table_of_options_has_every_option_with_its_default():

@@ -78,7 +78,8 @@ class Student(ViT):
         """Tokens before the final norm: of the last layer, and of the aggregation branch (None without one).
 
         Args:
-            images: [B, 3, H, W], normalized with ImageNet's mean and standard deviation. mask: [B, N] bool or None.
+            images: [B, 3, H, W], normalized with ImageNet's mean and standard deviation.
+            mask: [B, N] bool or None.
 
         Returns:
             two [B, 1 + N, C].
@@ -100,7 +101,9 @@ class Student(ViT):
         """The masked-image-modeling loss (eq. 5, plus the same on the aggregation branch).
 
         Args:
-            images: [B, 3, H, W]; mask: [B, N] bool; labels: [M] int64 codes of the masked patches, row-major;
+            images: [B, 3, H, W].
+            mask: [B, N] bool.
+            labels: [M] int64 codes of the masked patches, row-major.
             num_masked: masked patches of each image, if the same for all (see ``masked_gather``).
         """
         branches = [tokens[:, 1:] for tokens in self.encode(images, mask) if tokens is not None]

@@ -147,7 +147,8 @@ class Tokenizer(nn.Module):
         """Cosine between the teacher's features and what the decoder rebuilds from the codes, per patch: [B, N] fp32.
 
         Args:
-            images: [B, 3, H, W] in [0, 1]. teacher_features: [B, N, teacher_dim].
+            images: [B, 3, H, W] in [0, 1].
+            teacher_features: [B, N, teacher_dim].
         """
         decoded = self.decode(self.quantize.codebook[self.encode(images)])
         return F.cosine_similarity(decoded.float(), teacher_features.float(), dim=-1)
@@ -158,7 +159,8 @@ class Tokenizer(nn.Module):
         In training mode the codebook takes its EMA step.
 
         Args:
-            images: [B, 3, H, W] in [0, 1]. teacher_features: [B, N, teacher_dim].
+            images: [B, 3, H, W] in [0, 1].
+            teacher_features: [B, N, teacher_dim].
         """
         expected = (images.shape[0], self.grid[0] * self.grid[1], self.config.teacher_dim)
         if teacher_features.shape != expected:

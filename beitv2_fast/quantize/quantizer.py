@@ -73,17 +73,20 @@ class FusedVectorQuantizer(QuantizerState):
     on every rank: statistics are summed over the default process group, in eval mode too (see ``track_eval_usage``).
 
     Args:
-        num_codes: K. dim: the width of the vectors.
+        num_codes: K.
+        dim: the width of the vectors.
         metric: "cosine" (vectors and codes at unit length) or "euclidean".
         learning: how the codebook follows the vectors in training mode. "code_ema": moving average of the codes
             themselves (BEiT v2; cosine only, its default). "sum_ema": moving averages of counts and sums; their ratio
             is the code (VQ-VAE appendix A.1; default for euclidean). "gradient": a parameter with the loss
             ``codebook_weight mean((v - sg(y))^2)`` (VQ-VAE eq. 3), for your optimizer. "frozen": not at all.
-        decay: of the moving averages. eps: Laplace smoothing of sum_ema's counts.
-        commitment_weight: beta. codebook_weight: see "gradient".
+        decay: of the moving averages.
+        eps: Laplace smoothing of sum_ema's counts.
+        commitment_weight: beta.
+        codebook_weight: see "gradient".
         gradient: how it passes to the vectors: "straight_through", or by "rotation" (arXiv 2410.06424).
-        heads: the width is cut into this many parts, each with its own code. share_codebook: one codebook for all heads
-            instead of one each.
+        heads: the width is cut into this many parts, each with its own code.
+        share_codebook: one codebook for all heads instead of one each.
         channel_last: vectors lie along the last dimension; otherwise along dimension 1, as in [B, C, H, W].
         kmeans_init: the first training batch initializes the codebook by k-means over all ranks, in
             ``kmeans_iterations``; otherwise it starts random (unit length for cosine, standard normal for euclidean).

@@ -25,7 +25,9 @@ class ResidualVectorQuantizer(nn.Module):
         out = quantizer(z)  # z [..., 64] -> out.quantized [..., 64], out.indices [..., 8]
 
     Args:
-        num_codes: K. dim: D. num_quantizers: Q, the number of stages.
+        num_codes: K.
+        dim: D.
+        num_quantizers: Q, the number of stages.
         share_stages: one codebook for all stages, which then takes Q steps in one forward; its k-means start sees the
             first stage's vectors only.
         dropout: in training, the share of samples (the first dimension) of which only the first 1 to Q - 1 stages take

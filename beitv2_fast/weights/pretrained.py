@@ -45,7 +45,8 @@ def save_pretrained(source: nn.Module | str | Path, folder: str | Path, *, force
 
     Args:
         source: a model, or whatever ``create_model`` reads.
-        folder: to write. force: replace it, if it is such a folder.
+        folder: to write.
+        force: replace it, if it is such a folder.
 
     Raises:
         UserError: the folder exists, or is none of a model.

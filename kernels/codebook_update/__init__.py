@@ -55,7 +55,8 @@ def codebook_update(
     vector is not counted, and with TRITON_DEBUG=1 it trips an assertion.
 
     Args:
-        codebook: [K, D] fp32. cluster_size: [K] fp32.
+        codebook: [K, D] fp32.
+        cluster_size: [K] fp32.
         x: [N, D] vectors, any float dtype and strides, N >= 0, computed from fp32; l2-normalized first for cosine.
         indices: [N] int64 in 0..K-1, or -1.
         decay: of the moving averages, in [0, 1].

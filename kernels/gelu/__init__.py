@@ -18,7 +18,8 @@ def gelu_and_gradient(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     have 10. Not differentiable.
 
     Args:
-        x, grad: of one shape and dtype.
+        x: [...].
+        grad: of the shape and dtype of x.
 
     Raises:
         ValueError: they differ in shape or dtype.

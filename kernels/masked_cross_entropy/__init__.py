@@ -14,7 +14,8 @@ def masked_gather(tokens: Tensor, mask: Tensor, *, num_masked: int | None = None
     """The tokens at masked positions, in row-major order; differentiable.
 
     Args:
-        tokens: [B, N, C] of any dtype and strides: a slice such as ``tokens[:, 1:]`` is not copied. mask: [B, N] bool.
+        tokens: [B, N, C] of any dtype and strides: a slice such as ``tokens[:, 1:]`` is not copied.
+        mask: [B, N] bool.
         num_masked: masked positions of each image, when all have the same number (block masks do): the result's shape
             is then known and the host does not wait for the device.
 
@@ -52,8 +53,13 @@ def masked_cross_entropy(
 
     Args:
         branches: tensors [B, N, C] of any strides, e.g. the last layer's patch tokens and the aggregation branch's.
-        mask: [B, N] bool. labels: [M] int64, the codes of the masked patches in row-major order.
-        norm_weight, norm_bias: [C]; eps: of the LayerNorm. weight: [V, C]; bias: [V] or None.
+        mask: [B, N] bool.
+        labels: [M] int64, the codes of the masked patches in row-major order.
+        norm_weight: [C], of the LayerNorm.
+        norm_bias: [C].
+        weight: [V, C], W.
+        bias: [V], c, or None.
+        eps: of the LayerNorm.
         num_masked: see ``masked_gather``.
 
     Precision: the LayerNorm, softmax and losses are computed in fp32, sums of products in fp32. The products' operands

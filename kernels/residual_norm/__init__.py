@@ -29,9 +29,13 @@ def residual_norm(
     PyTorch runs. Differentiable once on GPUs.
 
     Args:
-        x: [B, ..., C]. branch: of x's shape, or None: s is x.
-        gamma: layer scale [C], or None. keep: drop path, B values of 0 or 1, or None. keep_rate: their expectation.
-        weight, bias: [C] of the norm, or None for both: no norm.
+        x: [B, ..., C].
+        branch: of x's shape, or None: s is x.
+        gamma: layer scale [C], or None.
+        keep: drop path, B values of 0 or 1, or None.
+        keep_rate: their expectation.
+        weight: [C] of the norm, or None, as bias: no norm.
+        bias: [C] of the norm, or None.
 
     Returns:
         s, and the norm or None.

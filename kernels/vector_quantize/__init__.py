@@ -40,8 +40,10 @@ def vector_quantize(
 
     Args:
         x: [N, D], any float dtype and strides, N >= 0; computed in fp32 (fp64 stays), also under autocast. Its gradient
-            has its dtype. codebook: [K, D]; cosine takes the codes as they are: keep them at unit length.
-        commitment_weight: beta. codebook_weight: of VQ-VAE's codebook loss.
+            has its dtype.
+        codebook: [K, D]; cosine takes the codes as they are: keep them at unit length.
+        commitment_weight: beta.
+        codebook_weight: of VQ-VAE's codebook loss.
         return_compared: also return y, in fp32.
 
     Returns:
