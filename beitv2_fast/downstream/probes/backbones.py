@@ -21,7 +21,7 @@ from ...runs.checkpoints import latest_weights
 from ...runs.folder import content, is_run_folder
 from ...teachers import TAUGHT_BY, create_teacher
 from ...weights.create import tokenizer_config
-from .features import POOLED, feature_names, global_features
+from .features import ATTENDED, POOLED, read_features
 
 TITLES = {Student: "pre-trained", Tokenizer: "VQ-KD encoder", Classifier: "fine-tuned"}
 Model = Student | Classifier | Tokenizer
@@ -30,7 +30,8 @@ Run = tuple[Model, object]  # what ``open_model`` gives
 
 @dataclass(frozen=True)
 class Backbone:
-    """features: images [B, 3, image_size, image_size] in [0, 1] -> [B, columns, C]. key: see ``Extractor``."""
+    """features: images [B, 3, image_size, image_size] in [0, 1] -> [B, columns, C], or for the attentive protocol
+    patches [B, N, C]. key: see ``Extractor``."""
 
     title: str
     image_size: int
@@ -43,17 +44,22 @@ def choose_backbone(config: ProbeConfig, run: Run, device: torch.device) -> Back
     """The one that --backbone names. ``run``: the model of --run and its config."""
     model, stored = run
     if config.backbone == "teacher":
-        if config.layers:
-            raise UserError("--layers are those of the network of --run; a teacher is probed as a whole. Leave it out.")
-        return teacher(_tokenizer_run(config, stored), device)
+        if config.layers or config.protocol in ("blocks", "concatenated"):
+            raise UserError(
+                "a teacher is probed as a whole, by the patches that it gives: --layers and the protocols blocks and "
+                "concatenated are for the network of --run. Leave them out."
+            )
+        return teacher(_tokenizer_run(config, stored), device, config.protocol)
+    if config.layers and config.protocol == "attentive":
+        raise UserError("--protocol attentive reads the last patches; --layers are for the others. Leave it out.")
     depth = vit_of(model).depth
     if any(layer > depth for layer in config.layers):
         raise UserError(f"--layers {' '.join(map(str, config.layers))}: the network has {depth} blocks")
     if config.backbone == "untrained":
         return untrained(config, run, config.seed, device)
     key = f"{weights_state(config.run)}/{config.layers}"
-    features = global_features(model.to(device), config.layers)
-    return Backbone(TITLES[type(model)], vit_of(model).image_size, feature_names(config.layers), features, key)
+    columns, features = read_features(model.to(device), config.protocol, config.layers)
+    return Backbone(TITLES[type(model)], vit_of(model).image_size, columns, features, key)
 
 
 def untrained(config: ProbeConfig, run: Run, seed: int, device: torch.device) -> Backbone:
@@ -62,20 +68,21 @@ def untrained(config: ProbeConfig, run: Run, seed: int, device: torch.device) ->
     torch.manual_seed(1000 + seed)
     kind: Any = type(model)
     fresh = kind(model.config).to(device).eval()
-    features = global_features(fresh, config.layers)
-    return Backbone("untrained", vit_of(model).image_size, feature_names(config.layers), features)
+    columns, features = read_features(fresh, config.protocol, config.layers)
+    return Backbone("untrained", vit_of(model).image_size, columns, features)
 
 
-def teacher(tokenizer: Path, device: torch.device) -> Backbone:
-    """The mean of the patch features from which a tokenizer learned."""
+def teacher(tokenizer: Path, device: torch.device, protocol: str = "sweep") -> Backbone:
+    """The patch features from which a tokenizer learned: their mean, or for the attentive protocol all of them."""
     stored = tokenizer_config(tokenizer)
     grid = (stored.image_size // stored.patch_size,) * 2
     network = create_teacher(stored.teacher, grid, stored.teacher_weights, resize=stored.teacher_resize).to(device)
+    attentive = protocol == "attentive"
     return Backbone(
         f"teacher ({stored.teacher})",
         stored.teacher_image_size or stored.image_size,
-        [POOLED["mean"]],
-        lambda images: network(images, grid).mean(1)[:, None],
+        [ATTENDED if attentive else POOLED["mean"]],
+        lambda images: network(images, grid) if attentive else network(images, grid).mean(1)[:, None],
         f"{stored.teacher}/{stored.teacher_weights}/{grid}",
     )
 
