@@ -43,6 +43,7 @@ from beitv2_fast.errors import UserError
 from beitv2_fast.runs.checkpoints import read_weights, save_weights
 from beitv2_fast.runs.files import atomically
 from beitv2_fast.runs.folder import RunFolder
+from beitv2_fast.teachers.classifier import teacher_name
 from beitv2_fast.weights.create import open_model, tokenizer_config
 
 CLASSIFIERS = "classifiers.safetensors"  # of the sweep: one for each feature, in the order of results.json
@@ -165,13 +166,13 @@ def evaluate(
 def main(argv: list[str] | None = None) -> int:
     config, _ = parse(ProbeConfig, PROBE, argv)
     world = start(config.device)
-    model, stored = open_model(config.run)
-    backbone = choose_backbone(config, (model, stored), world.device)
+    trained = open_model(config.run) if teacher_name(config.run) is None else None
+    backbone = choose_backbone(config, trained, world.device)
     keep = kept_columns(config, backbone) if config.protocol == "sweep" else []
     if config.exact and config.tokenizer is not None:
         tokenizer_config(config.tokenizer)  # now, not after the other features have been computed
     run = RunFolder(config, world.rank)
-    splits = find_labeled(config.data, config, run, world, vit_of(model).patch_size)
+    splits = find_labeled(config.data, config, run, world, 1 if trained is None else vit_of(trained[0]).patch_size)
     if config.protocol != "sweep":
         go = evaluate_probe if config.evaluate else train_probe
         return go(config, backbone, splits, run, world, labels_seen(config, trained))
@@ -179,7 +180,9 @@ def main(argv: list[str] | None = None) -> int:
     if config.evaluate:
         return evaluate(config, run, backbone, keep, splits, world)
     found = extracted(extract, backbone)
-    others = list(compared(config, (model, stored), extract)) if config.exact and config.backbone == "trained" else []
+    others: list[Probed] = []
+    if trained is not None and config.exact and config.backbone == "trained":
+        others = list(compared(config, trained, extract))
     world.leave()
     if world.rank:
         return 0
@@ -207,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
             "images": {split: len(images) for split, images in splits.items()},
             "rows": table,
             "sweep": [dataclasses.asdict(result) for result in sweeps],
-            "notes": [labels_seen(config, (model, stored))],
+            "notes": [labels_seen(config, trained)],
         }
     )
     run.print(f"probe: done; {run.path / 'results.json'}")

@@ -10,6 +10,8 @@ from ..models.vit import SIZES
 from .options import OUT, SOURCE, RunConfig, option
 from .training import LOADERS, TrainConfig
 
+TEACHER_WEIGHTS = "of teacher:NAME: a file, or a hub name; none: the source of the package that brings the teacher"
+
 
 @dataclass(frozen=True)
 class ProbeConfig(RunConfig):
@@ -20,13 +22,15 @@ class ProbeConfig(RunConfig):
     data: Path = option(Path("data"), "folder of FOLDER/train/CLASS and FOLDER/test/CLASS (or val) with images")
     run: Path = option(
         Path("runs/pretrain"), "whose backbone is probed, that of a pre-training, a tokenizer (its encoder) or a "
-        f"fine-tuning: {SOURCE}", holds="start",
+        f"fine-tuning: {SOURCE}; or teacher:NAME, a teacher as tokenizers have them, at its own image size",
+        holds="start",
     )  # fmt: skip
     backbone: str = option(
         "trained", "trained: the network of --run; untrained: one of its shape with random weights; teacher: the "
         "frozen network that the tokenizer of --run, or of --tokenizer, learned from",
         choices=("trained", "untrained", "teacher"),
     )  # fmt: skip
+    teacher_weights: str | None = option(None, TEACHER_WEIGHTS, holds="start")
     tokenizer: Path | None = option(
         None, "run folder of a tokenizer, whose teacher --backbone teacher means; with --exact it is probed too; none: "
         "that of --run"
@@ -82,7 +86,8 @@ class StartConfig(TrainConfig):
         Path("runs/pretrain"),
         "where the training starts: from a pre-training, a tokenizer (its encoder is trained on), a fine-tuning or, of "
         "a segmentation, another one (with a new head if its classes are others), in any format of `beitv2-fast "
-        f"convert`: {SOURCE}; none: random weights",
+        f"convert`: {SOURCE}; of a fine-tuning also teacher:NAME, a teacher as tokenizers have them, whose shape no "
+        "option changes; none: random weights",
         holds="start",
     )
     layer_scale: float = option(
@@ -101,6 +106,7 @@ class FinetuneConfig(StartConfig):
 
     stage: ClassVar[str] = "finetune"
     out: Path = option(Path("runs/finetune"), OUT)
+    teacher_weights: str | None = option(None, TEACHER_WEIGHTS, holds="start")
     val: Path | None = option(
         None, "labeled images to evaluate on: a folder of class folders, or shards; none: FOLDER/val or FOLDER/test "
         "of --data, if there is one", free=True,

@@ -19,7 +19,9 @@ from ...models.tokenizer import Tokenizer
 from ...models.vit import ViTConfig
 from ...runs.checkpoints import latest_weights
 from ...runs.folder import content, is_run_folder
-from ...teachers import TAUGHT_BY, create_teacher
+from ...teachers import TAUGHT_BY, create_teacher, native_teacher
+from ...teachers.base import Teacher
+from ...teachers.classifier import TEACHER
 from ...weights.create import tokenizer_config
 from .features import ATTENDED, POOLED, read_features
 
@@ -40,16 +42,20 @@ class Backbone:
     key: str = ""
 
 
-def choose_backbone(config: ProbeConfig, run: Run, device: torch.device) -> Backbone:
-    """The one that --backbone names. ``run``: the model of --run and its config."""
-    model, stored = run
-    if config.backbone == "teacher":
+def choose_backbone(config: ProbeConfig, run: Run | None, device: torch.device) -> Backbone:
+    """The one that --backbone names. ``run``: the model of --run and its config; None: it is a teacher."""
+    if run is None and config.backbone == "untrained":
+        raise UserError("--backbone untrained takes the shape of a run's network, and no teacher's. Leave it out.")
+    if run is None or config.backbone == "teacher":
         if config.layers or config.protocol in ("blocks", "concatenated"):
             raise UserError(
                 "a teacher is probed as a whole, by the patches that it gives: --layers and the protocols blocks and "
                 "concatenated are for the network of --run. Leave them out."
             )
-        return teacher(_tokenizer_run(config, stored), device, config.protocol)
+        if run is None:
+            return named_teacher(config, device)
+        return teacher(_tokenizer_run(config, run[1]), device, config.protocol)
+    model, _ = run
     if config.layers and config.protocol == "attentive":
         raise UserError("--protocol attentive reads the last patches; --layers are for the others. Leave it out.")
     depth = vit_of(model).depth
@@ -77,14 +83,29 @@ def teacher(tokenizer: Path, device: torch.device, protocol: str = "sweep") -> B
     stored = tokenizer_config(tokenizer)
     grid = (stored.image_size // stored.patch_size,) * 2
     network = create_teacher(stored.teacher, grid, stored.teacher_weights, resize=stored.teacher_resize).to(device)
+    key = f"{stored.teacher}/{stored.teacher_weights}/{grid}"
+    return _of_patches(network, grid, stored.teacher, stored.teacher_image_size or stored.image_size, key, protocol)
+
+
+def named_teacher(config: ProbeConfig, device: torch.device) -> Backbone:
+    """The teacher:NAME of --run at its own image size."""
+    name = str(config.run).removeprefix(TEACHER)
+    network, grid = native_teacher(name, config.teacher_weights)
+    key = f"{name}/{config.teacher_weights}/{grid}"
+    return _of_patches(network.to(device), grid, name, network.input_size, key, config.protocol)
+
+
+def _of_patches(
+    network: Teacher, grid: tuple[int, int], name: str, image_size: int, key: str, protocol: str
+) -> Backbone:
     attentive = protocol == "attentive"
-    return Backbone(
-        f"teacher ({stored.teacher})",
-        stored.teacher_image_size or stored.image_size,
-        [ATTENDED if attentive else POOLED["mean"]],
-        lambda images: network(images, grid) if attentive else network(images, grid).mean(1)[:, None],
-        f"{stored.teacher}/{stored.teacher_weights}/{grid}",
-    )
+    columns = [ATTENDED if attentive else POOLED["mean"]]
+
+    def features(images: Tensor) -> Tensor:
+        patches = network(images, grid)
+        return patches if attentive else patches.mean(1)[:, None]
+
+    return Backbone(f"teacher ({name})", image_size, columns, features, key)
 
 
 def weights_state(source: Path) -> str:
@@ -97,8 +118,10 @@ def vit_of(model: Model) -> ViTConfig:
     return model.config.encoder if isinstance(model, Tokenizer) else model.vit_config
 
 
-def labels_seen(config: ProbeConfig, run: Run) -> str:
+def labels_seen(config: ProbeConfig, run: Run | None) -> str:
     """A remark for the report: whether labels were used in the trainings behind the numbers."""
+    if run is None:
+        return _taught(str(config.run).removeprefix(TEACHER))
     model, stored = run
     if isinstance(model, Classifier) and config.backbone == "trained":
         return "The backbone was fine-tuned with labels."
@@ -109,6 +132,10 @@ def labels_seen(config: ProbeConfig, run: Run) -> str:
         name = ""
     if not name:
         return "The trainings here saw no label; what the tokenizer's teacher learned from is not known here."
+    return _taught(name)
+
+
+def _taught(name: str) -> str:
     learned = TAUGHT_BY.get(name, "what its source says")
     return f"The teacher ({name}) learned from {learned}; nothing else here saw a label."
 
