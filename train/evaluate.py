@@ -16,28 +16,34 @@ from beitv2_fast.config.presets import EVALUATE
 from beitv2_fast.data.find import find_images
 from beitv2_fast.data.views import EvalView
 from beitv2_fast.distributed import autocast_dtype, run_main, start
-from beitv2_fast.downstream.classification import crop_share, labeled_images, stored_classes, top1_line
+from beitv2_fast.downstream.classification import (
+    crop_share,
+    labeled_images,
+    load_classifier,
+    stored_classes,
+    top1_line,
+)
 from beitv2_fast.downstream.evaluation import columns_of, evaluate_classifier, listed_classes
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.classifier import Classifier
 from beitv2_fast.runs.checkpoints import latest_weights
 from beitv2_fast.runs.folder import RunFolder, is_run_folder
 from beitv2_fast.runs.sources import locate
-from beitv2_fast.weights.create import open_model
+from beitv2_fast.teachers.classifier import TeacherClassifier
 
 
-def models(config: EvaluateConfig) -> dict[str, Classifier]:
+def models(config: EvaluateConfig) -> dict[str, Classifier | TeacherClassifier]:
     """The classifier by name: of a fine-tuning that kept an average of its weights, both."""
-    model, stored = open_model(config.model, config.image_size)
+    model, stored = load_classifier(config.model, config.image_size)
     found: dict[str, Any] = {"weights": model}
     if is_run_folder(config.model) and getattr(stored, "ema_decay", None):
-        found["average"] = open_model(config.model, config.image_size, average=True)[0]
-    if not isinstance(found["weights"], Classifier):
+        found["average"] = load_classifier(config.model, config.image_size, average=True)[0]
+    if not isinstance(found["weights"], Classifier | TeacherClassifier):
         raise UserError(f"--model {config.model} is no classifier. Fine-tune it first: train/finetune.py --weights.")
     return found
 
 
-def class_names(config: EvaluateConfig, model: Classifier) -> list[str]:
+def class_names(config: EvaluateConfig, model: Classifier | TeacherClassifier) -> list[str]:
     """The names of the classifier's classes."""
     source, names = config.classes, None
     if source is None:
@@ -51,9 +57,9 @@ def class_names(config: EvaluateConfig, model: Classifier) -> list[str]:
             f"nothing says which classes {config.model} knows. Give --classes: the training's folder of class folders, "
             "or a text file with one name per line."
         )
-    if len(names) != model.config.num_classes:
+    if len(names) != model.head.out_features:
         raise UserError(
-            f"{source or config.model} names {len(names)} classes, the classifier has {model.config.num_classes}. "
+            f"{source or config.model} names {len(names)} classes, the classifier has {model.head.out_features}. "
             "Give the --classes that it was trained for."
         )
     return names
@@ -89,13 +95,12 @@ def main(argv: list[str] | None = None) -> int:
     run = RunFolder(config, world.rank)
     state = source_state(config.model)
     finished = finished_rows(run, state)
-    size = first.vit_config.image_size
+    shape: Any = getattr(first, "vit_config", first)
+    size = shape.image_size
     view = EvalView(size, crop_share(config.crop_pct, size))
     datasets = {}
     for i, (name, folder) in enumerate(zip(folder_names(config.data), config.data, strict=True)):
-        images = labeled_images(
-            folder, None, str(i), config, run, world, view=view, min_size=first.vit_config.patch_size
-        )
+        images = labeled_images(folder, None, str(i), config, run, world, view=view, min_size=shape.patch_size)
         datasets[name] = images, columns_of(images.images, classes, folder)
     rows = []
     for name, (dataset, columns) in datasets.items():

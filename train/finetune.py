@@ -16,6 +16,7 @@ from beitv2_fast.distributed import World, run_main
 from beitv2_fast.downstream.augment import BatchAugment
 from beitv2_fast.downstream.classification import (
     ClassifierValidation,
+    load_classifier,
     start_model,
     store_classes,
     stored_classes,
@@ -24,11 +25,11 @@ from beitv2_fast.downstream.classification import (
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.classifier import Classifier
 from beitv2_fast.models.vit import normalize
+from beitv2_fast.teachers.classifier import TeacherClassifier
 from beitv2_fast.training.images import training_images
 from beitv2_fast.training.launch import evaluate_newest, launched, open_run
 from beitv2_fast.training.loop import train
 from beitv2_fast.training.task import Batch, Task
-from beitv2_fast.weights.build import load_run_model
 
 
 class FinetuneTask(Task):
@@ -36,7 +37,7 @@ class FinetuneTask(Task):
 
     name = "finetune"
 
-    def __init__(self, model: Classifier, augment: BatchAugment):
+    def __init__(self, model: Classifier | TeacherClassifier, augment: BatchAugment):
         self.model, self.augment = model, augment
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -60,7 +61,7 @@ def _evaluate(config: FinetuneConfig, world: World) -> int:
     if validation_images(config) is None:
         raise UserError(f"--evaluate: {config.data} has no images to evaluate on. Give --val.")
     kinds = ("weights", "average") if config.ema_decay else ("weights",)
-    models = {kind: load_run_model(config.out, average=kind == "average")[0] for kind in kinds}
+    models = {kind: load_classifier(config.out, average=kind == "average")[0] for kind in kinds}
     return evaluate_newest(config, world, models, lambda run: ClassifierValidation(config, classes, run, world))
 
 

@@ -1,11 +1,13 @@
 """Probes of a frozen backbone: ``deepspeed train/linear_probe.py --run RUN --data FOLDER --out RUN``.
 
-A sweep of linear classifiers over layers and learning rates; k nearest neighbors; few images per class.
+A sweep of linear classifiers over layers and learning rates; k nearest neighbors; few images per class. Or, with
+--protocol, classifiers by AdamW on random crops, as BEiT, DINOv2 and CAPI probe: see ``downstream.probes.trained``.
+
 With --exact also the probe to convergence, on what a representation has to beat too: the untrained backbone and raw
 pixels, and on the teacher's features, from which the tokenizer learned.
 
 Also under ``torchrun`` and plain ``python``. The ranks share the images of which the features are computed; only
-rank 0 then fits the classifiers, and the others end.
+rank 0 then fits the sweep's classifiers, and the others end.
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ from beitv2_fast.downstream.probes.features import POOLED, Extractor, SplitFeatu
 from beitv2_fast.downstream.probes.images import find_labeled
 from beitv2_fast.downstream.probes.knn import knn_predict
 from beitv2_fast.downstream.probes.sweep import Classifiers, SweepResult, fit_sweep, shares
+from beitv2_fast.downstream.probes.trained import evaluate_probe, train_probe
 from beitv2_fast.errors import UserError
 from beitv2_fast.runs.checkpoints import read_weights, save_weights
 from beitv2_fast.runs.files import atomically
 from beitv2_fast.runs.folder import RunFolder
+from beitv2_fast.teachers.classifier import teacher_name
 from beitv2_fast.weights.create import open_model, tokenizer_config
 
 CLASSIFIERS = "classifiers.safetensors"  # of the sweep: one for each feature, in the order of results.json
@@ -162,18 +166,23 @@ def evaluate(
 def main(argv: list[str] | None = None) -> int:
     config, _ = parse(ProbeConfig, PROBE, argv)
     world = start(config.device)
-    model, stored = open_model(config.run)
-    backbone = choose_backbone(config, (model, stored), world.device)
-    keep = kept_columns(config, backbone)
+    trained = open_model(config.run) if teacher_name(config.run) is None else None
+    backbone = choose_backbone(config, trained, world.device)
+    keep = kept_columns(config, backbone) if config.protocol == "sweep" else []
     if config.exact and config.tokenizer is not None:
         tokenizer_config(config.tokenizer)  # now, not after the other features have been computed
     run = RunFolder(config, world.rank)
-    splits = find_labeled(config.data, config, run, world, vit_of(model).patch_size)
+    splits = find_labeled(config.data, config, run, world, 1 if trained is None else vit_of(trained[0]).patch_size)
+    if config.protocol != "sweep":
+        go = evaluate_probe if config.evaluate else train_probe
+        return go(config, backbone, splits, run, world, labels_seen(config, trained))
     extract = Extractor(splits, run.path / "features", world, batch_size=config.batch_size, workers=config.workers)
     if config.evaluate:
         return evaluate(config, run, backbone, keep, splits, world)
     found = extracted(extract, backbone)
-    others = list(compared(config, (model, stored), extract)) if config.exact and config.backbone == "trained" else []
+    others: list[Probed] = []
+    if trained is not None and config.exact and config.backbone == "trained":
+        others = list(compared(config, trained, extract))
     world.leave()
     if world.rank:
         return 0
@@ -201,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
             "images": {split: len(images) for split, images in splits.items()},
             "rows": table,
             "sweep": [dataclasses.asdict(result) for result in sweeps],
-            "notes": [labels_seen(config, (model, stored))],
+            "notes": [labels_seen(config, trained)],
         }
     )
     run.print(f"probe: done; {run.path / 'results.json'}")

@@ -20,11 +20,14 @@ from beitv2_fast.downstream.segmentation.overlays import overlay
 from beitv2_fast.downstream.segmentation.training import (
     SegmenterValidation,
     load_segmenter,
+    published_segmenter,
     start_segmenter,
     training_folder,
 )
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.vit import normalize
+from beitv2_fast.runs.checkpoints import Checkpoints
+from beitv2_fast.runs.sources import locate
 from beitv2_fast.training.launch import evaluate_newest, launched, open_run
 from beitv2_fast.training.loop import train
 from beitv2_fast.training.optim import Schedule
@@ -85,11 +88,13 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _evaluate(config: SegmentConfig, world: World) -> int:
-    """--evaluate: the newest checkpoint."""
+    """--evaluate: the newest checkpoint, or of a run without any the segmenter in the file of --weights."""
     folders = validation_folders(config.data, config.val)
     if folders is None:
         raise UserError(f"--evaluate: {config.data} has no images to evaluate on. Give --val.")
-    model = load_segmenter(config.out)[0]
+    trained = config.from_scratch or Checkpoints(config.out / "checkpoints").all()
+    published = config.weights is not None and not trained and locate(config.weights).is_file()
+    model = published_segmenter(config) if published else load_segmenter(config.out)[0]
     num_classes = model.config.num_classes
     return evaluate_newest(
         config, world, {"weights": model}, lambda run: SegmenterValidation(config, folders, num_classes, run, world)

@@ -10,6 +10,8 @@ from ..models.vit import SIZES
 from .options import OUT, SOURCE, RunConfig, option
 from .training import LOADERS, TrainConfig
 
+TEACHER_WEIGHTS = "of teacher:NAME: a file, or a hub name; none: the source of the package that brings the teacher"
+
 
 @dataclass(frozen=True)
 class ProbeConfig(RunConfig):
@@ -20,45 +22,60 @@ class ProbeConfig(RunConfig):
     data: Path = option(Path("data"), "folder of FOLDER/train/CLASS and FOLDER/test/CLASS (or val) with images")
     run: Path = option(
         Path("runs/pretrain"), "whose backbone is probed, that of a pre-training, a tokenizer (its encoder) or a "
-        f"fine-tuning: {SOURCE}", holds="start",
+        f"fine-tuning: {SOURCE}; or teacher:NAME, a teacher as tokenizers have them, at its own image size",
+        holds="start",
     )  # fmt: skip
     backbone: str = option(
         "trained", "trained: the network of --run; untrained: one of its shape with random weights; teacher: the "
         "frozen network that the tokenizer of --run, or of --tokenizer, learned from",
         choices=("trained", "untrained", "teacher"),
     )  # fmt: skip
+    teacher_weights: str | None = option(None, TEACHER_WEIGHTS, holds="start")
     tokenizer: Path | None = option(
         None, "run folder of a tokenizer, whose teacher --backbone teacher means; with --exact it is probed too; none: "
         "that of --run"
     )  # fmt: skip
+    protocol: str = option(
+        "sweep", "sweep: linear classifiers by SGD on features that are computed once; the others learn by AdamW from "
+        "random crops and flips of which the frozen network computes features anew. blocks, as BEiT: a linear "
+        "classifier for each block, on its CLS token beside the mean of its patches; concatenated, as DINOv2: one for "
+        "the CLS tokens of the last blocks and the mean of the last patches; attentive, as CAPI: a learned query "
+        "attends to the patches, then a linear classifier", choices=("sweep", "blocks", "concatenated", "attentive"),
+    )  # fmt: skip
+    lr: float = option(1e-3, "of a protocol by AdamW, peak for a batch of 256 and scaled in proportion", above=0)
+    weight_decay: float = option(1e-4, "of a protocol by AdamW", at_least=0)
     features: str = option(
         "auto",
-        "cls: the CLS token, of a pre-training's aggregation branch; mean: the mean of the last layer's patches; auto: "
-        "both",
+        "of the sweep; cls: the CLS token, of a pre-training's aggregation branch; mean: the mean of the last layer's "
+        "patches; auto: both",
         choices=("auto", "cls", "mean"),
     )
     exact: bool = option(
-        False, "also probe by L-BFGS, to convergence and with the penalty chosen, and compare with an untrained "
-        "network, pixels and the teacher: for up to some 10,000 images"
+        False, "of the sweep: also probe by L-BFGS, to convergence and with the penalty chosen, and compare with an "
+        "untrained network, pixels and the teacher: for up to some 10,000 images"
     )  # fmt: skip
     evaluate: bool = option(
-        False, "fit nothing: evaluate the sweep's classifiers of --out on the test images of --data", free=True
+        False, "fit nothing: evaluate the classifiers of --out on the test images of --data", free=True
     )
     layers: tuple[int, ...] = option(
-        (), "blocks, counted from 1, whose CLS token and mean of patches the sweep probes too; each takes 2 x dim x 4 "
-        "bytes of memory an image", at_least=1,
+        (), "blocks, counted from 1: whose CLS token and mean of patches the sweep probes too, each for 2 x dim x 4 "
+        "bytes of memory an image; that the protocol blocks probes (none: all) or concatenated joins (none: the last "
+        "four)", at_least=1,
     )  # fmt: skip
     learning_rates: tuple[float, ...] = option(
         (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
         "of the sweep, for a batch of 256: all are trained at once on every feature; the best on a fifth of train is "
         "tested", above=0,
     )  # fmt: skip
-    epochs: int = option(100, "of the sweep, passes over the cached features", at_least=1)
+    epochs: int = option(100, "passes over the images, or of the sweep over their features", at_least=1)
     sgd_batch_size: int = option(1024, "of the sweep, images per step; a small set is cut into ten", at_least=1)
     neighbors: tuple[int, ...] = option((10, 20), "k of the k nearest neighbors", at_least=1)
     shots: tuple[int, ...] = option((1, 5, 10), "images per class of the few-shot probes", at_least=1)
     seeds: int = option(3, "repetitions of the exact and few-shot probes, with other images each", at_least=1)
-    batch_size: int = option(64, "images per forward pass", free=True, at_least=1)
+    batch_size: int = option(
+        64, "images per forward pass on each rank; by AdamW also per step, as many in all when it resumes", free=True,
+        at_least=1,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,8 @@ class StartConfig(TrainConfig):
         Path("runs/pretrain"),
         "where the training starts: from a pre-training, a tokenizer (its encoder is trained on), a fine-tuning or, of "
         "a segmentation, another one (with a new head if its classes are others), in any format of `beitv2-fast "
-        f"convert`: {SOURCE}; none: random weights",
+        f"convert`: {SOURCE}; of a fine-tuning also teacher:NAME, a teacher as tokenizers have them, whose shape no "
+        "option changes; none: random weights",
         holds="start",
     )
     layer_scale: float = option(
@@ -88,6 +106,7 @@ class FinetuneConfig(StartConfig):
 
     stage: ClassVar[str] = "finetune"
     out: Path = option(Path("runs/finetune"), OUT)
+    teacher_weights: str | None = option(None, TEACHER_WEIGHTS, holds="start")
     val: Path | None = option(
         None, "labeled images to evaluate on: a folder of class folders, or shards; none: FOLDER/val or FOLDER/test "
         "of --data, if there is one", free=True,

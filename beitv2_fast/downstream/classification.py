@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.downstream import EvaluateConfig, FinetuneConfig
+from ..config.training import TrainConfig
 from ..data.find import find_split
 from ..data.images import ImageFolder
 from ..data.loaders import choose_loader
@@ -17,14 +19,18 @@ from ..data.views import EvalView
 from ..distributed import World, autocast_dtype
 from ..errors import UserError
 from ..models.classifier import Classifier, ClassifierConfig
+from ..runs.checkpoints import latest_weights, load_model, read_weights
 from ..runs.files import write_atomically
-from ..runs.folder import RunFolder
+from ..runs.folder import RunFolder, is_run_folder
 from ..runs.logs import read_metrics
 from ..runs.sources import locate
+from ..teachers import create_teacher
+from ..teachers.classifier import TeacherClassifier, teacher_name
 from ..training.images import checked_images
-from ..weights.build import vit_config
+from ..weights.build import run_config, vit_config
+from ..weights.create import open_model
 from ..weights.files import read
-from ..weights.start import describe_new, start_config, start_from
+from ..weights.start import check_shape, describe_new, start_config, start_from
 from .evaluation import columns_of, evaluate_classifier
 
 CLASSES_FILE = "classes.json"  # in the run folder: the names of the classes, in the order of the logits
@@ -33,7 +39,9 @@ CLASSES_FILE = "classes.json"  # in the run folder: the names of the classes, in
 HEAD_SCALE = 1e-3
 
 
-def start_model(config: FinetuneConfig, classes: list[str], say: Callable[[str], None]) -> Classifier:
+def start_model(
+    config: FinetuneConfig, classes: list[str], say: Callable[[str], None]
+) -> Classifier | TeacherClassifier:
     """A classifier with the weights that the config names, at its image size and drop path, and a head for the classes.
 
     The head is kept where the weights are a classifier's with these very classes (a run folder tells; of a file's as
@@ -45,6 +53,9 @@ def start_model(config: FinetuneConfig, classes: list[str], say: Callable[[str],
     if config.from_scratch:
         model = Classifier(ClassifierConfig(vit_config(config, position="relative"), len(classes)))
         return _small_head(model)
+    if (name := teacher_name(config.weights)) is not None:
+        say(f"weights of the teacher {name}, without drop path; fc_norm and head are new")
+        return _small_head(teacher_classifier(config, name, len(classes)))
     assert config.weights is not None
     loaded = read(config.weights)
     vit = start_config(config, loaded.backbone(heads=config.heads))
@@ -57,7 +68,32 @@ def start_model(config: FinetuneConfig, classes: list[str], say: Callable[[str],
     return _small_head(model) if "head.weight" in new else model
 
 
-def _small_head(model: Classifier) -> Classifier:
+def teacher_classifier(config: FinetuneConfig, name: str, num_classes: int) -> TeacherClassifier:
+    """A teacher that reads images of the config's size, with a new head."""
+    teacher = create_teacher(name, (config.image_size // config.patch_size,) * 2, config.teacher_weights)
+    check_shape(config, teacher, ("patch_size",))
+    if config.image_size % config.patch_size:
+        raise UserError(f"--image-size {config.image_size} is not a multiple of --patch-size {config.patch_size}.")
+    return TeacherClassifier(teacher, config.image_size, num_classes)
+
+
+def load_classifier(
+    source: Path, image_size: int | None = None, *, average: bool = False
+) -> tuple[nn.Module, TrainConfig | None]:
+    """``open_model``, that reads the fine-tuning of a teacher, too."""
+    config = run_config(source) if is_run_folder(source) else None
+    name = teacher_name(config.weights) if isinstance(config, FinetuneConfig) else None
+    if not isinstance(config, FinetuneConfig) or name is None:
+        return open_model(source, image_size, average=average)
+    config = dataclasses.replace(config, image_size=image_size or config.image_size)
+    file = latest_weights(source).with_name("ema.safetensors" if average else "model.safetensors")
+    state = read_weights(file)
+    model = teacher_classifier(config, name, len(state["head.weight"]))
+    load_model(model, state, str(file))
+    return model.eval(), config
+
+
+def _small_head(model: Classifier | TeacherClassifier) -> Classifier | TeacherClassifier:
     with torch.no_grad():
         model.head.weight.mul_(HEAD_SCALE)
         model.head.bias.mul_(HEAD_SCALE)

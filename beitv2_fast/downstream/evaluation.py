@@ -6,6 +6,7 @@ import codecs
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +90,29 @@ def class_columns(folder_classes: Sequence[str], classes: Sequence[str], folder:
 
 @torch.no_grad()
 def evaluate_classifier(
-    model: nn.Module,
+    model: nn.Module, dataset: ImageFolder, columns: Tensor, world: World, **how: Any
+) -> dict[str, float]:
+    """The shares of images whose class has the highest score (top1) and one of the five highest (top5), and the loss.
+
+    The model is in eval mode meanwhile.
+
+    Args:
+        model: normalized images [B, 3, H, W] -> logits [B, classes]. All others: see ``evaluate_scores``.
+
+    Returns:
+        top1, top5 (1 with five classes or less), loss (mean cross entropy over those logits) and the number of images.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        return evaluate_scores(lambda images: model(normalize(images))[:, None], dataset, columns, world, **how)[0]
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def evaluate_scores(
+    scores: Callable[[Tensor], Tensor],
     dataset: ImageFolder,
     columns: Tensor,
     world: World,
@@ -98,47 +121,40 @@ def evaluate_classifier(
     workers: int = 0,
     amp: torch.dtype | None = None,
     progress: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """The shares of images whose class has the highest score (top1) and one of the five highest (top5), and the loss.
+) -> list[dict[str, float]]:
+    """What ``evaluate_classifier`` returns, of each of several classifiers.
 
     The images are divided among the ranks, each of which runs as many batches (a network whose weights are spread over
-    them needs all in every forward). The model is in eval mode meanwhile.
+    them needs all in every forward).
 
     Args:
-        model: normalized images [B, 3, H, W] -> logits [B, classes].
+        scores: images [B, 3, H, W] in [0, 1] -> logits [B, classifiers, classes].
         dataset: labeled images with a view that gives "image" in [0, 1].
         columns: from ``class_columns``: the logits among which the model chooses, in the order of the labels.
         amp: dtype of autocast. progress: called after every batch.
-
-    Returns:
-        top1, top5 (1 with five classes or less), loss (mean cross entropy over those logits) and the number of images.
     """
     own = rank_share(len(dataset), world.rank, world.size)
     most = -(-len(dataset) // world.size)
     keys = own + [(0, 0)] * (most - len(own))
-    columns, sums, seen = columns.to(world.device), torch.zeros(4, dtype=torch.float64, device=world.device), 0
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in keyed_loader(dataset, keys, batch_size, workers):
-            images, labels = batch["image"].to(world.device), batch["label"].to(world.device)
-            with torch.autocast(world.device.type, amp or torch.bfloat16, enabled=amp is not None):
-                logits = model(normalize(images))
-            real = max(min(len(own) - seen, len(labels)), 0)  # the rest fills up this rank's last batch
-            seen += len(labels)
-            sums += _counts(logits[:real].float()[:, columns], labels[:real])
-            progress()
-    finally:
-        model.train(was_training)
-    images, loss, top1, top5 = world.sum(sums).tolist()
-    return {"top1": top1 / images, "top5": top5 / images, "loss": loss / images, "images": int(images)}
+    columns, sums, seen = columns.to(world.device), torch.zeros((), dtype=torch.float64, device=world.device), 0
+    for batch in keyed_loader(dataset, keys, batch_size, workers):
+        images, labels = batch["image"].to(world.device), batch["label"].to(world.device)
+        with torch.autocast(world.device.type, amp or torch.bfloat16, enabled=amp is not None):
+            logits = scores(images)
+        real = max(min(len(own) - seen, len(labels)), 0)  # the rest fills up this rank's last batch
+        seen += len(labels)
+        sums = sums + _counts(logits[:real].float()[..., columns], labels[:real])
+        progress()
+    return [
+        {"top1": top1 / images, "top5": top5 / images, "loss": loss / images, "images": int(images)}
+        for images, loss, top1, top5 in world.sum(sums).tolist()
+    ]
 
 
 def _counts(scores: Tensor, labels: Tensor) -> Tensor:
-    """float64 [4]: images, sum of the cross entropy, right ones, ones with the label among the best five."""
-    if not len(labels):
-        return torch.zeros(4, dtype=torch.float64, device=labels.device)
-    best = scores.topk(min(5, scores.shape[1]), dim=1).indices
-    right = best == labels[:, None]
-    loss = F.cross_entropy(scores, labels, reduction="sum")
-    return torch.stack([torch.tensor(len(labels), device=labels.device), loss, right[:, 0].sum(), right.sum()]).double()
+    """[B, F, K], [B] -> float64 [F, 4]: images, sum of the cross entropy, right ones, ones with the label among the
+    best five."""
+    labels = labels[:, None].expand(scores.shape[:2])
+    right = scores.topk(min(5, scores.shape[-1]), dim=-1).indices == labels[..., None]
+    loss = F.cross_entropy(scores.transpose(1, 2), labels, reduction="none")
+    return torch.stack([torch.ones_like(loss), loss, right[..., 0], right.any(-1)], -1).double().sum(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,20 @@ def features(model: Student | Classifier | Tokenizer, images: Tensor) -> Feature
     last, aggregated = model.encode(normalize(images))
     norm, _ = model.aggregation_head
     return Features(norm((last if aggregated is None else aggregated)[:, 0]), model.norm(last[:, 1:]))
+
+
+@torch.no_grad()
+def block_tokens(model: Student | Classifier | Tokenizer, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    """The tokens after each of these blocks (counted from 1) as they are: CLS and patches, [B, 1 + N, C].
+
+    ``images``: as of ``features``. Of a tokenizer its encoder's, of a student without its aggregation branch.
+    """
+    vit = model.encoder if isinstance(model, Tokenizer) else model
+    x, bias = vit.embed(2 * images - 1 if isinstance(model, Tokenizer) else normalize(images)), vit.position_bias()
+    found = {}
+    for layer, block in enumerate(vit.blocks[: max(layers)], start=1):
+        found[layer] = x = block(x, bias)
+    return [found[layer] for layer in layers]
 
 
 @torch.no_grad()

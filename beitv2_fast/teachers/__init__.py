@@ -55,6 +55,16 @@ def create_teacher(
         ) from error
 
 
+def native_teacher(name: str, weights: str | None = None) -> tuple[Teacher, tuple[int, int]]:
+    """A teacher that reads images of its own size, and the grid of its features there."""
+    grid, own = (0, 0), (14, 14)
+    while own != grid:  # its patches are known once it is there
+        grid = own
+        teacher = create_teacher(name, grid, weights, resize=True)
+        own = (teacher.input_size // teacher.patch_size,) * 2
+    return teacher, grid
+
+
 def _build(name: str, grid: tuple[int, int], weights: str | None, resize: bool) -> Teacher:
     if name == "clip":
         return OpenCLIP(networks.CLIP_NAME, "openai", grid, weights, resize)

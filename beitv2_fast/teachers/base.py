@@ -43,13 +43,16 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        with torch.autocast(images.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+            return self.patches(images, grid)
+
+    def patches(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What a call gives, with a gradient, and under whatever autocast there is."""
         require_floating(images)
         size = (self.input_size,) * 2 if self.resize else (grid[0] * self.patch_size, grid[1] * self.patch_size)
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
-        images = (images - self.mean) / self.std
-        with torch.autocast(images.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            features = self.features(images)
+        features = self.features((images - self.mean) / self.std)
         if self.resize and features.shape[-2:] != grid:
             features = F.interpolate(features.float(), grid, mode="bicubic", antialias=True).to(features.dtype)
         if features.shape[-2:] != grid:

@@ -42,9 +42,10 @@ def open_run(config: TrainConfig, world: World, backend: Backend) -> RunFolder:
 def evaluate_newest(
     config: TrainConfig, world: World, models: Mapping[str, nn.Module], validation: Callable[[RunFolder], AfterEpoch]
 ) -> int:
-    """--evaluate: what ``validation`` does after an epoch, for the models of the newest checkpoint; the exit code."""
+    """--evaluate: what ``validation`` does after an epoch, for the models of the newest checkpoint (step 0: there is
+    none); the exit code."""
     run = RunFolder(config, world.rank)
-    step = int(Checkpoints(run.checkpoints).all()[-1].name.removeprefix("step_"))
+    step = max((int(file.name.removeprefix("step_")) for file in Checkpoints(run.checkpoints).all()), default=0)
     validation(run)(step, {name: model.to(world.device) for name, model in models.items()}, lambda: None)
     run.close()
     return 0

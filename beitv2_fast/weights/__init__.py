@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, UserError, first_few
 from ..models.attention import relative_position_index
-from .names import BIAS_INDEX, BIAS_TABLE, FORMATS, PUBLISHED_COUNTERS, PUBLISHED_UNUSED
+from .names import BIAS_INDEX, BIAS_TABLE, FORMATS, PUBLISHED_COUNTERS, PUBLISHED_UNUSED, SEGMENTER_HEADS
 from .translate import from_ours, to_ours
 
 __all__ = ["FORMATS", "Weights", "convert", "detect", "from_published", "kind_of"]
@@ -55,8 +55,9 @@ def convert(state: Mapping[str, Any], target: str, source: str | None = None) ->
     "beitv2_fast", "timm" (``timm.models.beit.Beit``), "transformers" (files of BeitModel, BeitForMaskedImageModeling
     and BeitForImageClassification), "transformers_modules" (what their ``state_dict()`` shows in transformers 5).
 
-    Only the first two have tokenizers; ``to_classifier`` makes a plain ViT of its encoder. timm has no place for
-    a student's mask token, head and aggregation branch, transformers none for the last of them: see ``Weights.extras``.
+    Only the first two have tokenizers; ``to_classifier`` makes a plain ViT of its encoder. Published segmenters
+    (mmsegmentation's ``backbone.``, ``decode_head.``, ``auxiliary_head.``) become ours, and nothing else. timm has no
+    place for a student's mask token, head and aggregation branch, transformers none for the last: ``Weights.extras``.
     The buffers ``relative_position_index`` follow from the shape of the bias table: published files get them, others
     do not hold them.
 
@@ -78,6 +79,9 @@ def convert(state: Mapping[str, Any], target: str, source: str | None = None) ->
     source = source or detect(entries)
     ours, unknown = to_ours(_without_tables(_plain_names(entries, source)), source)
     unused = {name: unknown.pop(name) for name in list(unknown) if name.startswith(PUBLISHED_UNUSED)}
+    heads = {name: unknown.pop(name) for name in list(unknown) if name.startswith(SEGMENTER_HEADS)}
+    if heads and (target != "beitv2_fast" or source not in ("beitv2_fast", "published")):
+        raise CheckpointError("only published segmenters are converted, and only to beitv2_fast.")
     if unknown:
         raise CheckpointError(
             f"these weights were read as {source!r}, which has no entries named {', '.join(unknown)}. "
@@ -98,7 +102,7 @@ def convert(state: Mapping[str, Any], target: str, source: str | None = None) ->
         codes = len(result["quantize.codebook"])
         result.setdefault("quantize.idle", torch.zeros(codes, dtype=torch.int64))
         result.setdefault("quantize.steps", torch.zeros((), dtype=torch.int64))
-    return Weights(result, rest)
+    return Weights({**result, **heads}, rest)
 
 
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -150,6 +154,8 @@ def without_wrapping(state: Mapping[str, Any]) -> dict[str, Tensor]:
     if others:
         raise CheckpointError(f"a state dict of tensors is needed, but these entries are none: {', '.join(others)}")
     plain = {WRAPPERS.sub("", name): value for name, value in state.items()}
+    if any(name.startswith("decode_head.") for name in plain):  # mmsegmentation's name of the ViT beside its heads
+        plain = {name.removeprefix("backbone."): value for name, value in plain.items()}
     found = [m["prefix"] for name in plain if (m := MODEL.fullmatch(name))]
     prefixes = [p for p in found if "ema" not in p.lower()] or found  # an average of the weights is not taken
     if "" in found:  # published tokenizers come with their teacher

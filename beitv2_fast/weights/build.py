@@ -18,6 +18,7 @@ from ..runs.checkpoints import latest_weights, load_model, read_weights
 from ..runs.folder import read_config, stored_config
 from ..teachers import create_teacher
 from ..teachers.base import Teacher
+from ..teachers.classifier import teacher_name
 from .shapes import describe
 
 
@@ -77,6 +78,11 @@ def load_run_model(
         model: Tokenizer | Student | Classifier = build_tokenizer(config, state["decode_task_layer.2.weight"].shape[0])
     elif isinstance(config, PretrainConfig):
         model = build_student(config, state["lm_head.weight"].shape[0])
+    elif teacher_name(config.weights) is not None:
+        raise UserError(
+            f"{run} is the fine-tuning of a teacher ({config.weights}), no model of this package: train/finetune.py "
+            "--evaluate and train/evaluate.py read it, and nothing else does."
+        )
     else:
         found = describe(state, {"heads": config.heads})
         assert isinstance(found, ClassifierConfig)

@@ -22,6 +22,7 @@ VIT = (*EMBEDDING, *(f"blocks.{{i}}.{name}" for name in BLOCK))
 CLASSIFIER = ("fc_norm.*", "head.*")
 STUDENT = ("norm.*", "mask_token", "lm_head.*")
 AGGREGATION = (*(f"cls_pt_layers.{{i}}.{name}" for name in BLOCK), "cls_pt_norm.*", "cls_pt_lm_head.*")
+SEGMENTER_HEADS = ("fpn1.", "fpn2.", "decode_head.", "auxiliary_head.")  # as mmsegmentation and we call them
 TOKENIZER_NAMES = (
     *(f"{part}.{name}" for part in ("encoder", "decoder") for name in (*VIT, "fc_norm.*")),
     *(f"{part}_task_layer.{layer}.*" for part in ("encode", "decode") for layer in (0, 2)),

@@ -50,6 +50,8 @@ def describe(ours: Mapping[str, Tensor], known: Mapping[str, Any] | None = None)
     Raises:
         CheckpointError: tensors that such a model has are missing, or their shapes do not belong together.
     """
+    if "decode_head.conv_seg.weight" in ours:
+        raise CheckpointError("these are the weights of a segmenter, which train/segment.py --weights reads.")
     known = dict(known or {})
     with _explained(kind := kind_of(ours)):
         if kind == "tokenizer":

@@ -15,7 +15,7 @@ from ..models.vit import IMAGENET_MEAN, IMAGENET_STD, ViTConfig
 from ..runs.checkpoints import compact, load_model
 from . import kind_of
 from .build import trained_vit
-from .names import BIAS_TABLE
+from .names import BIAS_TABLE, SEGMENTER_HEADS
 from .shapes import count_blocks
 
 SHAPE = ("dim", "depth", "heads", "patch_size")
@@ -107,7 +107,8 @@ def start_from(model: nn.Module, ours: Mapping[str, Tensor], source: str) -> lis
     own, state = model.state_dict(), to_classifier(ours)
     if SHARED_TABLE not in own:
         state = _own_tables(state)
-    state = {name: v for name, v in state.items() if name in own or not name.startswith(CLASSIFIER_HEAD)}
+    other_heads = CLASSIFIER_HEAD if LAST_LAYERS[1] + "weight" in own else (*CLASSIFIER_HEAD, *SEGMENTER_HEADS)
+    state = {name: v for name, v in state.items() if name in own or not name.startswith(other_heads)}
     state = {
         name: v for name, v in state.items() if not name.startswith(LAST_LAYERS) or v.shape == own.get(name, v).shape
     }

@@ -50,8 +50,8 @@ def runs(starts, tmp_path_factory) -> Path:
     def tune(out: str, *more: object) -> list[object]:
         return [*TUNE, "--data", root / "data", "--weights", root / "pretrain", "--out", root / out, *more]
 
-    def probe(out: str) -> list[object]:
-        return [*PROBE, "--data", root / "data", "--run", root / "pretrain", "--out", root / out]
+    def probe(out: str, *more: object) -> list[object]:
+        return [*PROBE, "--data", root / "data", "--run", root / "pretrain", "--out", root / out, *more]
 
     def evaluate(out: str) -> list[object]:
         folders = root / "data" / "val", root / "some"
@@ -62,6 +62,7 @@ def runs(starts, tmp_path_factory) -> Path:
     assert call("finetune", *tune("one", *PLAIN)) == 0
     assert call("evaluate", *evaluate("evaluated_by_one")) == 0
     assert call("linear_probe", *probe("probed_by_one")) == 0
+    assert call("linear_probe", *probe("attended_by_one", "--protocol", "attentive")) == 0
     jobs = [("finetune", tune("two", *random, "--batch-size", 2))]
     jobs.append(("finetune", tune("plain", *PLAIN, "--batch-size", 2)))
     jobs.append(("finetune", tune("zero2", *random, "--batch-size", 2, *zero2)))
@@ -69,6 +70,7 @@ def runs(starts, tmp_path_factory) -> Path:
         jobs.append(("copy", [root / name, root / f"{name}_resumed", HALF]))
         jobs.append(("finetune", tune(f"{name}_resumed", *random, "--batch-size", 2, *more)))
     jobs.append(("evaluate", evaluate("evaluated_by_two")))
+    jobs.append(("linear_probe", probe("attended_by_two", "--protocol", "attentive", "--batch-size", 2)))
     jobs.append(("linear_probe", probe("probed_by_two")))  # the last: its ranks part
     run_jobs(root, jobs)
     return root
@@ -147,6 +149,12 @@ def test_two_ranks_share_the_features_of_a_probe_and_rank_0_finds_what_one_proce
     assert len(files[0]) == 2 and [file.name for file in files[0]] == [file.name for file in files[1]]
     for ours, theirs in zip(*files, strict=True):
         torch.testing.assert_close(load_file(ours)["features"], load_file(theirs)["features"], rtol=1e-5, atol=1e-6)
+
+
+def test_two_ranks_train_a_probe_as_one_process_with_the_same_global_batch(runs):
+    assert_close(last_weights(runs / "attended_by_two"), last_weights(runs / "attended_by_one"))
+    one, two = (results(runs / name)["rows"][0] for name in ("attended_by_one", "attended_by_two"))
+    assert two == {**one, "loss": pytest.approx(one["loss"], rel=1e-5)}
 
 
 def test_a_resumed_probe_reads_the_features_that_the_ranks_left(runs, capsys):

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from beitv2_fast.config import presets
+from beitv2_fast.config.downstream import SEGMENT
+from beitv2_fast.config.options import parse
 from beitv2_fast.train.experiments import ablate, downstream
 from beitv2_fast.train.experiments.runner import Outcome, Step, record_file
 from beitv2_fast.train.experiments.stages import SmallScale, flags
@@ -88,45 +91,71 @@ def test_an_ablation_trains_the_base_once_and_collects_with_the_others(data, mon
     monkeypatch.setattr(ablate, "run_steps", note)
     where = flags(images=data / "images", out=data / "ablations")
     assert ablate.main(["masks", *OPTIONS, *where]) == 0
-    assert len(ran) == 1 + 2 * 4  # a tokenizer; a pre-training and a probe for each mask
+    assert len(ran) == 1 + 3 * 4  # a tokenizer; a pre-training, a probe and a fine-tuning for each mask
     assert ablate.main(["early_layer", "aggregation", *OPTIONS, *where]) == 0
-    assert ran[9:] == [
+    assert ran[13:] == [
         f"seed0/{stage}-{what}"
         for what in ("early_layer_1", "early_layer_3", "aggregation_depth_0")
-        for stage in ("pretrain", "probe")
+        for stage in ("pretrain", "probe", "finetune")
     ]
     found = json.loads((data / "ablations" / "results.json").read_text())
     assert list(found) == ["masks", "early_layer", "aggregation"]
     base = found["masks"]["rows"]["blocks, 40 %"]
     assert found["early_layer"]["rows"]["l = 2"] == base == found["aggregation"]["rows"]["with"]
-    assert base.keys() == {"probe_cls", "probe_mean", "knn_cls", "knn_mean"}
+    assert base.keys() == {"probe_cls", "probe_mean", "knn_cls", "knn_mean", "finetune"}
+    tuned = json.loads((data / "ablations" / "seed0" / "finetune" / "results.json").read_text())
+    assert base["finetune"] == [tuned["weights"]["top1"]]
     # A tokenizer is judged by itself, too; without students only by itself.
     assert ablate.main(["decoder_depth", *OPTIONS, *where, "--no-students"]) == 0
     stages = ("quality", "encoder", "tokenizer-decoder_depth_3", "quality-decoder_depth_3", "encoder-decoder_depth_3")
-    assert ran[15:] == [f"seed0/{stage}" for stage in stages]
+    assert ran[22:] == [f"seed0/{stage}" for stage in stages]
     judged = json.loads((data / "ablations" / "results.json").read_text())["decoder_depth"]["rows"]["depth 3"]
     assert {"used_codes", "perplexity", "similarity", "encoder_knn_mean"} < judged.keys()
     assert "probe_cls" not in judged
+    # With scenes every student is segmented, too, and the rest is not run again.
+    assert ablate.main(["aggregation", *OPTIONS, *where, *flags(scenes=data / "scenes")]) == 0
+    assert ran[27:] == ["seed0/segment", "seed0/segment-aggregation_depth_0"]
+    rows = json.loads((data / "ablations" / "results.json").read_text())["aggregation"]["rows"]
+    found = json.loads((data / "ablations" / ran[28] / "results.json").read_text())
+    assert rows["without"]["segment"] == [found["weights"]["miou"]] and rows["with"]["finetune"] == base["finetune"]
+    assert "| student: fine-tuned, % | student: mIoU, % |" in (data / "ablations" / "aggregation.md").read_text()
     assert (data / "ablations" / "masks.png").is_file() and (data / "ablations" / "masks.md").is_file()
 
 
+@pytest.mark.parametrize("model", ["none", "base", "large"])
 @pytest.mark.parametrize("name", list(ablate.ABLATIONS))
-def test_every_command_of_an_ablation_is_understood(name, tmp_path):
+def test_every_command_of_an_ablation_is_understood(name, model, tmp_path):
     """Each option exists and has a value that it may have; the variants' commands differ."""
-    from beitv2_fast.config import presets
-    from beitv2_fast.config.options import parse
-
-    config = dataclasses.replace(ablate.BASE, out=tmp_path)
-    made = ablate.plan([name], config, tmp_path)
+    config = dataclasses.replace(ablate.BASE, out=tmp_path, model=model)
+    made = ablate.plan([name], config, tmp_path, tmp_path)
     known = {"tokenizer": presets.TOKENIZER, "pretrain": presets.PRETRAIN, "linear_probe": presets.PROBE}
+    known |= {"finetune": presets.FINETUNE, "segment": SEGMENT}
     for step in made.steps.values():
         stage, options = started(step)
         assert stage in MODULES
         if stage in known:
             parse(type(known[stage]["demo"]), known[stage], options)
     probes = [runs["probe"] for runs in made.runs.values()]
-    assert len(set(probes)) == len(probes) == len(ablate.ABLATIONS[name].variants)
+    assert len(set(probes)) == len(probes) == len(ablate.ablations(model)[name].variants)
     assert any(runs["probe"] == "seed0/probe" for runs in made.runs.values())  # one of them is the base
+
+
+@pytest.mark.parametrize("model", ["base", "large"])
+def test_of_a_paper_s_size_an_ablation_changes_its_presets_in_what_it_names_alone(model, tmp_path):
+    config = dataclasses.replace(ablate.BASE, out=tmp_path, model=model, batch_size=64)
+    made = ablate.plan(["mask_ratio", "decoder_depth"], config, tmp_path / "images", tmp_path / "scenes")
+    free = {"data", "out", "seed", "epochs", "batch_size", "loader", "in_memory", "workers", "device", "log_every"}
+    free |= {"save_every", "keep_checkpoints", "tokenizer", "weights", "eval_every", "overlays", "steps"}
+
+    def changed(step: str, all_presets: dict) -> dict:
+        found = parse(type(all_presets[model]), all_presets, started(made.steps[step])[1])[0]
+        return {n: v for n, v in vars(found).items() if n not in free and v != getattr(all_presets[model], n)}
+
+    assert changed("seed0/pretrain-masked_0.2", presets.PRETRAIN) == {"num_masked": 39}
+    assert changed("seed0/tokenizer-decoder_depth_1", presets.TOKENIZER) == {"decoder_depth": 1}
+    for name, all_presets in (("pretrain", presets.PRETRAIN), ("tokenizer", presets.TOKENIZER)):
+        assert changed(f"seed0/{name}", all_presets) == {}
+    assert changed("seed0/finetune", presets.FINETUNE) == changed("seed0/segment", SEGMENT) == {}
 
 
 def test_an_unknown_ablation_is_refused_with_a_list_of_those_that_there_are():

@@ -1,8 +1,9 @@
-"""The paper's ablations, small: ``python -m beitv2_fast.train.experiments.ablate NAME ...`` (no NAME: what there is).
+"""The paper's ablations: ``python -m beitv2_fast.train.experiments.ablate NAME ...`` (no NAME: what there is).
 
-Each is a short list of option values. What an option does not touch is trained once for all of them: the tokenizer of
-the masks, the base that every ablation compares with. Stopped and started again, a run goes on where it was; the
-results of all ablations collect in results.json of --out, with a table and a plot for each.
+Small ones, or with --model those of the paper's presets, by the paper's metrics: fine-tuning, linear probe, mIoU. Each
+is a short list of option values. What an option does not touch is trained once for all of them: the tokenizer of the
+masks, the base that every ablation compares with. Stopped and started again, a run goes on where it was; the results of
+all ablations collect in results.json of --out, with a table and a plot for each.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from beitv2_fast.config.options import option, parse
+from beitv2_fast.config.presets import PRETRAIN, TOKENIZER
 from beitv2_fast.distributed import run_main
 from beitv2_fast.errors import UserError
 from beitv2_fast.runs.files import write_atomically
 from beitv2_fast.train.experiments.packed_images import unpacked
 from beitv2_fast.train.experiments.runner import Step, is_done, machine, run_steps, times
-from beitv2_fast.train.experiments.stages import SmallScale, Stages, probe_numbers, step_result
+from beitv2_fast.train.experiments.stages import SCENES, SmallScale, Stages, probe_numbers, step_result
 from beitv2_fast.train.experiments.tables import Column, Table, markdown, plot
 
 Options = dict[str, Any]
@@ -36,6 +38,8 @@ RESULT_COLUMNS = (
     Column("probe_mean", "student: probe, mean"),
     Column("knn_cls", "student: 10-NN, CLS"),
     Column("knn_mean", "student: 10-NN, mean"),
+    Column("finetune", "student: fine-tuned"),
+    Column("segment", "student: mIoU"),
 )
 OF_TOKENIZERS = ("used_codes", "perplexity", "similarity")
 
@@ -64,46 +68,59 @@ def _of(title: str, stage: str, name: str, values: Sequence[Any], says: str = "{
     return Ablation(title, tuple(Variant(says.format(v), **{stage: {name: v}}) for v in values))
 
 
-# The base is 256 codes of width 32, a decoder of 1 block, k-means and EMA 0.97; blocks over 40 % of the patches, early
-# layer 3 of 4, 2 aggregation blocks with the shared head. A variant equal to it is the base: it is trained once.
-ABLATIONS = {
-    "codebook_size": _of("Size of the codebook", "tokenizer", "num_codes", (64, 256, 1024), "{} codes"),
-    "code_dim": _of("Width of the codes", "tokenizer", "code_dim", (8, 32, 128), "width {}"),
-    "decoder_depth": _of("Depth of the tokenizer's decoder", "tokenizer", "decoder_depth", (1, 3), "depth {}"),
-    "teacher": _of(
-        "Teacher (clip and dino: with the weights that their packages fetch)", "tokenizer", "teacher",
-        ("efficientnet_lite0", "clip", "dino"),
-    ),
-    "codebook_update": Ablation(
-        "k-means start and moving average of the codebook",
-        (
-            Variant("k-means, EMA 0.97", {"kmeans_init": True, "decay": 0.97}),
-            Variant("random start, EMA 0.97", {"kmeans_init": False}),
-            Variant("k-means, no EMA", {"decay": 0.0}),
-            Variant("random start, no EMA", {"kmeans_init": False, "decay": 0.0}),
-            Variant("random start, EMA 0.97, dead codes stay", {"kmeans_init": False, "dead_after": 0.0}),
-        ),
-    ),
-    "early_layer": _of("Early layer l of the aggregation", "pretrain", "early_layer", (1, 2, 3), "l = {}"),
-    "aggregation_depth": _of("Depth of the aggregation", "pretrain", "aggregation_depth", (1, 2, 3), "depth {}"),
-    "head": _of("Head of the two branches", "pretrain", "shared_head", (True, False), "shared: {}"),
-    "aggregation": Ablation(
-        "Patch aggregation", (Variant("with"), Variant("without", pretrain={"aggregation_depth": 0}))
-    ),
-    "loss_on": _of("Branches with a loss", "pretrain", "loss_on", ("both", "last", "aggregation")),
-    "mask_ratio": _of("Share of masked patches", "pretrain", "masked", (0.2, 0.4, 0.6, 0.75), "{}"),
-    "masks": Ablation(
-        "Masks: shape and share",
-        (
-            Variant("blocks, 40 %"),
-            Variant("blocks, 20 %", pretrain={"masked": 0.2}),
-            Variant("blocks, 60 %", pretrain={"masked": 0.6}),
-            Variant("random, 40 %", pretrain={"mask": "random"}),
-        ),
-    ),
-}  # fmt: skip
+# By --model: sizes of the codebook, early layers, decay of the codebook's moving average
+VALUES = {
+    "none": ((64, 256, 1024), (1, 2, 3), 0.97),
+    "base": ((1024, 4096, 8192), (3, 6, 9), 0.99),
+    "large": ((1024, 4096, 8192), (7, 14, 21), 0.99),
+}
 
 
+def ablations(model: str = "none") -> dict[str, Ablation]:
+    """By name. A variant equal to the base is the base, which is trained once. The small base is 256 codes of width 32,
+    a decoder of 1 block, k-means and EMA 0.97; blocks over 40 % of the patches, early layer 3 of 4, 2 aggregation
+    blocks with the shared head. That of a --model is what its presets say.
+    """
+    sizes, layers, ema = VALUES[model]
+    return {
+        "codebook_size": _of("Size of the codebook", "tokenizer", "num_codes", sizes, "{} codes"),
+        "code_dim": _of("Width of the codes", "tokenizer", "code_dim", (8, 32, 128), "width {}"),
+        "decoder_depth": _of("Depth of the tokenizer's decoder", "tokenizer", "decoder_depth", (1, 3), "depth {}"),
+        "teacher": _of(
+            "Teacher (clip and dino: with the weights that their packages fetch)", "tokenizer", "teacher",
+            ("efficientnet_lite0", "clip", "dino"),
+        ),
+        "codebook_update": Ablation(
+            "k-means start and moving average of the codebook",
+            (
+                Variant(f"k-means, EMA {ema}", {"kmeans_init": True, "decay": ema}),
+                Variant(f"random start, EMA {ema}", {"kmeans_init": False}),
+                Variant("k-means, no EMA", {"decay": 0.0}),
+                Variant("random start, no EMA", {"kmeans_init": False, "decay": 0.0}),
+                Variant(f"random start, EMA {ema}, dead codes stay", {"kmeans_init": False, "dead_after": 0.0}),
+            ),
+        ),
+        "early_layer": _of("Early layer l of the aggregation", "pretrain", "early_layer", layers, "l = {}"),
+        "aggregation_depth": _of("Depth of the aggregation", "pretrain", "aggregation_depth", (1, 2, 3), "depth {}"),
+        "head": _of("Head of the two branches", "pretrain", "shared_head", (True, False), "shared: {}"),
+        "aggregation": Ablation(
+            "Patch aggregation", (Variant("with"), Variant("without", pretrain={"aggregation_depth": 0}))
+        ),
+        "loss_on": _of("Branches with a loss", "pretrain", "loss_on", ("both", "last", "aggregation")),
+        "mask_ratio": _of("Share of masked patches", "pretrain", "masked", (0.2, 0.4, 0.6, 0.75), "{}"),
+        "masks": Ablation(
+            "Masks: shape and share",
+            (
+                Variant("blocks, 40 %"),
+                Variant("blocks, 20 %", pretrain={"masked": 0.2}),
+                Variant("blocks, 60 %", pretrain={"masked": 0.6}),
+                Variant("random, 40 %", pretrain={"mask": "random"}),
+            ),
+        ),
+    }  # fmt: skip
+
+
+ABLATIONS = tuple(ablations())
 FIXED: Options = {
     "code_dim": 32, "decoder_depth": 1, "teacher": "efficientnet_lite0", "kmeans_init": True, "decay": 0.97,
     "aggregation_depth": 2, "shared_head": True, "loss_on": "both", "mask": "block",
@@ -112,17 +129,18 @@ FIXED: Options = {
 
 @dataclass(frozen=True)
 class AblateConfig(SmallScale):
-    """Ablations on small photographs; each row differs from the base in what it names."""
+    """Ablations; each row differs from the base in what it names."""
 
     out: Path = option(Path("runs/ablations"), "folder of all runs, of results.json and of NAME.md and NAME.png")
     images: Path = option(Path("data"), "photographs: a folder with train/CLASS and val/CLASS, or a packed file")
+    scenes: Path = option(Path("none"), SCENES)
     teacher_cache: Path | None = option(
         None,
         "folder of the teacher's features, which another experiment on these images may have filled; none: in --out",
     )
     students: bool = option(
-        True, "also pre-train and probe a student for each tokenizer of an ablation that is about tokenizers; else "
-        "these are judged by themselves: codes, similarity, probe and k-NN of their encoder's patches",
+        True, "also pre-train a student for each tokenizer of an ablation that is about tokenizers, and probe and "
+        "fine-tune it; else these are judged by themselves: codes, similarity, probe and k-NN of the encoder",
     )  # fmt: skip
     seeds: int = option(1, "repetitions of the whole, from the tokenizer on", at_least=1)
     show: bool = option(False, "run nothing: write the tables of what is there")
@@ -143,24 +161,34 @@ class AblationSteps:
         return step.name
 
 
-def plan(names: Sequence[str], config: AblateConfig, images: Path) -> AblationSteps:
+def plan(names: Sequence[str], config: AblateConfig, images: Path, scenes: Path | None = None) -> AblationSteps:
     stages, made = Stages(config.out.resolve(), images.resolve(), config, config.teacher_cache), AblationSteps()
     for name in names:
-        for variant in ABLATIONS[name].variants:
+        ablation = ablations(config.model)[name]
+        about = ablation.about_tokenizers
+        for variant in ablation.variants:
             for seed in range(config.seeds):
-                about = ABLATIONS[name].about_tokenizers
                 made.runs[name, variant.title, seed] = _runs(
-                    made, stages, variant, seed, encoder=about, student=config.students or not about
+                    made, stages, variant, seed, scenes, encoder=about, student=config.students or not about
                 )
     return made
 
 
 def _runs(
-    made: AblationSteps, stages: Stages, variant: Variant, seed: int, *, encoder: bool, student: bool
+    made: AblationSteps,
+    stages: Stages,
+    variant: Variant,
+    seed: int,
+    scenes: Path | None,
+    *,
+    encoder: bool,
+    student: bool,
 ) -> dict[str, str]:
     """The steps of a variant. Their names tell all that differs from the base, so equal ones are the same step."""
     scale = stages.scale
     base = {**FIXED, "num_codes": scale.num_codes, "early_layer": scale.early_layer, "masked": scale.masked}
+    if scale.model != "none":
+        base |= {**vars(TOKENIZER[scale.model]), **vars(PRETRAIN[scale.model])}
     given, own = (
         {key: value for key, value in options.items() if base.get(key) != value}
         for options in (variant.tokenizer, variant.pretrain)
@@ -172,9 +200,14 @@ def _runs(
         runs["quality"] = made.add(stages.quality(f"seed{seed}/quality{of_tokenizer}", tokenizer))
         runs["encoder"] = made.add(stages.probe(f"seed{seed}/encoder{of_tokenizer}", tokenizer, seed))
     if student:
-        masks = dataclasses.replace(stages, scale=dataclasses.replace(scale, masked=own.pop("masked", scale.masked)))
-        runs["pretrain"] = made.add(masks.pretrain(f"seed{seed}/pretrain{whole}", tokenizer, seed, **own))
+        if "masked" in own:
+            own["num_masked"] = scale.patches(own.pop("masked"))
+        runs["pretrain"] = made.add(stages.pretrain(f"seed{seed}/pretrain{whole}", tokenizer, seed, **own))
         runs["probe"] = made.add(stages.probe(f"seed{seed}/probe{whole}", runs["pretrain"], seed))
+        runs["finetune"] = made.add(stages.finetune(f"seed{seed}/finetune{whole}", runs["pretrain"], seed))
+        if scenes is not None:
+            at = scenes.resolve(), runs["pretrain"], seed
+            runs["segment"] = made.add(stages.segment(f"seed{seed}/segment{whole}", *at))
     return runs
 
 
@@ -185,7 +218,7 @@ def _slug(options: Options) -> str:
 def ablation_table(name: str, made: AblationSteps, config: AblateConfig) -> Table:
     """What the steps of an ablation have left, by variant."""
     table: Table = {}
-    for variant in ABLATIONS[name].variants:
+    for variant in ablations(config.model)[name].variants:
         row = table.setdefault(variant.title, {})
         for seed in range(config.seeds):
             runs = made.runs[name, variant.title, seed]
@@ -197,6 +230,10 @@ def ablation_table(name: str, made: AblationSteps, config: AblateConfig) -> Tabl
                 numbers |= {f"encoder_{key}": value for key, value in probe_numbers(encoder).items()}
             if (student := found.get("probe")) is not None:
                 numbers |= probe_numbers(student)
+            if (tuned := found.get("finetune")) is not None:
+                numbers["finetune"] = tuned["weights"]["top1"]
+            if (segmented := found.get("segment")) is not None:
+                numbers["segment"] = segmented["weights"]["miou"]
             for key, value in numbers.items():
                 row.setdefault(key, []).append(value)
     return table
@@ -210,16 +247,16 @@ def write_ablations(
     file = config.out / "results.json"
     content = json.loads(file.read_text()) if file.is_file() else {}
     for name in names:
-        table = ablation_table(name, made, config)
+        table, title = ablation_table(name, made, config), ablations(config.model)[name].title
         used = {step for key, runs in made.runs.items() if key[0] == name for step in runs.values()}
         seconds, cpu = times(config.out, [made.steps[step] for step in used])
         columns = [c for c in RESULT_COLUMNS if any(row.get(c.key) for row in table.values())]
-        text = markdown(ABLATIONS[name].title, table, columns) if columns else f"{name}: nothing is done yet\n"
+        text = markdown(title, table, columns) if columns else f"{name}: nothing is done yet\n"
         state = {"last_call_seconds": round(time.monotonic() - started, 1), "machine": [before, machine()]}
         if config.show and name in content:  # nothing ran now
             state = {key: content[name][key] for key in state}
         content[name] = {
-            "title": ABLATIONS[name].title,
+            "title": title,
             "rows": table,
             "seeds": config.seeds,
             "steps_done": sum(is_done(config.out, made.steps[step]) for step in used),
@@ -231,14 +268,14 @@ def write_ablations(
         }
         write_atomically(config.out / f"{name}.md", text)
         if columns:
-            plot(table, columns, config.out / f"{name}.png", title=ABLATIONS[name].title)
+            plot(table, columns, config.out / f"{name}.png", title=title)
         print(text)
     write_atomically(file, json.dumps(content, indent=1) + "\n")
 
 
-def listing() -> str:
+def listing(model: str = "none") -> str:
     lines = []
-    for name, ablation in ABLATIONS.items():
+    for name, ablation in ablations(model).items():
         lines.append(f"{name:<18}{ablation.title}: {'; '.join(v.title for v in ablation.variants)}")
     return "\n".join(lines)
 
@@ -258,10 +295,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     names, options = split(sys.argv[1:] if argv is None else argv)
     config, _ = parse(AblateConfig, {"base": BASE}, options)
     if not names:
-        print(f"{listing()}\n\npython -m beitv2_fast.train.experiments.ablate [NAME ... or all] [options]")
+        print(f"{listing(config.model)}\n\npython -m beitv2_fast.train.experiments.ablate [NAME ... or all] [options]")
         return 0
     started, before = time.monotonic(), machine()
-    made = plan(names, config, unpacked(config.images, config.out / "images"))
+    scenes = None if str(config.scenes) == "none" else unpacked(config.scenes, config.out / "scenes")
+    made = plan(names, config, unpacked(config.images, config.out / "images"), scenes)
     code = 0
     if not config.show:
         code = run_steps(list(made.steps.values()), config.out, jobs=config.steps_at_once).code

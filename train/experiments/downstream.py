@@ -20,7 +20,7 @@ from beitv2_fast.distributed import run_main
 from beitv2_fast.runs.files import write_atomically
 from beitv2_fast.train.experiments.packed_images import unpacked
 from beitv2_fast.train.experiments.runner import Step, machine, run_steps, times
-from beitv2_fast.train.experiments.stages import SmallScale, Stages, probe_numbers, step_result
+from beitv2_fast.train.experiments.stages import SCENES, SmallScale, Stages, probe_numbers, step_result
 from beitv2_fast.train.experiments.tables import Column, Table, markdown, ordering, plot
 
 RANDOM, ENCODER, PLAIN, STUDENT = "random weights", "VQ-KD encoder", "student, no aggregation", "student"
@@ -57,11 +57,7 @@ class DownstreamConfig(SmallScale):
         Path("data"),
         "photographs to pre-train on and to classify: a folder with train/CLASS and val/CLASS, or a packed file",
     )
-    scenes: Path = option(
-        Path("none"),
-        "scenes to segment: a folder with train/images, train/masks and the same in val, or a packed file; 'none': no "
-        "segmentation",
-    )
+    scenes: Path = option(Path("none"), SCENES)
     seeds: int = option(3, "repetitions of the whole, from the tokenizer on", at_least=1)
     show: bool = option(False, "run nothing: write the table of what is there")
 

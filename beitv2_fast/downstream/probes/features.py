@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...data.draws import rank_share
 from ...data.images import ImageFolder, ImageList
@@ -15,13 +15,14 @@ from ...data.loaders import choose_loader, keyed_loader
 from ...data.views import EvalView
 from ...distributed import World
 from ...models.classifier import Classifier
-from ...models.features import features
+from ...models.features import block_tokens, features
 from ...models.student import Student
 from ...models.tokenizer import Tokenizer
 from ...runs.checkpoints import read_weights, save_weights
 from ...runs.files import atomically
 
 POOLED = {"cls": "CLS token", "mean": "mean of patches"}  # of the whole model, in the order of ``global_features``
+ATTENDED = "attended patches"
 SplitFeatures = dict[str, Tensor]  # by split
 
 
@@ -56,6 +57,38 @@ def global_features(model: Student | Classifier | Tokenizer, layers: Sequence[in
 def feature_names(layers: Sequence[int]) -> list[str]:
     """Of the columns of ``global_features``."""
     return [*POOLED.values(), *(f"{title}, block {layer}" for layer in layers for title in POOLED.values())]
+
+
+def read_features(
+    model: Student | Classifier | Tokenizer, protocol: str, layers: Sequence[int]
+) -> tuple[list[str], Callable[[Tensor], Tensor]]:
+    """What a protocol of the probe reads: its names, and images [B, 3, H, W] in [0, 1] -> features.
+
+    sweep: ``global_features``. blocks: [B, layers, 2 C], a block's CLS token beside the mean of its patches, as they
+    are (no layers given: of all blocks). concatenated: [B, 1, (layers + 1) C], the CLS tokens of these blocks (the last
+    four) and the mean of the patches of the last of them, each after the model's final norm (a classifier has none on
+    its tokens). attentive: the patches of ``models.features``, [B, N, C].
+    """
+    if protocol == "sweep":
+        return feature_names(layers), global_features(model, layers)
+    if protocol == "attentive":
+        return [ATTENDED], lambda images: features(model, images).patches
+    depth = len((model.encoder if isinstance(model, Tokenizer) else model).blocks)
+    if protocol == "blocks":
+        layers = layers or range(1, depth + 1)
+        return [f"CLS token and mean of patches, block {layer}" for layer in layers], lambda images: torch.stack(
+            [torch.cat([x[:, 0], x[:, 1:].mean(1)], 1) for x in block_tokens(model, images, layers)], 1
+        )
+    layers = layers or range(max(depth - 3, 1), depth + 1)
+    norm: nn.Module = nn.Identity()
+    if isinstance(model, Student | Tokenizer):
+        norm = model.norm if isinstance(model, Student) else model.encoder.fc_norm
+
+    def concatenated(images: Tensor) -> Tensor:
+        tokens = [norm(x) for x in block_tokens(model, images, layers)]
+        return torch.cat([*(x[:, 0] for x in tokens), tokens[-1][:, 1:].mean(1)], 1)[:, None]
+
+    return [f"CLS tokens of blocks {', '.join(map(str, layers))} and mean of patches"], concatenated
 
 
 class Extractor:

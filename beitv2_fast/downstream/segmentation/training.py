@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...config.downstream import SegmentConfig
 from ...data.images import ImageList
 from ...distributed import World, autocast_dtype
-from ...errors import UserError
+from ...errors import UserError, first_few
 from ...models.vit import ViTConfig
 from ...runs.checkpoints import latest_weights, load_model, read_weights
 from ...runs.folder import RunFolder, read_config, stored_config
@@ -26,6 +26,8 @@ from .model import Segmenter, SegmenterConfig
 from .overlays import write_overlays
 from .views import SegmentationFolder, TrainView
 
+LAST_LAYER = "decode_head.conv_seg.weight"
+
 
 def segmenter_config(config: SegmentConfig, vit: ViTConfig, num_classes: int) -> SegmenterConfig:
     try:
@@ -37,8 +39,8 @@ def segmenter_config(config: SegmentConfig, vit: ViTConfig, num_classes: int) ->
 def start_segmenter(config: SegmentConfig, num_classes: int, say: Callable[[str], None]) -> Segmenter:
     """A segmenter with the backbone that the config names, at its image size and drop path, with new heads.
 
-    The weights are a student's, a tokenizer's (its encoder), a classifier's, in any format, or another segmentation's,
-    whose heads are kept but for the last layers if the classes are of another number.
+    The weights are a student's, a tokenizer's (its encoder), a classifier's, in any format, or another segmentation's
+    or a published segmenter's, whose heads are kept but for the last layers if the classes are of another number.
 
     Raises:
         UserError: the weights are of another shape than the options say; CheckpointError: they cannot be read.
@@ -69,10 +71,25 @@ def load_segmenter(run: Path) -> tuple[Segmenter, SegmentConfig]:
     if not is_segmentation(run):
         raise UserError(f"{run} is no run folder of a segmentation. Name one that train/segment.py wrote.")
     config, backbone, state = _read_segmentation(run)
-    num_classes = state["decode_head.conv_seg.weight"].shape[0]
+    num_classes = len(state[LAST_LAYER])
     model = Segmenter(segmenter_config(config, trained_vit(config, backbone), num_classes))
     load_model(model, state, str(latest_weights(run)))
     return model.eval(), config
+
+
+def published_segmenter(config: SegmentConfig) -> Segmenter:
+    """The segmenter in the file of --weights, whole, in eval mode, at the config's image size."""
+    assert config.weights is not None
+    loaded = read(config.weights)
+    state = loaded.ours
+    if LAST_LAYER not in state:
+        raise UserError(f"--evaluate: {config.out} has no checkpoint yet, and {config.weights} is no segmenter.")
+    classes = config.num_classes or len(state[LAST_LAYER])
+    vit = start_config(config, loaded.backbone(heads=config.heads))
+    model = Segmenter(segmenter_config(config, vit, classes))
+    if new := start_from(model, state, str(config.weights)):
+        raise UserError(f"{config.weights} is no whole segmenter of {classes} classes: it lacks {first_few(new)}.")
+    return model.eval()
 
 
 def _read_segmentation(run: Path) -> tuple[SegmentConfig, ViTConfig, dict[str, Tensor]]:
