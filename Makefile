@@ -6,7 +6,7 @@ VENV ?= .venv
 PIP = $(VENV)/bin/pip --disable-pip-version-check
 DATA ?=
 
-.PHONY: demo test test-faults lint clean
+.PHONY: demo test test-faults lint bench-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python train/demo.py $(if $(DATA),--data $(DATA))
@@ -28,6 +28,10 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/mypy
 	$(VENV)/bin/codespell
+
+# On the CPU, 2 minutes: bench/README.md.
+bench-check: $(VENV)/.installed
+	CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m bench.check
 
 # torch comes first: the C++ ops are compiled against the torch they will run with.
 $(VENV)/.installed: setup.py pyproject.toml $(wildcard kernels/*.cpp kernels/*.h kernels/*/*.cpp kernels/*/*.h)
