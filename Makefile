@@ -6,7 +6,7 @@ VENV ?= .venv
 PIP = $(VENV)/bin/pip --disable-pip-version-check
 DATA ?=
 
-.PHONY: demo test test-faults lint docs clean
+.PHONY: demo test test-faults lint docs bench-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python train/demo.py $(if $(DATA),--data $(DATA))
@@ -33,6 +33,10 @@ lint: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(PIP) install --quiet "beitv2-fast[docs]"
 	$(VENV)/bin/mkdocs build --strict
+
+# On the CPU, 2 minutes: bench/README.md.
+bench-check: $(VENV)/.installed
+	CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m bench.check
 
 # torch comes first: the C++ ops are compiled against the torch they will run with.
 $(VENV)/.installed: setup.py pyproject.toml $(wildcard kernels/*.cpp kernels/*.h kernels/*/*.cpp kernels/*/*.h)

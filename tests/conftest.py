@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from .support.golden import SMALL
 from .support.gpu import device_is_there, exact_products
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first product; see gpu.deterministic
@@ -35,15 +35,6 @@ def gpu_tests_are_repeatable(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder ../shared beside the repository, with reference data; tests that need it are skipped without it."""
-    folder = Path(__file__).resolve().parents[2] / "shared"
-    if not folder.is_dir():
-        pytest.skip("../shared (reference data) is not here")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def golden(shared: Path) -> dict[str, Any]:
+def golden() -> dict[str, Any]:
     """Mask statistics, learning rates and parameter groups of the reference implementation."""
-    return json.loads((shared / "golden" / "masks_and_schedules.json").read_text(encoding="utf-8"))
+    return json.loads((SMALL / "masks_and_schedules.json").read_text(encoding="utf-8"))

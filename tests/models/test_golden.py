@@ -1,6 +1,9 @@
-"""Quantizer, tokenizer, students and classifier agree with the reference implementation's tensors."""
+"""Quantizer, tokenizer, students and classifier agree with the reference implementation's tensors: the small files of
+tests/golden, and all of ../shared/golden where that is."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +15,48 @@ from beitv2_fast.models.tokenizer import Tokenizer, TokenizerModelConfig
 from beitv2_fast.models.vit import ViTConfig
 from beitv2_fast.quantize.quantizer import FusedVectorQuantizer
 
-from ..support.golden import assert_close, assert_gradients_close, load, load_parameters, needs_golden
+from ..support.golden import (
+    LARGE,
+    SMALL,
+    STRIDE,
+    assert_close,
+    assert_gradients_close,
+    load,
+    load_parameters,
+    needs_large,
+)
 
-pytestmark = needs_golden
+
+@pytest.fixture(params=["small", pytest.param("large", marks=needs_large)])
+def folder(request) -> Path:
+    return SMALL if request.param == "small" else LARGE
 
 
-@pytest.mark.parametrize("name", ["quantizer_small", "quantizer_default_dim"])
-def test_quantizer_follows_the_reference_over_five_steps_and_in_eval(name):
-    golden, _ = load(name)
+@needs_large
+@pytest.mark.parametrize("name", sorted(file.stem for file in SMALL.glob("*.safetensors")))
+def test_the_small_files_hold_and_draw_the_bits_of_the_large_ones(name):
+    large, config = load(name, LARGE)
+    small, same_config = load(name)
+    assert same_config == config
+    assert large.keys() - small.keys() <= {"out.preprocessed", "out.z_q"}
+    for key, value in small.items():
+        whole = value.shape == large[key].shape
+        assert torch.equal(value, large[key] if whole else large[key].flatten()[::STRIDE]), key
+
+
+def test_the_small_files_are_small():
+    assert sum(file.stat().st_size for file in SMALL.iterdir()) < 1e6
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        (SMALL, "quantizer_small"),
+        *(pytest.param(LARGE, name, marks=needs_large) for name in ("quantizer_small", "quantizer_default_dim")),
+    ],
+)
+def test_quantizer_follows_the_reference_over_five_steps_and_in_eval(folder, name):
+    golden, _ = load(name, folder)
     num_codes, dim = golden["init.codebook"].shape
     quantizer = FusedVectorQuantizer(
         num_codes,
@@ -58,8 +95,8 @@ def vit_config(c: dict, **overrides) -> ViTConfig:
     return ViTConfig(**{**values, **overrides})
 
 
-def test_tokenizer_agrees_in_forward_losses_gradients_and_codebook():
-    golden, c = load("vqkd_tiny")
+def test_tokenizer_agrees_in_forward_losses_gradients_and_codebook(folder):
+    golden, c = load("vqkd_tiny", folder)
     model = Tokenizer(
         TokenizerModelConfig(
             encoder=vit_config(c, depth=c["encoder_depth"], position="absolute"),
@@ -85,8 +122,8 @@ def test_tokenizer_agrees_in_forward_losses_gradients_and_codebook():
 
 
 @pytest.mark.parametrize("variant", ["shared_bias", "abs_pos_separate_head", "per_block_bias"])
-def test_student_agrees_in_logits_losses_and_gradients(variant):
-    golden, c = load(f"pretrain_{variant}")
+def test_student_agrees_in_logits_losses_and_gradients(folder, variant):
+    golden, c = load(f"pretrain_{variant}", folder)
     position = "absolute" if c["use_abs_pos_emb"] else "shared_relative" if c["use_shared_rel_pos_bias"] else "relative"
     config = StudentConfig(
         vit=vit_config(c, depth=c["depth"], position=position),
@@ -106,8 +143,8 @@ def test_student_agrees_in_logits_losses_and_gradients(variant):
     assert_gradients_close(model, golden)
 
 
-def test_classifier_agrees_in_logits_loss_and_gradients():
-    golden, c = load("classifier")
+def test_classifier_agrees_in_logits_loss_and_gradients(folder):
+    golden, c = load("classifier", folder)
     model = Classifier(
         ClassifierConfig(vit=vit_config(c, depth=c["depth"], position="relative"), num_classes=c["num_classes"])
     )

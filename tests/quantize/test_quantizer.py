@@ -15,7 +15,7 @@ from beitv2_fast import FusedVectorQuantizer
 from beitv2_fast.kernels.checks import METRICS
 from beitv2_fast.quantize.options import LEARNING, QuantizerOptions
 
-from ..support.golden import load, needs_golden
+from ..support.golden import load
 from ..support.quantizers import assert_same, noise, state
 from ..support.quantizers import quantizer as make
 
@@ -237,7 +237,6 @@ def test_a_loaded_codebook_is_not_initialized_again():
     assert_same(state(quantizer), state(trained))
 
 
-@needs_golden
 def test_the_names_of_the_published_tokenizer_load():
     golden, _ = load("quantizer_small")
     codebook = golden["step4.codebook"]

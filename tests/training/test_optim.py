@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -15,15 +14,13 @@ from beitv2_fast.training.optim import Schedule, adamw, cosine_schedule, paramet
 
 from ..models.test_golden import vit_config
 from ..support import weights
-from ..support.golden import FOLDER, load, needs_golden
+from ..support.golden import load
 from ..support.small_runs import small_runs
 from ..support.training import call, last_weights
 
 
-@needs_golden
-def test_the_learning_rate_follows_the_reference_in_every_step():
-    golden = json.loads((FOLDER / "masks_and_schedules.json").read_text())["cosine_lr"]
-    args, values = golden["args"], golden["values"]
+def test_the_learning_rate_follows_the_reference_in_every_step(golden):
+    args, values = golden["cosine_lr"]["args"], golden["cosine_lr"]["values"]
     ours = [
         cosine_schedule(
             step,
@@ -38,9 +35,8 @@ def test_the_learning_rate_follows_the_reference_in_every_step():
     assert ours == pytest.approx(values, rel=1e-12)
 
 
-@needs_golden
-def test_layer_decay_groups_are_the_reference_s():
-    golden = json.loads((FOLDER / "masks_and_schedules.json").read_text())["layer_decay"]
+def test_layer_decay_groups_are_the_reference_s(golden):
+    golden = golden["layer_decay"]
     _, c = load("classifier")
     model = Classifier(
         ClassifierConfig(vit=vit_config(c, depth=c["depth"], position="relative"), num_classes=c["num_classes"])

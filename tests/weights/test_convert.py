@@ -13,7 +13,7 @@ from beitv2_fast.weights.names import FORMATS
 from beitv2_fast.weights.shapes import describe
 from beitv2_fast.weights.start import start_from
 
-from ..support.golden import load, needs_golden, under
+from ..support.golden import load, under
 from ..support.weights import POSITIONS, assert_same_state, classifier, student, tokenizer, vit
 
 MODELS = {
@@ -40,7 +40,6 @@ def test_a_tokenizer_goes_there_and_back_with_its_counters(target):
     assert_same_state(convert(convert(state, target), "beitv2_fast"), state)
 
 
-@needs_golden
 @pytest.mark.parametrize("target", FORMATS)
 @pytest.mark.parametrize("name", GOLDEN)
 def test_a_published_state_comes_back_whole_from_every_format(name, target):
@@ -48,7 +47,6 @@ def test_a_published_state_comes_back_whole_from_every_format(name, target):
     assert_same_state(convert(convert(published, target), "published"), published)
 
 
-@needs_golden
 def test_a_published_tokenizer_comes_back_whole_with_the_statistics_that_nothing_reads():
     published = under(load("vqkd_tiny")[0], "param.")
     assert_same_state(convert(convert(published, "beitv2_fast"), "published"), published)
