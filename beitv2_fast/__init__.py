@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from .models.student import Student, StudentConfig
     from .models.tokenizer import Tokenizer, TokenizerModelConfig
     from .models.vit import ViT, ViTConfig
-    from .quantize.adapters import EmbeddingAdapter, NormEMAAdapter, Unsupported, VectorQuantizeAdapter
+    from .quantize.adapters import EmbeddingAdapter, NormEMAAdapter, Unsupported
     from .quantize.options import QuantizerOptions
     from .quantize.quantizer import FusedVectorQuantizer
     from .quantize.replace import ADAPTERS, replace_quantizers
     from .quantize.residual import ResidualVectorQuantizer
+    from .quantize.vq_pytorch import VectorQuantizeAdapter
     from .show.attention import attention_probabilities
     from .weights.create import create_model, list_models, model_config
     from .weights.pretrained import from_pretrained, save_pretrained
@@ -50,11 +51,12 @@ _MODULES = {
     "models.student": ("Student", "StudentConfig"),
     "models.tokenizer": ("Tokenizer", "TokenizerModelConfig"),
     "models.vit": ("ViT", "ViTConfig"),
-    "quantize.adapters": ("EmbeddingAdapter", "NormEMAAdapter", "Unsupported", "VectorQuantizeAdapter"),
+    "quantize.adapters": ("EmbeddingAdapter", "NormEMAAdapter", "Unsupported"),
     "quantize.options": ("QuantizerOptions",),
     "quantize.quantizer": ("FusedVectorQuantizer",),
     "quantize.replace": ("ADAPTERS", "replace_quantizers"),
     "quantize.residual": ("ResidualVectorQuantizer",),
+    "quantize.vq_pytorch": ("VectorQuantizeAdapter",),
     "show.attention": ("attention_probabilities",),
     "weights.create": ("create_model", "list_models", "model_config"),
     "weights.pretrained": ("from_pretrained", "save_pretrained"),

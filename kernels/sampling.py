@@ -8,10 +8,18 @@ from torch import Tensor
 
 from .counter_random import as_uniform, random_bits, wrapped
 
+ALONE = ""  # in the place of a process group's name: this rank by itself
 
-def world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
+
+def named_group(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:
+    """The process group of this name: custom ops take names, and a module that holds one can be copied."""
+    return dist.distributed_c10d._resolve_process_group(group) if isinstance(group, str) else group
+
+
+def world(group: dist.ProcessGroup | str | None = None) -> tuple[int, int]:
     """(rank, ranks) of the process group, by default the default one; (0, 1) without one."""
-    if dist.is_available() and dist.is_initialized():
+    if group != ALONE and dist.is_available() and dist.is_initialized():
+        group = named_group(group)
         return dist.get_rank(group), dist.get_world_size(group)
     return 0, 1
 
@@ -30,7 +38,11 @@ def directed(x: Tensor) -> Tensor:
 
 
 def sample_rows(
-    x: Tensor, wanted: int, salt: int | Tensor, weights: Tensor | None = None, group: dist.ProcessGroup | None = None
+    x: Tensor,
+    wanted: int,
+    salt: int | Tensor,
+    weights: Tensor | None = None,
+    group: dist.ProcessGroup | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw rows without replacement from the batch of all ranks.
 
@@ -46,12 +58,8 @@ def sample_rows(
         (rows [wanted, D] fp32, found [wanted] bool); where the batch has too few rows, found is False at the end.
     """
     rank, ranks = world(group)
-    n = len(x)
-    numbers = torch.arange(n, device=x.device)
-    if ranks > 1:
-        counts = torch.empty(ranks, dtype=torch.int64, device=x.device)
-        dist.all_gather_into_tensor(counts, torch.full((1,), n, device=x.device), group=group)
-        numbers += counts[:rank].sum()
+    n, numbers = len(x), row_numbers(x, group)
+    group = named_group(group) if ranks > 1 else None
     # Exponential races: the row with the largest weight / Exp(1) wins with probability proportional to its weight.
     keys = 1 / -torch.log1p(-as_uniform(random_bits(salt, numbers))).clamp(max=-1e-300)
     if weights is not None:
@@ -70,6 +78,17 @@ def sample_rows(
     rows = _take(x, row[place % wanted], found & (place // wanted == rank))
     dist.all_reduce(rows, group=group)  # every row is zero on all ranks but one: the sum is exact
     return rows, found
+
+
+def row_numbers(x: Tensor, group: dist.ProcessGroup | str | None = None) -> Tensor:
+    """The numbers [n] of this rank's rows x [n, D] in the batch of all ranks."""
+    rank, ranks = world(group)
+    numbers = torch.arange(len(x), device=x.device)
+    if ranks > 1:
+        counts = torch.empty(ranks, dtype=torch.int64, device=x.device)
+        dist.all_gather_into_tensor(counts, torch.full((1,), len(x), device=x.device), group=named_group(group))
+        numbers += counts[:rank].sum()
+    return numbers
 
 
 def _take(x: Tensor, row: Tensor, take: Tensor) -> Tensor:

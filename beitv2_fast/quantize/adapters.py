@@ -1,18 +1,14 @@
-"""The fused quantizer behind the signatures of other libraries' quantizers."""
+"""The fused quantizer behind the signatures of other projects' quantizers (vq_pytorch.py has a library's own)."""
 
 from __future__ import annotations
 
-import sys
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import codebook_search, vector_quantize
-from ..kernels.sampling import world
 from .options import QuantizerOptions
 from .quantizer import FusedVectorQuantizer
 
@@ -26,7 +22,7 @@ class Unsupported(ValueError):
     """A quantizer uses an option that its adapter cannot keep."""
 
 
-def _refuse(options: dict[str, Any]) -> None:
+def refuse(options: dict[str, Any]) -> None:
     used = [name for name, value in options.items() if value]
     if used:
         raise Unsupported(f"the option {', '.join(used)} has no fused counterpart")
@@ -38,7 +34,7 @@ def _refuse_unknown(module: nn.Module, known: str, of: str = "") -> None:
     unknown = {name: value for table in tables for name, value in table.items() if name[0] != "_"}
     for name in ("training", *known.split()):
         unknown.pop(name, None)
-    _refuse({of + name: not isinstance(value, bool | int | float | None) or value for name, value in unknown.items()})
+    refuse({of + name: not isinstance(value, bool | int | float | None) or value for name, value in unknown.items()})
 
 
 class NormEMAAdapter(FusedVectorQuantizer):
@@ -107,136 +103,6 @@ class NormEMAAdapter(FusedVectorQuantizer):
         self.cluster_size.zero_()
 
 
-class VectorQuantizeAdapter(FusedVectorQuantizer):
-    """For VectorQuantize of vector-quantize-pytorch, cosine and Euclidean, learned by EMA or frozen.
-
-    Kept: heads with one or with separate codebooks, projections, layouts, mask and lens, commitment weight, decay, eps,
-    straight-through and rotation trick, dead-code threshold, k-means start, loss breakdown, ``freeze_codebook`` of the
-    module (``freeze()``) and of a call. Different: a masked cosine quantizer's commitment loss compares unit vectors,
-    as its unmasked one does; statistics are always summed over ranks, so among several a module that does not is
-    refused; k-means waits for the first batch in training mode; a vector shorter than 1e-6 passes the rotation straight
-    through.
-    """
-
-    any_length = True
-
-    def __init__(self, module: Any, **options: Unpack[QuantizerOptions]):
-        book = module._codebook
-        gumbel = getattr(book.gumbel_sample, "keywords", {})
-        _refuse(
-            {
-                "learnable_codebook": book.learnable_codebook,
-                "orthogonal_reg_weight": module.has_codebook_orthogonal_loss,
-                "codebook_diversity_loss_weight": module.has_codebook_diversity_loss,
-                "commitment_use_cross_entropy_loss": module.commitment_use_cross_entropy_loss,
-                "stochastic_sample_codes": gumbel.get("stochastic"),
-                "straight_through": gumbel.get("straight_through"),
-                "directional_reparam": module.directional_reparam,
-                "in_place_codebook_optimizer": module.in_place_codebook_optimizer,
-                "affine_param": book.affine_param,
-                "sync_update_v": module.sync_update_v,
-                "vq_bridge": book.vq_bridge,
-                "manual_ema_update": book.manual_ema_update,
-                "route_gradients_to_input=False": not module.route_gradients_to_input,
-                "ema_update=False with threshold_ema_dead_code": not book.ema_update and book.has_dead_code_replacement,
-                "sync_codebook=False (the default of a module built before init_process_group)": (
-                    world()[1] > 1 and not book.use_ddp
-                ),
-                "sync_kmeans=False": book.use_ddp and book.kmeans_all_reduce_fn is not dist.all_reduce,
-            }
-        )
-        kept: dict[str, Any] = {
-            "metric": "cosine" if module.use_cosine_sim else "euclidean",
-            "learning": "sum_ema" if book.ema_update else "frozen",
-            "decay": book.decay,
-            "eps": book.eps,
-            "commitment_weight": max(float(module.commitment_weight), 0.0),
-            "gradient": "rotation" if module.rotation_trick else "straight_through",
-            "heads": module.heads,
-            "share_codebook": not module.separate_codebook_per_head,
-            "kmeans_init": not bool(book.initted),
-            "kmeans_iterations": book.kmeans_iters,
-            "dead_after": 0.0,
-            "dead_below": float(book.threshold_ema_dead_code),
-            "track_eval_usage": False,
-        }
-        super().__init__(module.codebook_size, book.embed.shape[-1] * module.heads, **{**kept, **options})
-        self.project_in, self.project_out = module.project_in, module.project_out
-        self.codebook_size = module.codebook_size
-        self.separate_codebook_per_head, self.ema_update = module.separate_codebook_per_head, book.ema_update
-        self.channels_first = not module.channel_last or module.accept_image_fmap or module.accept_3d_fmap
-        self.zeros_for_padding = module.return_zeros_for_masked_padding
-        self.breakdown = sys.modules[type(module).__module__].LossBreakdown
-        self.to(book.embed.device)
-        with torch.no_grad():
-            for name, value in self._state().items():
-                if value.numel() and name in ("codebook", "cluster_size", "embed_avg"):
-                    value.copy_(book.embed if name == "codebook" else getattr(book, name))
-        if module.freeze_codebook:
-            self.freeze()
-
-    def forward(  # type: ignore[override]  # as the original's
-        self,
-        x: Tensor,
-        indices: Tensor | None = None,
-        mask: Tensor | None = None,
-        lens: Tensor | None = None,
-        *,
-        sample_codebook_temp: float | None = None,  # of no effect where codes are not drawn, as in the original
-        freeze_codebook: bool | None = None,
-        return_loss_breakdown: bool = False,
-        accum_ema_update: bool = False,
-        **unsupported: Any,
-    ) -> tuple[Tensor, ...]:
-        _refuse({name: value is not None for name, value in {"indices": indices, **unsupported}.items()})
-        _refuse({"accum_ema_update": accum_ema_update})
-        if lens is not None:
-            mask = torch.arange(x.shape[1], device=x.device) < lens[:, None]
-        last = x.movedim(1, -1) if self.channels_first and x.dim() > 2 else x
-        frozen = self.frozen
-        self.frozen = frozen if freeze_codebook is None else freeze_codebook
-        try:
-            out = super().forward(self.project_in(last), mask)
-        finally:
-            self.frozen = frozen
-        # In eval mode there is no loss, and no gradient past the quantizer.
-        quantized = self.project_out(out.quantized if self.training else out.quantized.detach())
-        loss = out.loss if self.training else torch.zeros_like(out.loss)
-        if mask is not None:
-            quantized = torch.where(mask[..., None], quantized, 0.0 if self.zeros_for_padding else last)
-        if last is not x:
-            quantized = quantized.movedim(-1, 1)
-        if not return_loss_breakdown:
-            return quantized, out.indices, loss
-        weight, zero = self.commitment_weight, torch.zeros_like(loss)
-        return quantized, out.indices, loss, self.breakdown(loss / weight if weight else zero, zero, zero, zero)
-
-    @property
-    def freeze_codebook(self) -> bool:
-        """As the original's attribute, which may be set."""
-        return self.frozen
-
-    @freeze_codebook.setter
-    def freeze_codebook(self, frozen: bool) -> None:
-        self.freeze(frozen)
-
-    @property
-    def _codebook(self) -> SimpleNamespace:
-        """What ResidualVQ reads: embed [codebooks, K, D]."""
-        return SimpleNamespace(embed=self._state()["codebook"])
-
-    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes of indices, those of several heads side by side."""
-        return self._outward(self.decode(indices))
-
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What ``forward`` returned with these indices."""
-        return self._outward(self.project_out(self.decode(indices)))
-
-    def _outward(self, codes: Tensor) -> Tensor:
-        return codes.movedim(-1, 1) if self.channels_first and codes.dim() > 2 else codes
-
-
 class EmbeddingAdapter(nn.Module):
     """For quantizers whose codes are the weight of an ``nn.Embedding`` ``embedding`` that learns by gradient.
 
@@ -253,8 +119,8 @@ class EmbeddingAdapter(nn.Module):
         known = "embedding n_e e_dim vq_embed_dim beta legacy remap used re_embed unknown_index sane_index_shape"
         _refuse_unknown(module, known)
         table = module.embedding  # whose options change gradients or weights
-        _refuse({f"embedding.{name}": getattr(table, name) for name in ("max_norm", "scale_grad_by_freq", "sparse")})
-        _refuse({"embedding.padding_idx": table.padding_idx is not None})
+        refuse({f"embedding.{name}": getattr(table, name) for name in ("max_norm", "scale_grad_by_freq", "sparse")})
+        refuse({"embedding.padding_idx": table.padding_idx is not None})
         self.embedding = module.embedding
         self.beta, self.legacy, self.sane_index_shape = module.beta, module.legacy, module.sane_index_shape
         self.n_e, self.re_embed = module.n_e, module.re_embed
@@ -273,7 +139,7 @@ class EmbeddingAdapter(nn.Module):
     def forward(
         self, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False
     ) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
-        _refuse({"temp": temp not in (None, 1.0), "rescale_logits": rescale_logits, "return_logits": return_logits})
+        refuse({"temp": temp not in (None, 1.0), "rescale_logits": rescale_logits, "return_logits": return_logits})
         last = z.movedim(1, -1)
         # legacy: the published models were trained with beta on the other term.
         weights = (1.0, self.beta) if self.legacy else (self.beta, 1.0)

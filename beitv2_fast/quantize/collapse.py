@@ -8,6 +8,7 @@ device, so it goes by its own copy, ``clock``, as long as nobody else wrote to t
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,7 @@ def start_codebook(
     seed: int,
     restart_below: float,
     restart_after: int,
+    group: str | None = None,
 ) -> None:
     """k-means where it is due: before the first step, and when the codebook collapsed.
 
@@ -79,6 +81,7 @@ def start_codebook(
         codebook: [G, K, D], G codebooks. cluster_size, idle: [G, K]. embed_avg: [G, K, D], or empty.
         recent: [G, K], how often each code was chosen since the last look for a collapse; or empty.
         x: [G, N, D]; NaN marks rows that do not count.
+        group: the name of the process group over whose ranks all is summed and drawn; by default the default one.
     """
     started, count = look(clock, initialized, steps), int(clock[STEPS])
     due = [not started] * len(codebook)
@@ -90,8 +93,8 @@ def start_codebook(
         due = [a or b for a, b in zip(due, collapsed.tolist(), strict=True)]
         recent.zero_()
     for g in (g for g, wanted in enumerate(due) if wanted):
-        start = int(salt(seed, count, g))
-        codes, bins = kmeans(x[g], codebook.shape[1], metric=metric, iterations=iterations, seed=start)
+        options: dict[str, Any] = {"metric": metric, "iterations": iterations, "group": group}
+        codes, bins = kmeans(x[g], codebook.shape[1], seed=int(salt(seed, count, g)), **options)
         if not bins.any():
             return  # no rank has a vector: the next batch will do
         codebook[g] = codes
@@ -120,6 +123,7 @@ def replace_dead_codes(
     seed: int,
     dead_after: float,
     dead_below: float,
+    group: str | None = None,
 ) -> None:
     """Count idleness, and every few steps restart the dead codes at vectors of the batch, with all of their state.
 
@@ -149,8 +153,8 @@ def replace_dead_codes(
     for g in range(len(codebook)):
         average = embed_avg[g] if embed_avg.numel() else None
         state = (codebook[g], cluster_size[g], average, idle[g])
-        draw = salt(seed, count, g)
-        replaced += restart_dead_codes(dead[g], x[g], *state, metric=metric, salt=draw, least_size=dead_below).sum()
+        options: dict[str, Any] = {"metric": metric, "least_size": dead_below, "process_group": group}
+        replaced += restart_dead_codes(dead[g], x[g], *state, salt=salt(seed, count, g), **options).sum()
 
 
 def host_waits_for(x: Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +16,13 @@ ROUNDING = 1e-10  # a squared distance below this, relative to the vectors' mean
 
 @torch.no_grad()
 def kmeans(
-    x: Tensor, num_codes: int, *, metric: str = "cosine", iterations: int = 10, seed: int = 0
+    x: Tensor,
+    num_codes: int,
+    *,
+    metric: str = "cosine",
+    iterations: int = 10,
+    seed: int = 0,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cluster the rows of all ranks: Lloyd's iterations from a sample of the rows.
 
@@ -24,12 +32,13 @@ def kmeans(
     Args:
         x: [N, D], this rank's rows; N may differ between ranks and be 0. Rows with NaN or Inf are left out.
         num_codes: K. metric: "cosine" (unit codes) or "euclidean". iterations: of assignment and mean.
+        group: the name of the ranks' process group, by default the default one.
 
     Returns:
         (codebook [K, D] fp32, bins [K] int64: how many vectors chose each code in the last iteration). The bins are all
         zero when no rank has a vector; the codebook is then random.
     """
-    codebook, found = sample_rows(x, num_codes, salt(seed, 0), directed(x) if metric == "cosine" else None)
+    codebook, found = sample_rows(x, num_codes, salt(seed, 0), directed(x) if metric == "cosine" else None, group)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(num_codes, x.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(x.device)
     # A mean over rows that every rank has in the same order: the same bits everywhere.
@@ -43,24 +52,27 @@ def kmeans(
         codebook = F.normalize(codebook, dim=-1)
     bins = torch.zeros(num_codes, dtype=torch.int64, device=x.device)
     for iteration in range(iterations):
-        codebook, bins = _iterate(x, codebook, metric, scale, salt(seed, 1 + iteration))
+        codebook, bins = _iterate(x, codebook, metric, scale, salt(seed, 1 + iteration), group)
     return codebook, bins
 
 
-def _iterate(x: Tensor, codebook: Tensor, metric: str, scale: Tensor, salt: int | Tensor) -> tuple[Tensor, Tensor]:
+def _iterate(
+    x: Tensor, codebook: Tensor, metric: str, scale: Tensor, salt: int | Tensor, group: str | None
+) -> tuple[Tensor, Tensor]:
     """One assignment, the means, and a new start for the codes that nobody chose."""
     search = codebook_search(x, codebook, metric=metric, return_distances=True)
     moved, sizes = codebook.clone(), torch.zeros(len(codebook), dtype=torch.float32, device=x.device)
     # With decay 0 the EMA step is the k-means step: codes become the means of their vectors.
     sums = torch.zeros_like(codebook) if metric == "euclidean" else None
-    bins = codebook_update(moved, sizes, x, search.indices, decay=0.0, metric=metric, embed_avg=sums, eps=1e-12)
+    options: dict[str, Any] = {"metric": metric, "embed_avg": sums, "process_group": group}
+    bins = codebook_update(moved, sizes, x, search.indices, decay=0.0, eps=1e-12, **options)
     empty = bins == 0
     assert search.distances is not None
     weights = search.distances.double()
     weights = torch.where(weights > ROUNDING * scale.double().square() * x.shape[1], weights, 0.0)
     if metric == "cosine":
         weights = weights * directed(x)
-    rows, found = sample_rows(x, len(codebook), salt, weights)
+    rows, found = sample_rows(x, len(codebook), salt, weights, group)
     turn = (empty.cumsum(0) - 1).clamp(min=0)  # the i-th empty code takes the i-th drawn row
     fresh = F.normalize(rows[turn], dim=-1) if metric == "cosine" else rows[turn]
     kept = torch.where((empty & found[turn])[:, None], fresh, codebook)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypedDict
 
+import torch.distributed as dist
+
 from ..kernels.checks import METRICS
 
 if TYPE_CHECKING:
     from .quantizer import FusedVectorQuantizer
 
 LEARNING = ("code_ema", "sum_ema", "gradient", "frozen")
-GRADIENT = ("straight_through", "rotation")
+GRADIENT = ("straight_through", "rotation", "codes")
 DEAD_AFTER = 50.0  # the default, chosen by `python -m bench.collapse`: 25 to 100 fill a codebook, 200 takes long
 
 
@@ -34,6 +36,7 @@ class QuantizerOptions(TypedDict, total=False):
     restart_below: float
     restart_after: int
     track_eval_usage: bool
+    sync: bool | str | dist.ProcessGroup
     seed: int
 
 
@@ -57,8 +60,8 @@ def check_options(quantizer: FusedVectorQuantizer) -> None:
         for name in names.split():
             if not low <= getattr(q, name) <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}]; got {getattr(q, name)}")
-    if q.dead_below and q.learning != "sum_ema":
+    if q.dead_below and q.learning not in ("sum_ema", "gradient"):
         raise ValueError(
             f"dead_below compares cluster sizes, which learning={q.learning!r} only reports and may reset: "
-            "take dead_after, or learning='sum_ema'"
+            "take dead_after, learning='sum_ema' or 'gradient'"
         )

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import codebook_search
 from ..kernels.checks import FLOATS
 from ..kernels.codebook_update.ops import ema_step, sum_over_ranks
+from ..kernels.sampling import ALONE
 from ..kernels.snapshot import Snapshot, copy_codebook, recomputing, to_be_recomputed
 from ..kernels.vector_quantize.ops import quantize
 from .collapse import ASKED_WHEN_COMPILED, CLOCK, look, refuse_gathered_copy, replace_dead_codes, start_codebook
@@ -84,7 +86,8 @@ class FusedVectorQuantizer(QuantizerState):
         eps: Laplace smoothing of sum_ema's counts.
         commitment_weight: beta.
         codebook_weight: see "gradient".
-        gradient: how it passes to the vectors: "straight_through", or by "rotation" (arXiv 2410.06424).
+        gradient: how it passes to the vectors: "straight_through", or by "rotation" (arXiv 2410.06424). "codes": not to
+            them but to the codes that were chosen, where the codebook learns by gradient.
         heads: the width is cut into this many parts, each with its own code.
         share_codebook: one codebook for all heads instead of one each.
         channel_last: vectors lie along the last dimension; otherwise along dimension 1, as in [B, C, H, W].
@@ -98,6 +101,8 @@ class FusedVectorQuantizer(QuantizerState):
             codebook again; 0: never.
         track_eval_usage: forwards in eval mode count for ``usage()`` and ``cluster_size``, summed over ranks, so all
             ranks have to run them alike. Turn it off where only one rank evaluates (or use ``encode``, never counted).
+        sync: True: statistics and draws are over all ranks of the default process group. False: every rank by itself,
+            with a codebook of its own. Or a process group (or its name), whose ranks share one.
         seed: of all random draws: start, k-means, restarts.
 
     Raises:
@@ -129,6 +134,7 @@ class FusedVectorQuantizer(QuantizerState):
         restart_below: float = 0.0,
         restart_after: int = 100,
         track_eval_usage: bool = True,
+        sync: bool | str | dist.ProcessGroup = True,
         seed: int = 0,
     ):
         super().__init__()
@@ -141,6 +147,7 @@ class FusedVectorQuantizer(QuantizerState):
         self.dead_after, self.dead_below = float(dead_after), float(dead_below)
         self.restart_below, self.restart_after = float(restart_below), restart_after
         self.track_eval_usage = track_eval_usage
+        self.sync = sync if isinstance(sync, bool | str) else sync.group_name  # a group cannot be copied
         check_options(self)
         self.code_dim = dim // heads
         self.groups = 1 if share_codebook else heads  # codebooks
@@ -180,7 +187,7 @@ class FusedVectorQuantizer(QuantizerState):
         self.codebook.copy_(F.normalize(start, dim=-1) if self.metric == "cosine" else start)
         if self.embed_avg is not None:
             self.embed_avg.copy_(self.codebook)
-        self.cluster_size.fill_(self.embed_avg is not None)
+        self.cluster_size.fill_(self.embed_avg is not None or self.dead_below > 0)
         self.initialized.fill_(not self.kmeans_init)
         for counter in (self.idle, self.steps, self.recent):
             if counter is not None:
@@ -347,6 +354,11 @@ class FusedVectorQuantizer(QuantizerState):
         return mask.reshape(-1, 1).expand(-1, self.heads // self.groups).reshape(-1)
 
     @property
+    def _group(self) -> str | None:
+        """The name of the process group, None for the default one."""
+        return None if self.sync is True else self.sync or ALONE
+
+    @property
     def _rule(self) -> str:
         return "frozen" if self.frozen else self.learning
 
@@ -387,8 +399,11 @@ class FusedVectorQuantizer(QuantizerState):
         loss = self.commitment_weight * _mean_square(codes.detach() - y, keep)
         if codebook_weight:
             loss = loss + codebook_weight * _mean_square(codes - y.detach(), keep)
-        codes = codes.detach()
-        quantized = rotate_to(y, codes, shortest) if self.gradient == "rotation" else y + (codes - y).detach()
+        if self.gradient == "codes":
+            quantized = codes
+        else:
+            codes = codes.detach()
+            quantized = rotate_to(y, codes, shortest) if self.gradient == "rotation" else y + (codes - y).detach()
         return quantized if keep is None else torch.where(keep[:, None], quantized, 0.0), indices, loss
 
     def _learn_when_due(self, seen: Tensor, indices: Tensor, keep: Tensor | None) -> Tensor:
@@ -412,26 +427,30 @@ class FusedVectorQuantizer(QuantizerState):
         """
         state, tracked = self._state(), self.training or self.track_eval_usage
         if self._learns and self.learning != "gradient":
-            moved = []
-            for g in range(self.groups):
-                average = None if self.embed_avg is None else state["embed_avg"][g]
-                book, size = state["codebook"][g], state["cluster_size"][g]
-                moved.append(ema_step(book, size, average, seen[g], indices[g], self.decay, self.metric, self.eps))
-            counts = _stack(moved)
+            counts = self._move_codebooks(state, seen, indices)
         else:
             counts = self._count(indices, keep)
             if tracked:
-                sum_over_ranks(counts)
+                sum_over_ranks(counts, self._group)
             if tracked and self.learning != "sum_ema" and not (self.training and self.frozen):
                 state["cluster_size"].lerp_(counts.to(torch.float32), 1 - self.decay)
         if self._learns:
-            options: dict[str, Any] = dict(metric=self.metric, seed=self.seed)
+            options: dict[str, Any] = dict(metric=self.metric, seed=self.seed, group=self._group)
             options |= dict(dead_after=self.dead_after, dead_below=self.dead_below)
             replace_dead_codes(**state, replaced=self.window_replaced, x=seen, bins=counts, **options)
         counts = counts.view(self.window_counts.shape)
         if tracked:
             self.window_counts.add_(counts)  # += also assigns, which torch.export of a root module records
         return counts
+
+    def _move_codebooks(self, state: dict[str, Tensor], seen: Tensor, indices: Tensor) -> Tensor:
+        """The EMA step of every codebook; returns counts [G, K], over all ranks."""
+        counts = []
+        for g in range(self.groups):
+            average = None if self.embed_avg is None else state["embed_avg"][g]
+            moved = state["codebook"][g], state["cluster_size"][g], average
+            counts.append(ema_step(*moved, seen[g], indices[g], self.decay, self.metric, self.eps, self._group))
+        return _stack(counts)
 
     def _count(self, indices: Tensor, keep: Tensor | None) -> Tensor:
         """How often each code was chosen on this rank, [G, K]."""
@@ -446,7 +465,7 @@ class FusedVectorQuantizer(QuantizerState):
             return
         below = 0.0 if self._rule == "frozen" else self.restart_below
         options: dict[str, Any] = dict(seed=self.seed, iterations=self.kmeans_iterations, restart_below=below)
-        options |= dict(metric=self.metric, restart_after=self.restart_after)
+        options |= dict(metric=self.metric, restart_after=self.restart_after, group=self._group)
         start_codebook(**self._state(), initialized=self.initialized, x=seen, **options)
 
     def _state(self) -> dict[str, Tensor]:

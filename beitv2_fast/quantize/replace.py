@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .adapters import EmbeddingAdapter, Unsupported, VectorQuantizeAdapter
+from .adapters import EmbeddingAdapter, Unsupported
 from .options import QuantizerOptions
+from .vq_pytorch import VectorQuantizeAdapter
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -69,10 +70,14 @@ def replace_quantizers(
         raise ValueError(f"{type(model).__name__} holds no quantizer of a known class ({names}): name its class")
     # All replacements are made before the first is put in, so that an error leaves the model as it was.
     replacements: dict[nn.Module, nn.Module] = {}
+    of_codebook: dict[nn.Module, nn.Module] = {}  # the layers of a ResidualVQ may share one
     for path, (module, make) in found.items():
         try:
-            _refuse_beam_search(model, path)
-            replacements[module] = make(module, **options).train(module.training)
+            _refuse_around(model, path)
+            codebook = getattr(module, "_codebook", module)
+            if codebook not in of_codebook:
+                of_codebook[codebook] = make(module, **options).train(module.training)
+            replacements[module] = of_codebook[codebook]
         except Unsupported as error:
             message = f"{path or 'the model'} ({type(module).__name__}): {error}"
             if unsupported == "error":
@@ -87,13 +92,13 @@ def replace_quantizers(
     return model
 
 
-def _refuse_beam_search(model: nn.Module, path: str) -> None:
-    """Unsupported if a module around the quantizer asks it for several codes of a vector, as ResidualVQ's beams do."""
+def _refuse_around(model: nn.Module, path: str) -> None:
+    """Unsupported if a module around the quantizer asks more of it than its adapter has, as ResidualVQ's beams do."""
     names = path.split(".")
     for depth in range(len(names)):
         around = model.get_submodule(".".join(names[:depth]))
-        for name in ("beam_size", "eval_beam_size"):
-            if (getattr(around, name, None) or 1) > 1:
+        for name, harmless in (("beam_size", 1), ("eval_beam_size", 1), ("implicit_neural_codebook", 0)):
+            if (getattr(around, name, None) or 0) > harmless:
                 raise Unsupported(
                     f"the option {name} of the {type(around).__name__} around it has no fused counterpart"
                 )

@@ -22,7 +22,7 @@ def codebook_update(
     metric: str = "cosine",
     embed_avg: Tensor | None = None,
     eps: float = 1e-5,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: dist.ProcessGroup | str | None = None,
     idle: Tensor | None = None,
     dead_after: float = 0.0,
     dead_below: float = 0.0,
@@ -62,7 +62,8 @@ def codebook_update(
         decay: of the moving averages, in [0, 1].
         embed_avg: [K, D] fp32, the moving average of the sums; required for euclidean.
         eps: of the smoothing of cluster sizes; 0 for none.
-        process_group: ranks whose statistics are summed; the default group when torch.distributed is initialized.
+        process_group: ranks whose statistics are summed, or the name of their group ("": this rank by itself); the
+            default group when torch.distributed is initialized.
         idle: [K] int64, how many vectors were seen since a code was last chosen; kept up to date.
 
     Returns:

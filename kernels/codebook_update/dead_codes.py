@@ -27,7 +27,7 @@ def restart_dead_codes(
     metric: str,
     salt: int | Tensor,
     least_size: float = 0.0,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: dist.ProcessGroup | str | None = None,
 ) -> Tensor:
     """Restart the codes marked in ``dead`` [K] at vectors of all ranks' batch, in place on the state given.
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..native import native_ops
+from ..sampling import ALONE, named_group
 from .reference import apply_statistics_reference, codebook_statistics_reference
 
 MAX_DIM = 32768  # of the fixed-point squares
@@ -27,7 +28,7 @@ def ema_step(
     decay: float,
     metric: str,
     eps: float,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | str | None = None,
 ) -> Tensor:
     """``codebook_update`` without dead codes, in place on its first three arguments; returns bins [K]."""
     check_state(codebook, cluster_size=cluster_size, embed_avg=embed_avg)
@@ -59,10 +60,12 @@ def check_state(codebook: Tensor, **state: Tensor | None) -> None:
             )
 
 
-def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
+def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | str | None = None) -> None:
     """In place, if there are several ranks."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
-        dist.all_reduce(tensor, group=group)
+    if group != ALONE and dist.is_available() and dist.is_initialized():
+        group = named_group(group)
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(tensor, group=group)
 
 
 def count_idle(idle: Tensor, bins: Tensor) -> None:

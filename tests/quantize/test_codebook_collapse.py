@@ -207,7 +207,10 @@ def train_steps(options: dict, rank: int | None) -> dict[str, torch.Tensor]:
 def two_ranks(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save({name: train_steps(options, rank) for name, options in RANKED.items()}, f"{folder}/{rank}.pt")
+    states = {name: train_steps(options, rank) for name, options in RANKED.items()}
+    states["alone"] = train_steps({"sync": False, **RANKED["cosine"]}, rank)
+    states["group"] = train_steps({"sync": dist.new_group([0, 1]), **RANKED["cosine"]}, rank)
+    torch.save(states, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -226,3 +229,12 @@ def test_all_state_is_the_same_bits_on_both_ranks_and_as_on_one(ranks, name):
     for buffer, expected in alone.items():
         assert torch.equal(ranks[0][name][buffer], ranks[1][name][buffer]), buffer
         assert torch.equal(ranks[0][name][buffer], expected), buffer
+
+
+@pytest.mark.slow
+def test_ranks_learn_by_themselves_or_with_those_of_a_group(ranks):
+    for rank, states in enumerate(ranks):
+        by_itself = train_steps(RANKED["cosine"], rank)
+        assert all(torch.equal(states["alone"][name], value) for name, value in by_itself.items())
+        assert all(torch.equal(states["group"][name], value) for name, value in states["cosine"].items())
+    assert not torch.equal(ranks[0]["alone"]["codebook"], ranks[1]["alone"]["codebook"])

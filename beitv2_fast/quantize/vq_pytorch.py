@@ -1,0 +1,276 @@
+"""The fused quantizer behind the signatures of vector-quantize-pytorch's."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import vector_quantize
+from ..kernels.codebook_update.ops import apply_statistics, codebook_statistics, sum_over_ranks
+from ..kernels.codebook_update.reference import unpack_statistics
+from ..kernels.sampling import world
+from ..kernels.snapshot import copy_codebook, recomputing
+from .adapters import refuse
+from .options import QuantizerOptions
+from .quantizer import FusedVectorQuantizer, Quantized
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class VectorQuantizeAdapter(FusedVectorQuantizer):
+    """For VectorQuantize of vector-quantize-pytorch, cosine and Euclidean, learned by EMA or by gradient, or frozen.
+
+    Kept: heads with one or with separate codebooks, projections, layouts, mask and lens, commitment weight, decay, eps,
+    straight-through and rotation trick, dead-code threshold, k-means start, loss breakdown, ``freeze_codebook`` of the
+    module (``freeze()``) and of a call, learnable codebooks with their optimizer in place and ``sync_update_v``,
+    orthogonal regularization, manual and weighted EMA updates, statistics of one rank or of all. Different: a masked
+    cosine quantizer's commitment loss compares unit vectors, as its unmasked one does; with a mask the codes of padding
+    are not among the active ones of the orthogonal regularization; k-means waits for the first batch in training mode;
+    a vector shorter than 1e-6 passes the rotation straight through.
+    """
+
+    any_length = True
+
+    def __init__(self, module: nn.Module, **options: Unpack[QuantizerOptions]):
+        book = module._codebook
+        gumbel = getattr(book.gumbel_sample, "keywords", {})
+        refuse(
+            {
+                "codebook_diversity_loss_weight": module.has_codebook_diversity_loss,
+                "commitment_use_cross_entropy_loss": module.commitment_use_cross_entropy_loss,
+                "stochastic_sample_codes": gumbel.get("stochastic"),
+                "directional_reparam": module.directional_reparam,
+                "in_place_codebook_optimizer without learnable_codebook": (
+                    module.in_place_codebook_optimizer and not module.learnable_codebook
+                ),
+                "affine_param": book.affine_param,
+                "vq_bridge": book.vq_bridge,
+                "ema_update=False with threshold_ema_dead_code": (
+                    not (book.ema_update or module.learnable_codebook) and book.has_dead_code_replacement
+                ),
+                "sync_kmeans=False": book.use_ddp and book.kmeans_all_reduce_fn is not dist.all_reduce,
+            }
+        )
+        commitment = max(float(module.commitment_weight), 0.0)
+        kept = {
+            "metric": "cosine" if module.use_cosine_sim else "euclidean",
+            "learning": "gradient" if module.learnable_codebook else "sum_ema" if book.ema_update else "frozen",
+            "decay": book.decay,
+            "eps": book.eps,
+            "commitment_weight": commitment,
+            "codebook_weight": commitment,
+            "gradient": "rotation" if module.rotation_trick else "straight_through",
+            "heads": module.heads,
+            "share_codebook": not module.separate_codebook_per_head,
+            "kmeans_init": not bool(book.initted),
+            "kmeans_iterations": book.kmeans_iters,
+            "dead_after": 0.0,
+            "dead_below": float(book.threshold_ema_dead_code),
+            "track_eval_usage": False,
+            "sync": bool(book.use_ddp) or world()[1] == 1,
+        }
+        super().__init__(module.codebook_size, book.embed.shape[-1] * module.heads, **{**kept, **options})
+        if isinstance(book.embed, nn.Parameter) and self.learning != "gradient":  # for the orthogonal regularization
+            start = self._buffers.pop("codebook")
+            self.codebook = nn.Parameter(start)
+        self.project_in, self.project_out = module.project_in, module.project_out
+        self.codebook_size, self.sync_update_v = module.codebook_size, module.sync_update_v
+        self.separate_codebook_per_head, self.ema_update = module.separate_codebook_per_head, book.ema_update
+        self.channels_first = not module.channel_last or module.accept_image_fmap or module.accept_3d_fmap
+        self.zeros_for_padding = module.return_zeros_for_masked_padding
+        self.manual_ema_update, self.ema_update_weight = book.manual_ema_update, None
+        self.routes_gradients = module.route_gradients_to_input
+        self.orthogonal = (
+            module.orthogonal_reg_weight,
+            module.orthogonal_reg_active_codes_only,
+            module.orthogonal_reg_max_codes,
+        )
+        self.breakdown = sys.modules[type(module).__module__].LossBreakdown
+        self.to(book.embed.device)
+        with torch.no_grad():
+            for name, value in self._state().items():
+                if value.numel() and name in ("codebook", "cluster_size", "embed_avg"):
+                    value.copy_({"codebook": book.embed}.get(name, getattr(book, name, None)))
+        self.in_place_codebook_optimizer = self.manual_in_place_optimizer_update = None
+        if module.in_place_codebook_optimizer is not None:
+            self.in_place_codebook_optimizer = _moved(module.in_place_codebook_optimizer, book.embed, self.codebook)
+            self.manual_in_place_optimizer_update = module.manual_in_place_optimizer_update
+        if module.freeze_codebook:
+            self.freeze()
+
+    def forward(
+        self,
+        x: Tensor,
+        indices: Tensor | None = None,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
+        *,
+        sample_codebook_temp: float | None = None,  # of no effect where codes are not drawn, as in the original
+        freeze_codebook: bool | None = None,
+        return_loss_breakdown: bool = False,
+        ema_update_weight: Tensor | Callable[[Tensor, Tensor], Tensor] | None = None,  # of each code, [K] or [heads, K]
+        accum_ema_update: bool = False,
+        **unsupported: Any,
+    ) -> tuple[Tensor, ...]:
+        refuse({name: value is not None for name, value in {"indices": indices, **unsupported}.items()})
+        refuse({"accum_ema_update": accum_ema_update, "lens beside mask": lens is not None and mask is not None})
+        if lens is not None:
+            mask = torch.arange(x.shape[1], device=x.device) < lens[:, None]
+        last = x.movedim(1, -1) if self.channels_first and x.dim() > 2 else x
+        kept = self.frozen, self.gradient, None
+        self.frozen = self.frozen if freeze_codebook is None else freeze_codebook
+        self.ema_update_weight = ema_update_weight
+        # As in the original the codes themselves come out, with their own gradient, where the input needs none.
+        learnable = isinstance(self.codebook, nn.Parameter)
+        if not (self.training and self.routes_gradients and x.requires_grad):
+            self.gradient = "codes" if learnable or any(True for _ in self.project_in.parameters()) else self.gradient
+        try:
+            inside = self.project_in(last)
+            in_place = self._step_in_place(inside, mask)
+            out = super().forward(inside, mask)
+            losses = self._losses(out, in_place)
+        finally:
+            self.frozen, self.gradient, self.ema_update_weight = kept
+        quantized = out.quantized if self.training or learnable else out.quantized.detach()
+        if self.training and self.sync_update_v:
+            quantized = quantized + self.sync_update_v * (quantized - quantized.detach())
+        quantized = self.project_out(quantized)
+        if mask is not None:
+            quantized = torch.where(mask[..., None], quantized, 0.0 if self.zeros_for_padding else last)
+        if last is not x:
+            quantized = quantized.movedim(-1, 1)
+        weights = self.breakdown(self.commitment_weight, 0.0, self.orthogonal[0], 0.0)
+        loss = sum(weight * part for weight, part in zip(weights, losses, strict=True))
+        return (quantized, out.indices, loss, losses) if return_loss_breakdown else (quantized, out.indices, loss)
+
+    def _losses(self, out: Quantized, in_place: Tensor) -> tuple[Tensor, ...]:
+        """LossBreakdown, without weights; all zero in eval mode."""
+        commitment = diversity = orthogonal = torch.zeros_like(out.loss)
+        weight, own = self.commitment_weight, self.codebook_weight if self._rule == "gradient" else 0.0
+        if self.training and weight:
+            # The original counts the distance once, and both vectors and codes get its gradient.
+            commitment = (out.loss - out.loss.detach() * (own / (weight + own))) / weight
+        if self.training and self.orthogonal[0] > 0:
+            orthogonal = self._orthogonal_loss(out.indices)
+        return self.breakdown(commitment, diversity, orthogonal, in_place.to(out.loss))
+
+    def _orthogonal_loss(self, indices: Tensor) -> Tensor:
+        """Eq. 2 of arXiv 2112.00384 over the codes, those of the batch, or at most so many drawn at random."""
+        _, active, most = self.orthogonal
+        codes = copy_codebook(self.codebook, self.codebook.detach())
+        codes = codes.unsqueeze(0) if self.groups == 1 else codes
+        if active:
+            codes = codes[:, indices[indices >= 0].unique()]
+        if most is not None and codes.shape[1] > most:
+            codes = codes[:, torch.randperm(codes.shape[1], device=codes.device)[:most]]
+        heads, count = codes.shape[:2]
+        unit = F.normalize(codes, dim=-1, eps=1e-6)
+        # The squares of [K, K] products add up to those of the [D, D] ones.
+        return (unit.mT @ unit).square().sum() / (heads * count**2) - 1 / count
+
+    def _step_in_place(self, z: Tensor, mask: Tensor | None) -> Tensor:
+        """A step of in_place_codebook_optimizer on ``mean((v - sg(z))^2)``, which is returned."""
+        optimizer = self.in_place_codebook_optimizer
+        if optimizer is None or not self.training or self.frozen or recomputing():
+            return torch.zeros((), device=z.device)
+        x = self._rows(z.detach())
+        keep = None if mask is None else self._row_mask(mask, z)
+        self._start(x if keep is None else x.masked_fill(~keep[:, None], torch.nan))
+        options = {"metric": self.metric, "commitment_weight": 0.0, "codebook_weight": 1.0}
+        with torch.autocast(z.device.type, enabled=False):
+            rows = x if keep is None else x[:, keep]
+            losses = [vector_quantize(*part, **options).loss for part in zip(rows, self._codebooks(), strict=True)]
+            loss = torch.stack(losses).mean()
+            loss.backward()
+        if not self.manual_in_place_optimizer_update:
+            self.update_in_place_optimizer()
+        return loss.detach()
+
+    def update_in_place_optimizer(self) -> None:
+        """Its step, by the mean of the ranks' gradients: for manual_in_place_optimizer_update."""
+        optimizer = self.in_place_codebook_optimizer
+        if optimizer is None:
+            return
+        ranks = world(self._group)[1]
+        for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+            sum_over_ranks(parameter.grad, self._group)
+            parameter.grad /= ranks
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _move_codebooks(self, state: dict[str, Tensor], seen: Tensor, indices: Tensor) -> Tensor:
+        """With weights the averages of each code move by ``(1 - decay) weight``; a manual update keeps the codes."""
+        weight = self.ema_update_weight
+        if self.embed_avg is None or (weight is None and not self.manual_ema_update):
+            return super()._move_codebooks(state, seen, indices)
+        pairs = zip(seen, indices, strict=True)
+        statistics = torch.stack([codebook_statistics(x, i, self.num_codes, self.metric) for x, i in pairs])
+        sum_over_ranks(statistics, self._group)
+        bins, sums = map(torch.stack, zip(*(unpack_statistics(s, self.metric) for s in statistics), strict=True))
+        sizes, sums = bins.float(), sums.float()
+        weight = weight(sums, sizes) if callable(weight) else torch.ones_like(sizes) if weight is None else weight
+        step = (1 - self.decay) * weight.expand_as(sizes)
+        state["cluster_size"].lerp_(sizes, step)
+        state["embed_avg"].lerp_(sums, step[..., None])
+        if not self.manual_ema_update:
+            self.update_ema()
+        return bins
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """The codes become those of the moving averages: for manual_ema_update."""
+        state = self._state()
+        none = state["idle"].new_empty(0)
+        for book, size, average in zip(state["codebook"], state["cluster_size"], state["embed_avg"], strict=True):
+            statistics = codebook_statistics(book.new_empty(0, self.code_dim), none, self.num_codes, self.metric)
+            apply_statistics(statistics, book, size, average, 1.0, self.metric, self.eps)  # decay 1: averages stay
+
+    def expire_codes_(self, x: Tensor) -> None:
+        """Nothing: dead codes restart in ``forward``."""
+
+    @property
+    def freeze_codebook(self) -> bool:
+        """As the original's attribute, which may be set."""
+        return self.frozen
+
+    @freeze_codebook.setter
+    def freeze_codebook(self, frozen: bool) -> None:
+        self.freeze(frozen)
+
+    @property
+    def _codebook(self) -> SimpleNamespace:
+        """What ResidualVQ reads: embed [codebooks, K, D]; and what it calls."""
+        embed = self.codebook.unsqueeze(0) if self.groups == 1 else self.codebook
+        return SimpleNamespace(embed=embed, update_ema=self.update_ema)
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """The codes of indices, those of several heads side by side."""
+        return self._outward(self.decode(indices))
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """What ``forward`` returned with these indices."""
+        return self._outward(self.project_out(self.decode(indices)))
+
+    def _outward(self, codes: Tensor) -> Tensor:
+        return codes.movedim(-1, 1) if self.channels_first and codes.dim() > 2 else codes
+
+
+def _moved(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> torch.optim.Optimizer:
+    """A copy of the optimizer that has ``new`` in the place of ``old``, with its moments."""
+    moved = copy.copy(optimizer)
+    groups = optimizer.param_groups
+    moved.param_groups = [{**g, "params": [new if p is old else p for p in g["params"]]} for g in groups]
+    moved.state = defaultdict(dict, optimizer.state)
+    moments = moved.state.pop(old, {})
+    moved.state[new] = {name: t.view_as(new).clone() if t.shape == old.shape else t for name, t in moments.items()}
+    return moved
