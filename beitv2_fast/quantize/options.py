@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypedDict
 
 import torch.distributed as dist
+from torch import nn
 
 from ..kernels.checks import METRICS
 
@@ -21,6 +22,8 @@ class QuantizerOptions(TypedDict, total=False):
 
     metric: str
     learning: str | None
+    transform: nn.Module | None
+    stored_dim: int | None
     decay: float
     eps: float
     commitment_weight: float
@@ -52,6 +55,10 @@ def check_options(quantizer: FusedVectorQuantizer) -> None:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(q, name)!r}")
     if q.learning == "code_ema" and q.metric != "cosine":
         raise ValueError("learning='code_ema' averages unit vectors: take metric='cosine' or learning='sum_ema'")
+    if q.transform is not None and q.learning not in ("frozen", "gradient"):
+        raise ValueError(f"learning={q.learning!r} moves codes to vectors, which transform would move away again")
+    if q.stored_dim is not None and (q.transform is None or q.stored_dim < 1):
+        raise ValueError(f"stored_dim, the width of the codes that a transform reads, makes no sense: {q.stored_dim}")
     for names, low, high in (
         ("decay restart_below", 0, 1),
         ("commitment_weight codebook_weight dead_after dead_below eps", 0, float("inf")),

@@ -82,6 +82,11 @@ class FusedVectorQuantizer(QuantizerState):
             themselves (BEiT v2; cosine only, its default). "sum_ema": moving averages of counts and sums; their ratio
             is the code (VQ-VAE appendix A.1; default for euclidean). "gradient": a parameter with the loss
             ``codebook_weight mean((v - sg(y))^2)`` (VQ-VAE eq. 3), for your optimizer. "frozen": not at all.
+        transform: of the codebook before it is searched (SimVQ, arXiv 2411.02038): a module, [G, K, C] -> [G, K, D],
+            that learns by the gradient of ``codebook_weight mean((v - sg(y))^2)``. The codebook itself stays as drawn
+            (``C^-1/2`` times standard normal), or with learning="gradient" gets its gradient through the transform. As
+            no vector of a batch can become a code, k-means and restarts are off.
+        stored_dim: C, by default D.
         decay: of the moving averages.
         eps: Laplace smoothing of sum_ema's counts.
         commitment_weight: beta.
@@ -119,6 +124,8 @@ class FusedVectorQuantizer(QuantizerState):
         *,
         metric: str = "cosine",
         learning: str | None = None,
+        transform: nn.Module | None = None,
+        stored_dim: int | None = None,
         decay: float = 0.99,
         eps: float = 1e-5,
         commitment_weight: float = 1.0,
@@ -139,7 +146,11 @@ class FusedVectorQuantizer(QuantizerState):
     ):
         super().__init__()
         self.num_codes, self.dim = num_codes, dim
-        self.metric, self.learning = metric, learning or ("code_ema" if metric == "cosine" else "sum_ema")
+        by_default = "frozen" if transform is not None else "code_ema" if metric == "cosine" else "sum_ema"
+        self.metric, self.learning = metric, learning or by_default
+        self.transform, self.stored_dim = transform, stored_dim
+        if transform is not None:
+            kmeans_init, dead_after, restart_below, self.any_length = False, 0.0, 0.0, True
         self.decay, self.eps, self.gradient = decay, eps, gradient
         self.commitment_weight, self.codebook_weight = commitment_weight, codebook_weight
         self.heads, self.share_codebook, self.channel_last = heads, share_codebook, channel_last
@@ -152,7 +163,7 @@ class FusedVectorQuantizer(QuantizerState):
         self.code_dim = dim // heads
         self.groups = 1 if share_codebook else heads  # codebooks
         each = (num_codes,) if self.groups == 1 else (self.groups, num_codes)
-        codes = (*each, self.code_dim)
+        codes = (*each, stored_dim or self.code_dim)
         if self.learning == "gradient":
             self.codebook = nn.Parameter(torch.empty(codes))
         else:
@@ -184,7 +195,10 @@ class FusedVectorQuantizer(QuantizerState):
         """The state of a new quantizer, where its tensors are: after ``to_empty``, as with torch's own modules."""
         shape, generator = self.codebook.shape, torch.Generator().manual_seed(self.seed)
         start = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-        self.codebook.copy_(F.normalize(start, dim=-1) if self.metric == "cosine" else start)
+        if self.transform is not None:
+            self.codebook.copy_(start * shape[-1] ** -0.5)
+        else:
+            self.codebook.copy_(F.normalize(start, dim=-1) if self.metric == "cosine" else start)
         if self.embed_avg is not None:
             self.embed_avg.copy_(self.codebook)
         self.cluster_size.fill_(self.embed_avg is not None or self.dead_below > 0)
@@ -195,7 +209,7 @@ class FusedVectorQuantizer(QuantizerState):
         self._reset_unsaved()
 
     def extra_repr(self) -> str:
-        options = inspect.signature(FusedVectorQuantizer).parameters.values()
+        options = [o for o in inspect.signature(FusedVectorQuantizer).parameters.values() if o.name != "transform"]
         changed = [f"{o.name}={getattr(self, o.name)!r}" for o in options if getattr(self, o.name) != o.default]
         return ", ".join([*changed, *["frozen"] * self.frozen])
 
@@ -204,13 +218,15 @@ class FusedVectorQuantizer(QuantizerState):
 
         As with ``learning="frozen"`` the gradient and the commitment loss still reach the vectors, and a codebook that
         was not started yet still starts by k-means. Apart from ``usage()`` nothing else changes in training mode. A
-        codebook that learns by gradient gets none, and the loss has no term for it; its ``requires_grad`` is off.
+        codebook that learns by gradient, or a transform, gets none, and the loss has no term for it; its
+        ``requires_grad`` is off.
         A state dict does not say whether it is frozen; copies and pickles do.
         """
         self.frozen = frozen
-        if isinstance(self.codebook, nn.Parameter):
-            self.codebook.requires_grad_(not frozen)
-            self.codebook.grad = None  # an optimizer would move it by an old gradient
+        transform = [] if self.transform is None else self.transform.parameters()
+        for learnt in (*transform, *[self.codebook] * isinstance(self.codebook, nn.Parameter)):
+            learnt.requires_grad_(not frozen)
+            learnt.grad = None  # an optimizer would move it by an old gradient
 
     def thaw(self) -> None:
         """Let the codebook learn again by its rule, from the state in which ``freeze`` found it."""
@@ -368,7 +384,7 @@ class FusedVectorQuantizer(QuantizerState):
         return self.training and self._rule != "frozen"
 
     def _codebooks(self, snapshot: Snapshot | None = None) -> Tensor:
-        """The codebooks as they are searched, [G, K, D]; differentiable where they learn by gradient.
+        """The codebooks as they are searched, [G, K, D]; differentiable where they or a transform learn by gradient.
 
         What autograd keeps is a copy: the codebook itself changes in the same step.
         """
@@ -377,9 +393,17 @@ class FusedVectorQuantizer(QuantizerState):
             codes = copy_codebook(self.codebook, None)
         elif gradient:
             codes = copy_codebook(self.codebook, codes.detach())
-        if gradient and self.metric == "cosine":
+        codes = codes.unsqueeze(0) if self.groups == 1 else codes
+        if self.transform is not None:
+            of_weights = next(self.transform.parameters(), codes).dtype
+            with torch.autocast(codes.device.type, enabled=False):
+                codes = self.transform(codes.to(of_weights)).float()
+            if codes.shape != (self.groups, self.num_codes, self.code_dim):
+                expected = [self.groups, self.num_codes, self.code_dim]
+                raise ValueError(f"transform must return codes {expected}; it returned {list(codes.shape)}")
+        if (gradient or self.transform is not None) and self.metric == "cosine":
             codes = F.normalize(codes, dim=-1)
-        return codes.unsqueeze(0) if self.groups == 1 else codes
+        return codes
 
     def _nearest(self, x: Tensor, codes: Tensor) -> Tensor:
         """Indices [N] of the codes [K, D] for x [N, D]."""
@@ -387,7 +411,8 @@ class FusedVectorQuantizer(QuantizerState):
 
     def _quantize(self, x: Tensor, codebook: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """One codebook: x [N, D] -> (quantized [N, D], indices [N], loss)."""
-        codebook_weight = self.codebook_weight if self._rule == "gradient" else 0.0
+        by_gradient = not self.frozen and (self.learning == "gradient" or self.transform is not None)
+        codebook_weight = self.codebook_weight if by_gradient else 0.0
         if keep is None and self.gradient == "straight_through":
             out, indices, loss, _ = quantize(x, codebook, self.metric, self.commitment_weight, codebook_weight, False)
             return out, indices, loss

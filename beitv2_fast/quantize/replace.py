@@ -10,7 +10,7 @@ from torch import nn
 
 from .adapters import EmbeddingAdapter, Unsupported
 from .options import QuantizerOptions
-from .vq_pytorch import VectorQuantizeAdapter
+from .vq_pytorch import SimVQAdapter, VectorQuantizeAdapter
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -21,6 +21,7 @@ Adapter = Callable[..., nn.Module]
 # By class, or by a class's full name, so that nothing needs to be imported here. To teach it a class for good, add it.
 ADAPTERS: dict[type | str, Adapter] = {
     "vector_quantize_pytorch.vector_quantize_pytorch.VectorQuantize": VectorQuantizeAdapter,
+    "vector_quantize_pytorch.sim_vq.SimVQ": SimVQAdapter,
     "diffusers.models.autoencoders.vae.VectorQuantizer": EmbeddingAdapter,
 }
 
@@ -34,8 +35,9 @@ def replace_quantizers(
 ) -> nn.Module:
     """Swap the quantizers of a model, in place, for ones on the fused ops; weights and call signatures stay.
 
-    Known by themselves: vector-quantize-pytorch's ``VectorQuantize`` and diffusers' ``VectorQuantizer`` (in
-    ``VQModel``). Classes that are copied from project to project are named by the caller, with the adapter for them:
+    Known by themselves: vector-quantize-pytorch's ``VectorQuantize`` and ``SimVQ``, also inside its residual, grouped
+    and random-projection classes, and diffusers' ``VectorQuantizer`` (in ``VQModel``). Classes that are copied from
+    project to project are named by the caller, with the adapter for them:
 
         replace_quantizers(model, {NormEMAVectorQuantizer: NormEMAAdapter})  # BEiT v2, LaBraM, LaVIT, ...
         replace_quantizers(model, {VectorQuantizer2: EmbeddingAdapter})  # taming-transformers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -23,6 +24,8 @@ class ResidualVectorQuantizer(nn.Module):
 
         quantizer = ResidualVectorQuantizer(num_codes=1024, dim=64, num_quantizers=8)
         out = quantizer(z)  # z [..., 64] -> out.quantized [..., 64], out.indices [..., 8]
+
+    Each stage has a copy of a ``transform``.
 
     Args:
         num_codes: K.
@@ -58,7 +61,7 @@ class ResidualVectorQuantizer(nn.Module):
         seed = options.get("seed", 0)
         stages = 1 if share_stages else num_quantizers
         self.stages = nn.ModuleList(
-            FusedVectorQuantizer(num_codes, dim, **(options | {"seed": seed + i})) for i in range(stages)
+            FusedVectorQuantizer(num_codes, dim, **(copy.deepcopy(options) | {"seed": seed + i})) for i in range(stages)
         )
 
     def stage(self, i: int) -> FusedVectorQuantizer:

@@ -141,7 +141,7 @@ def _fit_options(quantizer: FusedVectorQuantizer, state: dict[str, Tensor], pref
 
 def _fit_heads(quantizer: FusedVectorQuantizer, own: dict[str, Tensor], news: list[str]) -> bool:
     """Whether the codebook has this quantizer's shape; one codebook for all heads becomes one for each."""
-    groups, shape = quantizer.groups, (quantizer.num_codes, quantizer.code_dim)
+    groups, shape = quantizer.groups, (quantizer.num_codes, quantizer.codebook.shape[-1])
     if groups == 1 or own["codebook"].shape != shape:
         return own["codebook"].shape == (shape if groups == 1 else (groups, *shape))
     for name in ("codebook", "cluster_size", "embed_avg", "idle", "recent"):

@@ -21,7 +21,7 @@ from ..kernels.sampling import world
 from ..kernels.snapshot import copy_codebook, recomputing
 from .adapters import refuse
 from .options import QuantizerOptions
-from .quantizer import FusedVectorQuantizer, Quantized
+from .quantizer import FusedVectorQuantizer, Quantized, rotate_to
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -33,7 +33,8 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
     Kept: heads with one or with separate codebooks, projections, layouts, mask and lens, commitment weight, decay, eps,
     straight-through and rotation trick, dead-code threshold, k-means start, loss breakdown, ``freeze_codebook`` of the
     module (``freeze()``) and of a call, learnable codebooks with their optimizer in place and ``sync_update_v``,
-    orthogonal regularization, manual and weighted EMA updates, statistics of one rank or of all. Different: a masked
+    vq_bridge, orthogonal regularization, manual and weighted EMA updates, statistics of one rank or of all. Different:
+    get_codes_from_indices gives the codes of ``forward``, so behind a vq_bridge; a masked
     cosine quantizer's commitment loss compares unit vectors, as its unmasked one does; with a mask the codes of padding
     are not among the active ones of the orthogonal regularization; k-means waits for the first batch in training mode;
     a vector shorter than 1e-6 passes the rotation straight through.
@@ -54,7 +55,8 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
                     module.in_place_codebook_optimizer and not module.learnable_codebook
                 ),
                 "affine_param": book.affine_param,
-                "vq_bridge": book.vq_bridge,
+                "threshold_ema_dead_code with vq_bridge": book.vq_bridge is not None and book.has_dead_code_replacement,
+                "kmeans_init with vq_bridge": book.vq_bridge is not None and not book.initted,
                 "ema_update=False with threshold_ema_dead_code": (
                     not (book.ema_update or module.learnable_codebook) and book.has_dead_code_replacement
                 ),
@@ -65,6 +67,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         kept = {
             "metric": "cosine" if module.use_cosine_sim else "euclidean",
             "learning": "gradient" if module.learnable_codebook else "sum_ema" if book.ema_update else "frozen",
+            "transform": book.vq_bridge,
             "decay": book.decay,
             "eps": book.eps,
             "commitment_weight": commitment,
@@ -263,6 +266,44 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
 
     def _outward(self, codes: Tensor) -> Tensor:
         return codes.movedim(-1, 1) if self.channels_first and codes.dim() > 2 else codes
+
+
+class SimVQAdapter(nn.Module):
+    """For SimVQ of vector-quantize-pytorch, also inside ResidualSimVQ; names in checkpoints and optimizers stay."""
+
+    def __init__(self, module: nn.Module, **options: Unpack[QuantizerOptions]):
+        super().__init__()
+        self.codebook_size, self.channel_first, self.rotation_trick = (
+            module.codebook_size,
+            module.channel_first,
+            module.rotation_trick,
+        )
+        self.code_transform = module.code_transform
+        self.register_buffer("frozen_codebook", module.frozen_codebook)
+        self.commitment_weight = module.commitment_weight
+        self.input_to_quantize_commit_loss_weight = module.input_to_quantize_commit_loss_weight
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes as they are searched, [K, D]."""
+        return self.code_transform(self.frozen_codebook)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        last = x.movedim(1, -1) if self.channel_first else x
+        rows, weight = last.reshape(-1, last.shape[-1]), self.commitment_weight
+        options = {"commitment_weight": weight * self.input_to_quantize_commit_loss_weight, "codebook_weight": weight}
+        with torch.autocast(x.device.type, enabled=False):
+            out = vector_quantize(rows, self.codebook, metric="euclidean", **options)
+            quantized = rotate_to(rows, out.quantized.detach()) if self.rotation_trick else out.quantized
+        quantized = quantized.view(last.shape)
+        return self._outward(quantized).to(x.dtype), out.indices.view(last.shape[:-1]), out.loss
+
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """The codes of indices [B, ...]."""
+        return self._outward(self.code_transform(self.frozen_codebook[indices]))
+
+    def _outward(self, codes: Tensor) -> Tensor:
+        return codes.movedim(-1, 1) if self.channel_first else codes
 
 
 def _moved(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> torch.optim.Optimizer:

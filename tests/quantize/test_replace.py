@@ -124,7 +124,8 @@ KEPT = """dim codebook_size codebook_dim heads separate_codebook_per_head decay 
     kmeans_iters use_cosine_sim layernorm_after_project_in threshold_ema_dead_code channel_last accept_image_fmap
     accept_3d_fmap commitment_weight rotation_trick return_zeros_for_masked_padding learnable_codebook sync_update_v
     in_place_codebook_optimizer manual_in_place_optimizer_update manual_ema_update route_gradients_to_input
-    straight_through orthogonal_reg_weight orthogonal_reg_active_codes_only orthogonal_reg_max_codes sync_codebook"""
+    straight_through orthogonal_reg_weight orthogonal_reg_active_codes_only orthogonal_reg_max_codes sync_codebook
+    vq_bridge"""
 WITHOUT_EFFECT = {
     "codebook_diversity_temperature": "codebook_diversity_loss_weight",
     "sample_codebook_temp": "stochastic_sample_codes",
@@ -143,7 +144,8 @@ REFUSED = {
         "in_place_codebook_optimizer": torch.optim.Adam,
         "orthogonal_reg_weight": 1.0,
     },
-    "vq_bridge": {"vq_bridge": nn.Linear(16, 16)},
+    "threshold_ema_dead_code with vq_bridge": {"vq_bridge": nn.Linear(16, 16), "threshold_ema_dead_code": 2},
+    "kmeans_init with vq_bridge": {"vq_bridge": nn.Linear(16, 16), "kmeans_init": True},
     "ema_update": {"ema_update": False, "threshold_ema_dead_code": 2},
     "sync_kmeans": {"sync_kmeans": False, "sync_codebook": True},
 }

@@ -21,6 +21,7 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
     """By the original's names; codebooks as [codebooks, K, D]."""
     found = {}
     for name, parameter in module.named_parameters():
+        name = name.replace("_codebook.vq_bridge", "transform")
         before, last = name[: name.rfind(".") + 1], name.split(".")[-1]
         if parameter.grad is not None:
             shape = (-1, *parameter.shape[-2:]) if last in ("codebook", "embed") else parameter.shape
@@ -233,3 +234,48 @@ def test_stages_that_share_a_codebook_become_one_module():
 def test_an_implicit_neural_codebook_is_refused_at_the_replacement():
     with pytest.raises(Unsupported, match="implicit_neural_codebook of the ResidualVQ"):
         residual(implicit_neural_codebook=True)
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 16), (2, 4, 5, 16)])
+@pytest.mark.parametrize("options", [{}, {"rotation_trick": False, "commitment_weight": 0.5, "frozen_codebook_dim": 8}])
+def test_sim_vq_agrees_under_its_own_names(options, shape):
+    package = pytest.importorskip("vector_quantize_pytorch")
+    torch.manual_seed(0)
+    theirs = package.SimVQ(dim=16, codebook_size=32, **options)
+    ours = replace_quantizers(copy.deepcopy(theirs))
+    assert type(ours).__name__ == "SimVQAdapter" and ours.state_dict().keys() == theirs.state_dict().keys()
+    assert_same_training(theirs, ours, shape)
+    indices = ours(noise(*shape))[1]
+    torch.testing.assert_close(ours.indices_to_codes(indices), theirs.indices_to_codes(indices), **TOLERANCE)
+
+
+def test_sim_vq_agrees_on_maps_with_the_channels_first():
+    package = pytest.importorskip("vector_quantize_pytorch")
+    transform = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
+    theirs = package.SimVQ(dim=16, codebook_size=32, codebook_transform=transform, channel_first=True)
+    assert_same_training(theirs, replace_quantizers(copy.deepcopy(theirs)), (2, 16, 4, 5))
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_residual_stack_of_sim_vq_agrees(dropout):
+    theirs, ours = residual("ResidualSimVQ", quantize_dropout=dropout)
+    assert_same_training(theirs, ours)
+    indices = ours(noise(2, 7, 16))[1]
+    codes = [module.get_codes_from_indices(indices) for module in (theirs, ours)]
+    torch.testing.assert_close(codes[1], codes[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("in_place", [{}, BY_SGD])
+def test_a_vq_bridge_agrees(in_place):
+    bridge = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    theirs, ours = swapped(vq_bridge=bridge, rotation_trick=False, **in_place)
+    assert_same_training(theirs, ours)
+    quantized, indices, _ = ours(noise(3, 20, 16))
+    torch.testing.assert_close(ours.get_codes_from_indices(indices), quantized)
+
+
+def test_random_projections_agree():
+    package = pytest.importorskip("vector_quantize_pytorch")
+    theirs = package.RandomProjectionQuantizer(dim=16, codebook_size=32, codebook_dim=8, num_codebooks=2)
+    ours = replace_quantizers(copy.deepcopy(theirs))
+    assert torch.equal(ours(noise(3, 20, 16)), theirs(noise(3, 20, 16)))
