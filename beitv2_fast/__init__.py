@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .quantize.options import QuantizerOptions
     from .quantize.quantizer import FusedVectorQuantizer
     from .quantize.replace import ADAPTERS, replace_quantizers
-    from .quantize.residual import ResidualVectorQuantizer
+    from .quantize.residual import GroupedResidualVectorQuantizer, ResidualVectorQuantizer
     from .quantize.vq_pytorch import VectorQuantizeAdapter
     from .show.attention import attention_probabilities
     from .weights.create import create_model, list_models, model_config
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ADAPTERS", "Classifier", "ClassifierConfig", "EmbeddingAdapter", "Features", "FusedVectorQuantizer",
+    "GroupedResidualVectorQuantizer",
     "NormEMAAdapter", "Quantized", "QuantizerOptions", "ResidualVectorQuantizer", "Student", "StudentConfig",
     "StudentOutput", "Tokenizer", "TokenizerModelConfig", "TokenizerOutput", "Unsupported", "VectorQuantizeAdapter",
     "ViT", "ViTConfig", "attention_probabilities", "classify", "create_model", "features", "from_pretrained",
@@ -55,7 +56,7 @@ _MODULES = {
     "quantize.options": ("QuantizerOptions",),
     "quantize.quantizer": ("FusedVectorQuantizer",),
     "quantize.replace": ("ADAPTERS", "replace_quantizers"),
-    "quantize.residual": ("ResidualVectorQuantizer",),
+    "quantize.residual": ("GroupedResidualVectorQuantizer", "ResidualVectorQuantizer"),
     "quantize.vq_pytorch": ("VectorQuantizeAdapter",),
     "show.attention": ("attention_probabilities",),
     "weights.create": ("create_model", "list_models", "model_config"),

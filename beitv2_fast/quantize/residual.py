@@ -1,11 +1,13 @@
-"""ResidualVectorQuantizer: a stack of quantizers, each of which quantizes what the ones before it left."""
+"""A stack of quantizers, each of which quantizes what the ones before it left, by itself and in groups of the width."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .options import QuantizerOptions
@@ -28,11 +30,11 @@ class ResidualVectorQuantizer(nn.Module):
     Each stage has a copy of a ``transform``.
 
     Args:
-        num_codes: K.
+        num_codes: K, or one for each stage.
         dim: D.
         num_quantizers: Q, the number of stages.
-        share_stages: one codebook for all stages, which then takes Q steps in one forward; its k-means start sees the
-            first stage's vectors only.
+        share_stages: one codebook for all stages, which learns from the vectors of all of them in one step; its k-means
+            start sees the first stage's vectors only.
         dropout: in training, the share of samples (the first dimension) of which only the first 1 to Q - 1 stages take
             part, so that a decoder learns to do with fewer. The indices of the others are -1.
         options: of each stage, those of ``FusedVectorQuantizer``. The metric is Euclidean: a residual is no direction.
@@ -40,7 +42,7 @@ class ResidualVectorQuantizer(nn.Module):
 
     def __init__(
         self,
-        num_codes: int,
+        num_codes: int | Sequence[int],
         dim: int,
         num_quantizers: int,
         *,
@@ -57,20 +59,27 @@ class ResidualVectorQuantizer(nn.Module):
             raise ValueError("residual stages compare vectors with their length: metric must be 'euclidean'")
         if options.get("heads", 1) != 1:
             raise ValueError("residual stages have one head each; cut the width before, or use FusedVectorQuantizer")
+        sizes = [num_codes] * num_quantizers if isinstance(num_codes, int) else [*num_codes]
+        if len(sizes) != num_quantizers or (share_stages and len({*sizes}) > 1):
+            wanted = "the same for stages that share" if share_stages else f"one, or {num_quantizers}"
+            raise ValueError(f"num_codes must be {wanted}; got {sizes}")
         self.num_quantizers, self.dropout = num_quantizers, dropout
         seed = options.get("seed", 0)
         stages = 1 if share_stages else num_quantizers
         self.stages = nn.ModuleList(
-            FusedVectorQuantizer(num_codes, dim, **(copy.deepcopy(options) | {"seed": seed + i})) for i in range(stages)
+            FusedVectorQuantizer(sizes[i], dim, **(copy.deepcopy(options) | {"seed": seed + i})) for i in range(stages)
         )
+        self.stages[0].forwards_per_step = num_quantizers // stages
 
     def stage(self, i: int) -> FusedVectorQuantizer:
         """The quantizer of stage i."""
         return cast(FusedVectorQuantizer, self.stages[i % len(self.stages)])
 
-    def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
-        """As ``FusedVectorQuantizer.forward``; indices and counts have the stages last and first: [..., Q], [Q, K]."""
-        depth = self._depth(z)
+    def forward(self, z: Tensor, mask: Tensor | None = None, depth: Tensor | None = None) -> Quantized:
+        """As ``FusedVectorQuantizer.forward``; indices have the stages last, [..., Q], and counts first, [Q, K] with
+        the largest K, or [1, K] of a codebook that all share. depth: int [B], how many stages each sample takes part
+        in; by default as ``dropout`` says."""
+        depth = self.draw_depth(z) if depth is None else depth
         residual = _wide(z)
         total = torch.zeros_like(residual)
         stages = []
@@ -88,8 +97,14 @@ class ResidualVectorQuantizer(nn.Module):
             quantized,
             torch.stack([out.indices for out in stages], dim=-1),
             torch.stack([out.loss for out in stages]).sum(),
-            torch.stack([out.counts for out in stages]),
+            self._counts([out.counts for out in stages]),
         )
+
+    def _counts(self, counts: list[Tensor]) -> Tensor:
+        if len(self.stages) < self.num_quantizers:
+            return torch.stack(counts).sum(0, keepdim=True)  # in training they come with the last stage
+        widest = max(map(len, counts))
+        return torch.stack([F.pad(c, (0, widest - len(c))) for c in counts])
 
     @torch.no_grad()
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -121,8 +136,8 @@ class ResidualVectorQuantizer(nn.Module):
         stages = [self.stage(i).usage(reset) for i in range(len(self.stages))]
         return {name: sum(stage[name] for stage in stages) / len(stages) for name in stages[0]}
 
-    def _depth(self, z: Tensor) -> Tensor | None:
-        """How many stages each sample takes part in, [B]; None: all in all."""
+    def draw_depth(self, z: Tensor) -> Tensor | None:
+        """How many stages each sample takes part in by ``dropout``, [B]; None: all in all."""
         if not self.training or not self.dropout or self.num_quantizers == 1:
             return None
         depth = torch.randint(1, self.num_quantizers, z.shape[:1], device=z.device)
@@ -135,6 +150,68 @@ class ResidualVectorQuantizer(nn.Module):
         shape = z.select(self.stage(0).channel_axis(z), 0).shape
         deep = (depth > i).view(-1, *[1] * (len(shape) - 1)).expand(shape)
         return deep if mask is None else deep & mask
+
+
+class GroupedResidualVectorQuantizer(nn.Module):
+    """The width cut into ``groups`` parts, each with a stack of its own (HiFi-Codec, arXiv 2305.02765 section 3.1).
+
+    Args: as of ``ResidualVectorQuantizer``, which ``options`` go to; dim must be a multiple of groups. A sample takes
+    part in as many stages in one group as in another.
+    """
+
+    def __init__(
+        self,
+        num_codes: int | Sequence[int],
+        dim: int,
+        num_quantizers: int,
+        groups: int,
+        *,
+        share_stages: bool = False,
+        dropout: float = 0.0,
+        **options: Unpack[QuantizerOptions],
+    ):
+        super().__init__()
+        if groups < 1 or dim % groups:
+            raise ValueError(f"dim must be a multiple of groups; got dim={dim}, groups={groups}")
+        seed, of_each = options.pop("seed", 0), {"share_stages": share_stages, "dropout": dropout, **options}
+        self.stacks = nn.ModuleList(
+            ResidualVectorQuantizer(
+                num_codes, dim // groups, num_quantizers, seed=seed + g * num_quantizers, **copy.deepcopy(of_each)
+            )
+            for g in range(groups)
+        )
+
+    def forward(self, z: Tensor, mask: Tensor | None = None, depth: Tensor | None = None) -> Quantized:
+        """As ``ResidualVectorQuantizer.forward``: indices [..., groups, Q], counts [groups, Q, K], loss the mean."""
+        depth = self.stacks[0].draw_depth(z) if depth is None else depth
+        parts = [stack(part, mask, depth) for stack, part in zip(self.stacks, self._parts(z), strict=True)]
+        return Quantized(
+            torch.cat([part.quantized for part in parts], dim=self._axis(z)),
+            torch.stack([part.indices for part in parts], dim=-2),
+            torch.stack([part.loss for part in parts]).mean(),
+            torch.stack([part.counts for part in parts]),
+        )
+
+    def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Vectors -> indices [..., groups, Q], and nothing else changes."""
+        pairs = zip(self.stacks, self._parts(z), strict=True)
+        return torch.stack([stack.encode(part, mask) for stack, part in pairs], dim=-2)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Indices [..., groups, q] of the first q <= Q stages -> the vectors, fp32; index -1 adds nothing."""
+        if indices.dim() < 2 or indices.shape[-2] != len(self.stacks):
+            raise ValueError(f"decode: indices must be [..., {len(self.stacks)}, stages]; got {list(indices.shape)}")
+        parts = [stack.decode(part) for stack, part in zip(self.stacks, indices.unbind(-2), strict=True)]
+        return torch.cat(parts, dim=self._axis(parts[0]))
+
+    def _axis(self, z: Tensor) -> int:
+        return self.stacks[0].stages[0].channel_axis(z)
+
+    def _parts(self, z: Tensor) -> Sequence[Tensor]:
+        width = sum(stack.stages[0].dim for stack in self.stacks)
+        if z.dim() == 0 or z.shape[self._axis(z)] != width:
+            raise ValueError(f"expected vectors of width {width}; got {list(z.shape)}")
+        return z.chunk(len(self.stacks), dim=self._axis(z))
 
 
 def _wide(z: Tensor) -> Tensor:

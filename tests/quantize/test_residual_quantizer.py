@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beitv2_fast import ResidualVectorQuantizer
+from beitv2_fast import FusedVectorQuantizer, GroupedResidualVectorQuantizer, ResidualVectorQuantizer
 
 from ..support.quantizers import assert_same, noise, state
 
@@ -115,3 +115,66 @@ def test_fp64_is_computed_in_fp64():
     rest = z.detach().flatten() - torch.tensor([1.0, 0.0])
     expected = rest.square().mean() + (rest - torch.tensor([-0.25, 0.25])).square().mean()
     torch.testing.assert_close(out.loss, expected, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("learning", ["sum_ema", "gradient"])
+def test_a_shared_codebook_learns_from_all_stages_in_one_step(learning):
+    options = {"kmeans_init": False, "learning": learning, "decay": 0.9}
+    quantizer, one = (
+        residual(share_stages=True, **options).train(),
+        FusedVectorQuantizer(32, 8, metric="euclidean", **options),
+    )
+    z = noise(40, 8)
+    depth = torch.arange(40) % 4 + 1
+    out = quantizer(z, depth=depth)
+    rests, rest = [], z
+    for i in range(4):
+        taking_part = depth > i
+        rests.append(rest[taking_part])
+        code = one.decode(one.encode(rest))
+        rest = torch.where(taking_part[:, None], rest - code, rest)
+    expected = one.train()(torch.cat(rests))
+    for name in ("codebook", "cluster_size", "idle", "steps"):
+        assert torch.equal(getattr(quantizer.stages[0], name), getattr(one, name)), name
+    assert torch.equal(out.counts, expected.counts[None]) and out.counts.sum() == (depth.sum())
+    assert torch.equal(quantizer.eval()(z).counts.sum(1), torch.tensor([160]))
+
+
+def test_stages_may_have_codebooks_of_unequal_size():
+    quantizer = ResidualVectorQuantizer([32, 16, 8], 8, 3).train()
+    out = quantizer(noise(60, 8))
+    assert [stage.num_codes for stage in quantizer.stages] == [32, 16, 8]
+    assert out.counts.shape == (3, 32) and out.counts.sum(1).tolist() == [60, 60, 60]
+    assert (out.indices.amax(0) < torch.tensor([32, 16, 8])).all() and out.perplexity.shape == (3,)
+    indices = quantizer.encode(noise(60, 8))
+    torch.testing.assert_close(quantizer.decode(indices), quantizer.eval()(noise(60, 8)).quantized)
+    for sizes, share in (([32, 16], False), ([32, 16, 8], True)):
+        with pytest.raises(ValueError, match="num_codes"):
+            ResidualVectorQuantizer(sizes, 8, 3, share_stages=share)
+
+
+@pytest.mark.parametrize("channel_last", [True, False])
+def test_groups_are_stacks_of_their_own_on_parts_of_the_width(channel_last):
+    options = {"channel_last": channel_last, "kmeans_init": False}
+    grouped = GroupedResidualVectorQuantizer(32, 8, 3, groups=2, seed=7, **options).train()
+    alone = [ResidualVectorQuantizer(32, 4, 3, seed=7 + 3 * g, **options).train() for g in range(2)]
+    z, axis = (noise(5, 6, 8), -1) if channel_last else (noise(5, 8, 6), 1)
+    out, parts = grouped(z), [stack(part) for stack, part in zip(alone, z.chunk(2, axis), strict=True)]
+    assert torch.equal(out.quantized, torch.cat([part.quantized for part in parts], axis))
+    assert torch.equal(out.indices, torch.stack([part.indices for part in parts], -2)) and out.counts.shape == (
+        2,
+        3,
+        32,
+    )
+    torch.testing.assert_close(out.loss, (parts[0].loss + parts[1].loss) / 2)
+    indices = grouped.encode(z)
+    torch.testing.assert_close(grouped.eval()(z).quantized, grouped.decode(indices))
+    with pytest.raises(ValueError, match="width 8"):
+        grouped(noise(5, 9, 9))
+
+
+def test_a_sample_takes_part_in_as_many_stages_in_every_group():
+    torch.manual_seed(0)
+    grouped = GroupedResidualVectorQuantizer(32, 8, 4, groups=2, dropout=1.0, kmeans_init=False).train()
+    depth = (grouped(noise(64, 5, 8)).indices >= 0).sum(-1)
+    assert (depth == depth[:, :1, :1]).all() and set(depth.unique().tolist()) == {1, 2, 3}
