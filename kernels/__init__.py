@@ -13,7 +13,7 @@ if __name__ == "kernels":
 else:
     from .attention import attention
     from .block_masks import block_masks
-    from .codebook_search import CodebookSearch, codebook_search
+    from .codebook_search import CodebookSearch, codebook_search, draw_codes
     from .codebook_update import codebook_update
     from .gelu import gelu_and_gradient
     from .masked_cross_entropy import masked_cross_entropy, masked_gather
@@ -27,6 +27,7 @@ __all__ = [
     "block_masks",
     "codebook_search",
     "codebook_update",
+    "draw_codes",
     "gelu_and_gradient",
     "masked_cross_entropy",
     "masked_gather",

@@ -67,11 +67,12 @@ def to_be_recomputed() -> bool:
 
 @dataclass
 class Snapshot:
-    """What the recomputation of a forward needs: its codebook and its counts; ``mark`` tells the vectors it saw."""
+    """What the recomputation of a forward needs: codebook, counts, key of a draw; ``mark`` tells the vectors it saw."""
 
     mark: Tensor
     codebook: Tensor
     counts: Tensor | None = None
+    draw: Tensor | None = None
     recomputed: bool = False
 
 

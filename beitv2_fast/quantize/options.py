@@ -29,6 +29,7 @@ class QuantizerOptions(TypedDict, total=False):
     commitment_weight: float
     codebook_weight: float
     gradient: str
+    temperature: float
     heads: int
     share_codebook: bool
     channel_last: bool
@@ -61,7 +62,7 @@ def check_options(quantizer: FusedVectorQuantizer) -> None:
         raise ValueError(f"stored_dim, the width of the codes that a transform reads, makes no sense: {q.stored_dim}")
     for names, low, high in (
         ("decay restart_below", 0, 1),
-        ("commitment_weight codebook_weight dead_after dead_below eps", 0, float("inf")),
+        ("commitment_weight codebook_weight temperature dead_after dead_below eps", 0, float("inf")),
         ("kmeans_iterations restart_after", 1, float("inf")),
     ):
         for name in names.split():

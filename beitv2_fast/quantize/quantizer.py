@@ -16,10 +16,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import codebook_search
+from ..kernels import codebook_search, draw_codes
 from ..kernels.checks import FLOATS
 from ..kernels.codebook_update.ops import ema_step, sum_over_ranks
-from ..kernels.sampling import ALONE
+from ..kernels.sampling import ALONE, salt
 from ..kernels.snapshot import Snapshot, copy_codebook, recomputing, to_be_recomputed
 from ..kernels.vector_quantize.ops import quantize
 from .collapse import ASKED_WHEN_COMPILED, CLOCK, look, refuse_gathered_copy, replace_dead_codes, start_codebook
@@ -93,6 +93,9 @@ class FusedVectorQuantizer(QuantizerState):
         codebook_weight: see "gradient".
         gradient: how it passes to the vectors: "straight_through", or by "rotation" (arXiv 2410.06424). "codes": not to
             them but to the codes that were chosen, where the codebook learns by gradient.
+        temperature: in training, codes are drawn with probability softmax(similarity / temperature) (``draw_codes`` of
+            the kernels), a function of the seed, the step and the vector's place in the batch of all ranks; 0: the
+            nearest code.
         heads: the width is cut into this many parts, each with its own code.
         share_codebook: one codebook for all heads instead of one each.
         channel_last: vectors lie along the last dimension; otherwise along dimension 1, as in [B, C, H, W].
@@ -131,6 +134,7 @@ class FusedVectorQuantizer(QuantizerState):
         commitment_weight: float = 1.0,
         codebook_weight: float = 1.0,
         gradient: str = "straight_through",
+        temperature: float = 0.0,
         heads: int = 1,
         share_codebook: bool = False,
         channel_last: bool = True,
@@ -151,7 +155,7 @@ class FusedVectorQuantizer(QuantizerState):
         self.transform, self.stored_dim = transform, stored_dim
         if transform is not None:
             kmeans_init, dead_after, restart_below, self.any_length = False, 0.0, 0.0, True
-        self.decay, self.eps, self.gradient = decay, eps, gradient
+        self.decay, self.eps, self.gradient, self.temperature = decay, eps, gradient, temperature
         self.commitment_weight, self.codebook_weight = commitment_weight, codebook_weight
         self.heads, self.share_codebook, self.channel_last = heads, share_codebook, channel_last
         self.kmeans_init, self.kmeans_iterations, self.seed = kmeans_init, kmeans_iterations, seed
@@ -254,17 +258,18 @@ class FusedVectorQuantizer(QuantizerState):
             # The update leaves out vectors of NaN: so padding does not count.
             seen = x.detach() if keep is None else x.detach().masked_fill(~keep[:, None], torch.nan)
             again, snapshot = not compiling and recomputing(), None
-            if again and self._learns:
+            if again and (self._learns or self._draws):
                 snapshot = self.snapshots.find(x)
             elif self.training and not again:
                 restarts = self.kmeans_init or self.dead_after or self.restart_below
                 if self._rule == "gradient" and restarts and (ASKED_WHEN_COMPILED or not compiling):
                     refuse_gathered_copy(self, "codebook")
                 self._start(seen)
-                if self._learns and not compiling and to_be_recomputed():
+                if (self._learns or self._draws) and not compiling and to_be_recomputed():
                     snapshot = self.snapshots.keep(x, self.codebook)
             codebooks = self._codebooks(snapshot)
-            parts = [self._quantize(x[g], codebooks[g], keep) for g in range(self.groups)]
+            drawn = self._drawn(x, codebooks, snapshot) if self._draws else [None] * self.groups
+            parts = [self._quantize(x[g], codebooks[g], keep, drawn[g]) for g in range(self.groups)]
             quantized, indices, losses = (_stack(part) for part in zip(*parts, strict=True))  # [G, N, D], [G, N], [G]
             if again:
                 counted = snapshot.counts if snapshot else None
@@ -383,6 +388,22 @@ class FusedVectorQuantizer(QuantizerState):
         """Whether a forward changes the codebook."""
         return self.training and self._rule != "frozen"
 
+    @property
+    def _draws(self) -> bool:
+        return self.training and self.temperature > 0
+
+    def _drawn(self, x: Tensor, codebooks: Tensor, snapshot: Snapshot | None) -> list[Tensor]:
+        """Indices [G, N] for x [G, N, D]; a recomputation draws what its first forward drew."""
+        key = (
+            salt(self.seed, self.steps, len(self._waiting))
+            if snapshot is None or snapshot.draw is None
+            else snapshot.draw
+        )
+        if snapshot is not None:
+            snapshot.draw = key
+        options = {"metric": self.metric, "temperature": self.temperature, "process_group": self._group}
+        return [draw_codes(x[g], codes, seed=salt(key, g), **options) for g, codes in enumerate(codebooks)]
+
     def _codebooks(self, snapshot: Snapshot | None = None) -> Tensor:
         """The codebooks as they are searched, [G, K, D]; differentiable where they or a transform learn by gradient.
 
@@ -409,17 +430,19 @@ class FusedVectorQuantizer(QuantizerState):
         """Indices [N] of the codes [K, D] for x [N, D]."""
         return codebook_search(x, codes, metric=self.metric).indices
 
-    def _quantize(self, x: Tensor, codebook: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """One codebook: x [N, D] -> (quantized [N, D], indices [N], loss)."""
+    def _quantize(
+        self, x: Tensor, codebook: Tensor, keep: Tensor | None, drawn: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One codebook: x [N, D] -> (quantized [N, D], indices [N], loss); of the codes drawn, if there are any."""
         by_gradient = not self.frozen and (self.learning == "gradient" or self.transform is not None)
         codebook_weight = self.codebook_weight if by_gradient else 0.0
-        if keep is None and self.gradient == "straight_through":
+        if keep is None and drawn is None and self.gradient == "straight_through":
             out, indices, loss, _ = quantize(x, codebook, self.metric, self.commitment_weight, codebook_weight, False)
             return out, indices, loss
         shortest = max(SHORTEST, torch.finfo(x.dtype).smallest_normal)  # of fp16, 6e-5: below, few bits are left
         x = x if x.dtype == torch.float64 else x.float()
         y = F.normalize(x, dim=-1) if self.metric == "cosine" else x
-        indices = self._nearest(x, codebook)
+        indices = self._nearest(x, codebook) if drawn is None else drawn
         codes = F.embedding(indices, codebook).to(y.dtype)
         loss = self.commitment_weight * _mean_square(codes.detach() - y, keep)
         if codebook_weight:
@@ -463,6 +486,8 @@ class FusedVectorQuantizer(QuantizerState):
             options: dict[str, Any] = dict(metric=self.metric, seed=self.seed, group=self._group)
             options |= dict(dead_after=self.dead_after, dead_below=self.dead_below)
             replace_dead_codes(**state, replaced=self.window_replaced, x=seen, bins=counts, **options)
+        elif self._draws:
+            self.steps.add_(1)  # the next step draws anew
         counts = counts.view(self.window_counts.shape)
         if tracked:
             self.window_counts.add_(counts)  # += also assigns, which torch.export of a root module records

@@ -22,6 +22,7 @@ from ..kernels.snapshot import copy_codebook, recomputing
 from .adapters import refuse
 from .options import QuantizerOptions
 from .quantizer import FusedVectorQuantizer, Quantized, rotate_to
+from .soft import code_cross_entropy, diversity_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,13 +32,14 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
     """For VectorQuantize of vector-quantize-pytorch, cosine and Euclidean, learned by EMA or by gradient, or frozen.
 
     Kept: heads with one or with separate codebooks, projections, layouts, mask and lens, commitment weight, decay, eps,
-    straight-through and rotation trick, dead-code threshold, k-means start, loss breakdown, ``freeze_codebook`` of the
-    module (``freeze()``) and of a call, learnable codebooks with their optimizer in place and ``sync_update_v``,
-    vq_bridge, orthogonal regularization, manual and weighted EMA updates, statistics of one rank or of all. Different:
-    get_codes_from_indices gives the codes of ``forward``, so behind a vq_bridge; a masked
-    cosine quantizer's commitment loss compares unit vectors, as its unmasked one does; with a mask the codes of padding
-    are not among the active ones of the orthogonal regularization; k-means waits for the first batch in training mode;
-    a vector shorter than 1e-6 passes the rotation straight through.
+    straight-through and rotation trick, stochastic codes, diversity and cross-entropy losses, dead-code threshold,
+    k-means start, loss breakdown, ``freeze_codebook`` of the module (``freeze()``) and of a call, learnable codebooks
+    with their optimizer in place, ``sync_update_v`` and vq_bridge, orthogonal regularization, manual and weighted EMA
+    updates, statistics of one rank or of all. Different: a masked cosine quantizer's commitment loss compares unit
+    vectors, as its unmasked one does; the diversity and cross-entropy losses have the gradient of the codes that were
+    searched, not of those that the EMA made of them since; with a mask the codes of padding are not among the active
+    ones of the orthogonal regularization; the codes of indices are those of ``forward``, so behind a vq_bridge; k-means
+    waits for the first batch in training mode; a vector shorter than 1e-6 passes the rotation straight through.
     """
 
     any_length = True
@@ -47,9 +49,9 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         gumbel = getattr(book.gumbel_sample, "keywords", {})
         refuse(
             {
-                "codebook_diversity_loss_weight": module.has_codebook_diversity_loss,
-                "commitment_use_cross_entropy_loss": module.commitment_use_cross_entropy_loss,
-                "stochastic_sample_codes": gumbel.get("stochastic"),
+                "stochastic_sample_codes with in_place_codebook_optimizer": (
+                    gumbel.get("stochastic") and module.in_place_codebook_optimizer
+                ),
                 "directional_reparam": module.directional_reparam,
                 "in_place_codebook_optimizer without learnable_codebook": (
                     module.in_place_codebook_optimizer and not module.learnable_codebook
@@ -73,6 +75,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             "commitment_weight": commitment,
             "codebook_weight": commitment,
             "gradient": "rotation" if module.rotation_trick else "straight_through",
+            "temperature": max(float(book.sample_codebook_temp), 0.0) if gumbel.get("stochastic") else 0.0,
             "heads": module.heads,
             "share_codebook": not module.separate_codebook_per_head,
             "kmeans_init": not bool(book.initted),
@@ -92,12 +95,15 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         self.channels_first = not module.channel_last or module.accept_image_fmap or module.accept_3d_fmap
         self.zeros_for_padding = module.return_zeros_for_masked_padding
         self.manual_ema_update, self.ema_update_weight = book.manual_ema_update, None
+        self.stochastic = bool(gumbel.get("stochastic"))
         self.routes_gradients = module.route_gradients_to_input
         self.orthogonal = (
             module.orthogonal_reg_weight,
             module.orthogonal_reg_active_codes_only,
             module.orthogonal_reg_max_codes,
         )
+        self.diversity = module.codebook_diversity_loss_weight, module.codebook_diversity_temperature
+        self.by_cross_entropy = module.commitment_use_cross_entropy_loss
         self.breakdown = sys.modules[type(module).__module__].LossBreakdown
         self.to(book.embed.device)
         with torch.no_grad():
@@ -118,21 +124,23 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         mask: Tensor | None = None,
         lens: Tensor | None = None,
         *,
-        sample_codebook_temp: float | None = None,  # of no effect where codes are not drawn, as in the original
+        sample_codebook_temp: float | None = None,  # of no effect where codes are not drawn
         freeze_codebook: bool | None = None,
         return_loss_breakdown: bool = False,
         ema_update_weight: Tensor | Callable[[Tensor, Tensor], Tensor] | None = None,  # of each code, [K] or [heads, K]
         accum_ema_update: bool = False,
         **unsupported: Any,
     ) -> tuple[Tensor, ...]:
-        refuse({name: value is not None for name, value in {"indices": indices, **unsupported}.items()})
+        refuse({name: value is not None for name, value in unsupported.items()})
         refuse({"accum_ema_update": accum_ema_update, "lens beside mask": lens is not None and mask is not None})
         if lens is not None:
             mask = torch.arange(x.shape[1], device=x.device) < lens[:, None]
         last = x.movedim(1, -1) if self.channels_first and x.dim() > 2 else x
-        kept = self.frozen, self.gradient, None
+        kept = self.frozen, self.gradient, None, self.temperature
         self.frozen = self.frozen if freeze_codebook is None else freeze_codebook
         self.ema_update_weight = ema_update_weight
+        if self.stochastic and sample_codebook_temp is not None:
+            self.temperature = max(float(sample_codebook_temp), 0.0)
         # As in the original the codes themselves come out, with their own gradient, where the input needs none.
         learnable = isinstance(self.codebook, nn.Parameter)
         if not (self.training and self.routes_gradients and x.requires_grad):
@@ -140,32 +148,54 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         try:
             inside = self.project_in(last)
             in_place = self._step_in_place(inside, mask)
+            codes = None
+            if indices is not None or (self.training and (self.by_cross_entropy or self.diversity[0] > 0)):
+                if self.training:
+                    self._start(self._rows(inside).detach())
+                codes = self._codebooks().clone()  # as they are searched, before they learn
             out = super().forward(inside, mask)
-            losses = self._losses(out, in_place)
+            losses = self._losses(out, in_place, inside, codes)
         finally:
-            self.frozen, self.gradient, self.ema_update_weight = kept
+            self.frozen, self.gradient, self.ema_update_weight, self.temperature = kept
         quantized = out.quantized if self.training or learnable else out.quantized.detach()
         if self.training and self.sync_update_v:
             quantized = quantized + self.sync_update_v * (quantized - quantized.detach())
         quantized = self.project_out(quantized)
+        if indices is not None:
+            return quantized, self._cross_entropy(inside, codes, indices)
         if mask is not None:
             quantized = torch.where(mask[..., None], quantized, 0.0 if self.zeros_for_padding else last)
         if last is not x:
             quantized = quantized.movedim(-1, 1)
-        weights = self.breakdown(self.commitment_weight, 0.0, self.orthogonal[0], 0.0)
+        weights = self.breakdown(self.commitment_weight, self.diversity[0], self.orthogonal[0], 0.0)
         loss = sum(weight * part for weight, part in zip(weights, losses, strict=True))
         return (quantized, out.indices, loss, losses) if return_loss_breakdown else (quantized, out.indices, loss)
 
-    def _losses(self, out: Quantized, in_place: Tensor) -> tuple[Tensor, ...]:
+    def _losses(self, out: Quantized, in_place: Tensor, z: Tensor, codes: Tensor | None) -> tuple[Tensor, ...]:
         """LossBreakdown, without weights; all zero in eval mode."""
         commitment = diversity = orthogonal = torch.zeros_like(out.loss)
         weight, own = self.commitment_weight, self.codebook_weight if self._rule == "gradient" else 0.0
-        if self.training and weight:
+        if self.training and weight and self.by_cross_entropy:
+            commitment = self._cross_entropy(z, codes, out.indices)
+        elif self.training and weight:
             # The original counts the distance once, and both vectors and codes get its gradient.
             commitment = (out.loss - out.loss.detach() * (own / (weight + own))) / weight
+        if self.training and self.diversity[0] > 0:
+            # [G, N, D] -> [places, G, batch and heads, D]
+            rows = self._rows(z).unflatten(1, (z.shape[0] if z.dim() > 2 else len(z), -1, self.heads // self.groups))
+            rows = rows.permute(2, 0, 1, 3, 4).flatten(2, 3)
+            options = {"metric": self.metric, "temperature": 1 / self.diversity[1]}
+            diversity = diversity_loss(rows, codes, **options)
         if self.training and self.orthogonal[0] > 0:
             orthogonal = self._orthogonal_loss(out.indices)
         return self.breakdown(commitment, diversity, orthogonal, in_place.to(out.loss))
+
+    def _cross_entropy(self, z: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
+        """Of the softmax of similarities to the ``codes`` [G, K, D], to indices as ``forward`` returns them."""
+        wanted = indices.reshape(-1, self.groups, self.heads // self.groups).transpose(0, 1).flatten(1)
+        triples = zip(self._rows(z), codes, wanted, strict=True)
+        losses = [code_cross_entropy(x, book, of, metric=self.metric) for x, book, of in triples]
+        return torch.stack(losses).mean()
 
     def _orthogonal_loss(self, indices: Tensor) -> Tensor:
         """Eq. 2 of arXiv 2112.00384 over the codes, those of the batch, or at most so many drawn at random."""

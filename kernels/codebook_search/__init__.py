@@ -1,17 +1,23 @@
-"""codebook_search: the nearest code of every vector, without an N x K matrix for the caller to pay for."""
+"""codebook_search: the nearest code of every vector, without an N x K matrix for the caller to pay for; draw_codes."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..checks import check_metric, check_vectors
-from .ops import codebook_search_op
+from ..sampling import row_numbers
+from .ops import codebook_search_op, draw_codes_op, nearest_codes_op
 
 
 class CodebookSearch(NamedTuple):
-    """indices [N] int64; on request normalized [N, D] fp32, codes [N, D] as the codebook, distances [N] fp32."""
+    """indices [N] int64; on request normalized [N, D] fp32, codes [N, D] as the codebook, distances [N] fp32.
+
+    With k all but normalized have it as their second dimension.
+    """
 
     indices: Tensor
     normalized: Tensor | None
@@ -24,6 +30,7 @@ def codebook_search(
     codebook: Tensor,
     *,
     metric: str = "cosine",
+    k: int | None = None,
     return_normalized: bool = False,
     return_codes: bool = False,
     return_distances: bool = False,
@@ -42,6 +49,9 @@ def codebook_search(
         x: [N, D] vectors, fp32, fp16, bf16 or fp64, any strides, N >= 0.
         codebook: [K, D] codes v_j on the same device, K >= 1.
         metric: "cosine" (x is l2-normalized first, eps 1e-12) or "euclidean".
+        k: find the k nearest codes, nearest first, equally near ones by their index. In plain PyTorch on every device,
+            with float64 scores in chunks: much slower than the search for one. A vector with NaN or Inf gets
+            0 to k - 1, and codes with NaN or Inf come last.
         return_normalized: also return l2(x) (cosine; x itself in fp32 for euclidean), fp32.
         return_codes: also return ``codebook[indices]``.
         return_distances: also return the squared Euclidean distance between l2(x) (cosine) or x and its code, fp32.
@@ -53,6 +63,10 @@ def codebook_search(
     """
     check_metric(metric)
     check_vectors("codebook_search", x, codebook)
+    if k is not None:
+        return _nearest_codes(
+            x.detach(), codebook.detach(), metric, k, return_normalized, return_codes, return_distances
+        )
     # Detached, and not under no_grad(), which torch.export makes a region of its own that it cannot save.
     indices, normalized, codes, distances = codebook_search_op(
         x.detach(), codebook.detach(), metric, return_normalized, return_codes, return_distances
@@ -63,3 +77,55 @@ def codebook_search(
         codes if return_codes else None,
         distances if return_distances else None,
     )
+
+
+def _nearest_codes(
+    x: Tensor, codebook: Tensor, metric: str, k: int, normalized: bool, codes: bool, distances: bool
+) -> CodebookSearch:
+    if not 1 <= k <= len(codebook):
+        raise ValueError(f"codebook_search: k must lie between 1 and the {len(codebook)} codes there are; got {k}")
+    indices, compared = nearest_codes_op(x, codebook, metric, k)
+    chosen, apart = codebook[indices] if codes or distances else None, None
+    if distances:
+        apart = (compared[:, None] - chosen.float()).square().sum(-1)
+        apart = apart.masked_fill(~x.isfinite().all(-1)[:, None], torch.nan)
+    return CodebookSearch(indices, compared if normalized else None, chosen if codes else None, apart)
+
+
+def draw_codes(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    temperature: float,
+    seed: int | Tensor,
+    metric: str = "cosine",
+    process_group: dist.ProcessGroup | str | None = None,
+) -> Tensor:
+    """Draw a code for every vector, code j with probability ``softmax_j(s_ij / temperature)``.
+
+    ``s_ij = <l2(x_i), v_j>`` (cosine) or ``-||x_i - v_j||`` (euclidean). A draw is the argmax of ``s_ij / temperature``
+    plus Gumbel noise that is a function of the seed, the vector's number in the batch of all ranks and j: the same
+    codes in every run and however the batch is spread over ranks, unless scores differ by float64's rounding alone.
+    No memory grows with N * K. Vectors and codes with NaN or Inf: as in ``codebook_search``.
+
+    Args:
+        x: [N, D], this rank's vectors, any float dtype. codebook: [K, D].
+        temperature: > 0; the lower, the nearer to the nearest code.
+        seed: an int, or an int64 scalar on the vectors' device; another one draws other codes.
+        process_group: the ranks that hold the batch, as in ``codebook_update``.
+
+    Returns:
+        indices [N] int64.
+
+    Raises:
+        ValueError, TypeError: naming what does not fit.
+    """
+    check_metric(metric)
+    check_vectors("draw_codes", x, codebook)
+    if not temperature > 0:
+        raise ValueError(
+            f"draw_codes: temperature must be positive; got {temperature}. codebook_search is its limit 0."
+        )
+    key = seed if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64, device=x.device)
+    numbers = row_numbers(x, process_group)
+    return draw_codes_op(x.detach(), codebook.detach(), metric, float(temperature), key, numbers)

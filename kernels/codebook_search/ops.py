@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..native import native_ops
-from .reference import codebook_search_reference
+from .reference import codebook_search_reference, draw_codes_reference
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # indices, normalized, codes, distances
 
@@ -61,3 +61,26 @@ def _codebook_search_fake(
         codebook.new_empty((rows, codebook.shape[1]) if return_codes else 0),
         x.new_empty(rows if return_distances else 0, dtype=torch.float32),
     )
+
+
+# In plain PyTorch on every device.
+nearest_codes_op = torch.library.custom_op(
+    "beitv2_fast::nearest_codes",
+    lambda x, codebook, metric, k: codebook_search_reference(x, codebook, metric, k),
+    mutates_args=(),
+    schema="(Tensor x, Tensor codebook, str metric, int k) -> (Tensor, Tensor)",
+)
+
+
+@nearest_codes_op.register_fake
+def _nearest_codes_fake(x, codebook, metric, k):
+    return x.new_empty((x.shape[0], k), dtype=torch.int64), x.new_empty(x.shape, dtype=torch.float32)
+
+
+# In plain PyTorch on every device: its time is that of the random numbers.
+draw_codes_op = torch.library.custom_op("beitv2_fast::draw_codes", draw_codes_reference, mutates_args=())
+
+
+@draw_codes_op.register_fake
+def _draw_codes_fake(x, codebook, metric, temperature, key, numbers):
+    return x.new_empty(x.shape[0], dtype=torch.int64)

@@ -6,15 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..counter_random import as_uniform, random_bits
+
 CHUNK_SCORES = 1 << 22  # at most 32 MB of scores exist at a time, however many vectors there are
 EXPONENTS = -400, 500  # between these powers of two no square or sum of products leaves the range of float64
+NEAREST = 1e-8  # the least squared distance of a similarity, whose gradient has the distance below the line
 SLACK = 1e-12  # above the error of a score relative to the vectors' lengths, width * 1.1e-16, up to a width of 9,000
 
 
-def codebook_search_reference(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """Return (indices [N] int64, the vectors that were compared [N, D] fp32: l2(x) for cosine, x for euclidean)."""
+def codebook_search_reference(x: Tensor, codebook: Tensor, metric: str, k: int = 0) -> tuple[Tensor, Tensor]:
+    """Return (indices [N] int64, the vectors that were compared [N, D] fp32: l2(x) for cosine, x for euclidean).
+
+    With k > 0 the indices are [N, k], those of the k best scores, best first.
+    """
     compared = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    indices = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    indices = torch.empty((len(x), k) if k else len(x), dtype=torch.int64, device=x.device)
     v = codebook.double()
     unusable = ~v.isfinite().all(-1)  # [K]
     # Powers of two divide the codebook, and each row, where their squares would overflow or vanish: exact, and no score
@@ -37,9 +43,12 @@ def codebook_search_reference(x: Tensor, codebook: Tensor, metric: str) -> tuple
             scores.addcmul_(minus[0], minus[1][:, None], value=-1)
             slack = slack + SLACK * longest.square() * minus[1]
         scores.masked_fill_(unusable, -torch.inf)
-        _settle(scores, slack, scaled, v, minus)
-        # argmax returns the first of equal maxima.
-        best = scores.argmax(-1).where(chunk.isfinite().all(-1), 0)
+        _settle(scores, slack, scaled, v, minus, k)
+        finite = chunk.isfinite().all(-1)
+        if k:
+            best = _first(scores, k).where(finite[:, None], torch.arange(k, device=x.device))
+        else:
+            best = scores.argmax(-1).where(finite, 0)  # argmax returns the first of equal maxima
         indices[start : start + rows] = best
         compared[start : start + rows] = F.normalize(chunk, dim=-1) if metric == "cosine" else chunk
     return indices, compared
@@ -50,12 +59,55 @@ def _exponent(t: Tensor) -> Tensor:
     return torch.frexp(t.abs().amax(-1).nan_to_num(0, 0)).exponent
 
 
-def _settle(scores: Tensor, slack: Tensor, x: Tensor, v: Tensor, minus: tuple[Tensor, Tensor] | None) -> None:
-    """Score again, in place, what is within ``slack`` of a row's best: a matrix product rounds a column at the edge of
-    its tiles otherwise than the same column elsewhere, so equal codes have unequal scores."""
-    close = (scores >= (scores.amax(-1) - slack)[:, None]) & scores.isfinite()
+def _settle(
+    scores: Tensor, slack: Tensor, x: Tensor, v: Tensor, minus: tuple[Tensor, Tensor] | None, k: int = 0
+) -> None:
+    """Score again, in place, what is within ``slack`` of a row's best (with k, its k-th best): a matrix product rounds
+    a column at the edge of its tiles otherwise than the same column elsewhere, so equal codes have unequal scores."""
+    least = scores.topk(k).values[:, -1] if k else scores.amax(-1)
+    close = (scores >= (least - slack)[:, None]) & scores.isfinite()
     tied = close.sum(-1) > 1
     pairs = (close & tied[:, None]).nonzero()
     for row, code in (part.unbind(1) for part in pairs.split(max(1, CHUNK_SCORES // max(v.shape[1], 1)))):
         again = (x[row] * v[code]).sum(-1)  # every pair's products are added in the same order
         scores[row, code] = again if minus is None else again - minus[0][code] * minus[1][row]
+
+
+def _first(scores: Tensor, k: int) -> Tensor:
+    """The columns of every row's k largest scores, the largest first; of equal ones the lower column first."""
+    candidates = scores >= scores.topk(k).values[:, -1:]  # with ties more than k
+    most = int(candidates.sum(-1).max()) if len(scores) else k
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    lowest = columns.where(candidates, scores.shape[1]).topk(most, largest=False, sorted=True).values
+    of_columns = scores.gather(1, lowest.clamp(max=scores.shape[1] - 1))
+    of_columns = of_columns.masked_fill(lowest == scores.shape[1], -torch.inf)
+    order = of_columns.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return lowest.gather(1, order)
+
+
+def similarities(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    """[N, D], [K, D] -> [N, K], differentiable: ``<l2(x_i), v_j>`` (cosine) or ``-||x_i - v_j||`` (euclidean)."""
+    if metric == "cosine":
+        return F.normalize(x, dim=-1) @ codebook.T
+    squares = x.square().sum(-1)[:, None] + codebook.square().sum(-1) - 2 * x @ codebook.T
+    return -squares.clamp(min=NEAREST).sqrt()
+
+
+def draw_codes_reference(
+    x: Tensor, codebook: Tensor, metric: str, temperature: float, key: Tensor, numbers: Tensor
+) -> Tensor:
+    """The code j of the largest ``s_ij / temperature - log(-log u_ij)``; u_ij is a function of (key, numbers_i, j)."""
+    indices = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    v = codebook.double()
+    unusable = ~v.isfinite().all(-1)
+    v = v.where(~unusable[:, None], 0)
+    columns = torch.arange(len(v), device=x.device)
+    rows = max(1, CHUNK_SCORES // len(v))
+    for start in range(0, len(x), rows):
+        chunk = x[start : start + rows].double()
+        scores = similarities(chunk, v, metric).div_(temperature)
+        keys = random_bits(key, numbers[start : start + rows])
+        scores -= as_uniform(random_bits(keys[:, None], columns)).log_().neg_().log_()
+        scores.masked_fill_(unusable, -torch.inf)
+        indices[start : start + rows] = scores.argmax(-1).where(chunk.isfinite().all(-1), 0)
+    return indices

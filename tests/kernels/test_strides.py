@@ -65,6 +65,8 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "codebook_search cosine": (x, codes, "cosine", True, True, True),
         "codebook_search euclidean": (x, codes, "euclidean", True, True, True),
         "codebook_search indices": (x, codes, "cosine", False, False, False),
+        "nearest_codes": (x, codes, "cosine", 3),
+        "draw_codes": (x, codes, "euclidean", 0.5, torch.tensor(3), torch.arange(7)),
         "codebook_statistics cosine": (x, indices, 5, "cosine"),
         "codebook_statistics euclidean": (x, indices, 5, "euclidean"),
         "apply_codebook_statistics cosine": (statistics[0], *one[:2], None, 0.9, "cosine", 0.0),

@@ -185,6 +185,7 @@ RANKED = {
     "cosine": {"dead_after": 0.5},
     "euclidean": {"metric": "euclidean", "dead_after": 0.5},
     "gradient": {"learning": "gradient", "dead_after": 0.5, "metric": "euclidean"},
+    "drawn": {"temperature": 0.3, "dead_after": 0.5},
     "heads": {"heads": 2, "restart_below": 0.9, "restart_after": 5, "dead_after": 0.5},
 }
 SPLITS = ((40, 24), (64, 0), (3, 61), (32, 32))

@@ -27,7 +27,7 @@ def plain(num_codes: int = 16, dim: int = 8, **options) -> FusedVectorQuantizer:
 def test_every_option_is_in_the_signature_with_the_type_that_functions_hand_on():
     signature = inspect.signature(FusedVectorQuantizer).parameters
     options = {name: p for name, p in signature.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    assert [*signature] == ["num_codes", "dim", *options] and len(options) == 21
+    assert [*signature] == ["num_codes", "dim", *options] and len(options) == 22
     hints = get_type_hints(FusedVectorQuantizer.__init__)
     assert {name: hints[name] for name in options} == get_type_hints(QuantizerOptions)
     quantizer = FusedVectorQuantizer(16, 8, metric="euclidean", decay=0.5)

@@ -125,10 +125,9 @@ KEPT = """dim codebook_size codebook_dim heads separate_codebook_per_head decay 
     accept_3d_fmap commitment_weight rotation_trick return_zeros_for_masked_padding learnable_codebook sync_update_v
     in_place_codebook_optimizer manual_in_place_optimizer_update manual_ema_update route_gradients_to_input
     straight_through orthogonal_reg_weight orthogonal_reg_active_codes_only orthogonal_reg_max_codes sync_codebook
-    vq_bridge"""
+    vq_bridge stochastic_sample_codes sample_codebook_temp
+    codebook_diversity_loss_weight codebook_diversity_temperature commitment_use_cross_entropy_loss"""
 WITHOUT_EFFECT = {
-    "codebook_diversity_temperature": "codebook_diversity_loss_weight",
-    "sample_codebook_temp": "stochastic_sample_codes",
     "directional_reparam_variance": "directional_reparam",
     "sync_affine_param": "affine_param",
     "affine_param_batch_decay": "affine_param",
@@ -136,9 +135,12 @@ WITHOUT_EFFECT = {
 }
 REFUSED = {
     "affine_param": {"affine_param": True},
-    "stochastic_sample_codes": {"stochastic_sample_codes": True},
-    "codebook_diversity_loss_weight": {"codebook_diversity_loss_weight": 1.0},
-    "commitment_use_cross_entropy_loss": {"commitment_use_cross_entropy_loss": True},
+    "stochastic_sample_codes with in_place_codebook_optimizer": {
+        "in_place_codebook_optimizer": torch.optim.Adam,
+        "stochastic_sample_codes": True,
+        "learnable_codebook": True,
+        "ema_update": False,
+    },
     "directional_reparam": {"directional_reparam": True, "threshold_ema_dead_code": 2},
     "in_place_codebook_optimizer without learnable_codebook": {
         "in_place_codebook_optimizer": torch.optim.Adam,

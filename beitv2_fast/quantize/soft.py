@@ -1,0 +1,79 @@
+"""Soft assignment of vectors to codes, ``p_ij = softmax_j(s_ij / temperature)``, in memory that N x K does not enter.
+
+``s_ij = <l2(x_i), v_j>`` (cosine) or ``-||x_i - v_j||`` (euclidean). Chunks of it exist for a moment, in the backward
+once more. All results have gradients for the vectors and for the codebook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..kernels.checks import check_indices, check_metric, check_vectors
+from ..kernels.codebook_search.reference import CHUNK_SCORES, similarities
+
+
+def soft_assignment(
+    x: Tensor, codebook: Tensor, *, metric: str = "cosine", temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """x [N, D], codebook [K, D] -> (``log sum_j exp(s_ij / temperature)`` [N], ``mean_i p_ij`` [K]).
+
+    The entropy of the mean is a loss against collapse; the cross entropy to codes is ``code_cross_entropy``.
+    """
+    check_metric(metric)
+    check_vectors("soft_assignment", x, codebook)
+
+    def chunk(rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        logits = similarities(rows, codes, metric) / temperature
+        return logits.logsumexp(-1), logits.softmax(-1).sum(0)
+
+    parts, total = [], codebook.new_zeros(len(codebook), dtype=_wide(x).dtype)
+    for log_sum_exp, probabilities in _in_chunks(chunk, len(codebook), _wide(x), codebook=_wide(codebook)):
+        parts.append(log_sum_exp)
+        total = total + probabilities
+    return torch.cat(parts), total / max(1, len(x))
+
+
+def code_cross_entropy(
+    x: Tensor, codebook: Tensor, codes: Tensor, *, metric: str = "cosine", temperature: float = 1.0
+) -> Tensor:
+    """``mean_i -log p_i,codes_i`` over the vectors whose code [N] int64 is not -1; 0 if there is none."""
+    check_metric(metric)
+    check_vectors("code_cross_entropy", x, codebook)
+    check_indices("code_cross_entropy", codes, len(x))
+
+    def chunk(rows: Tensor, wanted: Tensor, book: Tensor) -> Tensor:
+        logits = similarities(rows, book, metric) / temperature
+        return torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-1, reduction="sum")
+
+    losses = _in_chunks(chunk, len(codebook), _wide(x), codes, codebook=_wide(codebook))
+    return torch.stack([*losses]).sum() / (codes >= 0).sum().clamp(min=1)
+
+
+def diversity_loss(x: Tensor, codebooks: Tensor, *, metric: str, temperature: float) -> Tensor:
+    """Minus the entropy of the mean ``p`` over heads and batch, averaged over places: x [P, G, B, D], codes [G, K, D].
+
+    As vector-quantize-pytorch's, whose logarithm is of at least 1e-5.
+    """
+
+    def chunk(rows: Tensor, books: Tensor) -> Tensor:
+        each = [similarities(rows[:, g].flatten(0, 1), book, metric) / temperature for g, book in enumerate(books)]
+        p = torch.stack(each).softmax(-1).unflatten(1, (len(rows), -1)).mean((0, 2))  # [places, K]
+        return (p * p.clamp(min=1e-5).log()).sum(-1)
+
+    scores = codebooks.shape[:2].numel() * x.shape[2]  # of one place
+    return torch.cat([*_in_chunks(chunk, scores, _wide(x), codebook=_wide(codebooks))]).mean()
+
+
+def _in_chunks(chunk: Callable, scores: int, *rows: Tensor, codebook: Tensor):
+    """Results of ``chunk`` for some rows after others, each row of so many ``scores``."""
+    size = max(1, CHUNK_SCORES // scores)
+    for part in zip(*(t.split(size) for t in rows), strict=True):
+        yield checkpoint(chunk, *part, codebook, use_reentrant=False, preserve_rng_state=False)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()

@@ -1,0 +1,62 @@
+"""codebook_search with k: the k nearest codes in their exact order, ties by index."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from beitv2_fast.kernels import codebook_search
+from beitv2_fast.kernels.codebook_search import reference
+
+from ..support.codebook_states import METRICS
+from ..support.quantizers import noise
+
+
+def expected(x: torch.Tensor, codebook: torch.Tensor, metric: str, k: int) -> torch.Tensor:
+    """A stable sort of float64 scores, whose sums are all in one order."""
+    products = (x.double()[:, None] * codebook.double()).sum(-1)
+    scores = products if metric == "cosine" else products - codebook.double().square().sum(-1) / 2
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("k", [1, 4, 37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_nearest_codes_come_in_order_whatever_the_chunk(metric, k, dtype, monkeypatch):
+    monkeypatch.setattr(reference, "CHUNK_SCORES", 37 * 11)
+    x, codebook = noise(50, 8).to(dtype), noise(37, 8, seed=1).to(dtype)
+    found = codebook_search(x, codebook, metric=metric, k=k, return_distances=True, return_codes=True)
+    assert torch.equal(found.indices, expected(x, codebook, metric, k))
+    assert torch.equal(found.codes, codebook[found.indices]) and found.normalized is None
+    y = F.normalize(x.double(), dim=-1) if metric == "cosine" else x.double()
+    apart = (y[:, None] - codebook.double()[found.indices]).square().sum(-1)
+    torch.testing.assert_close(found.distances, apart.float(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.indices[:, 0], codebook_search(x, codebook, metric=metric).indices)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_equally_near_codes_come_by_their_index(metric):
+    codebook = F.normalize(noise(5, 8), dim=-1)[torch.tensor([3, 1, 3, 0, 1, 3, 2, 3, 4])]
+    x = codebook[:1] * torch.tensor([[1.0], [2.0]])
+    for k in (1, 2, 3, 4, 9):
+        indices = codebook_search(x, codebook, metric=metric, k=k).indices
+        assert torch.equal(indices, expected(x, codebook, metric, k))
+        assert indices[0, :4].tolist() == [0, 2, 5, 7][:k]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_what_is_not_finite_comes_last_and_finds_the_first(metric):
+    x, codebook = noise(6, 8), noise(5, 8, seed=1)
+    x[2, 3], codebook[1, 0], codebook[3, 2] = torch.nan, torch.inf, torch.nan
+    found = codebook_search(x, codebook, metric=metric, k=5, return_distances=True)
+    assert found.indices[2].tolist() == [0, 1, 2, 3, 4] and found.distances[2].isnan().all()
+    rest = found.indices[[0, 1, 3, 4, 5]]
+    assert (rest[:, 3:] == torch.tensor([1, 3])).all() and (rest.sort().values == torch.arange(5)).all()
+
+
+def test_no_vectors_and_impossible_k():
+    assert codebook_search(noise(0, 8), noise(5, 8), k=3).indices.shape == (0, 3)
+    for k in (0, 6):
+        with pytest.raises(ValueError, match=f"between 1 and the 5 codes there are; got {k}"):
+            codebook_search(noise(3, 8), noise(5, 8), k=k)

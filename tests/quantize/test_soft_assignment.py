@@ -1,0 +1,130 @@
+"""Soft assignment in chunks: the values and gradients of the whole matrix, without it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from beitv2_fast import replace_quantizers
+from beitv2_fast.quantize import soft
+from beitv2_fast.quantize.soft import code_cross_entropy, soft_assignment
+
+from ..support.codebook_states import METRICS
+from ..support.quantizers import noise
+from .test_vq_pytorch import LEARNABLE, assert_same_training, swapped, vector_quantize
+
+
+def logits(x: torch.Tensor, codebook: torch.Tensor, metric: str) -> torch.Tensor:
+    return F.normalize(x, dim=-1) @ codebook.T if metric == "cosine" else -torch.cdist(x, codebook)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_values_and_gradients_are_those_of_the_whole_matrix(metric, monkeypatch):
+    monkeypatch.setattr(soft, "CHUNK_SCORES", 20 * 7)
+    codes = torch.randint(-1, 20, (50,), generator=torch.Generator().manual_seed(0))
+    results = []
+    for chunked in (False, True):
+        x, codebook = noise(50, 8).requires_grad_(), noise(20, 8, seed=1).requires_grad_()
+        if chunked:
+            log_sum_exp, p = soft_assignment(x, codebook, metric=metric, temperature=0.5)
+            loss = code_cross_entropy(x, codebook, codes, metric=metric, temperature=0.5)
+        else:
+            scores = logits(x, codebook, metric) / 0.5
+            log_sum_exp, p = scores.logsumexp(-1), scores.softmax(-1).mean(0)
+            loss = F.cross_entropy(scores, codes, ignore_index=-1)
+        (loss + log_sum_exp.square().mean() + (p * p.log()).sum()).backward()
+        results.append((log_sum_exp, p, loss, x.grad, codebook.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that any op returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else [out]:
+            self.elements = max(self.elements, t.numel() if isinstance(t, torch.Tensor) else 0)
+        return out
+
+
+def test_no_tensor_is_as_large_as_the_matrix_in_the_backward_either(monkeypatch):
+    monkeypatch.setattr(soft, "CHUNK_SCORES", 5000)
+    x, codebook, codes = noise(400, 8).requires_grad_(), noise(500, 8, seed=1), torch.arange(400)
+    with Largest() as largest:
+        _, p = soft_assignment(x, codebook)
+        (code_cross_entropy(x, codebook, codes) + p.square().sum()).backward()
+    assert 0 < largest.elements <= 5000
+
+
+def test_without_vectors_or_codes_to_find_the_loss_is_0():
+    x = noise(3, 8)
+    assert code_cross_entropy(x, noise(5, 8), torch.full((3,), -1)) == 0
+    assert code_cross_entropy(x[:0], noise(5, 8), torch.zeros(0, dtype=torch.int64)) == 0
+    with pytest.raises(ValueError, match=r"int64 of shape \[3\]"):
+        code_cross_entropy(x, noise(5, 8), torch.zeros(2, dtype=torch.int64))
+
+
+LOSSES = [
+    {"codebook_diversity_loss_weight": 2.0},
+    {"commitment_use_cross_entropy_loss": True, "commitment_weight": 0.5},
+    {"codebook_diversity_loss_weight": 2.0, "codebook_diversity_temperature": 3.0, **LEARNABLE},
+    {"commitment_use_cross_entropy_loss": True, **LEARNABLE},
+    {
+        "commitment_use_cross_entropy_loss": True,
+        "codebook_diversity_loss_weight": 2.0,
+        "codebook_diversity_temperature": 5.0,
+        "heads": 2,
+        "codebook_dim": 8,
+        "separate_codebook_per_head": True,
+        "use_cosine_sim": True,
+    },
+]
+
+
+@pytest.mark.parametrize("options", LOSSES, ids=str)
+def test_the_losses_of_vector_quantize_pytorch_agree(options):
+    # The EMA writes to the codes from which the original's backward computes: its gradient is of other codes.
+    call = {} if "learnable_codebook" in options else {"freeze_codebook": True}
+    assert_same_training(*swapped(**options), return_loss_breakdown=True, **call)
+
+
+def test_with_an_ema_they_have_the_originals_values_and_the_gradient_of_the_codes_searched():
+    theirs, ours = swapped(commitment_use_cross_entropy_loss=True, decay=0.5)
+    searched = ours.codebook.clone()
+    x, y = noise(3, 20, 16).requires_grad_(), noise(3, 20, 16).requires_grad_()
+    _, indices, loss = ours(x)
+    torch.testing.assert_close(loss, theirs(x)[2], rtol=1e-5, atol=1e-5)
+    loss.backward()
+    F.cross_entropy(-torch.cdist(y.view(-1, 16), searched), indices.flatten()).backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(ours.codebook, searched)
+
+
+@pytest.mark.parametrize("options", [{"heads": 2, "codebook_dim": 8}, {"accept_image_fmap": True}], ids=str)
+def test_they_agree_with_shared_heads_and_on_maps(options):
+    losses = {"codebook_diversity_loss_weight": 2.0, "commitment_use_cross_entropy_loss": True}
+    if options.get("accept_image_fmap"):
+        losses.pop("commitment_use_cross_entropy_loss")  # the original takes indices of another shape than its own
+    shape = (2, 16, 4, 5) if "accept_image_fmap" in options else (3, 20, 16)
+    assert_same_training(*swapped(**losses, **options), shape, freeze_codebook=True)
+
+
+def test_padding_takes_no_part_in_the_cross_entropy():
+    theirs, ours = swapped(commitment_use_cross_entropy_loss=True)
+    mask = torch.arange(20) < torch.tensor([[20], [7], [1]])
+    assert_same_training(theirs, ours, steps=3, mask=mask, freeze_codebook=True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_call_with_indices_returns_the_cross_entropy_to_them(training):
+    theirs = vector_quantize().train(training)
+    ours = replace_quantizers(copy.deepcopy(theirs))
+    indices = torch.randint(0, 32, (3, 20), generator=torch.Generator().manual_seed(0))
+    for a, b in zip(theirs(noise(3, 20, 16), indices=indices), ours(noise(3, 20, 16), indices=indices), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
