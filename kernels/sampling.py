@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,7 +15,11 @@ ALONE = ""  # in the place of a process group's name: this rank by itself
 
 def named_group(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:
     """The process group of this name: custom ops take names, and a module that holds one can be copied."""
-    return dist.distributed_c10d._resolve_process_group(group) if isinstance(group, str) else group
+    if not isinstance(group, str):
+        return group
+    c10d: Any = dist.distributed_c10d
+    named: dist.ProcessGroup = c10d._resolve_process_group(group)
+    return named
 
 
 def world(group: dist.ProcessGroup | str | None = None) -> tuple[int, int]:

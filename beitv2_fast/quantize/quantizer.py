@@ -394,14 +394,13 @@ class FusedVectorQuantizer(QuantizerState):
 
     def _drawn(self, x: Tensor, codebooks: Tensor, snapshot: Snapshot | None) -> list[Tensor]:
         """Indices [G, N] for x [G, N, D]; a recomputation draws what its first forward drew."""
-        key = (
-            salt(self.seed, self.steps, len(self._waiting))
-            if snapshot is None or snapshot.draw is None
-            else snapshot.draw
-        )
+        key = None if snapshot is None else snapshot.draw
+        if key is None:
+            key = torch.as_tensor(salt(self.seed, self.steps, len(self._waiting)))
         if snapshot is not None:
             snapshot.draw = key
-        options = {"metric": self.metric, "temperature": self.temperature, "process_group": self._group}
+        options: dict[str, Any] = {"metric": self.metric, "temperature": self.temperature}
+        options["process_group"] = self._group
         return [draw_codes(x[g], codes, seed=salt(key, g), **options) for g, codes in enumerate(codebooks)]
 
     def _codebooks(self, snapshot: Snapshot | None = None) -> Tensor:

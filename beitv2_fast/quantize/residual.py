@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,7 @@ class ResidualVectorQuantizer(nn.Module):
         self.stages = nn.ModuleList(
             FusedVectorQuantizer(sizes[i], dim, **(copy.deepcopy(options) | {"seed": seed + i})) for i in range(stages)
         )
-        self.stages[0].forwards_per_step = num_quantizers // stages
+        self.stage(0).forwards_per_step = num_quantizers // stages
 
     def stage(self, i: int) -> FusedVectorQuantizer:
         """The quantizer of stage i."""
@@ -155,8 +155,16 @@ class ResidualVectorQuantizer(nn.Module):
 class GroupedResidualVectorQuantizer(nn.Module):
     """The width cut into ``groups`` parts, each with a stack of its own (HiFi-Codec, arXiv 2305.02765 section 3.1).
 
-    Args: as of ``ResidualVectorQuantizer``, which ``options`` go to; dim must be a multiple of groups. A sample takes
-    part in as many stages in one group as in another.
+    A sample takes part in as many stages in one group as in another.
+
+    Args:
+        num_codes: K, or one for each stage.
+        dim: D, a multiple of groups.
+        num_quantizers: Q, the number of stages.
+        groups: how many parts.
+        share_stages: see ``ResidualVectorQuantizer``.
+        dropout: see there.
+        options: of each stage, those of ``FusedVectorQuantizer``.
     """
 
     def __init__(
@@ -173,18 +181,21 @@ class GroupedResidualVectorQuantizer(nn.Module):
         super().__init__()
         if groups < 1 or dim % groups:
             raise ValueError(f"dim must be a multiple of groups; got dim={dim}, groups={groups}")
-        seed, of_each = options.pop("seed", 0), {"share_stages": share_stages, "dropout": dropout, **options}
+        seed = options.get("seed", 0)
+        of_each: dict[str, Any] = {"share_stages": share_stages, "dropout": dropout, **options}
+        seeds = [seed + g * num_quantizers for g in range(groups)]
         self.stacks = nn.ModuleList(
-            ResidualVectorQuantizer(
-                num_codes, dim // groups, num_quantizers, seed=seed + g * num_quantizers, **copy.deepcopy(of_each)
-            )
-            for g in range(groups)
+            ResidualVectorQuantizer(num_codes, dim // groups, num_quantizers, **(copy.deepcopy(of_each) | {"seed": s}))
+            for s in seeds
         )
+
+    def _stacks(self) -> list[ResidualVectorQuantizer]:
+        return [cast(ResidualVectorQuantizer, stack) for stack in self.stacks]
 
     def forward(self, z: Tensor, mask: Tensor | None = None, depth: Tensor | None = None) -> Quantized:
         """As ``ResidualVectorQuantizer.forward``: indices [..., groups, Q], counts [groups, Q, K], loss the mean."""
-        depth = self.stacks[0].draw_depth(z) if depth is None else depth
-        parts = [stack(part, mask, depth) for stack, part in zip(self.stacks, self._parts(z), strict=True)]
+        depth = self._stacks()[0].draw_depth(z) if depth is None else depth
+        parts = [stack(part, mask, depth) for stack, part in zip(self._stacks(), self._parts(z), strict=True)]
         return Quantized(
             torch.cat([part.quantized for part in parts], dim=self._axis(z)),
             torch.stack([part.indices for part in parts], dim=-2),
@@ -194,21 +205,21 @@ class GroupedResidualVectorQuantizer(nn.Module):
 
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """Vectors -> indices [..., groups, Q], and nothing else changes."""
-        pairs = zip(self.stacks, self._parts(z), strict=True)
+        pairs = zip(self._stacks(), self._parts(z), strict=True)
         return torch.stack([stack.encode(part, mask) for stack, part in pairs], dim=-2)
 
     def decode(self, indices: Tensor) -> Tensor:
         """Indices [..., groups, q] of the first q <= Q stages -> the vectors, fp32; index -1 adds nothing."""
         if indices.dim() < 2 or indices.shape[-2] != len(self.stacks):
             raise ValueError(f"decode: indices must be [..., {len(self.stacks)}, stages]; got {list(indices.shape)}")
-        parts = [stack.decode(part) for stack, part in zip(self.stacks, indices.unbind(-2), strict=True)]
+        parts = [stack.decode(part) for stack, part in zip(self._stacks(), indices.unbind(-2), strict=True)]
         return torch.cat(parts, dim=self._axis(parts[0]))
 
     def _axis(self, z: Tensor) -> int:
-        return self.stacks[0].stages[0].channel_axis(z)
+        return self._stacks()[0].stage(0).channel_axis(z)
 
     def _parts(self, z: Tensor) -> Sequence[Tensor]:
-        width = sum(stack.stages[0].dim for stack in self.stacks)
+        width = sum(stack.stage(0).dim for stack in self._stacks())
         if z.dim() == 0 or z.shape[self._axis(z)] != width:
             raise ValueError(f"expected vectors of width {width}; got {list(z.shape)}")
         return z.chunk(len(self.stacks), dim=self._axis(z))

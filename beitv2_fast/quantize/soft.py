@@ -6,7 +6,8 @@ once more. All results have gradients for the vectors and for the codebook.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,13 +63,14 @@ def diversity_loss(x: Tensor, codebooks: Tensor, *, metric: str, temperature: fl
     def chunk(rows: Tensor, books: Tensor) -> Tensor:
         each = [similarities(rows[:, g].flatten(0, 1), book, metric) / temperature for g, book in enumerate(books)]
         p = torch.stack(each).softmax(-1).unflatten(1, (len(rows), -1)).mean((0, 2))  # [places, K]
-        return (p * p.clamp(min=1e-5).log()).sum(-1)
+        loss: Tensor = (p * p.clamp(min=1e-5).log()).sum(-1)
+        return loss
 
     scores = codebooks.shape[:2].numel() * x.shape[2]  # of one place
     return torch.cat([*_in_chunks(chunk, scores, _wide(x), codebook=_wide(codebooks))]).mean()
 
 
-def _in_chunks(chunk: Callable, scores: int, *rows: Tensor, codebook: Tensor):
+def _in_chunks(chunk: Callable[..., Any], scores: int, *rows: Tensor, codebook: Tensor) -> Iterator[Any]:
     """Results of ``chunk`` for some rows after others, each row of so many ``scores``."""
     size = max(1, CHUNK_SCORES // scores)
     for part in zip(*(t.split(size) for t in rows), strict=True):

@@ -44,7 +44,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
 
     any_length = True
 
-    def __init__(self, module: nn.Module, **options: Unpack[QuantizerOptions]):
+    def __init__(self, module: Any, **options: Unpack[QuantizerOptions]):
         book = module._codebook
         gumbel = getattr(book.gumbel_sample, "keywords", {})
         refuse(
@@ -66,7 +66,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             }
         )
         commitment = max(float(module.commitment_weight), 0.0)
-        kept = {
+        kept: dict[str, Any] = {
             "metric": "cosine" if module.use_cosine_sim else "euclidean",
             "learning": "gradient" if module.learnable_codebook else "sum_ema" if book.ema_update else "frozen",
             "transform": book.vq_bridge,
@@ -87,14 +87,16 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         }
         super().__init__(module.codebook_size, book.embed.shape[-1] * module.heads, **{**kept, **options})
         if isinstance(book.embed, nn.Parameter) and self.learning != "gradient":  # for the orthogonal regularization
-            start = self._buffers.pop("codebook")
+            start = self.codebook
+            del self.codebook
             self.codebook = nn.Parameter(start)
         self.project_in, self.project_out = module.project_in, module.project_out
         self.codebook_size, self.sync_update_v = module.codebook_size, module.sync_update_v
         self.separate_codebook_per_head, self.ema_update = module.separate_codebook_per_head, book.ema_update
         self.channels_first = not module.channel_last or module.accept_image_fmap or module.accept_3d_fmap
         self.zeros_for_padding = module.return_zeros_for_masked_padding
-        self.manual_ema_update, self.ema_update_weight = book.manual_ema_update, None
+        self.manual_ema_update: bool = book.manual_ema_update
+        self.ema_update_weight: Tensor | Callable[[Tensor, Tensor], Tensor] | None = None
         self.stochastic = bool(gumbel.get("stochastic"))
         self.routes_gradients = module.route_gradients_to_input
         self.orthogonal = (
@@ -109,7 +111,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         with torch.no_grad():
             for name, value in self._state().items():
                 if value.numel() and name in ("codebook", "cluster_size", "embed_avg"):
-                    value.copy_({"codebook": book.embed}.get(name, getattr(book, name, None)))
+                    value.copy_(book.embed if name == "codebook" else getattr(book, name))
         self.in_place_codebook_optimizer = self.manual_in_place_optimizer_update = None
         if module.in_place_codebook_optimizer is not None:
             self.in_place_codebook_optimizer = _moved(module.in_place_codebook_optimizer, book.embed, self.codebook)
@@ -117,7 +119,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         if module.freeze_codebook:
             self.freeze()
 
-    def forward(
+    def forward(  # type: ignore[override]  # as the original's
         self,
         x: Tensor,
         indices: Tensor | None = None,
@@ -148,7 +150,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         try:
             inside = self.project_in(last)
             in_place = self._step_in_place(inside, mask)
-            codes = None
+            codes: Any = None
             if indices is not None or (self.training and (self.by_cross_entropy or self.diversity[0] > 0)):
                 if self.training:
                     self._start(self._rows(inside).detach())
@@ -169,9 +171,10 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             quantized = quantized.movedim(-1, 1)
         weights = self.breakdown(self.commitment_weight, self.diversity[0], self.orthogonal[0], 0.0)
         loss = sum(weight * part for weight, part in zip(weights, losses, strict=True))
-        return (quantized, out.indices, loss, losses) if return_loss_breakdown else (quantized, out.indices, loss)
+        breakdown: Any = [losses] if return_loss_breakdown else []
+        return quantized, out.indices, loss, *breakdown
 
-    def _losses(self, out: Quantized, in_place: Tensor, z: Tensor, codes: Tensor | None) -> tuple[Tensor, ...]:
+    def _losses(self, out: Quantized, in_place: Tensor, z: Tensor, codes: Any) -> tuple[Tensor, ...]:
         """LossBreakdown, without weights; all zero in eval mode."""
         commitment = diversity = orthogonal = torch.zeros_like(out.loss)
         weight, own = self.commitment_weight, self.codebook_weight if self._rule == "gradient" else 0.0
@@ -188,7 +191,8 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             diversity = diversity_loss(rows, codes, **options)
         if self.training and self.orthogonal[0] > 0:
             orthogonal = self._orthogonal_loss(out.indices)
-        return self.breakdown(commitment, diversity, orthogonal, in_place.to(out.loss))
+        losses: tuple[Tensor, ...] = self.breakdown(commitment, diversity, orthogonal, in_place.to(out.loss))
+        return losses
 
     def _cross_entropy(self, z: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
         """Of the softmax of similarities to the ``codes`` [G, K, D], to indices as ``forward`` returns them."""
@@ -209,7 +213,8 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         heads, count = codes.shape[:2]
         unit = F.normalize(codes, dim=-1, eps=1e-6)
         # The squares of [K, K] products add up to those of the [D, D] ones.
-        return (unit.mT @ unit).square().sum() / (heads * count**2) - 1 / count
+        loss: Tensor = (unit.mT @ unit).square().sum() / (heads * count**2) - 1 / count
+        return loss
 
     def _step_in_place(self, z: Tensor, mask: Tensor | None) -> Tensor:
         """A step of in_place_codebook_optimizer on ``mean((v - sg(z))^2)``, which is returned."""
@@ -219,7 +224,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         x = self._rows(z.detach())
         keep = None if mask is None else self._row_mask(mask, z)
         self._start(x if keep is None else x.masked_fill(~keep[:, None], torch.nan))
-        options = {"metric": self.metric, "commitment_weight": 0.0, "codebook_weight": 1.0}
+        options: dict[str, Any] = {"metric": self.metric, "commitment_weight": 0.0, "codebook_weight": 1.0}
         with torch.autocast(z.device.type, enabled=False):
             rows = x if keep is None else x[:, keep]
             losses = [vector_quantize(*part, **options).loss for part in zip(rows, self._codebooks(), strict=True)]
@@ -301,7 +306,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
 class SimVQAdapter(nn.Module):
     """For SimVQ of vector-quantize-pytorch, also inside ResidualSimVQ; names in checkpoints and optimizers stay."""
 
-    def __init__(self, module: nn.Module, **options: Unpack[QuantizerOptions]):
+    def __init__(self, module: Any, **options: Unpack[QuantizerOptions]):
         super().__init__()
         self.codebook_size, self.channel_first, self.rotation_trick = (
             module.codebook_size,
@@ -309,6 +314,7 @@ class SimVQAdapter(nn.Module):
             module.rotation_trick,
         )
         self.code_transform = module.code_transform
+        self.frozen_codebook: Tensor
         self.register_buffer("frozen_codebook", module.frozen_codebook)
         self.commitment_weight = module.commitment_weight
         self.input_to_quantize_commit_loss_weight = module.input_to_quantize_commit_loss_weight
@@ -316,7 +322,8 @@ class SimVQAdapter(nn.Module):
     @property
     def codebook(self) -> Tensor:
         """The codes as they are searched, [K, D]."""
-        return self.code_transform(self.frozen_codebook)
+        codes: Tensor = self.code_transform(self.frozen_codebook)
+        return codes
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         last = x.movedim(1, -1) if self.channel_first else x
@@ -336,7 +343,7 @@ class SimVQAdapter(nn.Module):
         return codes.movedim(-1, 1) if self.channel_first else codes
 
 
-def _moved(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> torch.optim.Optimizer:
+def _moved(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor) -> torch.optim.Optimizer:
     """A copy of the optimizer that has ``new`` in the place of ``old``, with its moments."""
     moved = copy.copy(optimizer)
     groups = optimizer.param_groups

@@ -85,8 +85,9 @@ def _nearest_codes(
     if not 1 <= k <= len(codebook):
         raise ValueError(f"codebook_search: k must lie between 1 and the {len(codebook)} codes there are; got {k}")
     indices, compared = nearest_codes_op(x, codebook, metric, k)
-    chosen, apart = codebook[indices] if codes or distances else None, None
-    if distances:
+    chosen = codebook[indices] if codes or distances else None
+    apart = None
+    if distances and chosen is not None:
         apart = (compared[:, None] - chosen.float()).square().sum(-1)
         apart = apart.masked_fill(~x.isfinite().all(-1)[:, None], torch.nan)
     return CodebookSearch(indices, compared if normalized else None, chosen if codes else None, apart)
@@ -109,7 +110,8 @@ def draw_codes(
     No memory grows with N * K. Vectors and codes with NaN or Inf: as in ``codebook_search``.
 
     Args:
-        x: [N, D], this rank's vectors, any float dtype. codebook: [K, D].
+        x: [N, D], this rank's vectors, any float dtype.
+        codebook: [K, D].
         temperature: > 0; the lower, the nearer to the nearest code.
         seed: an int, or an int64 scalar on the vectors' device; another one draws other codes.
         process_group: the ranks that hold the batch, as in ``codebook_update``.
@@ -128,4 +130,5 @@ def draw_codes(
         )
     key = seed if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64, device=x.device)
     numbers = row_numbers(x, process_group)
-    return draw_codes_op(x.detach(), codebook.detach(), metric, float(temperature), key, numbers)
+    indices: Tensor = draw_codes_op(x.detach(), codebook.detach(), metric, float(temperature), key, numbers)
+    return indices

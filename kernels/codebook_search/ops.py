@@ -64,16 +64,11 @@ def _codebook_search_fake(
 
 
 # In plain PyTorch on every device.
-nearest_codes_op = torch.library.custom_op(
-    "beitv2_fast::nearest_codes",
-    lambda x, codebook, metric, k: codebook_search_reference(x, codebook, metric, k),
-    mutates_args=(),
-    schema="(Tensor x, Tensor codebook, str metric, int k) -> (Tensor, Tensor)",
-)
+nearest_codes_op = torch.library.custom_op("beitv2_fast::nearest_codes", codebook_search_reference, mutates_args=())
 
 
 @nearest_codes_op.register_fake
-def _nearest_codes_fake(x, codebook, metric, k):
+def _nearest_codes_fake(x: Tensor, codebook: Tensor, metric: str, k: int) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[0], k), dtype=torch.int64), x.new_empty(x.shape, dtype=torch.float32)
 
 
@@ -82,5 +77,7 @@ draw_codes_op = torch.library.custom_op("beitv2_fast::draw_codes", draw_codes_re
 
 
 @draw_codes_op.register_fake
-def _draw_codes_fake(x, codebook, metric, temperature, key, numbers):
+def _draw_codes_fake(
+    x: Tensor, codebook: Tensor, metric: str, temperature: float, key: Tensor, numbers: Tensor
+) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.int64)

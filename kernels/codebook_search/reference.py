@@ -43,11 +43,11 @@ def codebook_search_reference(x: Tensor, codebook: Tensor, metric: str, k: int =
             scores.addcmul_(minus[0], minus[1][:, None], value=-1)
             slack = slack + SLACK * longest.square() * minus[1]
         scores.masked_fill_(unusable, -torch.inf)
-        _settle(scores, slack, scaled, v, minus, k)
         finite = chunk.isfinite().all(-1)
         if k:
-            best = _first(scores, k).where(finite[:, None], torch.arange(k, device=x.device))
+            best = _first(scores, slack, scaled, v, minus, k).where(finite[:, None], torch.arange(k, device=x.device))
         else:
+            _settle(scores, slack, scaled, v, minus)
             best = scores.argmax(-1).where(finite, 0)  # argmax returns the first of equal maxima
         indices[start : start + rows] = best
         compared[start : start + rows] = F.normalize(chunk, dim=-1) if metric == "cosine" else chunk
@@ -59,30 +59,36 @@ def _exponent(t: Tensor) -> Tensor:
     return torch.frexp(t.abs().amax(-1).nan_to_num(0, 0)).exponent
 
 
-def _settle(
-    scores: Tensor, slack: Tensor, x: Tensor, v: Tensor, minus: tuple[Tensor, Tensor] | None, k: int = 0
-) -> None:
-    """Score again, in place, what is within ``slack`` of a row's best (with k, its k-th best): a matrix product rounds
-    a column at the edge of its tiles otherwise than the same column elsewhere, so equal codes have unequal scores."""
-    least = scores.topk(k).values[:, -1] if k else scores.amax(-1)
-    close = (scores >= (least - slack)[:, None]) & scores.isfinite()
+def _settle(scores: Tensor, slack: Tensor, x: Tensor, v: Tensor, minus: tuple[Tensor, Tensor] | None) -> None:
+    """Score again, in place, what is within ``slack`` of a row's best: a matrix product rounds a column at the edge of
+    its tiles otherwise than the same column elsewhere, so equal codes have unequal scores."""
+    close = (scores >= (scores.amax(-1) - slack)[:, None]) & scores.isfinite()
     tied = close.sum(-1) > 1
     pairs = (close & tied[:, None]).nonzero()
+    scores[pairs[:, 0], pairs[:, 1]] = _scores_of(pairs, x, v, minus)
+
+
+def _first(scores: Tensor, slack: Tensor, x: Tensor, v: Tensor, minus: tuple[Tensor, Tensor] | None, k: int) -> Tensor:
+    """The columns of every row's k largest scores, the largest first; of equal ones the lower column first. What is
+    within ``slack`` of the k-th is scored again, as in ``_settle``."""
+    close = scores >= (scores.topk(k).values[:, -1] - slack)[:, None]
+    pairs, counts = close.nonzero(), close.sum(-1)
+    row, code = pairs.unbind(1)
+    again = _scores_of(pairs, x, v, minus).where(scores[row, code].isfinite(), -torch.inf)
+    place = torch.arange(len(row), device=x.device) - (counts.cumsum(0) - counts)[row]
+    candidates = scores.new_full((len(scores), int(counts.max())), -torch.inf)  # [rows, with ties more than k]
+    columns = torch.zeros_like(candidates, dtype=torch.int64)
+    candidates[row, place], columns[row, place] = again, code
+    return columns.gather(1, candidates.sort(dim=-1, descending=True, stable=True).indices[:, :k])
+
+
+def _scores_of(pairs: Tensor, x: Tensor, v: Tensor, minus: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The scores of pairs [P, 2] of a row and a code, the products of each added in the same order."""
+    scores = [x.new_empty(0)]
     for row, code in (part.unbind(1) for part in pairs.split(max(1, CHUNK_SCORES // max(v.shape[1], 1)))):
-        again = (x[row] * v[code]).sum(-1)  # every pair's products are added in the same order
-        scores[row, code] = again if minus is None else again - minus[0][code] * minus[1][row]
-
-
-def _first(scores: Tensor, k: int) -> Tensor:
-    """The columns of every row's k largest scores, the largest first; of equal ones the lower column first."""
-    candidates = scores >= scores.topk(k).values[:, -1:]  # with ties more than k
-    most = int(candidates.sum(-1).max()) if len(scores) else k
-    columns = torch.arange(scores.shape[1], device=scores.device)
-    lowest = columns.where(candidates, scores.shape[1]).topk(most, largest=False, sorted=True).values
-    of_columns = scores.gather(1, lowest.clamp(max=scores.shape[1] - 1))
-    of_columns = of_columns.masked_fill(lowest == scores.shape[1], -torch.inf)
-    order = of_columns.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return lowest.gather(1, order)
+        again = (x[row] * v[code]).sum(-1)
+        scores.append(again if minus is None else again - minus[0][code] * minus[1][row])
+    return torch.cat(scores)
 
 
 def similarities(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
