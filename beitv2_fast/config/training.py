@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from ..distributed import PRECISIONS
 from ..models.attention import IMPLEMENTATIONS
 from ..quantize.options import DEAD_AFTER
 from .options import OUT, SOURCE, RunConfig, option
@@ -39,8 +40,9 @@ class TrainConfig(RunConfig):
     )
     precision: str = option(
         "auto",
-        "arithmetic of the networks; bf16: autocast, fp32 weights; auto: bf16 on GPUs and CPUs with AMX, else fp32",
-        choices=("auto", "fp32", "bf16"),
+        "arithmetic of the networks; bf16, fp16: autocast, fp32 weights; fp16 with dynamic loss scaling; auto: bf16 on "
+        "GPUs that have it and CPUs with AMX, fp16 on older GPUs, fp32 on other CPUs",
+        choices=("auto", *PRECISIONS),
     )
     image_size: int = option(224, "side of the square images that the model reads, in pixels", at_least=1)
     patch_size: int = option(16, "side of a patch, in pixels; image_size must be a multiple of it", at_least=1)
