@@ -12,7 +12,19 @@ from pathlib import Path
 
 from ..errors import DataError
 from .images import ImageList
-from .names import IMAGE_SUFFIXES, SPLITS, PassedOver, counted, is_image, is_left_over, split_of, split_of_shard, told
+from .lists import find_listed_images
+from .names import (
+    IMAGE_SUFFIXES,
+    LIST_SUFFIXES,
+    SPLITS,
+    PassedOver,
+    counted,
+    is_image,
+    is_left_over,
+    split_of,
+    split_of_shard,
+    told,
+)
 from .shards import find_shard_images, shards_of
 
 
@@ -24,7 +36,7 @@ def find_images(
     A split is the folder ``root/split`` in any of its usual spellings (``SPLITS``), or the shards in ``root`` that are
     named so, or all of ``root`` where nothing is named as a split. If .tar files lie there, or ``root`` is one or a
     pattern of such, their images are meant (see ``data.shards``); ``index`` is where the places of the images in them
-    are kept.
+    are kept. A text file lists images (see ``data.lists``).
 
     The folders of the first level that have images are the classes, unless there are images beside them. Links are
     followed only to files inside the folder. Passed over, and counted, are hidden files and folders, those that systems
@@ -45,8 +57,11 @@ def find_images(
         shards = shards_of(root)
         if shards:
             return find_shard_images(shards, index, labeled=labeled)
+        if root.is_file() and root.suffix.lower() in LIST_SUFFIXES:
+            return find_listed_images(root, labeled=labeled)
         raise DataError(
-            f"{root} is a file, but a folder with images in it is needed. Pass the folder that it lies in."
+            f"{root} is a file, but a folder with images in it is needed. Pass the folder that it lies in, or a "
+            f"list of images, which ends in {' '.join(LIST_SUFFIXES)}."
             if root.exists()
             else f"The image folder {root} does not exist. Check the path: it should be a folder with images in it."
         )

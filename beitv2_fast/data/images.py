@@ -48,6 +48,7 @@ class ImageList:
         spans: of shards, where each image lies: (first byte in the shard, number of bytes); None for a folder.
         passed_over: what else lies there.
         sizes: (width, height) of each, decoded and turned upright; None before ``check_images``.
+        layout: what tells of them, where that is neither the folder nor its tar shards.
     """
 
     root: Path
@@ -58,6 +59,7 @@ class ImageList:
     spans: list[tuple[int, int]] | None = None
     passed_over: PassedOver = field(default_factory=dict)
     sizes: list[tuple[int, int]] | None = None
+    layout: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -97,6 +99,7 @@ class ImageList:
             layout, more = "class folders" if self.classes else "folder", ""
         else:
             layout, more = "tar shards", shared_keys(self.paths)
+        layout = self.layout or layout
         return f"found {len(self):,} images, {classes}, {layout} in {self.root}{more}{told(self.passed_over)}"
 
     @property
