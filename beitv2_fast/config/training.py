@@ -20,8 +20,9 @@ class TrainConfig(RunConfig):
 
     data: Path = option(
         Path("data"),
-        "folder of images (FOLDER/train is used if it exists, class folders are optional) or of tar shards, a pattern "
-        "such as 'shards/train-{0000..0146}.tar', or a text file in the folder that lists images and classes",
+        "folder of images (FOLDER/train is used if it exists, class folders are optional), of tar shards, or of the "
+        "Arrow or Parquet files of a Hugging Face data set; a pattern such as 'shards/train-{0000..0146}.tar'; or a "
+        "text file in the folder that lists images and classes",
         holds="images",
     )
     loader: str = option(

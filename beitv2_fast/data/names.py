@@ -23,7 +23,7 @@ SYSTEM_FOLDERS: tuple[str, ...]
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "@recycle", "#recycle", "$recycle.bin", "lost+found", "paxheaders")
 SYSTEM_FOLDERS += ("system volume information", "__pycache__")
 
-SHARD_SUFFIXES = (".tar",)
+SHARD_SUFFIXES = (".tar", ".arrow", ".parquet")
 LIST_SUFFIXES = (".txt", ".tsv", ".json", ".jsonl")
 MAX_CLASSES = 1 << 20  # a hostile label would else make a list of as many names
 
@@ -57,8 +57,8 @@ def is_image(name: str) -> bool:
 
 
 def is_shard(name: str) -> bool:
-    """Whether it is a file of many images."""
-    return name.endswith(SHARD_SUFFIXES) and not is_left_over(name)
+    """Whether it is a file of many images. In cache-*.arrow ``datasets`` keeps what it computed from the data."""
+    return name.endswith(SHARD_SUFFIXES) and not is_left_over(name) and not name.startswith("cache-")
 
 
 def refusal(path: str) -> str | None:

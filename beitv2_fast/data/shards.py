@@ -99,10 +99,11 @@ def find_shard_images(
                 "state": states[name], "members": members, "rejected": rejected, "passed_over": others,
             }  # fmt: skip
         _write_index(index, {str(root / name): known[str(root / name)] for name in names})
-    return _image_list(root, {name: known[str(root / name)] for name in names}, labeled, beside or {})
+    return image_list(root, {name: known[str(root / name)] for name in names}, labeled, beside or {})
 
 
-def _image_list(root: Path, scanned: dict[str, dict], labeled: bool, beside: PassedOver) -> ImageList:
+def image_list(root: Path, scanned: dict[str, dict], labeled: bool, beside: PassedOver) -> ImageList:
+    """The list of all shards, of each of which ``scanned`` has what ``scan_shard`` returned."""
     members = [(f"{shard}/{member[0]}", *member[1:]) for shard, found in scanned.items() for member in found["members"]]
     rejected = [
         (f"{shard}/{name}" if name else shard, why) for shard, f in scanned.items() for name, why in f["rejected"]
@@ -115,8 +116,8 @@ def _image_list(root: Path, scanned: dict[str, dict], labeled: bool, beside: Pas
     if not members:
         reasons = "".join(f"\n  {name}: {why}" for name, why in rejected[:10])
         raise DataError(
-            f"The {len(scanned)} shards in {root} hold no images{told(passed_over)}. Expected members such as KEY.jpg "
-            f"and KEY.cls.{reasons}"
+            f"The {len(scanned)} shards in {root} hold no images{told(passed_over)}. Expected tar members such as "
+            f"KEY.jpg and KEY.cls, or a column of encoded images.{reasons}"
         )
     without = [
         (name, why or f"no label: there is no {sample_key(name)}.cls")
