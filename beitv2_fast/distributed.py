@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import UserError
+from .kernels.cpu import FAST_BF16
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 DISK_ADVICE = "Make room or mend the permissions. Complete checkpoints are intact, and the same command resumes."
@@ -117,7 +118,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if device.type == "cuda":
         modern = torch.version.hip or torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
         return torch.bfloat16 if modern else torch.float16
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else None
+    return torch.bfloat16 if FAST_BF16 else None
 
 
 def start(device: str) -> World:

@@ -50,8 +50,8 @@ class EncodeConfig:
     )
     batch_size: int = option(64, "images per forward pass", at_least=1)
     precision: str = option(
-        "auto", "arithmetic of the encoder; auto: bf16 on GPUs that have it and CPUs with AMX, fp16 on older GPUs, "
-        "fp32 on other CPUs", choices=("auto", *PRECISIONS),
+        "auto", "arithmetic of the encoder; auto: bf16 on GPUs that have it and CPUs that multiply it fast, fp16 on "
+        "older GPUs, else fp32", choices=("auto", *PRECISIONS),
     )  # fmt: skip
     device: str = option(
         "auto", "what computes; auto: all GPUs if there are any, else the CPU", choices=("auto", "cpu", "cuda")

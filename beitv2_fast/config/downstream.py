@@ -175,8 +175,8 @@ class EvaluateConfig(RunConfig):
         at_most=1,
     )  # fmt: skip
     precision: str = option(
-        "auto", "arithmetic; bf16, fp16: autocast; auto: bf16 on GPUs that have it and CPUs with AMX, fp16 on older "
-        "GPUs, fp32 on other CPUs", choices=("auto", *PRECISIONS),
+        "auto", "arithmetic; bf16, fp16: autocast; auto: bf16 on GPUs that have it and CPUs that multiply it fast, "
+        "fp16 on older GPUs, else fp32", choices=("auto", *PRECISIONS),
     )  # fmt: skip
     loader: str = option("auto", "what loads the images", choices=LOADERS)
     batch_size: int = option(128, "images per forward on each rank", free=True, at_least=1)

@@ -42,7 +42,7 @@ class TrainConfig(RunConfig):
     precision: str = option(
         "auto",
         "arithmetic of the networks; bf16, fp16: autocast, fp32 weights; fp16 with dynamic loss scaling; auto: bf16 on "
-        "GPUs that have it and CPUs with AMX, fp16 on older GPUs, fp32 on other CPUs",
+        "GPUs that have it and CPUs that multiply it fast (AMX, AMD's AVX512_BF16), fp16 on older GPUs, else fp32",
         choices=("auto", *PRECISIONS),
     )
     image_size: int = option(224, "side of the square images that the model reads, in pixels", at_least=1)

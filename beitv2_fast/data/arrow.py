@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import DataError, require
 from .images import ImageList
 from .names import MAX_CLASSES, PassedOver
-from .shards import Member, image_list
+from .shards import image_list
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")  # which holds the images, if several hold bytes
 LABEL_COLUMNS = ("label", "labels", "cls")
@@ -73,7 +73,7 @@ def _unpacked(files: list[Path]) -> list[Path]:
     return [Path(file["filename"]) for file in rows.cache_files]
 
 
-def _scan(path: Path) -> tuple[list[Member], list[tuple[str, str]], list[str] | None]:
+def _scan(path: Path) -> tuple[list[tuple], list[tuple[str, str]], list[str] | None]:
     """-> (row, first byte, number of bytes, label, why it has none) of the images, what was refused, and the names of
     the classes, None if the labels have none."""
     pyarrow = require("pyarrow", "datasets", "Reading Arrow files")

@@ -32,7 +32,7 @@ from .views import EvalView, Pictures, View, cut_out
 
 EXIF_ORIENTATION = 0x0112
 DECODED_AT_ONCE = 64  # images
-_SHARD_END = re.compile(r"\.(tar|arrow)/")
+_SHARD_END = re.compile(r"(?<=\.tar)/|(?<=\.arrow)/")
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class ImageList:
     def file(self, index: int) -> Path:
         """The file that holds the image: its own, or its shard."""
         path = self.paths[index]
-        return self.root / (path if self.spans is None else path[: _SHARD_END.search(path).end() - 1])
+        return self.root / (path if self.spans is None else _SHARD_END.split(path, maxsplit=1)[0])
 
     def read(self, index: int) -> bytes:
         """The encoded image. OSError if that cannot be read, or no longer as a whole."""

@@ -52,11 +52,12 @@ def find_listed_images(file: Path, *, labeled: bool = False) -> ImageList:
         reasons = first_lines([f"{path}: {why}" for path, why in rejected])
         raise DataError(f"{file} lists no image that can be used. Expected paths of images in {root}.\n{reasons}")
     paths, layout = sorted(classes), f"listed by {file.name}"
-    if None in classes.values():
+    chosen = [name for name in map(classes.get, paths) if name is not None]
+    if len(chosen) < len(paths):
         return ImageList(root, paths, rejected=rejected, layout=layout)
-    names = _in_order({*classes.values()})
+    names = _in_order({*chosen})
     number = {name: i for i, name in enumerate(names)}
-    return ImageList(root, paths, [number[classes[path]] for path in paths], names, rejected, layout=layout)
+    return ImageList(root, paths, [number[name] for name in chosen], names, rejected, layout=layout)
 
 
 def _entries(file: Path) -> Iterator[tuple[str, str | None]]:

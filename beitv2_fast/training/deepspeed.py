@@ -61,7 +61,7 @@ class DeepSpeedBackend:
             gradients = [p.grad for _, p in trained(self.model) if p.grad is not None]
             self.scale.unscale_(gradients)
             norm = nn.utils.get_total_norm(gradients)
-            self.base.found_inf = norm.isfinite().logical_not().float()
+            vars(self.base)["found_inf"] = norm.isfinite().logical_not().float()
         self.wrapped.step()
         if self.stage > 0:
             norm = torch.as_tensor(self.wrapped.get_global_grad_norm())
