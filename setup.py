@@ -112,7 +112,8 @@ TEACHERS = ["open_clip_torch>=3.3", TIMM, TRANSFORMERS]
 REPLACE = ["diffusers>=0.41", VQ]  # whose quantizers replace_quantizers swaps
 INTEROP = [TIMM, TRANSFORMERS]  # whose classes the tests of conversion compare with
 DOCS = ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"]
-TEST = [*INTEROP, *REPLACE, *TEACHERS, *TRAIN, *SEGMENT, *DALI, *DEEPSPEED, *DEMO, *BENCH]
+DATASETS = ["datasets>=4.0", "pyarrow>=21"]  # Arrow and Parquet files of images
+TEST = [*INTEROP, *REPLACE, *TEACHERS, *TRAIN, *SEGMENT, *DALI, *DATASETS, *DEEPSPEED, *DEMO, *BENCH]
 TEST += ["build>=1.2", "codespell>=2.3", "hypothesis>=6.100", "import-linter>=2.6", "mypy>=2.4", "ruff>=0.14"]
 
 setup(
@@ -139,6 +140,7 @@ setup(
         # attention on NVIDIA GPUs up to capability 9.0; its wheel is built for CUDA 12, whose runtime it has to find
         "gpu": ["xformers>=0.0.35", "nvidia-cuda-runtime-cu12"],
         "dali": DALI,
+        "datasets": DATASETS,
         "segment": [*TRAIN, *SEGMENT],  # mIoU
         "demo": [*TRAIN, *DEMO],
         "bench": BENCH,

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import UserError
+from .kernels.cpu import FAST_BF16
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 DISK_ADVICE = "Make room or mend the permissions. Complete checkpoints are intact, and the same command resumes."
@@ -30,6 +31,8 @@ _left = False  # this process was a rank: see World.leave
 _T = TypeVar("_T")
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+BF16_CAPABILITY = 8, 0  # of NVIDIA's GPUs, the first that multiply bf16
 
 
 @dataclass(frozen=True)
@@ -108,11 +111,14 @@ def share_cores(local_ranks: int) -> None:
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast, None for fp32. auto: bf16 where the hardware multiplies bf16 matrices."""
-    if precision == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
-        precision = "bf16" if fast else "fp32"
-    return torch.bfloat16 if precision == "bf16" else None
+    """The dtype of autocast, None for fp32. auto: bf16 where the hardware multiplies bf16 matrices, fp16 on GPUs that
+    only multiply such (V100, T4)."""
+    if precision != "auto":
+        return PRECISIONS[precision]
+    if device.type == "cuda":
+        modern = torch.version.hip or torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
+        return torch.bfloat16 if modern else torch.float16
+    return torch.bfloat16 if FAST_BF16 else None
 
 
 def start(device: str) -> World:

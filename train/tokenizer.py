@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     side = config.image_size // config.patch_size
     if config.teacher_cache and not config.views:
         raise UserError("--teacher-cache keeps the features of a number of --views, and --views is 0: give at least 1.")
-    # On a CPU without bf16 matrix units the teacher, which keeps no activations, is faster in fp32.
+    # On a CPU that is slow at bf16 products the teacher, which keeps no activations, is faster in fp32.
     precision = autocast_dtype(config.precision, world.device) and autocast_dtype("auto", world.device)
     teacher = create_teacher(
         config.teacher, (side, side), config.teacher_weights, dtype=precision, resize=config.teacher_resize

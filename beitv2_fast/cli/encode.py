@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..config.options import SOURCE, option
-from ..distributed import autocast_dtype
+from ..distributed import PRECISIONS, autocast_dtype
 from ..errors import UserError, first_lines, require
 from ..models.tokenizer import Tokenizer
 from ..runs.files import check_no_folder
@@ -50,8 +50,8 @@ class EncodeConfig:
     )
     batch_size: int = option(64, "images per forward pass", at_least=1)
     precision: str = option(
-        "auto", "arithmetic of the encoder; auto: bf16 on GPUs and CPUs with AMX, else fp32",
-        choices=("auto", "fp32", "bf16"),
+        "auto", "arithmetic of the encoder; auto: bf16 on GPUs that have it and CPUs that multiply it fast, fp16 on "
+        "older GPUs, else fp32", choices=("auto", *PRECISIONS),
     )  # fmt: skip
     device: str = option(
         "auto", "what computes; auto: all GPUs if there are any, else the CPU", choices=("auto", "cpu", "cuda")

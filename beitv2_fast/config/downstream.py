@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+from ..distributed import PRECISIONS
 from ..models.vit import SIZES
 from .options import OUT, SOURCE, RunConfig, option
 from .training import LOADERS, TrainConfig
@@ -174,8 +175,8 @@ class EvaluateConfig(RunConfig):
         at_most=1,
     )  # fmt: skip
     precision: str = option(
-        "auto", "arithmetic; bf16: autocast; auto: bf16 on GPUs and CPUs with AMX, else fp32",
-        choices=("auto", "fp32", "bf16"),
+        "auto", "arithmetic; bf16, fp16: autocast; auto: bf16 on GPUs that have it and CPUs that multiply it fast, "
+        "fp16 on older GPUs, else fp32", choices=("auto", *PRECISIONS),
     )  # fmt: skip
     loader: str = option("auto", "what loads the images", choices=LOADERS)
     batch_size: int = option(128, "images per forward on each rank", free=True, at_least=1)

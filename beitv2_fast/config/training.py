@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from ..distributed import PRECISIONS
 from ..models.attention import IMPLEMENTATIONS
 from ..quantize.options import DEAD_AFTER
 from .options import OUT, SOURCE, RunConfig, option
@@ -19,8 +20,9 @@ class TrainConfig(RunConfig):
 
     data: Path = option(
         Path("data"),
-        "folder of images (FOLDER/train is used if it exists, class folders are optional) or of tar shards, or a "
-        "pattern such as 'shards/train-{0000..0146}.tar'",
+        "folder of images (FOLDER/train is used if it exists, class folders are optional), of tar shards, or of the "
+        "Arrow or Parquet files of a Hugging Face data set; a pattern such as 'shards/train-{0000..0146}.tar'; or a "
+        "text file in the folder that lists images and classes",
         holds="images",
     )
     loader: str = option(
@@ -39,8 +41,9 @@ class TrainConfig(RunConfig):
     )
     precision: str = option(
         "auto",
-        "arithmetic of the networks; bf16: autocast, fp32 weights; auto: bf16 on GPUs and CPUs with AMX, else fp32",
-        choices=("auto", "fp32", "bf16"),
+        "arithmetic of the networks; bf16, fp16: autocast, fp32 weights; fp16 with dynamic loss scaling; auto: bf16 on "
+        "GPUs that have it and CPUs that multiply it fast (AMX, AMD's AVX512_BF16), fp16 on older GPUs, else fp32",
+        choices=("auto", *PRECISIONS),
     )
     image_size: int = option(224, "side of the square images that the model reads, in pixels", at_least=1)
     patch_size: int = option(16, "side of a patch, in pixels; image_size must be a multiple of it", at_least=1)

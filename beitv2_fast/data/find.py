@@ -11,8 +11,22 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from ..errors import DataError
+from .arrow import find_arrow_images
 from .images import ImageList
-from .names import IMAGE_SUFFIXES, SPLITS, PassedOver, counted, is_image, is_left_over, split_of, split_of_shard, told
+from .lists import find_listed_images
+from .names import (
+    IMAGE_SUFFIXES,
+    LIST_SUFFIXES,
+    SPLITS,
+    PassedOver,
+    counted,
+    is_image,
+    is_left_over,
+    is_shard,
+    split_of,
+    split_of_shard,
+    told,
+)
 from .shards import find_shard_images, shards_of
 
 
@@ -22,9 +36,9 @@ def find_images(
     """Lists the image files of a split of a data set, or with ``split`` None all below ``root``, only by their names.
 
     A split is the folder ``root/split`` in any of its usual spellings (``SPLITS``), or the shards in ``root`` that are
-    named so, or all of ``root`` where nothing is named as a split. If .tar files lie there, or ``root`` is one or a
-    pattern of such, their images are meant (see ``data.shards``); ``index`` is where the places of the images in them
-    are kept.
+    named so, or all of ``root`` where nothing is named as a split. If .tar, .arrow or .parquet files lie there, or
+    ``root`` is one or a pattern of such, their images are meant (see ``data.shards``, ``data.arrow``); ``index`` is
+    where the places of the images in tar files are kept. A text file lists images (see ``data.lists``).
 
     The folders of the first level that have images are the classes, unless there are images beside them. Links are
     followed only to files inside the folder. Passed over, and counted, are hidden files and folders, those that systems
@@ -44,16 +58,31 @@ def find_images(
     if not root.is_dir():
         shards = shards_of(root)
         if shards:
-            return find_shard_images(shards, index, labeled=labeled)
+            return _of_shards(shards, index, labeled)
+        if root.is_file() and root.suffix.lower() in LIST_SUFFIXES:
+            return find_listed_images(root, labeled=labeled)
         raise DataError(
-            f"{root} is a file, but a folder with images in it is needed. Pass the folder that it lies in."
+            f"{root} is a file, but a folder with images in it is needed. Pass the folder that it lies in, or a "
+            f"list of images, which ends in {' '.join(LIST_SUFFIXES)}."
             if root.exists()
             else f"The image folder {root} does not exist. Check the path: it should be a folder with images in it."
         )
     folder, shards, beside = _place(root.resolve(), split)
     if shards:
-        return find_shard_images(shards, index, labeled=labeled, beside=beside)
+        return _of_shards(shards, index, labeled, beside)
     return _list_folder(folder, split, labeled, beside)
+
+
+def _of_shards(shards: list[Path], index: Path | None, labeled: bool, beside: PassedOver | None = None) -> ImageList:
+    kinds = {path.suffix for path in shards}
+    if len(kinds) > 1:
+        raise DataError(
+            f"{shards[0].parent} has files ending in {' and in '.join(sorted(kinds))}: it is not clear which are "
+            f"meant. Pass the ones, such as '{shards[0].parent}/*{shards[0].suffix}'."
+        )
+    if kinds == {".tar"}:
+        return find_shard_images(shards, index, labeled=labeled, beside=beside)
+    return find_arrow_images(shards, labeled=labeled, beside=beside)
 
 
 def splits_in(root: Path) -> dict[str, list[str]]:
@@ -126,12 +155,13 @@ def shards_in(folder: Path) -> tuple[list[Path], PassedOver]:
     Raises:
         DataError: as many shards as image files and folders with images.
     """
-    shards = sorted(path for path in folder.glob("*.tar") if path.is_file() and not is_left_over(path.name))
+    shards = sorted(path for path in folder.iterdir() if is_shard(path.name) and path.is_file())
     images = sorted(entry.name for entry in os.scandir(folder) if has_images(entry)) if shards else []
     if shards and len(images) == len(shards):
         raise DataError(
-            f"{folder} holds as many .tar files ({shards[0].name}, ...) as folders and files of images ({images[0]}, "
-            f"...): it is not clear which are meant. Move the ones away, or for the shards pass '{folder}/*.tar'."
+            f"{folder} holds as many {shards[0].suffix} files ({shards[0].name}, ...) as folders and files of images "
+            f"({images[0]}, ...): it is not clear which are meant. Move the ones away, or for the shards pass "
+            f"'{folder}/*{shards[0].suffix}'."
         )
     if len(images) > len(shards):
         return [], {}

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,23 +32,25 @@ from .views import EvalView, Pictures, View, cut_out
 
 EXIF_ORIENTATION = 0x0112
 DECODED_AT_ONCE = 64  # images
+_SHARD_END = re.compile(r"(?<=\.tar)/|(?<=\.arrow)/")
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ImageList:
-    """Images in a fixed order: the files of a folder, or members of tar shards.
+    """Images in a fixed order: the files of a folder, members of tar shards or rows of Arrow files.
 
     Attributes:
         root: the folder.
-        paths: the files, relative to root with forward slashes, sorted; of shards SHARD.tar/MEMBER.
+        paths: the files, relative to root with forward slashes, sorted; of shards SHARD.tar/MEMBER, FILE.arrow/ROW.
         labels: for each path the index of its class; None if there are no classes.
         classes: the names of the classes, sorted; empty if there are none.
         rejected: (path, reason) of each file that was left out.
         spans: of shards, where each image lies: (first byte in the shard, number of bytes); None for a folder.
         passed_over: what else lies there.
         sizes: (width, height) of each, decoded and turned upright; None before ``check_images``.
+        layout: what tells of them, where that is neither the folder nor its tar shards.
     """
 
     root: Path
@@ -58,6 +61,7 @@ class ImageList:
     spans: list[tuple[int, int]] | None = None
     passed_over: PassedOver = field(default_factory=dict)
     sizes: list[tuple[int, int]] | None = None
+    layout: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -65,7 +69,7 @@ class ImageList:
     def file(self, index: int) -> Path:
         """The file that holds the image: its own, or its shard."""
         path = self.paths[index]
-        return self.root / (path if self.spans is None else path[: path.index(".tar/") + 4])
+        return self.root / (path if self.spans is None else _SHARD_END.split(path, maxsplit=1)[0])
 
     def read(self, index: int) -> bytes:
         """The encoded image. OSError if that cannot be read, or no longer as a whole."""
@@ -97,6 +101,7 @@ class ImageList:
             layout, more = "class folders" if self.classes else "folder", ""
         else:
             layout, more = "tar shards", shared_keys(self.paths)
+        layout = self.layout or layout
         return f"found {len(self):,} images, {classes}, {layout} in {self.root}{more}{told(self.passed_over)}"
 
     @property

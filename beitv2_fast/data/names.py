@@ -23,6 +23,10 @@ SYSTEM_FOLDERS: tuple[str, ...]
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "@recycle", "#recycle", "$recycle.bin", "lost+found", "paxheaders")
 SYSTEM_FOLDERS += ("system volume information", "__pycache__")
 
+SHARD_SUFFIXES = (".tar", ".arrow", ".parquet")
+LIST_SUFFIXES = (".txt", ".tsv", ".json", ".jsonl")
+MAX_CLASSES = 1 << 20  # a hostile label would else make a list of as many names
+
 PassedOver = dict[str, tuple[int, str]]  # by kind, such as "files ending in .txt": how many, and the first one's name
 
 
@@ -37,7 +41,7 @@ def split_of(name: str) -> str | None:
 
 def split_of_shard(name: str) -> str | None:
     """The split that a word of a shard's name means (imagenet-train-0001.tar); None if none does, or several do."""
-    if not name.endswith(".tar") or is_left_over(name):
+    if not is_shard(name):
         return None
     found = {split_of(word) for word in re.findall("[a-z]+", name.lower())} - {None}
     return found.pop() if len(found) == 1 else None
@@ -50,6 +54,20 @@ def is_left_over(name: str) -> bool:
 
 def is_image(name: str) -> bool:
     return Path(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def is_shard(name: str) -> bool:
+    """Whether it is a file of many images. In cache-*.arrow ``datasets`` keeps what it computed from the data."""
+    return name.endswith(SHARD_SUFFIXES) and not is_left_over(name) and not name.startswith("cache-")
+
+
+def refusal(path: str) -> str | None:
+    """Why a path that a file names is not followed, whatever is there; None if it stays below where it starts."""
+    if path.startswith("/") or re.match(r"[A-Za-z]:", path):
+        return "an absolute path"
+    if "\\" in path or any(ord(c) < 32 for c in path):
+        return "a path with a backslash or a control character"
+    return "a path that leads out" if ".." in PurePosixPath(path).parts else None
 
 
 def counted(others: Iterable[tuple[str, str]]) -> PassedOver:

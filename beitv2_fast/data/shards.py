@@ -20,13 +20,23 @@ from pathlib import Path, PurePosixPath
 from ..errors import DataError, require
 from ..runs.files import write_atomically
 from .images import ImageList
-from .names import IMAGE_SUFFIXES, PassedOver, counted, is_left_over, sample_key, short_sample_key, told
+from .names import (
+    IMAGE_SUFFIXES,
+    MAX_CLASSES,
+    PassedOver,
+    counted,
+    is_left_over,
+    is_shard,
+    refusal,
+    sample_key,
+    short_sample_key,
+    told,
+)
 
 INDEX_VERSION = 2
 SCANNERS = 8  # shards that are scanned at once: on network storage most of the time is waiting
 MAX_LABEL_BYTES = 1 << 20
 LABEL_SUFFIXES = (".cls", ".json")
-MAX_CLASSES = 1 << 20  # a hostile label would else make a list of as many names
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # of a pattern such as train-{0000..0146}.tar
 
 Member = tuple[str, int, int, int | None, str | None]  # name, first byte, bytes, label, or why it has none
@@ -34,14 +44,14 @@ Scanned = tuple[list[Member], list[tuple[str, str]], PassedOver]
 
 
 def shards_of(root: Path) -> list[Path]:
-    """The shards that a path names that is no folder: a .tar file or a pattern; none if it is something else.
+    """The shards that a path names that is no folder: one of them or a pattern; none if it is something else.
 
     Raises:
         DataError: a pattern that no file matches.
     """
     text = str(root)
     if root.is_file():
-        return [root] if root.suffix == ".tar" else []
+        return [root] if is_shard(root.name) else []
     if RANGE.search(text) or glob.has_magic(text):
         found = sorted({Path(path) for pattern in _ranges(text) for path in glob.glob(pattern)})
         if not found:
@@ -89,10 +99,11 @@ def find_shard_images(
                 "state": states[name], "members": members, "rejected": rejected, "passed_over": others,
             }  # fmt: skip
         _write_index(index, {str(root / name): known[str(root / name)] for name in names})
-    return _image_list(root, {name: known[str(root / name)] for name in names}, labeled, beside or {})
+    return image_list(root, {name: known[str(root / name)] for name in names}, labeled, beside or {})
 
 
-def _image_list(root: Path, scanned: dict[str, dict], labeled: bool, beside: PassedOver) -> ImageList:
+def image_list(root: Path, scanned: dict[str, dict], labeled: bool, beside: PassedOver) -> ImageList:
+    """The list of all shards, of each of which ``scanned`` has what ``scan_shard`` returned."""
     members = [(f"{shard}/{member[0]}", *member[1:]) for shard, found in scanned.items() for member in found["members"]]
     rejected = [
         (f"{shard}/{name}" if name else shard, why) for shard, f in scanned.items() for name, why in f["rejected"]
@@ -105,8 +116,8 @@ def _image_list(root: Path, scanned: dict[str, dict], labeled: bool, beside: Pas
     if not members:
         reasons = "".join(f"\n  {name}: {why}" for name, why in rejected[:10])
         raise DataError(
-            f"The {len(scanned)} shards in {root} hold no images{told(passed_over)}. Expected members such as KEY.jpg "
-            f"and KEY.cls.{reasons}"
+            f"The {len(scanned)} shards in {root} hold no images{told(passed_over)}. Expected tar members such as "
+            f"KEY.jpg and KEY.cls, or a column of encoded images.{reasons}"
         )
     without = [
         (name, why or f"no label: there is no {sample_key(name)}.cls")
@@ -216,15 +227,8 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 def _refusal(member: tarfile.TarInfo, shard_size: int) -> str | None:
     """Why a member is not used; None for an image, a label, a folder."""
-    name = member.name
-    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
-        return "an absolute path"
-    if "\\" in name or any(ord(c) < 32 for c in name):
-        return "a path with a backslash or a control character"
-    if ".." in PurePosixPath(name).parts:
-        return "a path that leads out of the archive"
-    if member.isdir():
-        return None
+    if (why := refusal(member.name)) or member.isdir():
+        return why
     if not member.isreg() or member.issparse():
         return "not a regular file"
     if member.size < 0 or member.offset_data + member.size > shard_size:

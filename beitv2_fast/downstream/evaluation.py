@@ -49,9 +49,9 @@ def listed_classes(file: Path) -> list[str]:
 def columns_of(images: ImageList, classes: Sequence[str], source: Path | str) -> Tensor:
     """The logits among which a classifier chooses, in the order of the images' labels: int64.
 
-    Of a folder those of its classes, found by their names. Shards have the training's numbers for names: all logits.
+    Classes are found by their names. Tar shards have the training's numbers for these: all logits.
     """
-    if images.spans is None:
+    if images.spans is None or images.classes != [str(i) for i in range(len(images.classes))]:
         splits = [name for names in splits_in(images.root).values() for name in names]
         if splits and not images.classes:
             raise UserError(f"{source} is divided into {', '.join(splits)}. Give the one to evaluate on, {source}/....")

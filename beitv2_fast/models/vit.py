@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import gelu_and_gradient, residual_norm
+from ..kernels.cpu import FAST_BF16
 from .attention import RelativePositionBias, add_bias_table, attend, position_bias
 
-FAST_BF16_ON_CPU = torch.cpu._is_amx_tile_supported()  # see ``linear``
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 POSITIONS = ("absolute", "shared_relative", "relative", "none", "absolute_shared_relative", "absolute_relative")
@@ -96,9 +96,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
     """``x W^T + b``, or with ``gelu`` ``gelu(x) W^T + b``: [..., in] -> [..., out]; under autocast in its dtype.
 
     It keeps less for backward: with ``gelu`` only x; gelu(x), as large, is computed again, an elementwise pass beside
-    three matrix products. Under bf16 autocast on a CPU without AMX the products' operands are widened to fp32, since
-    oneDNN's bf16 products take almost twice as long there: activations stay bf16 in memory; weights and their gradients
-    are not rounded.
+    three matrix products. Under bf16 autocast on a CPU that is slow at bf16 products (``kernels.cpu``) their operands
+    are widened to fp32: activations stay bf16 in memory; weights and their gradients are not rounded.
 
     Differentiable once. Compiled or without gradients it is PyTorch's own, since compilers choose themselves what to
     keep; on a GPU without ``gelu`` too, where it would keep the same and cost the host more.
@@ -116,7 +115,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     """What the operands of a product are widened to."""
-    slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not FAST_BF16_ON_CPU
+    slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not FAST_BF16
     return torch.float32 if slow else x.dtype
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config.training import TrainConfig
 from ..distributed import World, autocast_dtype
 from ..errors import UserError, require
-from .optim import MOMENTS, STEP, adamw, set_lr, set_state, trained
+from .optim import MOMENTS, STEP, LossScale, adamw, set_lr, set_state, trained
 
 
 class DeepSpeedBackend:
@@ -37,6 +37,9 @@ class DeepSpeedBackend:
             self.wrapped.compile()
         self.stage = int(self.wrapped.zero_optimization_stage())
         self.name = f"DeepSpeed ZeRO {self.stage}"
+        # DeepSpeed's own scalers clip the scaled gradient, and every parameter group updates them anew.
+        self.scale = LossScale(config.precision, world.device)
+        self.wrapped.torch_autocast_z0_gradscaler = self.optimizer.torch_autocast_gradscaler = None
         if self.stage > 0:
             self._start_moments()
 
@@ -44,6 +47,10 @@ class DeepSpeedBackend:
         return nullcontext()  # the engine counts micro-batches itself
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        if self.stage == 0:
+            loss = self.scale.scaled(loss)
+        elif self.scale.used:
+            self.optimizer.override_loss_scale(self.scale.state[0].item())
         self.wrapped.backward(loss)
         if not last:
             self.wrapped.step()  # only counts
@@ -51,15 +58,15 @@ class DeepSpeedBackend:
     def step(self, lr: float | Tensor) -> Tensor:
         set_lr(self.optimizer, lr)
         if self.stage == 0:  # the engine would take a step of NaN; from stage 1 on it skips it
-            norm = nn.utils.get_total_norm([p.grad for _, p in trained(self.model) if p.grad is not None])
-            if not norm.isfinite():
-                self.wrapped.zero_grad()
-                self.wrapped.micro_steps += 1
-                return norm
-            self.wrapped.step()
-            return norm
+            gradients = [p.grad for _, p in trained(self.model) if p.grad is not None]
+            self.scale.unscale_(gradients)
+            norm = nn.utils.get_total_norm(gradients)
+            vars(self.base)["found_inf"] = norm.isfinite().logical_not().float()
         self.wrapped.step()
-        return torch.as_tensor(self.wrapped.get_global_grad_norm())
+        if self.stage > 0:
+            norm = torch.as_tensor(self.wrapped.get_global_grad_norm())
+        self.scale.update(norm.isfinite())
+        return norm
 
     @property
     def whole(self) -> Callable[[nn.Parameter], AbstractContextManager] | None:
@@ -79,7 +86,7 @@ class DeepSpeedBackend:
     def optimizer_state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        state = {}
+        state = self.scale.saved()
         for name, parameter in trained(self.model):
             for key in MOMENTS:
                 if self.stage == 0:
@@ -93,6 +100,7 @@ class DeepSpeedBackend:
     def restore(self, state: dict[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
+        self.scale.restore(state)
         if self.stage == 0:
             return set_state(self.base, self.model, state)
         for name, parameter in trained(self.model):

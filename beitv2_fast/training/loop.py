@@ -29,6 +29,8 @@ from .optim import Schedule, TorchBackend, parameter_groups
 from .resume import resume, save, save_best
 from .task import ON_HOST, AfterEpoch, Batch, Task
 
+PRECISION_NAMES = {None: "fp32", torch.bfloat16: "bf16 autocast", torch.float16: "fp16 autocast"}
+
 
 def train(
     task: Task,
@@ -68,7 +70,7 @@ def train(
     log = TrainingLog(task, run, world, schedule, config, step)
     how = backend.name + ", CUDA graph" * captures(config)
     parameters = sum(p.numel() for group in groups for p in group["params"])
-    log.opening(len(dataset), parameters, "bf16 autocast" if amp else "fp32", how)
+    log.opening(len(dataset), parameters, PRECISION_NAMES[amp], how)
     if step >= schedule.total_steps:
         run.print(f"{task.name}: already complete")
         return 0
@@ -168,7 +170,7 @@ class Known:
         else:
             self.undo.tell()
             self.log.add(step, lr, {}, batch)
-            self.bad.bad(step, metrics["loss"], metrics["grad_norm"], batch)
+            self.bad.bad(step, metrics["loss"], metrics["grad_norm"], batch, metrics.get("loss_scale", 1.0))
 
 
 def gradient(
@@ -180,7 +182,8 @@ def gradient(
     world: World,
     amp: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """Forward and backward of the step's micro-batches; the mean of the loss and of the metrics over them.
+    """Forward and backward of the step's micro-batches; the mean of the loss and of the metrics over them, and the
+    loss scale if there is one.
 
     ``step`` seeds torch's generators; None: they are seeded.
     """
@@ -202,7 +205,7 @@ def gradient(
             backend.backward(poisoned(loss), last)
         metrics = {"loss": loss, **metrics}
         sums = sums + torch.stack([v.detach() for v in metrics.values()]).double() / len(parts)
-    return dict(zip(metrics, sums, strict=True))
+    return {**dict(zip(metrics, sums, strict=True)), **backend.scale.numbers()}
 
 
 def _mix(seed: int, step: int, lane: int) -> int:

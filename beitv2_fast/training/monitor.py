@@ -229,8 +229,17 @@ class BadSteps:
     def good(self) -> None:
         self.in_a_row, self._first = 0, None
 
-    def bad(self, step: int, loss: float, norm: float, batch: Batch) -> None:
-        """Count and report one; UserError if it was one too many. ``loss`` is this rank's."""
+    def bad(self, step: int, loss: float, norm: float, batch: Batch, scale: float = 1.0) -> None:
+        """Count and report one; UserError if it was one too many. ``loss`` is this rank's.
+
+        With a loss ``scale`` above 1, finite losses and an infinite gradient only say that the scale is too large.
+        """
+        if scale > 1 and not self.world.any(not math.isfinite(loss)):
+            self.run.print(
+                f"step {step} skipped: the gradient is beyond fp16 at a loss scale of {scale:,.0f}, which is halved; "
+                "weights and codebook stay as they were"
+            )
+            return
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self._first is None or (math.isfinite(self._first[1]) and not math.isfinite(loss)):
             self._first = step, loss, batch

@@ -8,7 +8,7 @@ any ZeRO stage and plain torch go on from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,14 @@ from torch import Tensor, nn
 
 from ..config.training import TrainConfig
 from ..data.draws import check_batch
-from ..distributed import World
+from ..distributed import World, autocast_dtype
 from ..errors import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, in torch's names
 STEP = "step"  # and how many steps it took, the same for all parameters
+SCALE = "loss_scale"  # the state of a ``LossScale``
+START_SCALE = 2.0**16
+GROWS_AFTER = 2000  # steps
 
 
 def parameter_groups(model: Any, weight_decay: float, *, layer_decay: float = 1.0) -> list[dict[str, Any]]:
@@ -137,6 +140,47 @@ class Schedule:
                     group["weight_decay"] = value
 
 
+class LossScale:
+    """A power of 2 that the loss is multiplied by and its gradient divided by, where a training computes in fp16.
+
+    A step whose gradient is not finite halves it, so many steps in a row with a finite one double it: the rule and the
+    numbers of torch.amp.GradScaler. What counts here is the norm of the gradient, which DeepSpeed tells too. It stays
+    on the device, and no step waits for it.
+    """
+
+    def __init__(self, precision: str, device: torch.device):
+        self.used = autocast_dtype(precision, device) == torch.float16
+        self.state = torch.tensor([START_SCALE, 0.0], device=device)  # the scale, and finite steps since it changed
+
+    def numbers(self) -> dict[str, Tensor]:
+        """The scale, for the log."""
+        return {SCALE: self.state[0].clone()} if self.used else {}
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        return loss * self.state[0] if self.used else loss
+
+    def unscale_(self, gradients: list[Tensor]) -> None:
+        if self.used:
+            torch._foreach_mul_(gradients, 1 / self.state[0])
+
+    def update(self, finite: Tensor) -> None:
+        """After a step: whether the norm of its gradient was finite."""
+        if not self.used:
+            return
+        scale, steps = self.state
+        grows = steps + 1 >= GROWS_AFTER
+        kept = torch.stack([torch.where(grows, 2 * scale, scale), torch.where(grows, 0.0, steps + 1)])
+        self.state.copy_(torch.where(finite.to(scale.device), kept, torch.stack([scale / 2, 0 * steps])))
+
+    def saved(self) -> dict[str, Tensor]:
+        """Its part of the optimizer's state."""
+        return {SCALE: self.state} if self.used else {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what ``saved`` returned; where a checkpoint was trained without a scale, it starts anew."""
+        self.state.copy_(state.get(SCALE, self.state))
+
+
 class TorchBackend:
     """AdamW on one process, or DistributedDataParallel on several."""
 
@@ -150,6 +194,7 @@ class TorchBackend:
         self.model, self.clip, self.accumulate = model, config.clip_grad, config.accumulate
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = adamw(groups, config)
+        self.scale = LossScale(config.precision, world.device)
         self.wrapped: Any = model
         self.no_sync: Callable[[], AbstractContextManager] = nullcontext
         if world.size > 1:
@@ -165,19 +210,22 @@ class TorchBackend:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a micro-batch's share of the step's loss."""
-        (loss / self.accumulate).backward()
+        self.scale.scaled(loss / self.accumulate).backward()
 
     def step(self, lr: float | Tensor) -> Tensor:
         """Clip and step; returns the gradient's norm before clipping. If it is not finite, nothing is changed.
 
         The device sees to that, by AdamW's ``found_inf``: the host does not wait for the norm.
         """
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self.scale.unscale_(gradients)
+        norm = nn.utils.get_total_norm(gradients)
         if self.clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         set_lr(self.optimizer, lr)
         vars(self.optimizer)["found_inf"] = norm.isfinite().logical_not().float()
         self.optimizer.step()
+        self.scale.update(norm.isfinite())
         for parameter in self.parameters:
             parameter.grad = None
         return norm
@@ -192,8 +240,9 @@ class TorchBackend:
         return self.model.state_dict()
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """AdamW's moments as PARAMETER.exp_avg and PARAMETER.exp_avg_sq, and step. Called and complete likewise."""
-        state = {}
+        """AdamW's moments as PARAMETER.exp_avg and PARAMETER.exp_avg_sq, step, and the loss scale where there is one.
+        Called and complete likewise."""
+        state = self.scale.saved()
         for name, parameter in trained(self.model):
             own = self.optimizer.state[parameter]
             state.update({f"{name}.{key}": own[key] for key in MOMENTS})
@@ -203,6 +252,7 @@ class TorchBackend:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take over what ``optimizer_state`` returned, on whatever backend."""
         set_state(self.optimizer, self.model, state)
+        self.scale.restore(state)
 
 
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -245,11 +245,11 @@ def test_hostile_members_are_refused_and_listed(tmp_path):
     hostile = {
         "/etc/cron.png": "an absolute path",
         "C:/windows.png": "an absolute path",
-        "../escape.png": "leads out of the archive",
-        "a/../../escape.png": "leads out of the archive",
+        "../escape.png": "a path that leads out",
+        "a/../../escape.png": "a path that leads out",
         "a\\..\\escape.png": "backslash",
         "line\nbreak.png": "control character",
-        "../escape.cls": "leads out of the archive",
+        "../escape.cls": "a path that leads out",
     }
     links = [
         special("link.png", tarfile.SYMTYPE, "/etc/passwd"),

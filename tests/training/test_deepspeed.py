@@ -10,28 +10,54 @@ import pytest
 import torch
 
 from beitv2_fast.config.training import PretrainConfig
+from beitv2_fast.distributed import PRECISIONS
 from beitv2_fast.errors import UserError
+from beitv2_fast.training import optim
 from beitv2_fast.training.deepspeed import deepspeed_settings
 
-from ..support.training import PRETRAIN, ROOT, TINY, TOKENIZER, assert_resumed, call, run_jobs, write_images
+from ..support.training import (
+    PRETRAIN,
+    ROOT,
+    TINY,
+    TOKENIZER,
+    assert_resumed,
+    call,
+    last_weights,
+    losses,
+    run_jobs,
+    write_images,
+)
 from .test_interruption import free_port
 
 CONFIGS = sorted((ROOT / "train" / "configs").glob("*.json"))
+STAGES = (0, 1, 3)
+START_SCALE = 2.0**20  # so large that fp16's first steps overflow
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A folder with whole runs, CONFIG, and such that resumed at half, CONFIG_resumed: one rank, bf16."""
+    """A folder with whole runs, CONFIG, and such that resumed at half, CONFIG_resumed: one rank, bf16; and likewise
+    with each ZeRO stage in fp16 fp16_STAGE, and fp16_torch."""
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("deepspeed")
     common = [*TINY, "--epochs", 2, "--data", write_images(folder / "images", 8), "--save-every", 2]
     assert call("tokenizer", *common, *TOKENIZER, "--out", folder / "tokenizer") == 0
     command = [*common, *PRETRAIN, "--tokenizer", folder / "tokenizer", "--precision", "bf16"]
+    in_fp16 = [*command, "--precision", "fp16", "--log-every", 1, "--epochs", 3]
     jobs = []
     for file in CONFIGS:
         whole, resumed = folder / file.stem, folder / f"{file.stem}_resumed"
         jobs += [("pretrain", [*command, "--deepspeed-config", file, "--out", whole]), ("copy", [whole, resumed, 2])]
         jobs += [("pretrain", [*command, "--deepspeed-config", file, "--out", resumed])]
+    jobs.append(("start_scale", [START_SCALE]))
+    for stage in STAGES:
+        whole, resumed, file = folder / f"fp16_{stage}", folder / f"fp16_{stage}_resumed", folder / f"{stage}.json"
+        file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        jobs += [("pretrain", [*in_fp16, "--deepspeed-config", file, "--out", whole]), ("copy", [whole, resumed, 4])]
+        jobs += [("pretrain", [*in_fp16, "--deepspeed-config", file, "--out", resumed])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "START_SCALE", START_SCALE)
+        assert call("pretrain", *in_fp16, "--out", folder / "fp16_torch") == 0
     rank = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     run_jobs(folder, jobs, [sys.executable], **rank)
     return folder
@@ -46,12 +72,25 @@ def test_a_config_trains_in_bf16_and_resumes_to_the_same_bits(runs, file):
     assert_resumed(runs / f"{file.stem}_resumed", runs / file.stem, 2)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_in_fp16_every_zero_stage_has_torch_s_loss_scale_and_resumes_to_the_same_bits(runs, stage):
+    ours, torchs = last_weights(runs / f"fp16_{stage}", "optimizer"), last_weights(runs / "fp16_torch", "optimizer")
+    assert 1 < ours["loss_scale"][0] < START_SCALE and ours["step"] < 6
+    for name in ("loss_scale", "step"):
+        assert torch.equal(ours[name], torchs[name])
+    assert losses(runs / f"fp16_{stage}") == pytest.approx(losses(runs / "fp16_torch"), rel=1e-3)
+    assert "in all)" not in (runs / f"fp16_{stage}" / "log.txt").read_text()
+    assert_resumed(runs / f"fp16_{stage}_resumed", runs / f"fp16_{stage}", 4)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("file", [None, *CONFIGS])
 def test_deepspeed_s_autocast_is_that_of_the_precision_option(file, precision):
     config = PretrainConfig(deepspeed_config=file, precision=precision)
     settings = deepspeed_settings(config, torch.device("cpu"))
-    assert settings["torch_autocast"]["enabled"] == (precision == "bf16")
+    assert settings["torch_autocast"]["enabled"] == (precision != "fp32")
+    assert precision == "fp32" or getattr(torch, settings["torch_autocast"]["dtype"]) == PRECISIONS[precision]
     assert settings["train_micro_batch_size_per_gpu"] == config.batch_size
 
 

@@ -154,7 +154,7 @@ def launches_of_a_step(task: Task, batch: dict[str, torch.Tensor], config) -> in
 
 
 def test_launches_of_a_step_do_not_creep_up(monkeypatch):
-    monkeypatch.setattr(vit_module, "FAST_BF16_ON_CPU", True)  # no operand is widened, as on a GPU
+    monkeypatch.setattr(vit_module, "FAST_BF16", True)  # no operand is widened, as on a GPU
     shape = ViTConfig(image_size=32, patch_size=8, dim=16, heads=2, drop_path=0.1, layer_scale=0.1, attention="sdpa")
     encoder = replace(shape, position="absolute", layer_scale=0.0, drop_path=0.0)
     images = torch.rand(4, 3, 32, 32)
