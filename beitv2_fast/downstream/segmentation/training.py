@@ -100,13 +100,13 @@ def _read_segmentation(run: Path) -> tuple[SegmentConfig, ViTConfig, dict[str, T
 def checked_pairs(
     folders: tuple[Path, Path], config: SegmentConfig, run: RunFolder, world: World, name: str = ""
 ) -> tuple[ImageList, MaskList]:
-    """The images and masks of two folders, checked once: rank 0 decodes them all, the others read what it wrote."""
+    """The images and masks of two folders, checked once: the images by all ranks, the masks by rank 0."""
     images = checked_images(folders[0], None, config, run, world, min_size=1, name=name)
 
     def masks() -> MaskList:
         return find_masks(images, folders[1].resolve(), run.path / f"masks{name}.json", config.workers)
 
-    return images, world.rank_0_first(masks)
+    return images, world.from_rank_0(masks)
 
 
 def training_folder(config: SegmentConfig, run: RunFolder, world: World) -> tuple[SegmentationFolder, int]:
