@@ -15,6 +15,7 @@ from ...errors import UserError, first_few
 from ...models.vit import ViTConfig
 from ...runs.checkpoints import latest_weights, load_model, read_weights
 from ...runs.folder import RunFolder, read_config, stored_config
+from ...runs.logs import is_best
 from ...training.images import checked_images
 from ...weights.build import same_options, trained_vit, vit_config
 from ...weights.files import read
@@ -137,9 +138,18 @@ class SegmenterValidation:
     """Evaluates at the ends of epochs: a line in the log, evaluation.jsonl, results.json, and overlays in the end."""
 
     def __init__(
-        self, config: SegmentConfig, folders: tuple[Path, Path], num_classes: int, run: RunFolder, world: World
+        self,
+        config: SegmentConfig,
+        folders: tuple[Path, Path],
+        num_classes: int,
+        run: RunFolder,
+        world: World,
+        last_step: int | None = None,
     ):
+        """last_step: the one after which --multi-scale evaluates; None: after any."""
         self.config, self.num_classes, self.run, self.world = config, num_classes, run, world
+        self.last_step = last_step
+        self.best: str | None = None  # "weights", if those just evaluated have the highest mIoU so far
         images, masks = checked_pairs(folders, config, run, world, "_val")
         table = label_table(config.ignore_labels, config.reduce_zero_label, config.label_values)
         masks.check_range(table, num_classes)
@@ -151,12 +161,10 @@ class SegmenterValidation:
             config.image_size, stride, config.base_size or config.image_size, batch=config.eval_batch_size
         )
 
-    def __call__(
-        self, step: int, models: dict[str, nn.Module], progress: Callable[[], None], last: bool = True
-    ) -> None:
+    def __call__(self, step: int, models: dict[str, nn.Module], progress: Callable[[], None]) -> None:
         model, results = models["weights"], {}
         slides = {"weights": self.slide}
-        if self.config.multi_scale and last:
+        if self.config.multi_scale and self.last_step in (None, step):
             slides["multi_scale"] = dataclasses.replace(self.slide, scales=self.config.scales, flip=True)
         drawn = self._drawn()
         for name, slide in slides.items():
@@ -168,6 +176,8 @@ class SegmenterValidation:
             self.run.print(f"evaluation  step {step}  {name:<11} {miou_line(numbers)}")
             results[name] = {**numbers, "iou": [None if x != x else x for x in scores.iou().tolist()]}
             self.run.metrics(step, {f"{name}_{key}": v for key, v in numbers.items()}, "evaluation.jsonl")
+        better = self.world.first(int(is_best(self.run.path, step, results["weights"]["miou"], "weights_miou")))
+        self.best = "weights" if better else None
         self.run.results({"step": step, "classes": self.num_classes, **results})
         if self.run.writes:
             write_overlays(self.run, step, self.folder, scores.predictions)
