@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
 
 from beitv2_fast import distributed
 from beitv2_fast.config.options import RunConfig
+from beitv2_fast.config.training import TrainConfig
 from beitv2_fast.data.images import ImageFolder, ImageList
 from beitv2_fast.data.loaders import eval_loader
 from beitv2_fast.data.views import EvalView
 from beitv2_fast.errors import UserError
 from beitv2_fast.runs import folder
 from beitv2_fast.training import images as images_of_trainings
+from beitv2_fast.training.optim import TorchBackend, parameter_groups
 
 from ..support.training import TINY, call, write_images
 from .test_interruption import free_port
@@ -39,16 +44,21 @@ def wait_for_rank_0(rank: int, port: str, told) -> None:
     world.leave()
 
 
-def test_a_rank_0_that_is_slower_than_torch_s_patience_kills_nobody():
+def by_ranks(work: Callable, count: int) -> list:
+    """What ``work(rank, port, told)`` puts into ``told``, in forked processes that all end with code 0."""
     context = multiprocessing.get_context("fork")
     told, port = context.SimpleQueue(), free_port()
-    ranks = [context.Process(target=wait_for_rank_0, args=(rank, port, told)) for rank in range(2)]
+    ranks = [context.Process(target=work, args=(rank, port, told)) for rank in range(count)]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join()
-    assert [process.exitcode for process in ranks] == [0, 0]
-    assert sorted(told.get() for _ in ranks) == [(rank, "RuntimeError", [0, 1]) for rank in range(2)]
+    assert [process.exitcode for process in ranks] == [0] * count
+    return [told.get() for _ in ranks]
+
+
+def test_a_rank_0_that_is_slower_than_torch_s_patience_kills_nobody():
+    assert sorted(by_ranks(wait_for_rank_0, 2)) == [(rank, "RuntimeError", [0, 1]) for rank in range(2)]
 
 
 @pytest.mark.parametrize(("cores", "ranks", "own"), [(12, "4", 3), (12, "8", 1), (2, "4", 1), (3, None, 3)])
@@ -103,3 +113,31 @@ def test_a_long_check_that_fails_at_its_end_is_not_lost(tmp_path, monkeypatch):
     data = write_images(tmp_path / "images" / "a", 9).parent
     assert call("finetune", *SMALL, "--data", data, "--out", tmp_path / "run") == 2  # one class
     assert len((tmp_path / "run" / "images.jsonl").read_text().splitlines()) == 1 + 9
+
+
+def train_and_start_again(rank: int, port: str, told) -> None:
+    """Eight steps by one backend, and by two of which the second takes the first one's state after four."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    world, config = distributed.start("cpu"), TrainConfig(lr=1e-3)
+
+    def trained_weights(*starts: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Sequential(nn.Linear(13, 13), nn.LayerNorm(13)) for _ in range(4)])
+        backend, state = None, None
+        for step in range(8):
+            if step in starts:
+                state = backend and backend.optimizer_state()
+                backend = TorchBackend(model, parameter_groups(model, 0.05), config, world)
+                if state:
+                    backend.restore(state)
+            x = torch.randn(16, 13, generator=torch.Generator().manual_seed(10 * step + rank))
+            backend.backward(backend.wrapped(x).square().mean(), last=True)
+            backend.step(1e-3)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    told.put(torch.equal(trained_weights(0), trained_weights(0, 4)))
+    world.leave()
+
+
+def test_three_ranks_that_start_again_sum_gradients_as_those_that_go_on():
+    assert by_ranks(train_and_start_again, 3) == [True] * 3
