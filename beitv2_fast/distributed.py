@@ -77,10 +77,11 @@ class World:
 
     def from_rank_0(self, find: Callable[[], _T]) -> _T:
         """What ``find`` returns on rank 0, which only it calls, however long that takes: see ``PATIENCE``."""
-        found = [find() if self.rank == 0 else None]
+        found: list[Any] = [find() if self.rank == 0 else None]
         if self.size > 1:
             dist.broadcast_object_list(found)
-        return found[0]
+        thing: _T = found[0]
+        return thing
 
     def leave(self) -> None:
         """The end of the common work: what follows is one rank's, and the others need not wait for it."""

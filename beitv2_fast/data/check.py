@@ -151,10 +151,11 @@ def _look_at_all(
 def _look_at_some(images: ImageList, how: str, task: list[tuple[int, Entry | None]]) -> list[tuple[int, Entry]]:
     """Of (index, what is known of the image) the entries: the known one, if the file is still the one that it is of."""
     states = file_states(images, [i for i, _ in task])
-    entries = []
+    entries: list[tuple[int, Entry]] = []
     for (i, before), state in zip(task, states, strict=True):
-        stays = before is not None and state is not None and before[0] == state and before[1] in (how, "decode")
-        entries.append((i, before if stays else [state, how, *_look(images, i, how)]))
+        if before is None or state is None or before[0] != state or before[1] not in (how, "decode"):
+            before = [state, how, *_look(images, i, how)]
+        entries.append((i, before))
     return entries
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -162,7 +163,8 @@ class SegmenterValidation:
         )
 
     def __call__(self, step: int, models: dict[str, nn.Module], progress: Callable[[], None]) -> None:
-        model, results = models["weights"], {}
+        model = models["weights"]
+        results: dict[str, dict[str, Any]] = {}
         slides = {"weights": self.slide}
         if self.config.multi_scale and self.last_step in (None, step):
             slides["multi_scale"] = dataclasses.replace(self.slide, scales=self.config.scales, flip=True)
