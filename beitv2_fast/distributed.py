@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TextIO, TypeVar
 
 import torch
@@ -27,6 +28,9 @@ PEER_ADVICE = (
     "If the text above speaks of a closed or reset connection, another rank ended first: look for its last words. The "
     "same command resumes from the last checkpoint."
 )
+# How long a rank waits for another, which may be preparing data; a training's watchdog (--hang-after) ends it sooner.
+PATIENCE = timedelta(days=1)
+after_failure: list[Callable[[], None]] = []  # called when a command ends with a UserError
 _left = False  # this process was a rank: see World.leave
 _T = TypeVar("_T")
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
@@ -67,14 +71,20 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def rank_0_first(self, find: Callable[[], _T]) -> _T:
-        """What ``find`` returns, called on rank 0 first, so that the others read what it wrote."""
-        if self.rank == 0:
-            found = find()
-            self.barrier()
-            return found
-        self.barrier()
-        return find()
+    def gather_objects(self, thing: _T) -> list[_T]:
+        """The things of all ranks, pickled on their way, in the order of the ranks."""
+        found = [thing] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, thing)
+        return found
+
+    def from_rank_0(self, find: Callable[[], _T]) -> _T:
+        """What ``find`` returns on rank 0, which only it calls, however long that takes: see ``PATIENCE``."""
+        found: list[Any] = [find() if self.rank == 0 else None]
+        if self.size > 1:
+            dist.broadcast_object_list(found)
+        thing: _T = found[0]
+        return thing
 
     def leave(self) -> None:
         """The end of the common work: what follows is one rank's, and the others need not wait for it."""
@@ -83,6 +93,9 @@ class World:
             dist.barrier()
             dist.destroy_process_group()
             _left = True
+
+
+ONE = World(0, 1, torch.device("cpu"))  # a process by itself
 
 
 def keep_freed_memory() -> None:
@@ -99,15 +112,25 @@ def keep_freed_memory() -> None:
         return  # another C library: nothing lost but speed
 
 
-def share_cores(local_ranks: int) -> None:
+def local_ranks() -> int:
+    """How many ranks a launcher started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def own_cores() -> int:
+    """The cores of this rank: those that it may use, divided by the ranks on this machine."""
+    return max(len(os.sched_getaffinity(0)) // local_ranks(), 1)
+
+
+def share_cores() -> None:
     """Several ranks on a machine divide its cores; a single one keeps torch's default, all of them.
 
     The DeepSpeed launcher leaves every rank all cores, torchrun leaves it one: both cost most of the speed. A number of
     threads that the user chose (OMP_NUM_THREADS, which torchrun itself sets to 1) is kept.
     """
     chosen = os.environ.get("OMP_NUM_THREADS")
-    if local_ranks > 1 and (chosen is None or (chosen == "1" and "TORCHELASTIC_RUN_ID" in os.environ)):
-        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // local_ranks, 1))
+    if local_ranks() > 1 and (chosen is None or (chosen == "1" and "TORCHELASTIC_RUN_ID" in os.environ)):
+        torch.set_num_threads(own_cores())
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -130,7 +153,7 @@ def start(device: str) -> World:
         raise UserError("--device cuda was asked for, but torch sees no GPU. Use --device cpu, or install a GPU torch.")
     if device == "cpu":
         keep_freed_memory()
-        share_cores(int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1))
+        share_cores()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
@@ -139,7 +162,7 @@ def start(device: str) -> World:
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     if "RANK" in os.environ and not dist.is_initialized():
         end_with_launcher()
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
     return World(rank, size, torch.device(device, local_rank) if device == "cuda" else torch.device(device))
 
 
@@ -186,6 +209,7 @@ class Console:
 
 def run_main(main: Callable[[], int | None]) -> None:
     """``_run_main`` on a ``Console``."""
+    after_failure.clear()
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = consoles = Console(sys.stdout), Console(sys.stderr)
     try:
@@ -207,6 +231,8 @@ def _run_main(main: Callable[[], int | None]) -> None:
         code = main() or 0
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
+        for clean_up in after_failure:
+            clean_up()
         code = 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     model = across_ranks(start_segmenter(config, num_classes, run.print), world)
     validation, folders = None, validation_folders(config.data, config.val)
     if folders is not None:
-        validation = SegmenterValidation(config, folders, num_classes, run, world)
+        validation = SegmenterValidation(config, folders, num_classes, run, world, schedule.total_steps)
     else:
         run.print("no images to evaluate on: neither --val nor val, validation or test of --data")
     return train(
@@ -126,9 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         world,
         backend,
         layer_decay=config.layer_decay,
-        after_epoch=None
-        if validation is None
-        else lambda step, models, progress: validation(step, models, progress, step == schedule.total_steps),
+        after_epoch=validation,
         every_epochs=config.eval_every,
         schedule=schedule,
     )

@@ -260,7 +260,7 @@ class SegmentConfig(StartConfig):
 _BASE = SegmentConfig(
     image_size=512, batch_size=2, lr=5e-5, lr_batch=16, min_lr=0.0, warmup_epochs=0, weight_decay=0.05,
     betas=(0.9, 0.999), clip_grad=0.0, drop_path=0.15, layer_decay=0.75, num_classes=150, reduce_zero_label=True,
-    save_every=2000, log_every=50,
+    log_every=50,
 )  # fmt: skip
 
 _LARGE = replace(_BASE, **SIZES["large"], lr=4e-5, drop_path=0.2, layer_decay=0.9, layer_scale=1e-5)
@@ -278,7 +278,8 @@ SEGMENT = {
         data=Path("data/camvid"), out=Path("runs/demo/segment"), weights=Path("runs/demo/pretrain"), image_size=128,
         dim=128, depth=6, heads=2, init_std=0.1, layer_scale=0.0, drop_path=0.0, num_classes=0, ignore_labels=(11,),
         reduce_zero_label=False, steps=0, epochs=20, batch_size=8, lr=1e-3, lr_batch=8, warmup_epochs=1, channels=64,
-        auxiliary_channels=32, layer_decay=0.9, in_memory=True, workers=0, log_every=20, save_every=200, clip_grad=3.0,
+        auxiliary_channels=32, layer_decay=0.9, in_memory=True, workers=0, log_every=20,
+        save_every_minutes=1.0, clip_grad=3.0,
     ),
 }  # fmt: skip
 

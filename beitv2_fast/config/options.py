@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from ..distributed import own_cores
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -58,8 +59,14 @@ class RunConfig:
         choices=("auto", "cpu", "cuda"),
     )  # fmt: skip
     workers: int = option(
-        2, "data-loading processes of each rank; 0: the training process loads", free=True, at_least=0
-    )
+        own_cores(), "processes of each rank that check and load images, by default as many as it has cores, those of "
+        "the machine divided by the ranks on it; 0: the training process does it", free=True, at_least=0,
+    )  # fmt: skip
+    check: str = option(
+        "decode", "what is done once with every image before it is used; decode: all that is damaged is found and left "
+        "out; header: only sizes are read, which misses files that are cut short; none: nothing", free=True,
+        choices=("decode", "header", "none"),
+    )  # fmt: skip
 
 
 def fingerprint(config: RunConfig) -> dict[str, Any]:

@@ -28,7 +28,7 @@ TOKENIZER = {
         data=Path("runs/demo/data"), out=Path("runs/demo/tokenizer"), image_size=128, teacher_image_size=256,
         dim=128, depth=4, heads=2, init_std=0.1, teacher="efficientnet_lite0", views=2, num_codes=256, decay=0.97,
         epochs=16, batch_size=32, lr=7e-4, lr_batch=32, warmup_epochs=1, crop_scale=(1.0, 1.0), clip_grad=3.0,
-        in_memory=True, workers=0, log_every=20, save_every=100,
+        in_memory=True, workers=0, log_every=20, save_every_minutes=1.0,
     ),
 }  # fmt: skip
 
@@ -54,7 +54,7 @@ PRETRAIN = {
         data=Path("runs/demo/data"), out=Path("runs/demo/pretrain"), tokenizer=Path("runs/demo/tokenizer"),
         image_size=128, dim=128, depth=6, heads=2, init_std=0.16, layer_scale=0.0, early_layer=4, num_masked=26,
         min_mask_patches=4, epochs=32, batch_size=32, lr=1e-3, lr_batch=32, warmup_epochs=2, crop_scale=(1.0, 1.0),
-        color_jitter=0.0, in_memory=True, workers=0, log_every=20, save_every=200,
+        color_jitter=0.0, in_memory=True, workers=0, log_every=20, save_every_minutes=1.0,
     ),
 }  # fmt: skip
 
@@ -105,8 +105,7 @@ FINETUNE = {
         data=Path("runs/demo/data"), out=Path("runs/demo/finetune"), weights=Path("runs/demo/pretrain"), image_size=128,
         dim=128, depth=6, heads=2, init_std=0.1, layer_scale=0.0, drop_path=0.0, epochs=10, batch_size=32, lr=5e-4,
         lr_batch=32, warmup_epochs=1, crop_scale=(0.5, 1.0), crop_pct=1.0, augment_policy="none", ema_decay=0.99,
-        in_memory=True, workers=0,
-        log_every=20, save_every=200,
+        in_memory=True, workers=0, log_every=20, save_every_minutes=1.0,
     ),
 }  # fmt: skip
 

@@ -98,8 +98,19 @@ class TrainConfig(RunConfig):
         20, "steps between lines of the log, which are means over these steps; codebook usage counts over them too",
         at_least=1,
     )  # fmt: skip
-    save_every: int = option(200, "steps between checkpoints", free=True, at_least=1)
+    save_every_minutes: float = option(
+        15.0, "minutes between checkpoints; 0: only as other options say. The last step, and a signal, always save",
+        free=True, at_least=0,
+    )  # fmt: skip
+    save_every_epochs: int = option(0, "epochs after which a checkpoint is saved, too; 0: none", free=True, at_least=0)
+    save_every: int | None = option(
+        None, "steps between checkpoints, instead of minutes and epochs; none: as these say", free=True, at_least=1
+    )
     keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", free=True, at_least=1)
+    keep_every: int = option(
+        0, "epochs after which a checkpoint is saved that is kept for good, beside the newest; 0: none", free=True,
+        at_least=0,
+    )  # fmt: skip
     stop_after_bad: int = option(
         10, "a step whose loss or gradient is NaN or Inf is skipped; after this many in a row the run ends, its last "
         "checkpoint kept and the batch written", free=True, at_least=1,

@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from ..distributed import own_cores
 from ..errors import DataError
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ os.register_at_fork(after_in_child=_freeze)
 def processes_for(images: int) -> int:
     """How many processes shall decode or hash so many images; 0: the calling one. Threads would not help: of files that
     take less than a millisecond, they spend as long on waiting for Python's lock."""
-    return min(len(os.sched_getaffinity(0)), images // 1000)
+    return min(own_cores(), images // 1000)
 
 
 def by_processes(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterator[R]:

@@ -32,6 +32,7 @@ from .views import EvalView, Pictures, View, cut_out
 
 EXIF_ORIENTATION = 0x0112
 DECODED_AT_ONCE = 64  # images
+HEADER_BYTES = 2**14
 _SHARD_END = re.compile(r"(?<=\.tar)/|(?<=\.arrow)/")
 
 _log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class ImageList:
         rejected: (path, reason) of each file that was left out.
         spans: of shards, where each image lies: (first byte in the shard, number of bytes); None for a folder.
         passed_over: what else lies there.
-        sizes: (width, height) of each, decoded and turned upright; None before ``check_images``.
+        sizes: (width, height) of each, turned upright; None before ``check_images``, or if that read nothing.
         layout: what tells of them, where that is neither the folder nor its tar shards.
     """
 
@@ -71,11 +72,13 @@ class ImageList:
         path = self.paths[index]
         return self.root / (path if self.spans is None else _SHARD_END.split(path, maxsplit=1)[0])
 
-    def read(self, index: int) -> bytes:
-        """The encoded image. OSError if that cannot be read, or no longer as a whole."""
+    def read(self, index: int, at_most: int | None = None) -> bytes:
+        """The encoded image, or its first bytes. OSError if they cannot be read, or no longer as a whole."""
         if self.spans is None:
-            return self.file(index).read_bytes()
+            with self.file(index).open("rb") as file:
+                return file.read(at_most)
         first, length = self.spans[index]
+        length = length if at_most is None else min(length, at_most)
         data = _shard(self.file(index)).read(first, length)
         if len(data) < length:
             raise OSError(f"the shard ends {length - len(data)} bytes too early")
@@ -84,6 +87,13 @@ class ImageList:
     def open(self, index: int) -> Image.Image:
         """``open_image`` of image ``index``; raises what the decoder raises."""
         return open_image(io.BytesIO(self.read(index)))
+
+    def header(self, index: int) -> tuple[int, int]:
+        """The upright width and height that the header says, read without decoding; raises as ``open`` does."""
+        try:
+            return _upright_size(self.read(index, HEADER_BYTES))
+        except Exception:  # formats that keep it elsewhere, long metadata
+            return _upright_size(self.read(index))
 
     def subset(self, indices: list[int], rejected: list[tuple[str, str]] | None = None) -> ImageList:
         """These images, with the same classes."""
@@ -149,6 +159,12 @@ def open_image(path: str | Path | io.BytesIO) -> Image.Image:
         if image.mode == "F":
             raise ValueError("floating-point pixels of unknown range; save it with 8 or 16 bits")
         return image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
+
+
+def _upright_size(data: bytes) -> tuple[int, int]:
+    with Image.open(io.BytesIO(data)) as image:
+        exif = Image.Image.getexif(image)  # PngImageFile's own would decode the pixels to look behind them
+        return image.size[::-1] if exif.get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8) else image.size
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:

@@ -138,6 +138,7 @@ def batch_loader(
     dataset: ImageFolder, batches: EpochSampler | list[list[Key]], batch_size: int, workers: int = 0
 ) -> Loader:
     """Yields ``dataset.__getitems__(keys)`` for each of the batches; batch_size: of the largest one."""
+    workers = min(workers, len(batches))
     if dataset.loader == "gpu":
         return StoredLoader(dataset, batches)
     if dataset.loader == "dali":

@@ -22,7 +22,7 @@ from ..models.classifier import Classifier, ClassifierConfig
 from ..runs.checkpoints import latest_weights, load_model, read_weights
 from ..runs.files import write_atomically
 from ..runs.folder import RunFolder, is_run_folder
-from ..runs.logs import read_metrics
+from ..runs.logs import is_best
 from ..runs.sources import locate
 from ..teachers import create_teacher
 from ..teachers.classifier import TeacherClassifier, teacher_name
@@ -190,16 +190,8 @@ class ClassifierValidation:
         return results
 
     def _compare(self, step: int, top1: dict[str, float]) -> None:
-        """Whether these are the best so far; a resumed run repeats steps, whose best counts once more."""
         name = max(top1, key=lambda name: top1[name])
-        before = [
-            value
-            for line in read_metrics(self.run.path, "evaluation.jsonl")
-            if line["step"] < step
-            for key, value in line.items()
-            if key.endswith("_top1")
-        ]
-        better = self.world.first(int(top1[name] > max(before, default=-1.0)))  # rank 0 has written its lines
+        better = self.world.first(int(is_best(self.run.path, step, top1[name], "_top1")))  # rank 0 wrote its lines
         self.best = name if better else None
 
 

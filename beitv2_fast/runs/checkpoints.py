@@ -156,7 +156,10 @@ class Checkpoints:
         self.unfinished(step).mkdir()
 
     def commit(self, step: int, **about: object) -> None:
-        """Flush everything to disk, rename, and remove what ``keep`` no longer covers. ``about``: for training.json."""
+        """Flush everything to disk, rename, and remove what ``keep`` no longer covers, unless it is a milestone.
+
+        ``about``: for training.json; a true "milestone" is one.
+        """
         temporary = self.unfinished(step)
         (temporary / "training.json").write_text(json.dumps({"step": step, **about}))
         for path in [*temporary.rglob("*"), temporary]:
@@ -167,7 +170,8 @@ class Checkpoints:
         temporary.rename(final)
         flush(self.folder)
         for old in self.all()[: -self.keep]:
-            self._remove(old)
+            if not json.loads((old / "training.json").read_text()).get("milestone"):
+                self._remove(old)
 
     def _remove(self, checkpoint: Path) -> None:
         """First the name goes: a kill in between leaves no half of a checkpoint under a complete one's name."""

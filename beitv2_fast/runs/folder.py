@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from ..config.options import C, RunConfig, fingerprint, from_json, to_json
+from ..distributed import after_failure
 from ..errors import UserError
 from .files import write_atomically
 from .sources import locate
@@ -24,6 +25,7 @@ from .sources import locate
 CONFIG, LOCK = "config.json", ".lock"
 INPUTS = "inputs.json"  # by the name of an option that is a path: a hash of what was there
 RESULTS = ("checkpoints/step_*", "results.json")  # any of these: there is something to lose
+WORK_BYTES = 2**20  # of the files that a start makes: a check of some 10,000 images
 LOGS = ("metrics.jsonl", "evaluation.jsonl", "tensorboard")
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt")
 
@@ -47,6 +49,8 @@ class RunFolder:
         stale = self._refuse_another()
         if not self.writes:
             return
+        if not self.path.exists():
+            after_failure.append(self._remove_if_worthless)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.path)
@@ -112,6 +116,13 @@ class RunFolder:
             )
         self.inputs = inputs
         return False
+
+    def _remove_if_worthless(self) -> None:
+        """What a failed start made goes, unless some of it took long: a folder, results, a check of many images."""
+        files = list(self.path.glob("*"))
+        work = any(file.is_dir() or file.match("bad_batch_*") for file in files) or has_results(self.path)
+        if not work and sum(file.stat().st_size for file in files) < WORK_BYTES:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     @property
     def checkpoints(self) -> Path:

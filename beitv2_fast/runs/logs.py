@@ -25,6 +25,15 @@ def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, float
     return [by_step[step] for step in sorted(by_step)]
 
 
+def is_best(run: Path, step: int, score: float, ending: str) -> bool:
+    """Whether evaluation.jsonl has no score as high of an earlier step, under any name with this ending.
+
+    Later steps are of a run that has been resumed and repeats them.
+    """
+    lines = (line for line in read_metrics(run, "evaluation.jsonl") if line["step"] < step)
+    return all(score > value for line in lines for name, value in line.items() if name.endswith(ending))
+
+
 def read_logs(runs: Sequence[Path]) -> dict[str, list[dict[str, float]]]:
     """``read_metrics`` of several runs by the ends of their paths, as long as it takes to tell them apart.
 

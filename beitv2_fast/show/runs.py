@@ -189,7 +189,9 @@ def _images(
     return images, samples, held_out is not None
 
 
-def readable_sample(images: ImageList, count: int, seed: int, *, min_size: int, workers: int = 0) -> ImageList:
-    """At most ``count`` of the images, drawn by seed, without those that cannot be decoded."""
+def readable_sample(
+    images: ImageList, count: int, seed: int, *, min_size: int, how: str = "decode", workers: int = 0
+) -> ImageList:
+    """At most ``count`` of the images, drawn by seed, without those that ``check_images`` leaves out."""
     chosen = images.subset(sample_images(images, count, seed))
-    return check_images(chosen, cache=None, min_size=min_size, workers=workers)
+    return check_images(chosen, cache=None, min_size=min_size, how=how, workers=workers)

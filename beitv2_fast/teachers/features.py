@@ -80,7 +80,7 @@ class TeacherFeatures:
         name = re.sub(r"[^\w.@-]+", "_", str(identity["teacher"]))
         self.folder = folder / f"{name}-{_short_hash(key)}"
         self.images, self.shape = len(dataset), shape
-        contents = world.rank_0_first(lambda: content_hashes(dataset.images, memo))
+        contents = world.from_rank_0(lambda: content_hashes(dataset.images, memo))
         self.files = {
             (view, first): self.folder / f"view{view}_images{first:07d}_{contents[first]}.npy"
             for view in range(dataset.views)

@@ -26,18 +26,16 @@ def checked_images(
     name: str = "",
     labeled: bool = False,
 ) -> ImageList:
-    """The images of a folder, checked once: rank 0 decodes them all, the others read what it wrote beside the run.
+    """The images of a folder, found by rank 0 and checked once by all ranks; the results are kept in the run folder.
 
     The log says what was found. ``split``, ``labeled``: see ``find_images``. ``name``: of what is written, where a run
     has several lists.
     """
 
-    def checked() -> ImageList:
-        found = find_images(data, split, labeled=labeled, index=run.path / f"shards{name}.json")
-        run.print(found.summary)
-        return check_images(found, cache=run.path / f"images{name}.json", min_size=min_size, workers=config.workers)
-
-    return world.rank_0_first(checked)
+    index, cache = run.path / f"shards{name}.json", run.path / f"images{name}.jsonl"
+    found = world.from_rank_0(lambda: find_images(data, split, labeled=labeled, index=index))
+    run.print(found.summary)
+    return check_images(found, cache=cache, min_size=min_size, how=config.check, workers=config.workers, world=world)
 
 
 def training_images(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import signal
+import time
 from collections.abc import Callable
 
 import torch
@@ -60,7 +61,7 @@ def train(
     checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
     ema = ModelEMA(task.model, ema_decay) if ema_decay else None
     about, optimizer_state = resume(checkpoints, task.model, ema, schedule, dataset, run, world)
-    saved = step = about["step"]
+    step = about["step"]
     groups = parameter_groups(task.model, config.weight_decay, layer_decay=layer_decay)
     backend = backend_class(task.model, groups, config, world)
     if step:
@@ -86,7 +87,7 @@ def train(
         workers=config.workers,
     )
     bad = BadSteps(run, world, config.stop_after_bad, about["skipped_steps"], dataset.images.paths)
-    undo, any_rank = Undo(task.model), OnAnyRank(world)
+    undo, any_rank, saves = Undo(task.model), OnAnyRank(world), Saves(config, world, step)
     watchdog = Watchdog(run.path, world.rank, config.hang_after)
     known = Known(bad, undo, log, lambda step: ema and ema.update(task.model, step, backend.whole))
 
@@ -112,11 +113,11 @@ def train(
             known.add(step, lr, metrics, batch)
             if not learns_late(world.device) or log.pictures_due(step):
                 known.learn()
-            stopping = any_rank(stop.received is not None)
+            stopping, timed = any_rank(stop.received is not None, saves.time_has_come())
             ends = step == schedule.total_steps
             epoch = schedule.ended_epoch(step)
             evaluates = after_epoch is not None and (ends or (epoch and epoch % every_epochs == 0 and not stopping))
-            due = stopping or step - saved >= config.save_every - saved % config.save_every or ends
+            due = saves.due(step, epoch, stopping or timed or ends)
             if evaluates or due:
                 known.learn()
             if after_epoch is not None and evaluates:
@@ -127,10 +128,11 @@ def train(
             if due and not bad.in_a_row:  # among bad steps the weights are suspect
                 about = {"images_per_step": schedule.images_per_step, "skipped_steps": bad.skipped}
                 of_images = {"images": dataset.images.fingerprint, "image_count": len(dataset)}
-                save(checkpoints, backend, ema, step, world, **of_images, **about)
-                saved = step
+                save(checkpoints, backend, ema, step, world, milestone=saves.milestone, **of_images, **about)
+                saves.done(step)
             watchdog.progress()
             if stopping and not ends:
+                saved = saves.last
                 said = "saved" if saved == step else f"after bad steps, so the checkpoint of step {saved} remains"
                 run.print(f"{task.name}: stopped at step {step}, {said}; the same command resumes")
                 return 128 + (stop.received or signal.SIGTERM)
@@ -138,6 +140,39 @@ def train(
             bad.stop(step)
     run.print(f"{task.name}: done, {log.elapsed()}; checkpoint {checkpoints.finished(step)}")
     return 0
+
+
+class Saves:
+    """After which steps a checkpoint is saved, and which of them stays for good (``milestone``).
+
+    What is due stays so until it is done: among bad steps nothing is saved.
+    """
+
+    def __init__(self, config: TrainConfig, world: World, step: int):
+        self.config, self.last, self.began = config, step, time.monotonic()
+        self.seconds = 0.0 if config.save_every or world.rank else 60 * config.save_every_minutes
+        self.wanted = self.milestone = False
+
+    def time_has_come(self) -> bool:
+        """On rank 0, whose clock rules: once whenever --save-every-minutes have passed."""
+        if not self.seconds or time.monotonic() < self.began + self.seconds:
+            return False
+        self.began = time.monotonic()
+        return True
+
+    def due(self, step: int, epoch: int, now: bool) -> bool:
+        """After a step. epoch: that which ended in it, 0 for none. now: for another reason than the options'."""
+        steps, epochs, keep = self.config.save_every, self.config.save_every_epochs, self.config.keep_every
+        self.milestone |= bool(keep and epoch) and epoch % keep == 0
+        if steps:
+            now |= step - self.last >= steps - self.last % steps
+        elif epochs and epoch:
+            now |= epoch % epochs == 0
+        self.wanted |= now or self.milestone
+        return self.wanted
+
+    def done(self, step: int) -> None:
+        self.last, self.wanted, self.milestone = step, False, False
 
 
 class Known:

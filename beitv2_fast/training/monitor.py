@@ -163,18 +163,21 @@ class HostCopy:
 
 
 class OnAnyRank:
-    """Whether a flag is set on any rank, in every step; of several GPUs one step later, and none waits for it."""
+    """Which flags are set on any rank, in every step; of several GPUs one step later, and none waits for it."""
 
     def __init__(self, world: World):
         self.world = world
         self.sent: HostCopy | None = None
 
-    def __call__(self, flag: bool) -> bool:
-        if self.world.size == 1 or not learns_late(self.world.device):
-            return self.world.any(flag)
-        before = self.sent
-        self.sent = HostCopy(self.world.sum(torch.full((1,), float(flag), device=self.world.device)))
-        return before is not None and before.read() > [0]
+    def __call__(self, *flags: bool) -> list[bool]:
+        if self.world.size == 1:
+            return list(flags)
+        base = self.world.size + 1  # a digit of one number counts the ranks that set a flag
+        number = float(sum(flag * base**i for i, flag in enumerate(flags)))
+        sent = HostCopy(self.world.sum(torch.full((1,), number, device=self.world.device)))
+        known, self.sent = (self.sent, sent) if learns_late(self.world.device) else (sent, None)
+        total = 0 if known is None else int(known.read()[0])
+        return [total // base**i % base > 0 for i in range(len(flags))]
 
 
 class Undo:

@@ -198,8 +198,13 @@ class TorchBackend:
         self.wrapped: Any = model
         self.no_sync: Callable[[], AbstractContextManager] = nullcontext
         if world.size > 1:
-            # The codebook is a buffer that every rank computes to the same bits: nothing to broadcast.
-            self.wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+            # The codebook is a buffer that every rank computes to the same bits: nothing to broadcast. DDP orders the
+            # gradients anew after its first step, unless it looks for unused ones; of three ranks and more the order
+            # decides how sums are rounded, and a resumed run would not end with an undisturbed one's bits.
+            keeps_order = world.device.type == "cpu" and world.size > 2
+            self.wrapped = nn.parallel.DistributedDataParallel(
+                model, broadcast_buffers=False, find_unused_parameters=keeps_order
+            )
             self.no_sync = self.wrapped.no_sync
         if config.compile:
             self.wrapped = torch.compile(self.wrapped)

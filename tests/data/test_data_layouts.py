@@ -166,7 +166,7 @@ def test_trainings_read_the_training_images_and_say_what_they_found(kaggle, tmp_
     assert call("tokenizer", *TINY, *TOKENIZER, "--data", kaggle, "--epochs", 1, "--out", out) == 0
     log = (out / "log.txt").read_text()
     assert f"found 8 images, 2 classes (cat, dog), class folders in {kaggle / 'Training'}; passed over:" in log
-    assert len(json.loads((out / "images.json").read_text())["files"]) == 8
+    assert len((out / "images.jsonl").read_text().splitlines()) == 1 + 8
 
 
 def test_a_fine_tuning_finds_training_and_test_images_and_its_classes(kaggle, tmp_path, capsys):

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import logging
 import os
 import subprocess
 import sys
+import threading
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+from beitv2_fast.data import check as check_module
 from beitv2_fast.data.check import check_images
 from beitv2_fast.data.find import find_images
 from beitv2_fast.data.images import ImageList, open_image
+from beitv2_fast.distributed import World
 from beitv2_fast.errors import DataError
 
 
@@ -29,8 +37,13 @@ def noise(path, size=(64, 64), **options):
     Image.frombytes("RGB", size, bytes(data.flatten().tolist())).save(path, **options)
 
 
-def check(images, cache=None, min_size=8, workers=0):
-    return check_images(images, cache=cache, min_size=min_size, workers=workers)
+def check(images, cache=None, min_size=8, workers=0, **options):
+    return check_images(images, cache=cache, min_size=min_size, workers=workers, **options)
+
+
+def entries(cache):
+    """What a cache knows, by path."""
+    return {path: entry for path, *entry in map(json.loads, cache.read_text().splitlines()[1:])}
 
 
 def test_first_level_folders_are_the_classes_and_paths_are_sorted(tmp_path):
@@ -136,7 +149,7 @@ def test_bad_files_are_listed_on_the_log_once_ten_and_the_count(tmp_path, caplog
     for i in range(12):
         (tmp_path / f"bad{i:02}.png").write_bytes(b"")
     caplog.set_level(logging.WARNING)
-    cache = tmp_path / "run" / "images.json"
+    cache = tmp_path / "run" / "images.jsonl"
     check(find_images(tmp_path), cache)
     (record,) = caplog.records
     lines = record.getMessage().splitlines()
@@ -167,7 +180,7 @@ def test_nothing_left_is_an_error_with_the_reasons(tmp_path):
 
 
 def test_a_restart_decodes_only_what_has_changed(tmp_path, monkeypatch):
-    root, cache = tmp_path / "images", tmp_path / "run" / "images.json"
+    root, cache = tmp_path / "images", tmp_path / "run" / "images.jsonl"
     for name in ("a.png", "b.png", "c.png"):
         save(root / name)
     decoded = []
@@ -187,7 +200,7 @@ def test_a_restart_decodes_only_what_has_changed(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_check_goes_on_where_it_was(tmp_path, monkeypatch):
-    root, cache = tmp_path / "images", tmp_path / "images.json"
+    root, cache = tmp_path / "images", tmp_path / "images.jsonl"
     for i in range(40):
         save(root / f"{i:02}.png")
 
@@ -198,23 +211,127 @@ def test_an_interrupted_check_goes_on_where_it_was(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return opened(images, i)
 
+    monkeypatch.setattr(check_module, "IMAGES_PER_ROUND", 16)
     monkeypatch.setattr(ImageList, "open", interrupted)
     with pytest.raises(KeyboardInterrupt):
         check(find_images(root), cache)
-    done = len(json.loads(cache.read_text())["files"])
+    done = len(entries(cache))
     decoded = []
     monkeypatch.setattr(ImageList, "open", lambda images, i: decoded.append(images.paths[i]) or opened(images, i))
     assert len(check(find_images(root), cache)) == 40
     assert 0 < done == 40 - len(decoded)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1}', '{"version": 0, "files": {"a.png": 1}}'])
+def test_a_line_that_a_kill_cut_short_costs_only_its_own_image(tmp_path, monkeypatch):
+    root, cache = tmp_path / "images", tmp_path / "images.jsonl"
+    for name in ("a.png", "b.png", "c.png"):
+        save(root / name)
+    check(find_images(root), cache)
+    cache.write_bytes(cache.read_bytes()[:-5])
+    decoded, opened = [], ImageList.open
+    monkeypatch.setattr(ImageList, "open", lambda images, i: decoded.append(images.paths[i]) or opened(images, i))
+    assert len(check(find_images(root), cache)) == len(check(find_images(root), cache)) == 3
+    assert decoded == ["c.png"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rank(World):
+    """A rank that is a thread: what all of them have said lies in ``said``."""
+
+    said: list = dataclasses.field(default_factory=list)
+    together: threading.Barrier | None = None
+
+    def gather_objects(self, thing):
+        self.said[self.rank] = thing
+        self.together.wait()
+        found = list(self.said)
+        self.together.wait()
+        return found
+
+
+def test_ranks_share_the_check_and_all_have_its_result_under_one_progress_bar(tmp_path, monkeypatch):
+    root, cache, ranks = tmp_path / "images", tmp_path / "images.jsonl", 3
+    for i in range(50):
+        save(root / f"{i:02}.png", (40, 32 + i))
+    (root / "31.png").write_bytes(b"junk")
+    decoded, bars, opened = defaultdict(list), [], ImageList.open
+
+    def record(images, i):
+        decoded[threading.current_thread().name].append(i)
+        return opened(images, i)
+
+    class Bar:
+        def __init__(self, total, disable, **_):
+            self.total, self.disable, self.count = total, disable, 0
+            bars.append(self)
+
+        __enter__, __exit__ = lambda self: self, lambda self, *_: None
+
+        def update(self, count):
+            self.count += count
+
+    monkeypatch.setattr(ImageList, "open", record)
+    monkeypatch.setattr(check_module, "IMAGES_PER_ROUND", 8)
+    monkeypatch.setattr(check_module, "require", lambda *_: SimpleNamespace(tqdm=Bar))
+    common = [None] * ranks, threading.Barrier(ranks, timeout=60)
+    worlds = [Rank(rank, ranks, torch.device("cpu"), *common) for rank in range(ranks)]
+    with ThreadPoolExecutor(ranks) as pool:
+        found = list(pool.map(lambda world: check(find_images(root), cache, world=world), worlds))
+    assert sorted(map(len, decoded.values())) == [16, 17, 17]
+    assert sorted(itertools.chain(*decoded.values())) == list(range(50))
+    assert found[0] == found[1] == found[2] == check(find_images(root), cache)
+    assert len(found[0]) == 49 and found[0].rejected == [("31.png", "not an image")]
+    assert found[0].sizes == [(40, 32 + i) for i in range(50) if i != 31]
+    assert len(entries(cache)) == len(cache.read_text().splitlines()) - 1 == 50
+    assert [(bar.total, bar.count) for bar in bars if not bar.disable] == [(50, 50)] * 2  # the ranks', and the last one
+
+
+def test_a_check_of_headers_finds_what_they_show_and_a_check_of_pixels_looks_again(mixed, tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("turned.jpg", "turned.png"):
+        save(mixed / "a" / name, (40, 20), exif=exif)
+    noise(mixed / "a" / "long.jpg", (300, 200), comment=b"x" * 60_000)  # the size lies behind the bytes read first
+    cache = tmp_path / "images.jsonl"
+    monkeypatch.setattr(ImageList, "open", lambda *_: pytest.fail("decoded"))
+    headers = check(find_images(mixed), cache, how="header")
+    assert [path for path in headers.paths if "truncated" not in path and path != "b/float.tif"] == [
+        "a/good.png", "a/long.jpg", "a/turned.jpg", "a/turned.png", "b/good.jpg",
+    ]  # fmt: skip
+    assert {"b/truncated.jpg", "b/truncated.png", "b/float.tif"} < set(headers.paths)
+    assert dict(zip(headers.paths, headers.sizes, strict=True))["a/long.jpg"] == (300, 200)
+    monkeypatch.undo()
+    decoded = check(find_images(mixed), cache)
+    sizes = dict(zip(headers.paths, headers.sizes, strict=True))
+    assert decoded.sizes == [sizes[path] for path in decoded.paths] and len(decoded.paths) == 5
+    (mixed / "b" / "dangling.png").unlink()  # a file that is not there is looked for every time
+    monkeypatch.setattr(ImageList, "read", lambda *_: pytest.fail("read again"))
+    assert check(find_images(mixed), cache, how="header").paths == decoded.paths
+
+
+def test_a_check_of_headers_reads_only_the_beginning_of_a_file(tmp_path, monkeypatch):
+    noise(tmp_path / "large.jpg", (600, 400))
+    assert (tmp_path / "large.jpg").stat().st_size > 100_000
+    lengths, read = [], ImageList.read
+    monkeypatch.setattr(ImageList, "read", lambda *a: lengths.append(len(data := read(*a))) or data)
+    assert check(find_images(tmp_path), how="header").sizes == [(600, 400)]
+    assert lengths == [2**14]
+
+
+def test_no_check_opens_nothing_and_keeps_every_image(mixed, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageList, "read", lambda *_: pytest.fail("read"))
+    images = find_images(mixed)
+    assert check(images, tmp_path / "images.jsonl", how="none") == images
+    assert images.sizes is None and not (tmp_path / "images.jsonl").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1}', '{"version": 0, "root": ""}\n["a.png"]'])
 def test_a_damaged_or_foreign_cache_is_made_anew(tmp_path, content):
-    root, cache = tmp_path / "images", tmp_path / "images.json"
+    root, cache = tmp_path / "images", tmp_path / "images.jsonl"
     save(root / "a.png")
     cache.write_text(content)
     assert check(find_images(root), cache).paths == ["a.png"]
-    assert list(json.loads(cache.read_text())["files"]) == ["a.png"]
+    assert list(entries(cache)) == ["a.png"]
 
 
 def test_the_fingerprint_tells_lists_apart(tmp_path):

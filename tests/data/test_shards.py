@@ -20,6 +20,8 @@ from beitv2_fast.data.loaders import train_loader
 from beitv2_fast.data.views import TokenizerView
 from beitv2_fast.errors import DataError
 
+from .test_images import entries
+
 CONTENTS = {}
 
 
@@ -332,12 +334,12 @@ def test_the_index_is_made_once_and_again_for_a_shard_that_changed(folder, monke
 
 
 def test_a_check_is_repeated_only_for_a_shard_that_changed(folder):
-    cache = folder / "run" / "images.json"
+    cache = folder / "run" / "images.jsonl"
     check_images(find_images(folder / "shards"), cache=cache, min_size=8, workers=0)
-    before = json.loads(cache.read_text())["files"]
+    before = entries(cache)
     write_tar(folder / "shards" / "train-001.tar", [("1_0.png", png(50))])
     check_images(find_images(folder / "shards"), cache=cache, min_size=8, workers=0)
-    after = json.loads(cache.read_text())["files"]
+    after = entries(cache)
     assert after["train-000.tar/0_0.png"] == before["train-000.tar/0_0.png"]
     assert after["train-001.tar/1_0.png"] != before["train-001.tar/1_0.png"]
 

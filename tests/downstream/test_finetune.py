@@ -224,7 +224,7 @@ def test_other_classes_in_the_same_run_folder_are_refused(runs, capsys):
     stored = runs / "refused" / "config.json"
     stored.write_text(stored.read_text().replace(f"{runs}/data", f"{runs}/changing"))
     (runs / "changing" / "train" / "blue").rename(runs / "changing" / "train" / "azure")
-    (runs / "refused" / "images.json").unlink()
+    (runs / "refused" / "images.jsonl").unlink()
     assert finetune(runs, "refused", data="changing") == 2
     assert "was trained for 3 classes (blue" in capsys.readouterr().err
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from beitv2_fast.data.views import EvalView
 from beitv2_fast.downstream.probes.features import global_features
 from beitv2_fast.downstream.probes.knn import knn_predict
+from beitv2_fast.downstream.probes.validation import KnnValidation
 from beitv2_fast.models.student import Student
 from beitv2_fast.show.report.stages import read_stage
 from beitv2_fast.weights.build import load_run_model
@@ -48,6 +50,21 @@ def test_a_pre_training_tells_the_accuracy_of_neighbors_every_few_epochs_and_tra
     assert read_stage(out, Student).evaluation == lines
     assert pretrain(starts, tmp_path / "without") == 0
     assert_same_bits(out, tmp_path / "without")
+
+
+def test_the_weights_with_the_best_neighbors_are_kept(starts, tmp_path, monkeypatch):
+    """Of the CLS token or of the mean; the third are only as good as the second."""
+    for split, count in (("train", 5), ("val", 3)):
+        write_colors(tmp_path / "data" / split, count)
+    scores = iter([0.1, 0.3, 0.6, 0.2, 0.2, 0.6])
+    monkeypatch.setattr(KnnValidation, "_top1", lambda *_: {10: next(scores), 20: 1.0})
+    saving = ["--save-every", 2, "--keep-checkpoints", 3]
+    out = tmp_path / "out"
+    assert pretrain(starts, out, "--knn-data", tmp_path / "data", "--knn-every", 1, *saving) == 0
+    best = load_file(out / "best" / "model.safetensors")
+    at_4, at_6 = (load_file(out / "checkpoints" / f"step_0000000{s}" / "model.safetensors") for s in (4, 6))
+    assert all(torch.equal(best[name], at_4[name]) for name in at_4)
+    assert any(not torch.equal(best[name], at_6[name]) for name in at_6)
 
 
 def test_neighbors_without_classes_are_refused(starts, tmp_path):

@@ -6,14 +6,17 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from beitv2_fast.config.downstream import SEGMENT, SegmentConfig
 from beitv2_fast.config.options import parse
+from beitv2_fast.downstream.segmentation import training
 from beitv2_fast.downstream.segmentation.training import load_segmenter, start_segmenter
 from beitv2_fast.models.vit import normalize
 from beitv2_fast.train.segment import PolySchedule, SegmentTask
@@ -138,6 +141,24 @@ def test_a_finished_run_evaluated_at_several_scales_has_both_results_and_picture
     assert [path.name for path in pictures] == ["0.png", "2.png"]
     with Image.open(pictures[0]) as image:
         assert image.size == (3 * 48 + 12, 40)
+
+
+def test_the_weights_of_the_best_evaluation_are_kept_and_only_the_last_is_at_several_scales(runs, monkeypatch):
+    """Epochs of 3 steps; the second is the best, and several scales do not count."""
+    scores, evaluate = iter([0.3, 0.6, 0.5, 0.9]), training.evaluate_segmenter
+
+    def scored(*given, **options):
+        found = evaluate(*given, **options)
+        numbers = {**found.numbers(), "miou": next(scores)}
+        return SimpleNamespace(numbers=lambda: numbers, iou=found.iou, predictions=found.predictions)
+
+    monkeypatch.setattr(training, "evaluate_segmenter", scored)
+    options = ["--eval-every", 1, "--keep-checkpoints", 3, "--multi-scale", "--scales", 0.5]
+    assert segment(runs, "best_of_three", *options) == 0
+    assert next(scores, None) is None
+    best = load_file(runs / "best_of_three" / "best" / "model.safetensors")
+    at_6 = load_file(runs / "best_of_three" / "checkpoints" / "step_00000006" / "model.safetensors")
+    assert all(torch.equal(best[name], at_6[name]) for name in at_6)
 
 
 def test_masks_in_black_and_white_train_as_those_of_0_and_1(runs, tmp_path, capsys):

@@ -89,7 +89,7 @@ class Halted:
     """The command in a process group of its own, standing still at the end of a step until ``go_on``."""
 
     def __init__(
-        self, stage: str, step: int, *options: object, launcher: Sequence[str] = (sys.executable,), **env: str
+        self, stage: str, step: int | str, *options: object, launcher: Sequence[str] = (sys.executable,), **env: str
     ):
         skip_without_teacher(stage, options)
         command = [*launcher, HALTING, str(step), str(ROOT / "train" / f"{stage}.py"), *map(str, options)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from ...errors import UserError, first_few
 from ...models.vit import ViTConfig
 from ...runs.checkpoints import latest_weights, load_model, read_weights
 from ...runs.folder import RunFolder, read_config, stored_config
+from ...runs.logs import is_best
 from ...training.images import checked_images
 from ...weights.build import same_options, trained_vit, vit_config
 from ...weights.files import read
@@ -100,13 +102,13 @@ def _read_segmentation(run: Path) -> tuple[SegmentConfig, ViTConfig, dict[str, T
 def checked_pairs(
     folders: tuple[Path, Path], config: SegmentConfig, run: RunFolder, world: World, name: str = ""
 ) -> tuple[ImageList, MaskList]:
-    """The images and masks of two folders, checked once: rank 0 decodes them all, the others read what it wrote."""
+    """The images and masks of two folders, checked once: the images by all ranks, the masks by rank 0."""
     images = checked_images(folders[0], None, config, run, world, min_size=1, name=name)
 
     def masks() -> MaskList:
         return find_masks(images, folders[1].resolve(), run.path / f"masks{name}.json", config.workers)
 
-    return images, world.rank_0_first(masks)
+    return images, world.from_rank_0(masks)
 
 
 def training_folder(config: SegmentConfig, run: RunFolder, world: World) -> tuple[SegmentationFolder, int]:
@@ -137,9 +139,18 @@ class SegmenterValidation:
     """Evaluates at the ends of epochs: a line in the log, evaluation.jsonl, results.json, and overlays in the end."""
 
     def __init__(
-        self, config: SegmentConfig, folders: tuple[Path, Path], num_classes: int, run: RunFolder, world: World
+        self,
+        config: SegmentConfig,
+        folders: tuple[Path, Path],
+        num_classes: int,
+        run: RunFolder,
+        world: World,
+        last_step: int | None = None,
     ):
+        """last_step: the one after which --multi-scale evaluates; None: after any."""
         self.config, self.num_classes, self.run, self.world = config, num_classes, run, world
+        self.last_step = last_step
+        self.best: str | None = None  # "weights", if those just evaluated have the highest mIoU so far
         images, masks = checked_pairs(folders, config, run, world, "_val")
         table = label_table(config.ignore_labels, config.reduce_zero_label, config.label_values)
         masks.check_range(table, num_classes)
@@ -151,12 +162,11 @@ class SegmenterValidation:
             config.image_size, stride, config.base_size or config.image_size, batch=config.eval_batch_size
         )
 
-    def __call__(
-        self, step: int, models: dict[str, nn.Module], progress: Callable[[], None], last: bool = True
-    ) -> None:
-        model, results = models["weights"], {}
+    def __call__(self, step: int, models: dict[str, nn.Module], progress: Callable[[], None]) -> None:
+        model = models["weights"]
+        results: dict[str, dict[str, Any]] = {}
         slides = {"weights": self.slide}
-        if self.config.multi_scale and last:
+        if self.config.multi_scale and self.last_step in (None, step):
             slides["multi_scale"] = dataclasses.replace(self.slide, scales=self.config.scales, flip=True)
         drawn = self._drawn()
         for name, slide in slides.items():
@@ -168,6 +178,8 @@ class SegmenterValidation:
             self.run.print(f"evaluation  step {step}  {name:<11} {miou_line(numbers)}")
             results[name] = {**numbers, "iou": [None if x != x else x for x in scores.iou().tolist()]}
             self.run.metrics(step, {f"{name}_{key}": v for key, v in numbers.items()}, "evaluation.jsonl")
+        better = self.world.first(int(is_best(self.run.path, step, results["weights"]["miou"], "weights_miou")))
+        self.best = "weights" if better else None
         self.run.results({"step": step, "classes": self.num_classes, **results})
         if self.run.writes:
             write_overlays(self.run, step, self.folder, scores.predictions)

@@ -131,4 +131,6 @@ def _add_teacher(found: Findings, device: torch.device) -> None:
 
 
 def _readable(images: ImageList, config: ReportConfig, min_size: int) -> ImageList:
-    return readable_sample(images, config.max_images, config.seed, min_size=min_size, workers=config.workers)
+    return readable_sample(
+        images, config.max_images, config.seed, min_size=min_size, how=config.check, workers=config.workers
+    )
