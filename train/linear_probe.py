@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     run.results(
         {
             "backbone": backbone.title,
-            "task": f"which of {len(classes)} classes: {', '.join(classes[:10])}",
+            "task": f"{len(classes)} classes: {', '.join(classes[:10])}",
             "metric": metric,
             "metric_of_knn_and_few_shot": "balanced accuracy",
             "chance": 1 / len(classes),

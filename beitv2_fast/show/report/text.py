@@ -82,7 +82,7 @@ def _probe(found: Findings) -> list[str]:
     counts = ", ".join(f"{count:,} {split}" for split, count in images.items())
     lines = [
         paragraph(
-            f"A linear classifier on frozen features: {results.get('task', '')}. "
+            f"A linear classifier on frozen features ({results.get('task', '')}). "
             f"Mean ± standard deviation over {results.get('seeds', '?')} seeds"
             + (f"; images: {counts}." if counts else ".")
         ),
