@@ -46,7 +46,7 @@ $(VENV)/.demo: SIZE = 6.0 GB
 # torch comes first: the C++ ops are compiled against the torch they will run with.
 $(VENV)/.installed $(VENV)/.demo: setup.py pyproject.toml $(wildcard kernels/*.cpp kernels/*.h kernels/*/*.cpp kernels/*/*.h)
 	@echo "Into $(VENV) go $(SIZE), 5.8 of them torch with its CUDA libraries (a torch that is there already stays), and the"
-	@echo "C++ ops, which take 2 minutes to compile on 2 cores."
+	@echo "C++ ops, which a core compiles in 2 minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade "setuptools>=77" wheel ninja
 	$(PIP) install "torch>=2.10" "torchvision>=0.25"

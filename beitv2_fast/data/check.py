@@ -111,7 +111,7 @@ def _decode_all(images: ImageList, todo: list[int], workers: int) -> Iterator[tu
     if not todo:
         return
     tqdm = require("tqdm", "train", "A progress bar").tqdm
-    bar = tqdm(total=len(todo), desc="checking images", unit="image", mininterval=0.5)
+    bar = tqdm(total=len(todo), desc="checking images", unit="image", mininterval=0.5, disable=None)
     tasks = [todo[i : i + FILES_PER_TASK] for i in range(0, len(todo), FILES_PER_TASK)]
     try:
         for result in by_processes(functools.partial(_decode_some, images), tasks, workers):

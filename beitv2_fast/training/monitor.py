@@ -56,7 +56,7 @@ class TrainingLog:
             initial=self.start_step,
             desc=self.task.name,
             unit="step",
-            disable=not self.run.writes,
+            disable=None if self.run.writes else True,  # None: shown on terminals only
             dynamic_ncols=True,
             mininterval=1.0,
         )
