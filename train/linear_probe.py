@@ -28,6 +28,7 @@ from beitv2_fast.downstream.probes.backbones import (
     Backbone,
     Run,
     choose_backbone,
+    completed,
     labels_seen,
     teacher,
     untrained,
@@ -167,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     config, _ = parse(ProbeConfig, PROBE, argv)
     world = start(config.device)
     trained = open_model(config.run) if teacher_name(config.run) is None else None
+    config = completed(config, None if trained is None else trained[1])
     backbone = choose_backbone(config, trained, world.device)
     keep = kept_columns(config, backbone) if config.protocol == "sweep" else []
     if config.exact and config.tokenizer is not None:

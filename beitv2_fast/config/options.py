@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import math
 import operator
 import types
@@ -13,17 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from .. import __version__
 from ..errors import UserError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-C = TypeVar("C", bound="RunConfig")
+C = TypeVar("C", bound="Options")
 D = TypeVar("D", bound="DataclassInstance")
 
 
 OUT = "run folder for config, log, metrics and checkpoints; the same command run again resumes it"
 SOURCE = "a run folder, a file, a URL, hf-hub:ORGANIZATION/NAME, or a name that `beitv2-fast models` lists"
+VERSION = f"beitv2-fast {__version__}"
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -34,20 +37,32 @@ def option(
     free: bool = False,
     holds: str = "",
     choices: Sequence[str] | None = None,
+    group: str = "",
     **limits: float,
 ) -> Any:
     """A config value with its help text.
 
     ``free``: it does not change the result and may differ when a run resumes. ``holds``: it is a path, and not the path
     but what is there has to stay: "images"; "weights" that every step needs; "start": weights that are read once.
-    ``limits``: some of ``LIMITS``.
+    ``group``: the heading in --help of this one and the next ones. ``limits``: some of ``LIMITS``.
     """
-    metadata = {"help": help, "free": free, "holds": holds, "choices": choices, "limits": limits}
+    metadata = {"help": help, "free": free, "holds": holds, "choices": choices, "group": group, "limits": limits}
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class Options:
+    """A command's. ``example``: of a command line, for --help."""
+
+    example: ClassVar[str] = ""
+
+    def implied(self: C, preset: C) -> dict[str, Any]:
+        """What options that differ from the preset's imply for others, unless these are given."""
+        return {}
+
+
+@dataclass(frozen=True)
+class RunConfig(Options):
     """What every command with a run folder has. ``stage``: which command, as its config.json says."""
 
     stage: ClassVar[str] = ""
@@ -97,7 +112,12 @@ def parse(cls: type[D], presets: Mapping[str, D], argv: Sequence[str] | None = N
     """
     name = _preset(presets, argv)
     title = (cls.__doc__ or "").strip()
-    parser = argparse.ArgumentParser(description=f"{title} Values in brackets: those of the preset {name}.")
+    parser = Parser(
+        usage="%(prog)s [--preset NAME] [options]",
+        description=f"{title} Values in brackets: those of the preset {name}.",
+        epilog=f"example: {cls.example}" if cls.example else None,
+    )
+    parser.add_argument("--version", action="version", version=VERSION)
     shown = "the values of options that are not given; before --help, the values it shows"
     parser.add_argument("--preset", choices=list(presets), default="base", help=f"{shown} [{name}]")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS, default=None)
@@ -107,13 +127,30 @@ def parse(cls: type[D], presets: Mapping[str, D], argv: Sequence[str] | None = N
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     config = dataclasses.replace(preset, **given)
     check_limits(config)
-    return config, local_rank
+    return dataclasses.replace(config, **{**config.implied(preset), **given}), local_rank
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, which suggests an option in place of one that it does not know."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._near(unknown)}")
+        return found, unknown
+
+    def _near(self, unknown: Sequence[str]) -> str:
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+        near = [name for flag in flags for name in difflib.get_close_matches(flag, self._option_string_actions, 1)]
+        return f" (did you mean {', '.join(near)}?)" if near else ""
 
 
 def add_options(parser: argparse.ArgumentParser, shown: Any) -> None:
     """An option for every field of a dataclass of ``option``s; --help shows the values of this one."""
-    types_ = typing.get_type_hints(type(shown))
+    types_, whole = typing.get_type_hints(type(shown)), parser
     for f in dataclasses.fields(shown):
+        if f.metadata["group"]:
+            parser = whole.add_argument_group(f.metadata["group"])
         kind, flag = types_[f.name], "--" + f.name.replace("_", "-")
         text = f"{f.metadata['help']} [{_show(getattr(shown, f.name))}]"
         common: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}

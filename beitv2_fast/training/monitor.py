@@ -39,9 +39,11 @@ class TrainingLog:
     def opening(self, images: int, parameters: int, precision: str, backend: str) -> None:
         """What is trained on what and how, and from where it goes on."""
         name, schedule, device = self.task.name, self.schedule, self.world.device.type
+        epochs = f"{schedule.epochs} epoch{'s' * (schedule.epochs > 1)}"
+        size = f"{parameters / 1e6:.1f} M" if parameters > 1e6 else f"{parameters:,}"
         self.run.print(
-            f"{name}: {images:,} images, {schedule.epochs} epochs, {schedule.total_steps:,} steps of "
-            f"{schedule.images_per_step} images; {parameters / 1e6:.1f} M parameters; {self.world.size} x {device}, "
+            f"{name}: {images:,} images, {epochs}, {schedule.total_steps:,} steps of "
+            f"{schedule.images_per_step} images; {size} parameters; {self.world.size} x {device}, "
             f"{precision}, {backend}, attention {choose_attention(self.config.attention, device)}, "
             f"lr {schedule.peak_lr:.2e}"
         )

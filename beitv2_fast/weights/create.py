@@ -192,6 +192,17 @@ def tokenizer_config(source: str | Path) -> TokenizerConfig:
     return config
 
 
+def tokenizer_of(run: str | Path, config: TrainConfig | None) -> Path | None:
+    """Where the tokenizer of a run lies: the run itself, or what its pre-training's config names, or, where runs have
+    moved, the folder beside it; None if nothing says it."""
+    if isinstance(config, TokenizerConfig):
+        return Path(run)
+    named = getattr(config, "tokenizer", None)
+    if named is None or named.exists() or is_remote(named):
+        return named
+    return Path(run).parent / "tokenizer"
+
+
 def paper_config(model: ModelConfig, config: TrainConfig | None = None) -> TrainConfig:
     """A training's config, by default the paper's, for a model of this shape; the share of masked patches stays."""
     config = config or CONFIG_CLASSES[type(model)]()
