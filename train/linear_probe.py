@@ -208,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
             "metric": metric,
             "metric_of_knn_and_few_shot": "balanced accuracy",
             "chance": 1 / len(classes),
+            "majority": max(torch.bincount(labels["test"]).tolist()) / len(labels["test"]),
             "seeds": config.seeds,
             "images": {split: len(images) for split, images in splits.items()},
             "rows": table,

@@ -17,7 +17,7 @@ from ...errors import UserError
 from ...models.student import Student
 from ...models.tokenizer import Tokenizer
 from ...pictures import code_colors
-from ...runs.logs import read_logs
+from ...runs.logs import Start, read_logs, read_starts
 from ...teachers.base import Teacher
 from ...weights.build import load_teacher
 from ..codes import CodeUsage, encode_images
@@ -36,7 +36,7 @@ class Findings:
     data: the folder of the images. images: those of the codebook's statistics, a sample of ``total_images``; codes:
     theirs, [images, N]; colors: [K, 3]. shown: those of the examples, which the trainings did not see if ``held_out``;
     guesses: of their hidden patches, on the crops of ``pretrain_view``. teacher: the tokenizer's. compared: metrics by
-    name of a run.
+    name of a run. starts: of each stage, what its log says.
     """
 
     tokenizer: Stage
@@ -56,6 +56,7 @@ class Findings:
     no_teacher: str | None = None
     downstream: list[Downstream] = field(default_factory=list)
     compared: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    starts: dict[str, list[Start]] = field(default_factory=dict)
 
     @property
     def hidden_usage(self) -> CodeUsage | None:
@@ -96,6 +97,9 @@ def gather(config: ReportConfig, device: torch.device) -> Findings:
     found = Findings(tokenizer, pretrain, results, no_results, data, images, len(images))
     found.downstream = [read_downstream(run) for run in config.downstream]
     found.compared = read_logs(config.compare)
+    runs = {"tokenizer": config.tokenizer, "pre-training": config.pretrain, "probe": config.probe}
+    runs |= {run.name: run for run in config.downstream}
+    found.starts = {name: starts for name, run in runs.items() if (starts := read_starts(run))}
     if tokenizer.model is not None:
         if pretrain.model is not None:
             check_belong(tokenizer.model, pretrain.model)

@@ -84,6 +84,7 @@ def _probe(found: Findings) -> list[str]:
             f"A linear classifier on frozen features ({results.get('task', '')}). "
             f"Mean ± standard deviation over {results.get('seeds', '?')} seeds"
             + (f"; images: {counts}." if counts else ".")
+            + (f" The largest class has {results['majority']:.1%} of the test images." if "majority" in results else "")
         ),
         results_table(results),
     ]
@@ -255,6 +256,12 @@ def _attention(found: Findings, figure: Draw) -> list[str]:
 
 def _how(found: Findings) -> list[str]:
     lines = []
+    if found.starts:
+        rows = [
+            [name, f"{sum(s.minutes for s in starts):.1f}", str(len(starts))] for name, starts in found.starts.items()
+        ]
+        told = [f"{name}, by {s.what}\n{s.command}\n" for name, starts in found.starts.items() for s in starts]
+        lines += [table(["stage", "minutes", "starts"], rows), details("Commands, versions, machines", "\n".join(told))]
     for name, stage in (("tokenizer", found.tokenizer), ("pre-training", found.pretrain)):
         if stage.config is not None and stage.own_options:
             lines.append(details(f"Options of the {name}", _options(to_json(stage.config))))
