@@ -95,9 +95,9 @@ def split_images(data: Path, out: Path) -> Path:
     if images.spans is not None or find_split(data, "train"):
         raise UserError(f"{data} has nothing to be tested on. Give it {' or '.join(HELD_OUT)} beside train.")
     of_class: dict[str, list[str]] = defaultdict(list)
-    for i, name in enumerate(images.paths):
-        of_class[images.classes[images.labels[i]] if images.classes else ""].append(name)
-    places = {}
+    for path, label in zip(images.paths, images.labels or [-1] * len(images), strict=True):
+        of_class["" if label < 0 else images.classes[label]].append(path)
+    places: dict[str, Path] = {}
     for name, members in of_class.items():
         if len(members) < 2:
             raise UserError(f"{images.root / name} has one image; one to train on and one to hold out are needed.")

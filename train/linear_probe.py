@@ -169,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     world = start(config.device)
     trained = open_model(config.run) if teacher_name(config.run) is None else None
     config = completed(config, None if trained is None else trained[1])
+    assert config.data is not None
     backbone = choose_backbone(config, trained, world.device)
     keep = kept_columns(config, backbone) if config.protocol == "sweep" else []
     if config.exact and config.tokenizer is not None:

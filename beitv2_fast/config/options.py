@@ -12,16 +12,12 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from .. import __version__
 from ..errors import UserError
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
 C = TypeVar("C", bound="Options")
-D = TypeVar("D", bound="DataclassInstance")
 
 
 OUT = "run folder for config, log, metrics and checkpoints; the same command run again resumes it"
@@ -52,8 +48,9 @@ def option(
 
 @dataclass(frozen=True)
 class Options:
-    """A command's. ``example``: of a command line, for --help."""
+    """A command's. ``stage``: which command, as its config.json says. ``example``: of a command line, for --help."""
 
+    stage: ClassVar[str] = ""
     example: ClassVar[str] = ""
 
     def implied(self: C, preset: C) -> dict[str, Any]:
@@ -63,9 +60,8 @@ class Options:
 
 @dataclass(frozen=True)
 class RunConfig(Options):
-    """What every command with a run folder has. ``stage``: which command, as its config.json says."""
+    """What every command with a run folder has."""
 
-    stage: ClassVar[str] = ""
     out: Path = option(Path("runs/run"), OUT)
     seed: int = option(0, "everything random follows from it: the same seed gives the same run", at_least=0)
     device: str = option(
@@ -104,7 +100,7 @@ def from_json(cls: type[C], values: Mapping[str, Any]) -> C:
     return cls(**{name: _restore(types_[name], value) for name, value in values.items()})
 
 
-def parse(cls: type[D], presets: Mapping[str, D], argv: Sequence[str] | None = None) -> tuple[D, int | None]:
+def parse(cls: type[C], presets: Mapping[str, C], argv: Sequence[str] | None = None) -> tuple[C, int | None]:
     """Read the command line: a preset, then single options over it.
 
     Returns:
@@ -147,22 +143,23 @@ class Parser(argparse.ArgumentParser):
 
 def add_options(parser: argparse.ArgumentParser, shown: Any) -> None:
     """An option for every field of a dataclass of ``option``s; --help shows the values of this one."""
-    types_, whole = typing.get_type_hints(type(shown)), parser
+    types_ = typing.get_type_hints(type(shown))
+    group: argparse._ActionsContainer = parser
     for f in dataclasses.fields(shown):
         if f.metadata["group"]:
-            parser = whole.add_argument_group(f.metadata["group"])
+            group = parser.add_argument_group(f.metadata["group"])
         kind, flag = types_[f.name], "--" + f.name.replace("_", "-")
         text = f"{f.metadata['help']} [{_show(getattr(shown, f.name))}]"
         common: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         elif typing.get_origin(kind) is tuple:
             item, count = typing.get_args(kind)[0], len(typing.get_args(kind))
             nargs = "+" if typing.get_args(kind)[-1] is Ellipsis else count
-            parser.add_argument(flag, type=_typed(item), nargs=nargs, metavar=item.__name__.upper(), **common)
+            group.add_argument(flag, type=_typed(item), nargs=nargs, metavar=item.__name__.upper(), **common)
         else:
             item = _optional(kind)
-            parser.add_argument(
+            group.add_argument(
                 flag, type=_typed(item), choices=f.metadata["choices"], metavar=_metavar(f, item), **common
             )
 
@@ -189,7 +186,7 @@ def check_limits(config: Any) -> None:
             raise UserError(f"{flag} is {_show(value)}, but its first number must not be above its second.")
 
 
-def _preset(presets: Mapping[str, D], argv: Sequence[str] | None) -> str:
+def _preset(presets: Mapping[str, C], argv: Sequence[str] | None) -> str:
     """The preset on the command line, whose values --help shows."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", default="base")

@@ -76,8 +76,8 @@ class Sheet:
             self._text(draw, left, y + k * line, text, size, color, LABEL - left - 10, bold=k == 0)
         if label.bar is not None:
             y += line * len(label.lines) + 4
-            size = self._px(LABEL - 24), self._px(8)
-            sheet.paste(image_of(label.bar).resize(size), (0, self._px(y)))
+            bar = image_of(label.bar).resize((self._px(LABEL - 24), self._px(8)))
+            sheet.paste(bar, (0, self._px(y)))
 
     def _text(
         self, draw: Any, x: float, y: float, text: str, size: float, color: str, width: float, bold: bool = False

@@ -192,15 +192,10 @@ def tokenizer_config(source: str | Path) -> TokenizerConfig:
     return config
 
 
-def tokenizer_of(run: str | Path, config: TrainConfig | None) -> Path | None:
-    """Where the tokenizer of a run lies: the run itself, or what its pre-training's config names, or, where runs have
-    moved, the folder beside it; None if nothing says it."""
-    if isinstance(config, TokenizerConfig):
-        return Path(run)
-    named = getattr(config, "tokenizer", None)
-    if named is None or named.exists() or is_remote(named):
-        return named
-    return Path(run).parent / "tokenizer"
+def tokenizer_of(run: Path, config: PretrainConfig) -> Path:
+    """The tokenizer of a pre-training: what its config names, or, where runs have moved, the folder beside it."""
+    there = config.tokenizer.exists() or is_remote(config.tokenizer)
+    return config.tokenizer if there else run.parent / "tokenizer"
 
 
 def paper_config(model: ModelConfig, config: TrainConfig | None = None) -> TrainConfig:

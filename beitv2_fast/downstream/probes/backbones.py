@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...config.downstream import ProbeConfig
-from ...config.training import TrainConfig
+from ...config.training import PretrainConfig, TokenizerConfig, TrainConfig
 from ...errors import UserError
 from ...models.classifier import Classifier
 from ...models.student import Student
@@ -48,9 +48,13 @@ def completed(config: ProbeConfig, stored: TrainConfig | None) -> ProbeConfig:
     Raises:
         UserError: nothing says which images these were.
     """
-    data, tokenizer = config.data or getattr(stored, "data", None), config.tokenizer or tokenizer_of(config.run, stored)
+    data, tokenizer = config.data or (stored.data if stored is not None else None), config.tokenizer
     if data is None:
         raise UserError(f"nothing says which images {config.run} was trained on. Name a folder of images with --data.")
+    if tokenizer is None and isinstance(stored, TokenizerConfig):
+        tokenizer = config.run
+    elif tokenizer is None and isinstance(stored, PretrainConfig):
+        tokenizer = tokenizer_of(config.run, stored)
     return replace(config, data=data, tokenizer=tokenizer)
 
 
