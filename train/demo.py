@@ -142,6 +142,8 @@ def main() -> int:
     args = parser.parse_args()
     root = args.out or Path("runs", args.data.resolve().name if args.data else "demo")
     data = split_images(args.data, root / "data") if args.data else write_demo_images(root / "data")
+    if data == root / "data" and args.data:
+        print(f"{find_images(args.data).summary}; a quarter is held out, in {data}/test")
     classes = len(find_images(data, "train").classes) > 1
     if not classes:
         print(f"{data} has no two class folders, so there is nothing to probe: tokenizer, pre-training and report")

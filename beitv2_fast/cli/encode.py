@@ -101,7 +101,7 @@ def encode_folder(images: Path, config: EncodeConfig) -> tuple[int, list[tuple[s
     held.close()
     shutil.rmtree(pieces)
     if left_out:
-        _log.warning("%d files were left out:\n%s", len(left_out), _reasons(left_out))
+        _log.warning("left out: %d\n%s", len(left_out), _reasons(left_out))
     return sum(len(part[0]) for part in parts), left_out
 
 

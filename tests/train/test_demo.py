@@ -90,6 +90,9 @@ def test_images_of_one_s_own_have_a_run_folder_of_their_own(mine, monkeypatch, c
     (mine / "runs" / "mine" / "probe" / "results.json").write_text(json.dumps({**results, "rows": [], "notes": []}))
     assert start(monkeypatch, "--data", "mine") == ["tokenizer", "pretrain", "linear_probe", "report"]
     said = capsys.readouterr().out
+    assert (
+        said.startswith("found 16 images, 2 classes (a, b)") and "a quarter is held out, in runs/mine/data/test" in said
+    )
     assert "balanced accuracy, 2 classes: a, b; 3 seeds, chance 0.50" in said and demo.MEANING in said
     assert "explore runs/mine\n" in said and "--data runs/mine/data --weights runs/mine/pretrain" in said
     assert sorted(path.name for path in (mine / "runs" / "mine" / "data").iterdir()) == ["test", "train"]
