@@ -107,16 +107,19 @@ def test_few_shots_see_so_many_images_of_each_class():
     assert torch.bincount(labels[seen[0]]).tolist() == [4, 4, 4]
 
 
-def test_images_and_tokenizer_are_those_of_the_run_where_none_are_named(runs):
+def test_images_and_tokenizer_are_those_of_the_run_where_none_are_named(runs, tmp_path):
     _, stored = open_model(runs / "pretrain")
     named = completed(ProbeConfig(run=runs / "pretrain"), replace(stored, data=runs / "data"))
     assert (named.data, named.tokenizer) == (runs / "data", stored.tokenizer)
     moved = completed(ProbeConfig(run=runs / "pretrain"), replace(stored, tokenizer=runs / "gone"))
     assert moved.tokenizer == runs / "tokenizer"
+    copied = shutil.copytree(runs / "pretrain", tmp_path / "pretrain")
+    alone = completed(ProbeConfig(run=copied, data=runs), replace(stored, tokenizer=runs / "gone"))
+    assert alone.tokenizer is None
     given = ProbeConfig(run=runs / "pretrain", data=runs / "other", tokenizer=runs / "mine")
     assert completed(given, stored) == given
     with pytest.raises(UserError, match=r"nothing says which images student\.pth was trained on"):
-        completed(ProbeConfig(run=Path("student.pth")), None)
+        completed(ProbeConfig(run=Path("student.pth")), stored)  # a published student's config is not its training's
 
 
 @pytest.mark.parametrize(

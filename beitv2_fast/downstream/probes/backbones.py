@@ -19,6 +19,7 @@ from ...models.tokenizer import Tokenizer
 from ...models.vit import ViTConfig
 from ...runs.checkpoints import latest_weights
 from ...runs.folder import content, is_run_folder
+from ...runs.sources import is_remote
 from ...teachers import TAUGHT_BY, create_teacher, native_teacher
 from ...teachers.base import Teacher
 from ...teachers.classifier import TEACHER
@@ -48,13 +49,16 @@ def completed(config: ProbeConfig, stored: TrainConfig | None) -> ProbeConfig:
     Raises:
         UserError: nothing says which images these were.
     """
-    data, tokenizer = config.data or (stored.data if stored is not None else None), config.tokenizer
+    data, tokenizer = config.data, config.tokenizer
+    if data is None and stored is not None and is_run_folder(config.run):
+        data = stored.data
     if data is None:
         raise UserError(f"nothing says which images {config.run} was trained on. Name a folder of images with --data.")
     if tokenizer is None and isinstance(stored, TokenizerConfig):
         tokenizer = config.run
     elif tokenizer is None and isinstance(stored, PretrainConfig):
-        tokenizer = tokenizer_of(config.run, stored)
+        found = tokenizer_of(config.run, stored)
+        tokenizer = found if found.exists() or is_remote(found) else None  # nobody has named it
     return replace(config, data=data, tokenizer=tokenizer)
 
 
