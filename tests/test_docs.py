@@ -131,7 +131,7 @@ def options_of_all_commands() -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
 def test_the_options_that_a_page_names_exist(page):
-    known = options_of_all_commands() | {"help", "preset", "from", "build-isolation"}
+    known = options_of_all_commands() | {"help", "version", "preset", "from", "build-isolation"}
     named = re.findall(r"`--(?:no-)?([a-z][a-z-]+)", page.read_text(encoding="utf-8"))
     assert [name for name in named if name not in known] == []
 

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,41 +17,60 @@ import time
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 from beitv2_fast.config.options import path
+from beitv2_fast.data.find import find_images
 from beitv2_fast.distributed import run_main
-from beitv2_fast.train.demo_images import write_demo_images
+from beitv2_fast.train.demo_images import split_images, write_demo_images
 from beitv2_fast.training.monitor import stopping_signals
 
 STAGES = "beitv2_fast.train"
+USER_ERROR = 2  # the exit code of a mistake that the stage has explained
+MEANING = (
+    "Each row: a linear classifier on frozen features tells the classes of photographs that no training has seen. "
+    "What the pre-training was worth is what its rows have above the untrained network's, where that is more than the "
+    "deviation (±) over the seeds."
+)
 
 
-def commands(root: Path, data: Path) -> list[tuple[str, list[str]]]:
-    """(what it does, command) of every stage. Pre-training runs under the DeepSpeed launcher, on one process."""
+def commands(root: Path, data: Path, *, classes: bool = True) -> list[tuple[str, list[str]]]:
+    """(what it does, command) of every stage: without classes no probe. Pre-training runs under the DeepSpeed launcher,
+    on one process."""
     python = sys.executable
-    deepspeed = [python, "-m", "deepspeed.launcher.runner", "--num_gpus", "1"]
+    deepspeed = [python, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--log_level", "critical"]
     common = ["--preset", "demo", "--data", str(data)]
     tokenizer, pretrain, probe = root / "tokenizer", root / "pretrain", root / "probe"
-    return [
+    stages = [
         (
-            "1/4  tokenizer: VQ-KD, from the teacher EfficientNet-Lite0",
+            "tokenizer: VQ-KD, from the teacher EfficientNet-Lite0",
             [python, "-m", f"{STAGES}.tokenizer", *common, "--out", str(tokenizer)],
         ),
         (
-            "2/4  pre-training: masked image modeling with patch aggregation",
+            "pre-training: masked image modeling with patch aggregation",
             [*deepspeed, "--module", f"{STAGES}.pretrain", *common, "--tokenizer", str(tokenizer),
              "--out", str(pretrain)],
         ),
         (
-            "3/4  linear probe of the frozen backbone",
+            "linear probe of the frozen backbone",
             [python, "-m", f"{STAGES}.linear_probe", *common, "--run", str(pretrain), "--tokenizer", str(tokenizer),
              "--out", str(probe)],
         ),
         (
-            "4/4  report: curves, codes, pictures",
+            "report: curves, codes, pictures",
             [python, "-m", f"{STAGES}.report", *common, "--tokenizer", str(tokenizer), "--pretrain", str(pretrain),
              "--probe", str(probe), "--out", str(root / "report")],
         ),
     ]  # fmt: skip
+    return stages if classes else [*stages[:2], stages[3]]
+
+
+def environment() -> dict[str, str]:
+    """Of the stages. OpenMP's threads sleep while they wait: spinning, they would take the processors from one another
+    wherever other programs keep these busy. DeepSpeed is told what it would find, with a warning for each process.
+    """
+    return {"OMP_WAIT_POLICY": "passive", **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}),
+            **os.environ}  # fmt: skip
 
 
 def run_stage(command: list[str]) -> int:
@@ -73,7 +93,7 @@ def run_stage(command: list[str]) -> int:
 
     previous = {number: signal.signal(number, received) for number in stopping_signals()}
     try:
-        stage = subprocess.Popen(command, start_new_session=True)
+        stage = subprocess.Popen(command, start_new_session=True, env=environment())
         pass_on()  # what came before there was a stage
         code = stage.wait()
         while _alive(stage.pid):
@@ -94,28 +114,52 @@ def _alive(group: int) -> bool:
 
 def print_table(results: Path) -> None:
     table = json.loads(results.read_text())
-    print(f"\n{table['metric']} of {table['task']}, {table['seeds']} seeds, chance {table['chance']:.2f}")
+    print(f"\n{table['metric']}, {table['task']}; {table['seeds']} seeds, chance {table['chance']:.2f}")
     for row in table["rows"]:
         print(f"  {row['features']:<44} {row['mean']:.3f} ± {row['std']:.3f}")
-    for note in table["notes"]:
+    for note in [*table["notes"], MEANING]:
         print(f"  {note}")
+
+
+def next_commands(root: Path, data: Path, *, classes: bool) -> list[str]:
+    """What to do with the runs, as it is typed."""
+    executable = Path(sys.executable)
+    python = executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else executable
+    explore = ["beitv2_fast", "explore", root]
+    encode = ["beitv2_fast", "encode", data, "--tokenizer", root / "tokenizer", "--out", root / "codes.npz"]
+    finetune = [f"{STAGES}.finetune", "--preset", "demo", "--data", data, "--weights", root / "pretrain"]
+    found = [explore, encode, [*finetune, "--out", root / "finetune"]][: 3 if classes else 2]
+    return [shlex.join([str(python), "-m", *map(str, words)]) for words in found]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=path, default=Path("runs/demo"), help="folder of the runs")
-    parser.add_argument("--data", type=path, help="your image folder (train/CLASS, test/CLASS) instead of solar cells")
+    parser.add_argument(
+        "--data", type=path, help="your images instead of solar cells: train/CLASS/* and test/CLASS/*; or CLASS/*, or "
+        "images without classes, of which a quarter is held out"
+    )  # fmt: skip
+    parser.add_argument("--out", type=path, help="folder of the runs [runs/demo; with --data runs/NAME]")
     args = parser.parse_args()
-    data = args.data or write_demo_images(args.out / "data")
-    for title, command in commands(args.out, data):
-        print(f"\n== {title}\n   {' '.join(command)}", flush=True)
+    root = args.out or Path("runs", args.data.resolve().name if args.data else "demo")
+    data = split_images(args.data, root / "data") if args.data else write_demo_images(root / "data")
+    if data == root / "data" and args.data:
+        print(f"{find_images(args.data).summary}; a quarter is held out, in {data}/test")
+    classes = len(find_images(data, "train").classes) > 1
+    if not classes:
+        print(f"{data} has no two class folders, so there is nothing to probe: tokenizer, pre-training and report")
+    stages = commands(root, data, classes=classes)
+    for number, (title, command) in enumerate(stages, 1):
+        print(f"\n== {number}/{len(stages)}  {title}\n   {shlex.join(command)}", flush=True)
         code = run_stage(command)
         if code:
-            print("stopped; the same command goes on from here", file=sys.stderr)
+            if code != USER_ERROR:
+                print("stopped; the same command goes on from here", file=sys.stderr)
             return code
-    print_table(args.out / "probe" / "results.json")
-    print(f"\nreport: {(args.out / 'report' / 'report.html').resolve()}")
-    print(f"logs, metrics and checkpoints: {args.out.resolve()}")
+    if classes:
+        print_table(root / "probe" / "results.json")
+    print(f"\nreport: {(root / 'report' / 'report.html').resolve()}")
+    print(f"logs, metrics and checkpoints: {root.resolve()}")
+    print("next:", *next_commands(root, data, classes=classes), sep="\n  ")
     return 0
 
 

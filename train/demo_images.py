@@ -12,12 +12,15 @@ defective photovoltaic module cells in electroluminescence images", Solar Energy
 """
 
 import csv
+import hashlib
 import os
 import random
 import shutil
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
+from beitv2_fast.data.find import HELD_OUT, find_images, find_split
 from beitv2_fast.errors import UserError, require
 
 SPLIT_SEED = 2208_06366
@@ -66,20 +69,70 @@ def write_demo_images(out: str | Path) -> Path:
         )
     package = Path(str(require("elpv_dataset", "demo", "Writing the demo's photographs").__file__)).parent
     cells = _read_labels(package / "data" / "labels.csv")
+    files = {f"{place}/{Path(path).name}": package / "data" / path for path, place in _arranged(cells).items()}
+    _write(out, files, shutil.copyfile, README_TEXT.format(count=len(cells), version=_version()))
+    return out
+
+
+def split_images(data: Path, out: Path) -> Path:
+    """A folder with images to train on and others that are held out: ``data`` itself if it has both, else ``out``.
+
+    There a quarter of each class (of all images, where there are no classes) goes to test, at least one, and the others
+    to train, by a hash of their names: the same ones every time, and an image that is added moves no other. They are
+    hard links, or copies where the disk is another one.
+
+    Raises:
+        UserError: only one of the two is there, with other classes than the other, a class has one image, the images
+            lie in shards, or ``out`` holds others.
+    """
+    kept = find_split(data, *HELD_OUT)
+    if kept is not None:
+        classes = [find_images(data, split).classes for split in ("train", kept)]
+        if classes[0] != classes[1]:
+            raise UserError(f"{data}: train has the classes {classes[0]}, {kept} has {classes[1]}. Make them the same.")
+        return data
+    images = find_images(data)
+    if images.spans is not None or find_split(data, "train"):
+        raise UserError(f"{data} has nothing to be tested on. Give it {' or '.join(HELD_OUT)} beside train.")
+    of_class: dict[str, list[str]] = defaultdict(list)
+    for path, label in zip(images.paths, images.labels or [-1] * len(images), strict=True):
+        of_class["" if label < 0 else images.classes[label]].append(path)
+    places: dict[str, Path] = {}
+    for name, members in of_class.items():
+        if len(members) < 2:
+            raise UserError(f"{images.root / name} has one image; one to train on and one to hold out are needed.")
+        members.sort(key=lambda path: hashlib.sha256(path.encode()).digest())
+        tests = max(round(len(members) * TEST_SHARE), 1)
+        places |= {f"{'test' if i < tests else 'train'}/{path}": images.root / path for i, path in enumerate(members)}
+    if not out.exists():
+        _write(out, places, _link)
+    elif sorted(places) != sorted(file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()):
+        raise UserError(f"{out} holds other images than {data} now. Remove that folder, or choose another --out.")
+    return out
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _write(out: Path, files: dict[str, Path], put: Callable[[Path, Path], object], readme: str = "") -> None:
+    """Makes the folder of these files under another name, and renames it when it is complete."""
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(out)
     part = out.with_name(f".{out.name}.part-{os.getpid()}")
     part.mkdir()
     try:
-        for path, place in _arranged(cells).items():
-            target = part / place / Path(path).name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(package / "data" / path, target)
-        (part / README).write_text(README_TEXT.format(count=len(cells), version=_version()), encoding="utf-8")
+        for place, source in files.items():
+            (part / place).parent.mkdir(parents=True, exist_ok=True)
+            put(source, part / place)
+        if readme:
+            (part / README).write_text(readme, encoding="utf-8")
         _rename(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return out
 
 
 def _read_labels(file: Path) -> list[tuple[str, bool, str]]:

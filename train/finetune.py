@@ -47,7 +47,7 @@ class FinetuneTask(Task):
         return F.cross_entropy(logits, targets), {"accuracy": right.float().mean()}
 
     def line(self, metrics: dict[str, float]) -> str:
-        return f"larger label right {metrics['accuracy']:.1%}"
+        return f"classes right {metrics['accuracy']:.1%}"
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         return {"augmented": batch["image"][0]}

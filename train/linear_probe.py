@@ -28,6 +28,7 @@ from beitv2_fast.downstream.probes.backbones import (
     Backbone,
     Run,
     choose_backbone,
+    completed,
     labels_seen,
     teacher,
     untrained,
@@ -167,6 +168,8 @@ def main(argv: list[str] | None = None) -> int:
     config, _ = parse(ProbeConfig, PROBE, argv)
     world = start(config.device)
     trained = open_model(config.run) if teacher_name(config.run) is None else None
+    config = completed(config, None if trained is None else trained[1])
+    assert config.data is not None
     backbone = choose_backbone(config, trained, world.device)
     keep = kept_columns(config, backbone) if config.protocol == "sweep" else []
     if config.exact and config.tokenizer is not None:
@@ -202,10 +205,11 @@ def main(argv: list[str] | None = None) -> int:
     run.results(
         {
             "backbone": backbone.title,
-            "task": f"which of {len(classes)} classes: {', '.join(classes[:10])}",
+            "task": f"{len(classes)} classes: {', '.join(classes[:10])}",
             "metric": metric,
             "metric_of_knn_and_few_shot": "balanced accuracy",
             "chance": 1 / len(classes),
+            "majority": max(torch.bincount(labels["test"]).tolist()) / len(labels["test"]),
             "seeds": config.seeds,
             "images": {split: len(images) for split, images in splits.items()},
             "rows": table,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.options import SOURCE, add_options, check_limits, path
+from ..config.options import SOURCE, VERSION, Parser, add_options, check_limits, path
 from ..config.show import ExploreConfig
 from ..distributed import run_main
 from ..runs.checkpoints import compact
@@ -22,9 +21,10 @@ from .encode import EncodeConfig, encode_folder
 from .picture_options import PICTURES
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command's options."""
-    result = argparse.ArgumentParser(prog="beitv2-fast", description="BEiT v2: weights in and out, images to codes.")
+    result = Parser(prog="beitv2-fast", description="BEiT v2: weights in and out, images to codes, looks at runs.")
+    result.add_argument("--version", action="version", version=VERSION)
     commands = result.add_subparsers(dest="command", required=True)
     help = "weights between the published checkpoints, this package, timm and transformers"
     convert = commands.add_parser("convert", help=help, description=f"Convert {help}.")
@@ -82,7 +82,7 @@ def run_command(argv: Sequence[str] | None = None) -> int:
         images = given.pop("images")
         config = given_options(EncodeConfig(), given)
         count, left_out = encode_folder(images, config)
-        print(f"{config.out}: the codes of {count} images; {len(left_out)} files left out")
+        print(f"{config.out}: the codes of {count} images; {len(left_out)} left out")
     else:
         _list_models()
     return 0

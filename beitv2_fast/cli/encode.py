@@ -101,7 +101,7 @@ def encode_folder(images: Path, config: EncodeConfig) -> tuple[int, list[tuple[s
     held.close()
     shutil.rmtree(pieces)
     if left_out:
-        _log.warning("%d files were left out:\n%s", len(left_out), _reasons(left_out))
+        _log.warning("left out: %d\n%s", len(left_out), _reasons(left_out))
     return sum(len(part[0]) for part in parts), left_out
 
 
@@ -156,7 +156,8 @@ def _encode_pieces(images: ImageList, model: Tokenizer, config: EncodeConfig, pi
     dataset = _Images(images, model.config.encoder.image_size, config.crop_pct)
     loader = TorchLoader(dataset, batches, workers)
     dtype = autocast_dtype(config.precision, devices[0])
-    with tqdm(total=len(paths), initial=len(paths) - sum(map(len, batches)), unit="image", desc="encoding") as bar:
+    done = len(paths) - sum(map(len, batches))
+    with tqdm(total=len(paths), initial=done, unit="image", desc="encoding", disable=None) as bar:
         indices: list[int] = []
         codes: list[Tensor] = []
         left_out: dict[str, str] = {}

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..models.student import Student
 from ..models.tokenizer import Tokenizer
 from ..pictures import code_colors
+from ..runs.folder import CONFIG
 from ..runs.logs import read_logs
 from ..show.attention import attention_probabilities, query_attention
 from ..show.codes import choose_codes
@@ -68,6 +69,9 @@ def write_picture(kind: str, runs: list[Path], out: Path, config: PictureConfig)
 
 
 def draw_curves(runs: list[Path], config: CurvesConfig, theme: Theme) -> Image.Image:
+    """A folder of runs stands for the trainings in it."""
+    inside = {run: [file.parent for file in sorted(run.glob("*/metrics.jsonl"))] for run in runs}
+    runs = [part for run in runs for part in (not (run / CONFIG).is_file() and inside[run]) or [run]]
     logs = read_logs(runs)
     for run, metrics in zip(runs, logs.values(), strict=True):
         if not metrics:

@@ -19,8 +19,11 @@ class ProbeConfig(RunConfig):
     """Probes of a frozen backbone."""
 
     stage: ClassVar[str] = "probe"
+    example: ClassVar[str] = "python train/linear_probe.py --run runs/pretrain --out runs/probe"
     out: Path = option(Path("runs/probe"), "run folder for results.json and the log")
-    data: Path = option(Path("data"), "folder of FOLDER/train/CLASS and FOLDER/test/CLASS (or val) with images")
+    data: Path | None = option(
+        None, "folder of FOLDER/train/CLASS and FOLDER/test/CLASS (or val) with images; none: that of --run's training"
+    )
     run: Path = option(
         Path("runs/pretrain"), "whose backbone is probed, that of a pre-training, a tokenizer (its encoder) or a "
         f"fine-tuning: {SOURCE}; or teacher:NAME, a teacher as tokenizers have them, at its own image size",
@@ -34,7 +37,7 @@ class ProbeConfig(RunConfig):
     teacher_weights: str | None = option(None, TEACHER_WEIGHTS, holds="start")
     tokenizer: Path | None = option(
         None, "run folder of a tokenizer, whose teacher --backbone teacher means; with --exact it is probed too; none: "
-        "that of --run"
+        "that of --run's training"
     )  # fmt: skip
     protocol: str = option(
         "sweep", "sweep: linear classifiers by SGD on features that are computed once; the others learn by AdamW from "
@@ -90,6 +93,7 @@ class StartConfig(TrainConfig):
         f"convert`: {SOURCE}; of a fine-tuning also teacher:NAME, a teacher as tokenizers have them, whose shape no "
         "option changes; none: random weights",
         holds="start",
+        group="start",
     )
     layer_scale: float = option(
         0.1, "initial scale of every residual branch, without --weights; 0: no layer scale", at_least=0
@@ -106,11 +110,14 @@ class FinetuneConfig(StartConfig):
     """Fine-tuning of a classifier (arXiv 2208.06366 section 3.2)."""
 
     stage: ClassVar[str] = "finetune"
+    example: ClassVar[str] = (
+        "python train/finetune.py --preset demo --data PHOTOS --weights runs/pretrain --out runs/finetune"
+    )
     out: Path = option(Path("runs/finetune"), OUT)
     teacher_weights: str | None = option(None, TEACHER_WEIGHTS, holds="start")
     val: Path | None = option(
         None, "labeled images to evaluate on: a folder of class folders, or shards; none: FOLDER/val or FOLDER/test "
-        "of --data, if there is one", free=True,
+        "of --data, if there is one", free=True, group="evaluation",
     )  # fmt: skip
     eval_every: int = option(
         1, "epochs between evaluations of the weights and of their average; the last is always evaluated", free=True,
@@ -122,10 +129,18 @@ class FinetuneConfig(StartConfig):
         free=True, above=0, at_most=1,
     )  # fmt: skip
     layer_decay: float = option(
-        0.65, "each block learns at this times the rate of the next; the head at the full rate", above=0, at_most=1
+        0.65,
+        "each block learns at this times the rate of the next; the head at the full rate",
+        above=0,
+        at_most=1,
+        group="fine-tuning",
     )
     crop_scale: tuple[float, float] = option(
-        (0.08, 1.0), "least and largest area of the random crop, as a share of the image", above=0, at_most=1
+        (0.08, 1.0),
+        "least and largest area of the random crop, as a share of the image",
+        above=0,
+        at_most=1,
+        group="augmentation",
     )
     augment_policy: str = option(
         "none", "RandAugment as timm does it, which must be installed; the reference's is rand-m9-mstd0.5-inc1; none: "
@@ -154,6 +169,7 @@ class EvaluateConfig(RunConfig):
     """
 
     stage: ClassVar[str] = "evaluate"
+    example: ClassVar[str] = "python train/evaluate.py --model runs/finetune --data PHOTOS/test --out runs/evaluate"
     out: Path = option(Path("runs/evaluate"), "run folder for results.json and the log")
     model: Path = option(
         Path("runs/finetune"),
@@ -187,17 +203,21 @@ class SegmentConfig(StartConfig):
     """Semantic segmentation with UPerNet (arXiv 2208.06366 section 3.3)."""
 
     stage: ClassVar[str] = "segment"
+    example: ClassVar[str] = (
+        "python train/segment.py --preset demo --data SCENES --weights runs/pretrain --out runs/segment"
+    )
     data: Path = option(
         Path("data"),
         "folder with FOLDER/train/images and FOLDER/train/masks (also annotations or labels), or as ADE20K has them, "
         "FOLDER/images/training and FOLDER/annotations/training, or FOLDER/images and FOLDER/masks; masks are PNG "
         "files of the images' names and sizes, gray or with a palette, whose values are the classes (see label_values)",
         holds="images",
+        group="images",
     )
     out: Path = option(Path("runs/segment"), OUT)
     val: Path | None = option(
         None, "folder of images and masks to evaluate on, laid out like one of --data's; none: val, validation or test "
-        "of --data", free=True,
+        "of --data", free=True, group="evaluation and classes",
     )  # fmt: skip
     num_classes: int = option(
         0, "number of classes; 0: one more than the largest label in the training's masks", at_least=0, at_most=255
@@ -213,7 +233,9 @@ class SegmentConfig(StartConfig):
         "instead of --num-classes and --reduce-zero-label; others are an error unless they count for nothing; none "
         "given: the labels are the classes", at_least=0, at_most=255,
     )  # fmt: skip
-    steps: int = option(160_000, "training steps, whatever --epochs says; 0: --epochs says it", at_least=0)
+    steps: int = option(
+        160_000, "training steps, whatever --epochs says; 0: --epochs says it", at_least=0, group="schedule"
+    )
     warmup_steps: int = option(
         1500, "steps in which the learning rate rises from 0, whatever --warmup-epochs says; with --steps 0 that says "
         "it", at_least=0,
@@ -224,7 +246,7 @@ class SegmentConfig(StartConfig):
     )
     layers: tuple[int, ...] = option(
         (), "the four blocks, counted from 0, that the feature pyramid reads, the last one of all among them; none "
-        "given: 3 5 7 11 of 12, 7 11 15 23 of 24, evenly spread of others", at_least=0,
+        "given: 3 5 7 11 of 12, 7 11 15 23 of 24, evenly spread of others", at_least=0, group="network head",
     )  # fmt: skip
     channels: int = option(0, "width of UPerNet; 0: that of the vision transformer", at_least=0)
     auxiliary_channels: int = option(256, "width of the auxiliary head", at_least=1)
@@ -232,7 +254,7 @@ class SegmentConfig(StartConfig):
     dropout: float = option(0.1, "share of channels dropped before the logits", at_least=0, below=1)
     base_size: int = option(
         0, "shorter side of an image at scale 1, in pixels, in training and evaluation; the longer side is at most "
-        "four times that; 0: image_size", at_least=0,
+        "four times that; 0: image_size", at_least=0, group="augmentation",
     )  # fmt: skip
     scale_range: tuple[float, float] = option(
         (0.5, 2.0), "least and largest random scale of an image, from which image_size is cut", above=0
@@ -241,7 +263,9 @@ class SegmentConfig(StartConfig):
         0.75, "a crop in which one class has more than this share is drawn again, up to ten times", above=0, at_most=1
     )
     distortion: bool = option(True, "brightness, contrast, saturation and hue change at random")
-    eval_every: int = option(10, "epochs between evaluations; the last step is always evaluated", free=True, at_least=1)
+    eval_every: int = option(
+        10, "epochs between evaluations; the last step is always evaluated", free=True, at_least=1, group="evaluation"
+    )
     eval_batch_size: int = option(8, "windows per forward of the evaluation on each rank", free=True, at_least=1)
     stride: int = option(
         0, "pixels from one window of the evaluation to the next; 0: two thirds of image_size", free=True, at_least=0
@@ -275,7 +299,7 @@ SEGMENT = {
     # not in the paper: small images on a laptop
     "demo": replace(
         _BASE,
-        data=Path("data/camvid"), out=Path("runs/demo/segment"), weights=Path("runs/demo/pretrain"), image_size=128,
+        image_size=128,
         dim=128, depth=6, heads=2, init_std=0.1, layer_scale=0.0, drop_path=0.0, num_classes=0, ignore_labels=(11,),
         reduce_zero_label=False, steps=0, epochs=20, batch_size=8, lr=1e-3, lr_batch=8, warmup_epochs=1, channels=64,
         auxiliary_channels=32, layer_decay=0.9, in_memory=True, workers=0, log_every=20,

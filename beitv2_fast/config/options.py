@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import math
 import operator
 import types
@@ -11,20 +12,18 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
+from .. import __version__
 from ..distributed import own_cores
 from ..errors import UserError
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-C = TypeVar("C", bound="RunConfig")
-D = TypeVar("D", bound="DataclassInstance")
+C = TypeVar("C", bound="Options")
 
 
 OUT = "run folder for config, log, metrics and checkpoints; the same command run again resumes it"
 SOURCE = "a run folder, a file, a URL, hf-hub:ORGANIZATION/NAME, or a name that `beitv2-fast models` lists"
+VERSION = f"beitv2-fast {__version__}"
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -35,23 +34,35 @@ def option(
     free: bool = False,
     holds: str = "",
     choices: Sequence[str] | None = None,
+    group: str = "",
     **limits: float,
 ) -> Any:
     """A config value with its help text.
 
     ``free``: it does not change the result and may differ when a run resumes. ``holds``: it is a path, and not the path
     but what is there has to stay: "images"; "weights" that every step needs; "start": weights that are read once.
-    ``limits``: some of ``LIMITS``.
+    ``group``: the heading in --help of this one and the next ones. ``limits``: some of ``LIMITS``.
     """
-    metadata = {"help": help, "free": free, "holds": holds, "choices": choices, "limits": limits}
+    metadata = {"help": help, "free": free, "holds": holds, "choices": choices, "group": group, "limits": limits}
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """What every command with a run folder has. ``stage``: which command, as its config.json says."""
+class Options:
+    """A command's. ``stage``: which command, as its config.json says. ``example``: of a command line, for --help."""
 
     stage: ClassVar[str] = ""
+    example: ClassVar[str] = ""
+
+    def implied(self: C, preset: C) -> dict[str, Any]:
+        """What options that differ from the preset's imply for others, unless these are given."""
+        return {}
+
+
+@dataclass(frozen=True)
+class RunConfig(Options):
+    """What every command with a run folder has."""
+
     out: Path = option(Path("runs/run"), OUT)
     seed: int = option(0, "everything random follows from it: the same seed gives the same run", at_least=0)
     device: str = option(
@@ -96,7 +107,7 @@ def from_json(cls: type[C], values: Mapping[str, Any]) -> C:
     return cls(**{name: _restore(types_[name], value) for name, value in values.items()})
 
 
-def parse(cls: type[D], presets: Mapping[str, D], argv: Sequence[str] | None = None) -> tuple[D, int | None]:
+def parse(cls: type[C], presets: Mapping[str, C], argv: Sequence[str] | None = None) -> tuple[C, int | None]:
     """Read the command line: a preset, then single options over it.
 
     Returns:
@@ -104,7 +115,12 @@ def parse(cls: type[D], presets: Mapping[str, D], argv: Sequence[str] | None = N
     """
     name = _preset(presets, argv)
     title = (cls.__doc__ or "").strip()
-    parser = argparse.ArgumentParser(description=f"{title} Values in brackets: those of the preset {name}.")
+    parser = Parser(
+        usage="%(prog)s [--preset NAME] [options]",
+        description=f"{title} Values in brackets: those of the preset {name}.",
+        epilog=f"example: {cls.example}" if cls.example else None,
+    )
+    parser.add_argument("--version", action="version", version=VERSION)
     shown = "the values of options that are not given; before --help, the values it shows"
     parser.add_argument("--preset", choices=list(presets), default="base", help=f"{shown} [{name}]")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS, default=None)
@@ -114,25 +130,43 @@ def parse(cls: type[D], presets: Mapping[str, D], argv: Sequence[str] | None = N
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     config = dataclasses.replace(preset, **given)
     check_limits(config)
-    return config, local_rank
+    return dataclasses.replace(config, **{**config.implied(preset), **given}), local_rank
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, which suggests an option in place of one that it does not know."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._near(unknown)}")
+        return found, unknown
+
+    def _near(self, unknown: Sequence[str]) -> str:
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+        near = [name for flag in flags for name in difflib.get_close_matches(flag, self._option_string_actions, 1)]
+        return f" (did you mean {', '.join(near)}?)" if near else ""
 
 
 def add_options(parser: argparse.ArgumentParser, shown: Any) -> None:
     """An option for every field of a dataclass of ``option``s; --help shows the values of this one."""
     types_ = typing.get_type_hints(type(shown))
+    group: argparse._ActionsContainer = parser
     for f in dataclasses.fields(shown):
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
         kind, flag = types_[f.name], "--" + f.name.replace("_", "-")
         text = f"{f.metadata['help']} [{_show(getattr(shown, f.name))}]"
         common: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         elif typing.get_origin(kind) is tuple:
             item, count = typing.get_args(kind)[0], len(typing.get_args(kind))
             nargs = "+" if typing.get_args(kind)[-1] is Ellipsis else count
-            parser.add_argument(flag, type=_typed(item), nargs=nargs, metavar=item.__name__.upper(), **common)
+            group.add_argument(flag, type=_typed(item), nargs=nargs, metavar=item.__name__.upper(), **common)
         else:
             item = _optional(kind)
-            parser.add_argument(
+            group.add_argument(
                 flag, type=_typed(item), choices=f.metadata["choices"], metavar=_metavar(f, item), **common
             )
 
@@ -159,7 +193,7 @@ def check_limits(config: Any) -> None:
             raise UserError(f"{flag} is {_show(value)}, but its first number must not be above its second.")
 
 
-def _preset(presets: Mapping[str, D], argv: Sequence[str] | None) -> str:
+def _preset(presets: Mapping[str, C], argv: Sequence[str] | None) -> str:
     """The preset on the command line, whose values --help shows."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", default="base")

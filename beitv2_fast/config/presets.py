@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from ..models.vit import SIZES
 from .downstream import EvaluateConfig, FinetuneConfig, ProbeConfig, TokenizerQualityConfig
@@ -25,7 +24,7 @@ TOKENIZER = {
     "large": _TOKENIZER,
     "demo": replace(
         _TOKENIZER,
-        data=Path("runs/demo/data"), out=Path("runs/demo/tokenizer"), image_size=128, teacher_image_size=256,
+        image_size=128, teacher_image_size=256,
         dim=128, depth=4, heads=2, init_std=0.1, teacher="efficientnet_lite0", views=2, num_codes=256, decay=0.97,
         epochs=16, batch_size=32, lr=7e-4, lr_batch=32, warmup_epochs=1, crop_scale=(1.0, 1.0), clip_grad=3.0,
         in_memory=True, workers=0, log_every=20, save_every_minutes=1.0,
@@ -51,7 +50,6 @@ PRETRAIN = {
     "huge": replace(_LARGE, **SIZES["huge"], early_layer=28, batch_size=32, num_masked=98, tokenizer_image_size=256),
     "demo": replace(
         _PRETRAIN,
-        data=Path("runs/demo/data"), out=Path("runs/demo/pretrain"), tokenizer=Path("runs/demo/tokenizer"),
         image_size=128, dim=128, depth=6, heads=2, init_std=0.16, layer_scale=0.0, early_layer=4, num_masked=26,
         min_mask_patches=4, epochs=32, batch_size=32, lr=1e-3, lr_batch=32, warmup_epochs=2, crop_scale=(1.0, 1.0),
         color_jitter=0.0, in_memory=True, workers=0, log_every=20, save_every_minutes=1.0,
@@ -61,10 +59,7 @@ PRETRAIN = {
 PROBE = {
     "base": ProbeConfig(),
     "large": ProbeConfig(),
-    "demo": ProbeConfig(
-        data=Path("runs/demo/data"), out=Path("runs/demo/probe"), run=Path("runs/demo/pretrain"),
-        tokenizer=Path("runs/demo/tokenizer"), exact=True,
-    ),
+    "demo": ProbeConfig(exact=True),
 }  # fmt: skip
 
 # The numbers of the appendix; warm-up, min_lr and those after an intermediate fine-tuning: the reference's commands
@@ -102,7 +97,7 @@ FINETUNE = {
     "large_384_after_intermediate": replace(_LARGE_AFTER, image_size=384, batch_size=8, accumulate=4),
     "demo": replace(
         _FINETUNE,
-        data=Path("runs/demo/data"), out=Path("runs/demo/finetune"), weights=Path("runs/demo/pretrain"), image_size=128,
+        image_size=128,
         dim=128, depth=6, heads=2, init_std=0.1, layer_scale=0.0, drop_path=0.0, epochs=10, batch_size=32, lr=5e-4,
         lr_batch=32, warmup_epochs=1, crop_scale=(0.5, 1.0), crop_pct=1.0, augment_policy="none", ema_decay=0.99,
         in_memory=True, workers=0, log_every=20, save_every_minutes=1.0,
@@ -111,20 +106,10 @@ FINETUNE = {
 
 EVALUATE = {
     "base": EvaluateConfig(),
-    "demo": EvaluateConfig(
-        model=Path("runs/demo/finetune"), data=(Path("runs/demo/data/test"),), out=Path("runs/demo/evaluate"),
-        crop_pct=1.0,
-    ),
+    "demo": EvaluateConfig(crop_pct=1.0),
 }  # fmt: skip
 
-REPORT = {
-    "base": ReportConfig(),
-    "large": ReportConfig(),
-    "demo": ReportConfig(
-        data=Path("runs/demo/data"), out=Path("runs/demo/report"), tokenizer=Path("runs/demo/tokenizer"),
-        pretrain=Path("runs/demo/pretrain"), probe=Path("runs/demo/probe"),
-    ),
-}  # fmt: skip
+REPORT = {"base": ReportConfig(), "large": ReportConfig(), "demo": ReportConfig()}
 
 
 PRESETS = {"base": TokenizerQualityConfig()}

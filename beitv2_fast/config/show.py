@@ -14,8 +14,14 @@ class ReportConfig(RunConfig):
     """The report: one HTML file and its pictures, from the run folders of the other commands."""
 
     stage: ClassVar[str] = "report"
+    example: ClassVar[str] = (
+        "python train/report.py --tokenizer runs/tokenizer --pretrain runs/pretrain --out runs/report"
+    )
     out: Path = option(Path("runs/report"), "folder of the report: report.html and PNG files; replaced if there is one")
-    data: Path = option(Path("data"), "the image folder; examples come from FOLDER/test or FOLDER/val, if there is one")
+    data: Path | None = option(
+        None, "the image folder; examples come from FOLDER/test or FOLDER/val, if there is one; none: that of the "
+        "trainings"
+    )  # fmt: skip
     tokenizer: Path = option(Path("runs/tokenizer"), f"the tokenizer: {SOURCE}")
     pretrain: Path = option(Path("runs/pretrain"), f"the pre-training: {SOURCE}")
     probe: Path = option(Path("runs/probe"), "run folder of the linear probe")

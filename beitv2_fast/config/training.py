@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..distributed import PRECISIONS
 from ..models.attention import IMPLEMENTATIONS
@@ -24,6 +24,7 @@ class TrainConfig(RunConfig):
         "Arrow or Parquet files of a Hugging Face data set; a pattern such as 'shards/train-{0000..0146}.tar'; or a "
         "text file in the folder that lists images and classes",
         holds="images",
+        group="images",
     )
     loader: str = option(
         "auto",
@@ -44,6 +45,7 @@ class TrainConfig(RunConfig):
         "arithmetic of the networks; bf16, fp16: autocast, fp32 weights; fp16 with dynamic loss scaling; auto: bf16 on "
         "GPUs that have it and CPUs that multiply it fast (AMX, AMD's AVX512_BF16), fp16 on older GPUs, else fp32",
         choices=("auto", *PRECISIONS),
+        group="network",
     )
     image_size: int = option(224, "side of the square images that the model reads, in pixels", at_least=1)
     patch_size: int = option(16, "side of a patch, in pixels; image_size must be a multiple of it", at_least=1)
@@ -69,7 +71,7 @@ class TrainConfig(RunConfig):
         "result in less memory and a third more time", free=True,
     )  # fmt: skip
     compile: bool = option(False, "torch.compile the model: minutes at the start, faster steps on GPUs")
-    epochs: int = option(100, "passes over the images", at_least=1)
+    epochs: int = option(100, "passes over the images", at_least=1, group="optimization")
     batch_size: int = option(
         64, "images per forward on each rank (process); a step has batch_size x accumulate x ranks images, a product "
         "that must stay when a run resumes", free=True, at_least=1,
@@ -96,7 +98,7 @@ class TrainConfig(RunConfig):
     clip_grad: float = option(3.0, "gradients longer than this are scaled down to it; 0: never", at_least=0)
     log_every: int = option(
         20, "steps between lines of the log, which are means over these steps; codebook usage counts over them too",
-        at_least=1,
+        at_least=1, group="log, checkpoints, faults",
     )  # fmt: skip
     save_every_minutes: float = option(
         15.0, "minutes between checkpoints; 0: only as other options say. The last step, and a signal, always save",
@@ -142,16 +144,17 @@ class TokenizerConfig(CapturedConfig):
     """VQ-KD tokenizer training (arXiv 2208.06366 section 2.2)."""
 
     stage: ClassVar[str] = "tokenizer"
+    example: ClassVar[str] = "python train/tokenizer.py --preset demo --data PHOTOS --out runs/tokenizer"
     out: Path = option(Path("runs/tokenizer"), OUT)
     val: Path | None = option(
         None, "folder of images to evaluate on after every epoch: similarity to the teacher, unused codes; none: "
-        "FOLDER/val of --data, if there is one", free=True,
+        "FOLDER/val of --data, if there is one", free=True, group="evaluation",
     )  # fmt: skip
     eval_every: int = option(1, "epochs between these; the last is always evaluated", free=True, at_least=1)
     teacher: str = option(
         "clip", "frozen network whose features the tokenizer learns to predict: clip, dino, efficientnet_lite0, "
         "open_clip:NAME@TAG (any of open_clip), timm:NAME or timm:NAME@LAYER (any timm model), transformers:NAME (a "
-        "vision model of the hub, or its folder)",
+        "vision model of the hub, or its folder)", group="teacher",
     )  # fmt: skip
     teacher_weights: str | None = option(
         None, "the teacher's weights: a file, or a hub name (hf-hub:ORGANIZATION/NAME, or a tag of open_clip); none: "
@@ -172,7 +175,7 @@ class TokenizerConfig(CapturedConfig):
         None, "folder of the teacher's features with --views, which other runs may share, also at the same time; none: "
         "in the run folder", free=True,
     )  # fmt: skip
-    num_codes: int = option(8192, "size of the codebook, the number of visual tokens", at_least=1)
+    num_codes: int = option(8192, "size of the codebook, the number of visual tokens", at_least=1, group="codebook")
     code_dim: int = option(32, "width of a code, the vectors that are compared", at_least=1)
     decoder_depth: int = option(3, "transformer blocks of the decoder", at_least=1)
     decay: float = option(0.99, "how much of a code stays in each step of its moving average", at_least=0, at_most=1)
@@ -188,7 +191,11 @@ class TokenizerConfig(CapturedConfig):
     )  # fmt: skip
     collapse_after: int = option(1000, "... for this many steps", free=True, at_least=1)
     crop_scale: tuple[float, float] = option(
-        (0.08, 1.0), "least and largest area of the random crop, as a share of the image", above=0, at_most=1
+        (0.08, 1.0),
+        "least and largest area of the random crop, as a share of the image",
+        above=0,
+        at_most=1,
+        group="augmentation",
     )
 
 
@@ -197,8 +204,13 @@ class PretrainConfig(CapturedConfig):
     """Masked image modeling with patch aggregation (arXiv 2208.06366 sections 2.3 and 2.4)."""
 
     stage: ClassVar[str] = "pretrain"
+    example: ClassVar[str] = (
+        "python train/pretrain.py --preset demo --data PHOTOS --tokenizer runs/tokenizer --out runs/pretrain"
+    )
     out: Path = option(Path("runs/pretrain"), OUT)
-    tokenizer: Path = option(Path("runs/tokenizer"), f"the trained tokenizer: {SOURCE}", holds="weights")
+    tokenizer: Path = option(
+        Path("runs/tokenizer"), f"the trained tokenizer: {SOURCE}", holds="weights", group="tokenizer"
+    )
     tokenizer_image_size: int | None = option(
         None, "side of the images that the tokenizer reads, its positions interpolated; none: that of its training",
         at_least=1,
@@ -208,10 +220,14 @@ class PretrainConfig(CapturedConfig):
         "positions of the student; shared_relative: one table of biases for all blocks; relative: a table for each "
         "block; absolute: position embeddings; absolute_...: these beside the tables",
         choices=("shared_relative", "relative", "absolute", "absolute_shared_relative", "absolute_relative"),
+        group="student",
     )
     layer_scale: float = option(0.1, "initial scale of every residual branch; 0: no layer scale", at_least=0)
     early_layer: int = option(
-        9, "the aggregation branch reads the patches after this block (the paper's l)", at_least=1
+        9,
+        "the aggregation branch reads the patches after this block (the paper's l); with another --depth: the same "
+        "share of it",
+        at_least=1,
     )
     aggregation_depth: int = option(
         2, "transformer blocks of the aggregation branch; 0: no such branch (BEiT v1's objective)", at_least=0
@@ -222,8 +238,13 @@ class PretrainConfig(CapturedConfig):
         "the aggregation branch's; without such a branch there is only the last layer's",
         choices=("both", "last", "aggregation"),
     )  # fmt: skip
-    num_masked: int = option(75, "masked patches of each image", at_least=1)
-    min_mask_patches: int = option(16, "patches of the smallest block of the block mask", at_least=1)
+    num_masked: int = option(
+        75,
+        "masked patches of each image; with another --image-size or --patch-size: the same share of all",
+        at_least=1,
+        group="masks",
+    )
+    min_mask_patches: int = option(16, "patches of the smallest block of the block mask; likewise", at_least=1)
     max_mask_patches: int | None = option(
         None, "patches that a block may mask at most; none: all that are still wanted", at_least=1
     )
@@ -233,7 +254,11 @@ class PretrainConfig(CapturedConfig):
         "once; the same masks", free=True, choices=("loader", "device"),
     )  # fmt: skip
     crop_scale: tuple[float, float] = option(
-        (0.2, 1.0), "least and largest area of the random crop, as a share of the image", above=0, at_most=1
+        (0.2, 1.0),
+        "least and largest area of the random crop, as a share of the image",
+        above=0,
+        at_most=1,
+        group="augmentation",
     )
     tokenizer_interpolation: str = option(
         "bicubic", "what resizes the crop for the tokenizer", choices=("bicubic", "lanczos")
@@ -247,6 +272,13 @@ class PretrainConfig(CapturedConfig):
     )  # fmt: skip
     knn_data: Path | None = option(
         None, "labeled images (FOLDER/train/CLASS and FOLDER/val/CLASS, or test) on which k nearest neighbors tell "
-        "during the training how good the student's features are; none: nothing does", free=True,
+        "during the training how good the student's features are; none: nothing does", free=True, group="evaluation",
     )  # fmt: skip
     knn_every: int = option(10, "epochs between these; the last is always told", free=True, at_least=1)
+
+    def implied(self, preset: PretrainConfig) -> dict[str, Any]:
+        """The layer at its share of the depth, the masked patches at theirs of the image."""
+        patches, before = ((c.image_size // c.patch_size) ** 2 for c in (self, preset))
+        values = {"early_layer": preset.early_layer * self.depth / preset.depth}
+        values |= {name: getattr(preset, name) * patches / before for name in ("num_masked", "min_mask_patches")}
+        return {name: max(round(value), 1) for name, value in values.items()}

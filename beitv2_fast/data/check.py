@@ -139,7 +139,7 @@ def _look_at_all(
     ]
     results = by_processes(functools.partial(_look_at_some, images, how), tasks, min(workers, len(tasks)))
     tqdm = require("tqdm", "train", "A progress bar").tqdm
-    with tqdm(total=len(images), desc="checking images", unit="image", delay=1, disable=world.rank > 0) as bar:
+    with tqdm(total=len(images), desc="checking images", unit="image", delay=1, disable=world.rank > 0 or None) as bar:
         for share in shares:
             own = itertools.islice(results, -(-len(share) // IMAGES_PER_TASK))
             every = world.gather_objects([entry for task in own for entry in task])

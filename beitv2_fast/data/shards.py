@@ -146,7 +146,8 @@ def image_list(root: Path, scanned: dict[str, dict], labeled: bool, beside: Pass
 
 def _scan_all(root: Path, names: list[str]) -> Iterator[Scanned]:
     tqdm = require("tqdm", "train", "A progress bar").tqdm
-    with ThreadPoolExecutor(SCANNERS) as pool, tqdm(total=len(names), desc="indexing", unit="shard") as bar:
+    bar = tqdm(total=len(names), desc="indexing", unit="shard", disable=None)
+    with ThreadPoolExecutor(SCANNERS) as pool, bar:
         for result in pool.map(scan_shard, (root / name for name in names)):
             bar.update()
             yield result

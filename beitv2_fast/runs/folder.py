@@ -20,6 +20,7 @@ from ..config.options import C, RunConfig, fingerprint, from_json, to_json
 from ..distributed import after_failure
 from ..errors import UserError
 from .files import write_atomically
+from .logs import LOG, TIME, origin
 from .sources import locate
 
 CONFIG, LOCK = "config.json", ".lock"
@@ -58,6 +59,7 @@ class RunFolder:
                 _remove(self.path / name)
             if not has_results(self.path):
                 self.accept()
+            self._note(origin())
         except OSError as error:
             raise UserError(f"cannot write the run folder {self.path}: {error}. Choose another --out.") from error
 
@@ -134,10 +136,13 @@ class RunFolder:
             return
         from tqdm import tqdm
 
-        with (self.path / "log.txt").open("a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        self._note(text)
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+
+    def _note(self, text: str) -> None:
+        with (self.path / LOG).open("a") as file:
+            file.write(f"{time.strftime(TIME)}  {text}\n")
 
     def metrics(self, step: int, values: dict[str, float], file: str = "metrics.jsonl") -> None:
         """A line of metrics.jsonl and TensorBoard's scalars. A resumed run repeats steps: the last line counts."""

@@ -1,12 +1,25 @@
-"""What a run folder's metrics.jsonl says."""
+"""What a run folder's metrics.jsonl and log.txt say."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
+import re
+import shlex
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
+import torch
+
+from .. import __version__
 from ..errors import UserError
+
+LOG, TIME = "log.txt", "%Y-%m-%d %H:%M:%S"
+STARTED = "started by "
 
 
 def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, float]]:
@@ -52,3 +65,42 @@ def short_names(runs: Sequence[Path]) -> list[str]:
         n for n in range(1, max(map(len, whole), default=1) + 1) if len({p[-n:] for p in whole}) == len(whole)
     )
     return ["/".join(parts[-length:]) for parts in whole]
+
+
+def origin() -> str:
+    """The first line of a process in a run's log: versions, machine, command line."""
+    versions = f"beitv2-fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{STARTED}{versions} on {_machine()}: {shlex.join(sys.orig_argv)}"
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        named = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        named = None
+    return f"{os.cpu_count()} x {named[1] if named else platform.machine()}"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A process that worked in a run folder: versions and machine, command line, minutes to its last line."""
+
+    what: str
+    command: str
+    minutes: float
+
+
+def read_starts(run: Path) -> list[Start]:
+    """Those that log.txt tells of; none in a run folder of an earlier version."""
+    file = run / LOG
+    text = file.read_text(errors="replace") if file.is_file() else ""
+    lines = re.findall(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  (.*)$", text, re.MULTILINE)
+    times = [datetime.strptime(when, TIME) for when, _ in lines]
+    firsts = [i for i, (_, text) in enumerate(lines) if text.startswith(STARTED)]
+    found = []
+    for first, following in zip(firsts, [*firsts[1:], len(lines)], strict=False):
+        what, _, command = lines[first][1].removeprefix(STARTED).partition(": ")
+        found.append(Start(what, command, (times[following - 1] - times[first]).total_seconds() / 60))
+    return found

@@ -45,7 +45,7 @@ def encode_images(tokenizer: Tokenizer, images: ImageList, device: torch.device,
     """The codes of the center square of every image: [images, N] int64."""
     tqdm = require("tqdm", "train", "A progress bar").tqdm
     loader = eval_loader(ImageFolder(images, EvalView(tokenizer.config.encoder.image_size, 1.0)), batch, workers)
-    bar = tqdm(loader, desc="report: codes of the photographs", unit="batch", dynamic_ncols=True)
+    bar = tqdm(loader, desc="report: codes of the photographs", unit="batch", dynamic_ncols=True, disable=None)
     return torch.cat([tokenizer.encode(found["image"].to(device)).cpu() for found in bar])
 
 

@@ -62,7 +62,7 @@ def guess_hidden(
     guesses: list[Tensor] = []
     hits = []  # by batch [branches, 2, hidden patches]
     loader = eval_loader(dataset, batch, workers)
-    for found in tqdm(loader, desc="report: hidden patches", unit="batch", dynamic_ncols=True):
+    for found in tqdm(loader, desc="report: hidden patches", unit="batch", dynamic_ncols=True, disable=None):
         mask, true = found["mask"], tokenizer.encode(found["tokenizer"].to(device)).cpu()
         logits = [x.cpu() for x in student.predict(found["student"].to(device), mask.to(device))]
         best = [x[mask].topk(min(5, x.shape[-1]), dim=-1).indices == true[mask][:, None] for x in logits]

@@ -45,7 +45,8 @@ def build_index(runs: Runs, config: ExploreConfig) -> Index:
     codes: list[Tensor] = []
     features: dict[str, list[Tensor]] = {name: [] for name in models}
     typical = TypicalPatches(runs.tokenizer.num_codes, config.seed)
-    bar = tqdm(total=len(runs.images), desc="explore: reading the data set", unit="image", dynamic_ncols=True)
+    title, total = "explore: reading the data set", len(runs.images)
+    bar = tqdm(desc=title, total=total, unit="image", dynamic_ncols=True, disable=None)
     with bar, ThreadPoolExecutor(2) as pool:
         for first in range(0, len(runs.images), BATCH):
             indices = range(first, min(first + BATCH, len(runs.images)))

@@ -16,6 +16,7 @@ from .sheets import Label, Sheet, cell_width, image_of, patch_picture, stack
 from .theme import Theme
 
 MOST_COLUMNS = 6  # most pictures in a row
+BAR = torch.linspace(0, 1, 64)[None]  # values of a color bar
 OVER = 0.7  # share of the heat where it lies over a photograph
 
 
@@ -44,7 +45,8 @@ def attention_sheet(
     for start in range(0, len(names), columns - 1):
         part = slice(start, start + columns - 1)
         lead, title = photograph if start == 0 else (None, "")
-        rows.append((Label([*what.split(", "), "bright: most"]), [lead, *heat[part]], [title, *names[part]]))
+        label = Label([*what.split(", "), "0 to the most:"], bar=_heat(BAR, 1))
+        rows.append((label, [lead, *heat[part]], [title, *names[part]]))
         label = Label([f"{share:.0%}", "of each head's", "attention"])
         rows.append((label, [None, *dark[part]], ["", *(f"{name}, {share:.0%}" for name in names[part])]))
     return _with_headings(rows, columns, theme, scale)
@@ -60,7 +62,7 @@ def similarity_sheet(
     """
     over = [_over(photo, v) for photo, v in zip(photos, values, strict=True)]
     heads = [f"{name}: {float(v.mean()):.3f}" for name, v in zip(names, values, strict=True)]
-    labels = [Label(["photograph", "name: mean"]), Label(["similarity", "dark 0, bright 1"])]
+    labels = [Label(["photograph", "name: mean"]), Label(["similarity", "0 to 1:"], bar=heat_map(BAR, 1))]
     return Sheet(theme, scale).draw([[image_of(p) for p in photos], [image_of(o) for o in over]], labels, heads,
                                     cell_width(len(photos)))  # fmt: skip
 
@@ -105,7 +107,12 @@ def _lit(photo: Tensor, values: Tensor) -> Tensor:
     """The photograph, the darker the less a patch is attended to, and in the colors of heat the more it is."""
     cell = photo.shape[1] // values.shape[0]
     share = values.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
-    return torch.lerp(photo * (0.5 + 0.5 * share), heat_map(0.35 + 0.5 * values, cell), 0.1 + 0.65 * share)
+    return torch.lerp(photo * (0.5 + 0.5 * share), _heat(values, cell), 0.1 + 0.65 * share)
+
+
+def _heat(values: Tensor, cell: int) -> Tensor:
+    """The middle of the colors of heat: what lies over a photograph should not be black."""
+    return heat_map(0.35 + 0.5 * values, cell)
 
 
 def darkened(photo: Tensor, kept: Tensor) -> Tensor:

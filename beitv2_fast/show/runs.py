@@ -27,7 +27,7 @@ from ..runs.folder import CONFIG
 from ..runs.sources import is_remote
 from ..teachers.base import Teacher
 from ..weights.build import load_teacher
-from ..weights.create import open_model
+from ..weights.create import open_model, tokenizer_of
 from .sheets import squares
 
 _log = logging.getLogger(__name__)
@@ -136,8 +136,7 @@ def _find(run: Path) -> tuple[Path, PretrainConfig | None, Student | None, str |
             raise UserError(f"{run} is the run of a fine-tuning. Name a tokenizer's run folder or a pre-training's.")
         if not isinstance(config, PretrainConfig):
             raise UserError(f"nothing says whose codes the student {run} predicts. Name its run folder.")
-        named, beside = config.tokenizer, run.parent / "tokenizer"
-        return (named if named.exists() or is_remote(named) else beside), config, model, None
+        return tokenizer_of(run, config), config, model, None
     if not (run / "tokenizer" / CONFIG).is_file():
         raise UserError(
             f"{run} is no run: it has neither a {CONFIG} nor a folder tokenizer with one. Name the folder in which "

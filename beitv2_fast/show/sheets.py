@@ -25,10 +25,11 @@ LABEL = 118  # width of the row labels
 
 @dataclass(frozen=True)
 class Label:
-    """Of a row: the first line stands out; a swatch [3] in [0, 1] goes before it."""
+    """Of a row: the first line stands out; a swatch [3] in [0, 1] goes before it, a bar [3, 1, W] from 0 to 1 below."""
 
     lines: list[str]
     swatch: Tensor | None = None
+    bar: Tensor | None = None
 
 
 class Sheet:
@@ -56,13 +57,13 @@ class Sheet:
             self._text(draw, LABEL + j * (cell + gap), 2, text, SMALL, self.theme.muted, cell + gap - 4)
         for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
             top = head + i * (cell + gap)
-            self._label(draw, label, top, cell)
+            self._label(sheet, draw, label, top, cell)
             for j, picture in enumerate(row):
                 if picture is not None:
                     sheet.paste(picture, (px(LABEL + j * (cell + gap)), px(top)))
         return sheet
 
-    def _label(self, draw: ImageDraw.ImageDraw, label: Label, top: float, cell: float) -> None:
+    def _label(self, sheet: Image.Image, draw: ImageDraw.ImageDraw, label: Label, top: float, cell: float) -> None:
         line = FONT + 4
         y = top + max(0.0, (cell - line * len(label.lines)) / 2)
         left = 0
@@ -73,6 +74,10 @@ class Sheet:
         for k, text in enumerate(label.lines):
             size, color = (FONT, self.theme.ink) if k == 0 else (SMALL, self.theme.muted)
             self._text(draw, left, y + k * line, text, size, color, LABEL - left - 10, bold=k == 0)
+        if label.bar is not None:
+            y += line * len(label.lines) + 4
+            bar = image_of(label.bar).resize((self._px(LABEL - 24), self._px(8)))
+            sheet.paste(bar, (0, self._px(y)))
 
     def _text(
         self, draw: Any, x: float, y: float, text: str, size: float, color: str, width: float, bold: bool = False

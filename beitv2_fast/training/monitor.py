@@ -34,14 +34,16 @@ class TrainingLog:
     def __init__(self, task: Task, run: RunFolder, world: World, schedule: Schedule, config: TrainConfig, step: int):
         self.task, self.run, self.world, self.schedule, self.config = task, run, world, schedule, config
         self.start_step, self.started = step, time.monotonic()
-        self._clear()
+        self._clear(step)
 
     def opening(self, images: int, parameters: int, precision: str, backend: str) -> None:
         """What is trained on what and how, and from where it goes on."""
         name, schedule, device = self.task.name, self.schedule, self.world.device.type
+        epochs = f"{schedule.epochs} epoch{'s' * (schedule.epochs > 1)}"
+        size = f"{parameters / 1e6:.1f} M" if parameters > 1e6 else f"{parameters:,}"
         self.run.print(
-            f"{name}: {images:,} images, {schedule.epochs} epochs, {schedule.total_steps:,} steps of "
-            f"{schedule.images_per_step} images; {parameters / 1e6:.1f} M parameters; {self.world.size} x {device}, "
+            f"{name}: {images:,} images, {epochs}, {schedule.total_steps:,} steps of "
+            f"{schedule.images_per_step} images; {size} parameters; {self.world.size} x {device}, "
             f"{precision}, {backend}, attention {choose_attention(self.config.attention, device)}, "
             f"lr {schedule.peak_lr:.2e}"
         )
@@ -56,7 +58,7 @@ class TrainingLog:
             initial=self.start_step,
             desc=self.task.name,
             unit="step",
-            disable=not self.run.writes,
+            disable=None if self.run.writes else True,  # None: shown on terminals only
             dynamic_ncols=True,
             mininterval=1.0,
         )
@@ -98,7 +100,11 @@ class TrainingLog:
         return bool(epoch and epoch & (epoch - 1) == 0) or step == self.schedule.total_steps
 
     def _line_due(self, step: int) -> bool:
-        return step % self.config.log_every == 0 or step == self.schedule.total_steps
+        """A window shorter than half of --log-every, after a resume or before the end, becomes part of the one beside
+        it: the codes used in a single step would look like a collapse."""
+        every, total = self.config.log_every, self.schedule.total_steps
+        whole = 2 * min(step - self.window_step, total - step) >= every
+        return (step % every == 0 and whole) or step == total
 
     def _line(self, step: int, lr: float) -> None:
         if not self.count:
@@ -125,9 +131,10 @@ class TrainingLog:
         warning = self.task.warning(means, self.steps)
         if warning:
             self.run.print(f"warning: {warning}")
-        self._clear()
+        self._clear(step)
 
-    def _clear(self) -> None:
+    def _clear(self, step: int) -> None:
+        self.window_step = step
         self.sums: dict[str, float] = {}
         self.report = None
         self.count = self.steps = 0

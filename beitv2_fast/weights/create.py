@@ -192,6 +192,12 @@ def tokenizer_config(source: str | Path) -> TokenizerConfig:
     return config
 
 
+def tokenizer_of(run: Path, config: PretrainConfig) -> Path:
+    """The tokenizer of a pre-training: what its config names, or, where runs have moved, the folder beside it."""
+    there = config.tokenizer.exists() or is_remote(config.tokenizer)
+    return config.tokenizer if there else run.parent / "tokenizer"
+
+
 def paper_config(model: ModelConfig, config: TrainConfig | None = None) -> TrainConfig:
     """A training's config, by default the paper's, for a model of this shape; the share of masked patches stays."""
     config = config or CONFIG_CLASSES[type(model)]()

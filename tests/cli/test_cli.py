@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from beitv2_fast import cli, create_model, distributed
+from beitv2_fast import __version__, cli, create_model, distributed
 from beitv2_fast.config.downstream import SEGMENT, EvaluateConfig, FinetuneConfig, ProbeConfig, SegmentConfig
 from beitv2_fast.config.options import parse
 from beitv2_fast.config.presets import EVALUATE, FINETUNE, PRETRAIN, PROBE, REPORT, TOKENIZER
@@ -178,3 +178,75 @@ def test_a_tilde_is_the_home_folder_in_the_paths_of_beitv2_fast(tmp_path, monkey
 def test_a_tilde_of_a_user_that_is_not_there_is_a_mistake(capsys):
     assert command("encode", "images", "--out=~nobody_at_all/c.npz") == 2
     assert "Write ./~nobody_at_all/c.npz for a name that begins so" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_presets_hide_no_paths(script):
+    config, presets = COMMANDS[script]
+    for preset in presets.values():
+        assert [
+            f.name for f in dataclasses.fields(config) if "Path" in f.type and getattr(preset, f.name) != f.default
+        ] == []
+
+
+def pretrain(*options: str) -> PretrainConfig:
+    return parse(PretrainConfig, PRETRAIN, list(options))[0]
+
+
+def test_the_early_layer_and_the_masks_follow_the_shape_unless_they_are_given():
+    assert pretrain("--preset", "demo") == PRETRAIN["demo"] and pretrain() == PRETRAIN["base"]
+    assert pretrain("--depth", "2").early_layer == 2 and pretrain("--depth", "1").early_layer == 1
+    assert (
+        pretrain("--depth", "24").early_layer == 18 and pretrain("--preset", "large", "--depth", "16").early_layer == 14
+    )
+    assert pretrain("--depth", "24", "--early-layer", "21").early_layer == 21
+    small = pretrain("--image-size", "112")  # 49 patches of 196
+    assert (small.num_masked, small.min_mask_patches, small.early_layer) == (19, 4, 9)
+    assert pretrain("--image-size", "112", "--num-masked", "30").num_masked == 30
+    huge = pretrain("--patch-size", "14")  # whose masks were scaled by hand
+    assert huge.num_masked == PRETRAIN["huge"].num_masked
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_help_has_an_example_that_is_understood(script, capsys):
+    config, presets = COMMANDS[script]
+    with pytest.raises(SystemExit):
+        parse(config, presets, ["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"example: {config.example}" in said and config.example.startswith(f"python {script} ")
+    parse(config, presets, config.example.split()[2:])
+
+
+def test_help_of_a_training_comes_in_groups(capsys):
+    with pytest.raises(SystemExit):
+        parse(PretrainConfig, PRETRAIN, ["--help"])
+    said = capsys.readouterr().out
+    headings = [line.rstrip(":") for line in said.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings == [
+        "options", "images", "network", "optimization", "log, checkpoints, faults", "tokenizer", "student", "masks",
+        "augmentation", "evaluation",
+    ]  # fmt: skip
+    assert said.index("network:") < said.index("--depth") < said.index("optimization:") < said.index("--lr ")
+
+
+MISTYPED = [
+    ((PretrainConfig, PRETRAIN), "--early_layer 3", "did you mean --early-layer?"),
+    ((TokenizerConfig, TOKENIZER), "--teachr=clip", "did you mean --teacher?"),
+    (None, "encode images --tokeniser t", "did you mean --tokenizer?"),
+]
+
+
+@pytest.mark.parametrize(("of", "words", "said"), MISTYPED)
+def test_a_mistyped_option_gets_a_suggestion_and_no_wall_of_usage(of, words, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(*of, words.split()) if of else cli.run_command(words.split())
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and said in error and "unrecognized arguments" in error
+    assert of is None or error.count("\n") == 2
+
+
+def test_every_command_tells_its_version(capsys):
+    for command_ in (lambda: parse(PretrainConfig, PRETRAIN, ["--version"]), lambda: cli.run_command(["--version"])):
+        with pytest.raises(SystemExit) as ended:
+            command_()
+        assert not ended.value.code and capsys.readouterr().out == f"beitv2-fast {__version__}\n"

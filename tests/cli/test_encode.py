@@ -178,7 +178,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(world, tmp_path):
         command += ["--out", tmp_path / "codes.npz"]
         result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert result.returncode == (-signal.SIGKILL if at else 0), result.stderr
-    assert "encoding" in result.stderr and "the codes of 11 images" in result.stdout
+    assert "the codes of 11 images" in result.stdout
     assert (tmp_path / "codes.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["codes.npz", "whole.npz"]
 

@@ -68,6 +68,15 @@ def test_help_explains_every_kind_and_option(capsys):
         assert " ".join(type(PICTURES[kind]).__doc__.split())[:60] in said
 
 
+def test_curves_of_a_folder_of_runs_are_those_of_its_trainings(root, tmp_path, monkeypatch):
+    drawn = []
+    whole = drawing.compared_panels
+    monkeypatch.setattr(drawing, "compared_panels", lambda logs: drawn.append(list(logs)) or whole(logs))
+    picture(tmp_path / "a.png", "curves", root, "--scale", "0.5")
+    picture(tmp_path / "b.png", "curves", root / "pretrain", "--scale", "0.5")
+    assert drawn == [["pretrain", "tokenizer"], ["pretrain"]]
+
+
 def test_a_named_code_is_the_one_that_is_drawn(root, tmp_path, monkeypatch):
     drawn = []
     whole = sheets.choose_patches
@@ -194,7 +203,7 @@ def test_heat_rises_from_black_to_pale():
         (["codes", "RUN", "--codes", "8"], "from 0 to 7"),
         (["tokens", "RUN", "--images", "RUN/nobody.png"], "cannot be read as an image"),
         (["tokens", "RUN", "RUN"], "is of one run"),
-        (["curves", "RUN"], "no training log"),
+        (["curves", "RUN/data"], "no training log"),
         (["tokens", "RUN/data"], "is no run"),
     ],
 )

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from beitv2_fast.config.downstream import ProbeConfig
 from beitv2_fast.data.find import find_images
 from beitv2_fast.distributed import World
+from beitv2_fast.downstream.probes.backbones import completed
 from beitv2_fast.downstream.probes.exact import few_shot
 from beitv2_fast.downstream.probes.features import Extractor, feature_names, global_features
+from beitv2_fast.errors import UserError
 from beitv2_fast.models.features import features
 from beitv2_fast.models.vit import normalize
 from beitv2_fast.weights.build import load_run_model
+from beitv2_fast.weights.create import open_model
 
 from ..support.downstream import results, write_colors
 from ..support.training import TINY, call
@@ -100,6 +105,21 @@ def test_few_shots_see_so_many_images_of_each_class():
     seen = []
     few_shot(Spy(x, seen), labels, x, labels, 4, [0])
     assert torch.bincount(labels[seen[0]]).tolist() == [4, 4, 4]
+
+
+def test_images_and_tokenizer_are_those_of_the_run_where_none_are_named(runs, tmp_path):
+    _, stored = open_model(runs / "pretrain")
+    named = completed(ProbeConfig(run=runs / "pretrain"), replace(stored, data=runs / "data"))
+    assert (named.data, named.tokenizer) == (runs / "data", stored.tokenizer)
+    moved = completed(ProbeConfig(run=runs / "pretrain"), replace(stored, tokenizer=runs / "gone"))
+    assert moved.tokenizer == runs / "tokenizer"
+    copied = shutil.copytree(runs / "pretrain", tmp_path / "pretrain")
+    alone = completed(ProbeConfig(run=copied, data=runs), replace(stored, tokenizer=runs / "gone"))
+    assert alone.tokenizer is None
+    given = ProbeConfig(run=runs / "pretrain", data=runs / "other", tokenizer=runs / "mine")
+    assert completed(given, stored) == given
+    with pytest.raises(UserError, match=r"nothing says which images student\.pth was trained on"):
+        completed(ProbeConfig(run=Path("student.pth")), stored)  # a published student's config is not its training's
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,12 @@ def runs(tmp_path_factory) -> Path:
     write_run(root / "tokenizer", tokenizer, build_tokenizer(tokenizer, 12), [tokenizer_line(s) for s in range(1, 5)])
     pretrain = PretrainConfig(**SHAPE, early_layer=1, num_masked=6, min_mask_patches=2)
     write_run(root / "pretrain", pretrain, build_student(pretrain, 8), [pretrain_line(s) for s in range(1, 5)])
+    start = "2026-01-01 10:0{}:00  started by beitv2-fast 1 on 2 x CPU: python a.py --out <mine>\n"
+    (root / "tokenizer" / "log.txt").write_text(start.format(0) + "2026-01-01 10:01:30  stopped\n" + start.format(5))
     (root / "probe").mkdir()
     rows = [{"features": name, "mean": mean, "std": 0.01} for name, mean in (("pre-trained, x", 0.7), ("pixels", 0.8))]
-    results = {"task": "a or b", "metric": "balanced accuracy", "chance": 0.5, "seeds": 3, "rows": rows}
-    (root / "probe" / "results.json").write_text(json.dumps({**results, "notes": ["A note on <this>."]}))
+    results = {"task": "a or b", "metric": "balanced accuracy", "chance": 0.5, "majority": 0.687, "seeds": 3}
+    (root / "probe" / "results.json").write_text(json.dumps({**results, "rows": rows, "notes": ["A note on <this>."]}))
     return root
 
 
@@ -117,6 +119,31 @@ def test_words_of_others_are_shown_as_text(whole):
 def test_the_results_are_said_as_they_are(whole):
     page, _ = whole
     assert "0.700 ± 0.010" in page and "is 0.100 below raw pixels (0.800)" in page
+
+
+def test_the_report_says_how_it_was_made_and_what_the_larger_class_would_give(whole):
+    page = whole[0]
+    assert '<td>tokenizer</td><td class="number">1.5</td><td class="number">2</td>' in page
+    assert "beitv2-fast 1 on 2 x CPU" in page and "python a.py --out &lt;mine&gt;" in page
+    assert "The largest class has 68.7% of the test images." in page
+
+
+def test_commands_in_its_text_are_set_as_code(whole):
+    text = re.sub("<pre>.*?</pre>", "", whole[0], flags=re.DOTALL)
+    assert "<code>beitv2-fast explore</code>" in text and "`" not in text
+
+
+def test_images_are_those_of_the_trainings_where_none_are_named(runs, tmp_path):
+    moved = tmp_path / "runs"
+    shutil.copytree(runs, moved)
+    for name in ("tokenizer", "pretrain"):
+        file = moved / name / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "data": str(moved / "data")}))
+    found = gather(config(moved, tmp_path / "out", data=None, teacher=False), torch.device("cpu"))
+    assert found.data == moved / "data" and found.images.root == moved / "data" / "train"
+    with pytest.raises(UserError, match="Name their folder with --data"):
+        nothing = {"data": None, "tokenizer": tmp_path / "no", "pretrain": tmp_path / "no"}
+        gather(config(moved, tmp_path / "out", **nothing), torch.device("cpu"))
 
 
 def test_a_difference_within_the_noise_is_no_difference():

@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw
 pytest.importorskip("matplotlib")
 
 from beitv2_fast.data.find import find_images
-from beitv2_fast.pictures import HIDDEN, code_colors, masked_picture, token_map
+from beitv2_fast.pictures import HIDDEN, code_colors, heat_map, masked_picture, token_map
 from beitv2_fast.show.codes import CodeUsage, choose_codes, choose_patches
-from beitv2_fast.show.sheets import code_sheet, patch_picture, token_map_sheet
+from beitv2_fast.show.sheets import LABEL, Label, Sheet, code_sheet, patch_picture, token_map_sheet
 from beitv2_fast.show.theme import LIGHT
 
 COLORS = [(220, 40, 40), (40, 200, 60), (50, 70, 230), (230, 210, 40)]
@@ -68,6 +68,16 @@ def test_the_labels_of_a_token_map_sheet_are_not_cut_short(monkeypatch):
     )
     assert {"photograph", "token map", "both"} <= set(drawn)
     assert not [line for line in drawn if line.endswith("…")]
+
+
+def test_a_color_bar_goes_from_the_color_of_0_to_that_of_1():
+    label = Label(["cosine", "0 to 1:"], bar=heat_map(torch.linspace(0, 1, 64)[None], 1))
+    drawn = Sheet(LIGHT, 1.0).draw([[None]], [label], [], 100)
+    pixels = torch.tensor(list(drawn.crop((0, 73, LABEL, 74)).getdata()))
+    inside = pixels[(pixels != 255).any(1)]
+    assert len(inside) > 80
+    ends = [(heat_map(torch.tensor([[value]]), 1).flatten() * 255).round() for value in (0.0, 1.0)]
+    assert (inside[[0, -1]] - torch.stack(ends)).abs().max() <= 12
 
 
 def test_patches_come_from_as_many_images_as_possible():

@@ -12,7 +12,9 @@ import pytest
 
 from beitv2_fast.data.find import find_images
 from beitv2_fast.errors import UserError
-from beitv2_fast.train.demo_images import write_demo_images
+from beitv2_fast.train.demo_images import split_images, write_demo_images
+
+from ..support.training import write_images
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +102,56 @@ def test_without_the_package_the_error_names_the_extra(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"pip install 'beitv2-fast\[demo\]'"):
         write_demo_images(tmp_path / "cells")
     assert os.listdir(tmp_path) == []
+
+
+def names(folder: Path, split: str) -> set[str]:
+    return set(find_images(folder, split).paths)
+
+
+def test_class_folders_are_split_three_to_one_and_an_image_more_moves_no_other(tmp_path):
+    for name, count in (("a", 8), ("b", 12)):
+        write_images(tmp_path / "mine" / name / "deeper", count)
+    (tmp_path / "mine" / "notes.txt").write_text("no image")
+    out = split_images(tmp_path / "mine", tmp_path / "data")
+    train, test = find_images(out, "train"), find_images(out, "test")
+    assert out == tmp_path / "data" and train.classes == test.classes == ["a", "b"]
+    assert [images.labels.count(0) for images in (train, test)] == [6, 2]
+    assert [images.labels.count(1) for images in (train, test)] == [9, 3]
+    assert set(train.paths) | set(test.paths) == set(find_images(tmp_path / "mine").paths)
+    assert (out / "test" / test.paths[0]).samefile(tmp_path / "mine" / test.paths[0])  # no second copy of the bytes
+    assert split_images(tmp_path / "mine", out) == out
+    shutil.copy(tmp_path / "mine" / "a" / "deeper" / "00.png", tmp_path / "mine" / "a" / "new.png")
+    with pytest.raises(UserError, match="holds other images"):
+        split_images(tmp_path / "mine", out)
+    again = split_images(tmp_path / "mine", tmp_path / "again")
+    assert names(again, "train") - {"a/new.png"} == names(out, "train")
+
+
+def test_images_without_classes_are_split_too_and_a_split_stays_as_it_is(tmp_path):
+    write_images(tmp_path / "mine", 8)
+    out = split_images(tmp_path / "mine", tmp_path / "data")
+    assert [len(names(out, split)) for split in ("train", "test")] == [6, 2] and find_images(out, "test").labels is None
+    assert split_images(out, tmp_path / "other") == out and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        (["train/a", "train/b"], "nothing to be tested on"),
+        (["train/a", "train/b", "test/a"], r"train has the classes \['a', 'b'\], test has \['a'\]"),
+        (["val/a"], "nothing for train"),
+    ],
+)
+def test_half_a_split_is_a_mistake_that_is_told_before_anything_is_made(tmp_path, places, said):
+    for place in places:
+        write_images(tmp_path / "mine" / place, 2)
+    with pytest.raises(UserError, match=said):
+        split_images(tmp_path / "mine", tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_class_of_one_image_is_named(tmp_path):
+    write_images(tmp_path / "mine" / "a", 4)
+    write_images(tmp_path / "mine" / "lonely", 1)
+    with pytest.raises(UserError, match="lonely has one image"):
+        split_images(tmp_path / "mine", tmp_path / "data")

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from beitv2_fast import errors
-from beitv2_fast.config.downstream import EvaluateConfig, FinetuneConfig, ProbeConfig, SegmentConfig
-from beitv2_fast.config.training import PretrainConfig, TokenizerConfig
+from beitv2_fast.config import presets
+from beitv2_fast.config.downstream import ProbeConfig, SegmentConfig
 from beitv2_fast.errors import UserError
 from beitv2_fast.runs.folder import RunFolder
 from beitv2_fast.teachers.base import Teacher
@@ -218,19 +218,22 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
 
 
 @pytest.mark.parametrize(
-    ("stage", "config"),
+    ("stage", "preset"),
     [
-        ("tokenizer", TokenizerConfig),
-        ("pretrain", PretrainConfig),
-        ("linear_probe", ProbeConfig),
-        ("finetune", FinetuneConfig),
-        ("evaluate", EvaluateConfig),
+        ("tokenizer", presets.TOKENIZER["demo"]),
+        ("pretrain", presets.PRETRAIN["demo"]),
+        ("linear_probe", presets.PROBE["demo"]),
+        ("finetune", presets.FINETUNE["demo"]),
+        ("evaluate", presets.EVALUATE["demo"]),
     ],
 )
-def test_help_explains_every_option_and_shows_the_preset_s_values(capsys, stage, config):
+def test_help_explains_every_option_and_shows_the_preset_s_values(capsys, stage, preset):
+    config = type(preset)
     assert call(stage, "--preset", "demo", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     for f in dataclasses.fields(config):
         assert "--" + f.name.replace("_", "-") in text
         assert len(f.metadata["help"]) > 15 and " ".join(f.metadata["help"].split()) in text.replace("- ", "-")
-    assert "[runs/demo/" in text
+    own = [value for name, value in vars(preset).items() if value != getattr(config(), name)]
+    shown = [" ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in own]
+    assert shown and [value for value in shown if f"[{value}]" not in text] == []

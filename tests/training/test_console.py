@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
@@ -94,6 +95,17 @@ def test_progress_bars_and_warnings_of_other_commands_need_no_console(tmp_path):
             env=ENVIRONMENT, cwd=ROOT,
         )  # fmt: skip
     assert done.returncode == 0 and len(np.load(root / "codes.npz")["codes"]) == 12
+
+
+def test_a_log_without_a_terminal_has_no_progress_bars(options, tmp_path, capsys):
+    assert call("tokenizer", *options, "--out", tmp_path / "run") == 0
+    said = capsys.readouterr()
+    assert "step 9/9" in said.out and said.err == ""
+    for file in (*(ROOT / "beitv2_fast").rglob("*.py"), *(ROOT / "train").rglob("*.py")):  # nor those of other commands
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "tqdm":
+                (disable,) = [ast.unparse(option.value) for option in node.keywords if option.arg == "disable"] or [""]
+                assert "None" in disable or disable == "hidden", f"{file}: {ast.unparse(node)}"
 
 
 def test_exit_codes_are_those_with_a_console():

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from beitv2_fast.config.options import option
+from beitv2_fast.config.options import Options, option
 from beitv2_fast.config.presets import PRETRAIN
 from beitv2_fast.config.training import LOADERS
 from beitv2_fast.train.experiments.runner import Step
@@ -26,7 +26,7 @@ SCENES = (
 
 
 @dataclass(frozen=True)
-class SmallScale:
+class SmallScale(Options):
     """Sizes of the networks and lengths of the trainings; ``option``s, so commands can show and change them."""
 
     model: str = option(

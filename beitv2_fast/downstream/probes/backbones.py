@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...config.downstream import ProbeConfig
-from ...config.training import TokenizerConfig
+from ...config.training import PretrainConfig, TokenizerConfig, TrainConfig
 from ...errors import UserError
 from ...models.classifier import Classifier
 from ...models.student import Student
@@ -19,10 +19,11 @@ from ...models.tokenizer import Tokenizer
 from ...models.vit import ViTConfig
 from ...runs.checkpoints import latest_weights
 from ...runs.folder import content, is_run_folder
+from ...runs.sources import is_remote
 from ...teachers import TAUGHT_BY, create_teacher, native_teacher
 from ...teachers.base import Teacher
 from ...teachers.classifier import TEACHER
-from ...weights.create import tokenizer_config
+from ...weights.create import tokenizer_config, tokenizer_of
 from .features import ATTENDED, POOLED, read_features
 
 TITLES = {Student: "pre-trained", Tokenizer: "VQ-KD encoder", Classifier: "fine-tuned"}
@@ -42,6 +43,25 @@ class Backbone:
     key: str = ""
 
 
+def completed(config: ProbeConfig, stored: TrainConfig | None) -> ProbeConfig:
+    """With the images and the tokenizer of the run's training, where no others are named.
+
+    Raises:
+        UserError: nothing says which images these were.
+    """
+    data, tokenizer = config.data, config.tokenizer
+    if data is None and stored is not None and is_run_folder(config.run):
+        data = stored.data
+    if data is None:
+        raise UserError(f"nothing says which images {config.run} was trained on. Name a folder of images with --data.")
+    if tokenizer is None and isinstance(stored, TokenizerConfig):
+        tokenizer = config.run
+    elif tokenizer is None and isinstance(stored, PretrainConfig):
+        found = tokenizer_of(config.run, stored)
+        tokenizer = found if found.exists() or is_remote(found) else None  # nobody has named it
+    return replace(config, data=data, tokenizer=tokenizer)
+
+
 def choose_backbone(config: ProbeConfig, run: Run | None, device: torch.device) -> Backbone:
     """The one that --backbone names. ``run``: the model of --run and its config; None: it is a teacher."""
     if run is None and config.backbone == "untrained":
@@ -54,7 +74,12 @@ def choose_backbone(config: ProbeConfig, run: Run | None, device: torch.device) 
             )
         if run is None:
             return named_teacher(config, device)
-        return teacher(_tokenizer_run(config, run[1]), device, config.protocol)
+        if config.tokenizer is None:
+            raise UserError(
+                f"--backbone teacher: {config.run} is no tokenizer's run folder. Give the one whose teacher you mean "
+                "with --tokenizer."
+            )
+        return teacher(config.tokenizer, device, config.protocol)
     model, _ = run
     if config.layers and config.protocol == "attentive":
         raise UserError("--protocol attentive reads the last patches; --layers are for the others. Leave it out.")
@@ -122,12 +147,10 @@ def labels_seen(config: ProbeConfig, run: Run | None) -> str:
     """A remark for the report: whether labels were used in the trainings behind the numbers."""
     if run is None:
         return _taught(str(config.run).removeprefix(TEACHER))
-    model, stored = run
-    if isinstance(model, Classifier) and config.backbone == "trained":
+    if isinstance(run[0], Classifier) and config.backbone == "trained":
         return "The backbone was fine-tuned with labels."
-    tokenizer = config.tokenizer or (config.run if isinstance(model, Tokenizer) else getattr(stored, "tokenizer", None))
     try:
-        name = tokenizer_config(tokenizer).teacher if tokenizer else ""
+        name = tokenizer_config(config.tokenizer).teacher if config.tokenizer else ""
     except UserError:
         name = ""
     if not name:
@@ -138,14 +161,3 @@ def labels_seen(config: ProbeConfig, run: Run | None) -> str:
 def _taught(name: str) -> str:
     learned = TAUGHT_BY.get(name, "what its source says")
     return f"The teacher ({name}) learned from {learned}; nothing else here saw a label."
-
-
-def _tokenizer_run(config: ProbeConfig, stored: object) -> Path:
-    if config.tokenizer is not None:
-        return config.tokenizer
-    if isinstance(stored, TokenizerConfig):
-        return config.run
-    raise UserError(
-        f"--backbone teacher: {config.run} is no tokenizer's run folder. Give the one whose teacher you mean with "
-        "--tokenizer."
-    )

@@ -142,7 +142,8 @@ class Extractor:
         batches = keyed_loader(dataset, keys, self.batch_size, self.workers)
         found: Tensor | None = None
         done = 0
-        for batch in tqdm(batches, desc=title, unit="batch", leave=False, dynamic_ncols=True, disable=world.rank > 0):
+        hidden = world.rank > 0 or None
+        for batch in tqdm(batches, desc=title, unit="batch", leave=False, dynamic_ncols=True, disable=hidden):
             own = function(batch["image"].to(self.device)).float()
             parts = world.gather(own)
             if world.rank == 0:

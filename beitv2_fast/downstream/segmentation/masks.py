@@ -180,7 +180,9 @@ def find_masks(images: ImageList, folder: Path, cache: Path | None, workers: int
     with ThreadPoolExecutor(max(workers, 1)) as pool:  # PIL decodes without holding the interpreter's lock
         tqdm = require("tqdm", "train", "A progress bar").tqdm
         numbers = range(len(images))
-        bar = tqdm(numbers, desc="checking masks", unit="mask", mininterval=0.5, disable=len(known) >= len(images))
+        bar = tqdm(
+            numbers, desc="checking masks", unit="mask", mininterval=0.5, disable=len(known) >= len(images) or None
+        )
         found = list(pool.map(lambda i: _check(images, i, folder, named[i], known), bar))
     wrong = [f"{images.paths[i]}: {f['problem']}" for i, f in enumerate(found) if "problem" in f]
     if wrong:

@@ -49,9 +49,10 @@ def build_report(config: ReportConfig, device: torch.device, say: Callable[[str]
     tqdm = require("tqdm", "train", "A progress bar").tqdm
     drawings = drawings_of(found, config, rows)
     pictures = []
-    for name, (alt, photo, draw) in tqdm(drawings.items(), desc="report: pictures", unit="picture", dynamic_ncols=True):
+    bar = tqdm(drawings.items(), desc="report: pictures", unit="picture", dynamic_ncols=True, disable=None)
+    for name, (alt, photo, draw) in bar:
         pictures.append(Figure(name, draw(LIGHT), draw(DARK), alt, photo))
-    body = sections(found, {p.name: p for p in pictures}, config.data, {"all": len(rows), "top": top})
+    body = sections(found, {p.name: p for p in pictures}, {"all": len(rows), "top": top})
     _write(config.out, page(TITLE, introduction(found), tiles(found), body), pictures)
     return config.out / PAGE
 

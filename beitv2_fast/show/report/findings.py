@@ -17,7 +17,7 @@ from ...errors import UserError
 from ...models.student import Student
 from ...models.tokenizer import Tokenizer
 from ...pictures import code_colors
-from ...runs.logs import read_logs
+from ...runs.logs import Start, read_logs, read_starts
 from ...teachers.base import Teacher
 from ...weights.build import load_teacher
 from ..codes import CodeUsage, encode_images
@@ -33,15 +33,17 @@ _log = logging.getLogger(__name__)
 class Findings:
     """What is known; tensors are None where the model they come from is missing.
 
-    images: those of the codebook's statistics, a sample of ``total_images``; codes: theirs, [images, N]; colors:
-    [K, 3]. shown: those of the examples, which the trainings did not see if ``held_out``; guesses: of their hidden
-    patches, on the crops of ``pretrain_view``. teacher: the tokenizer's. compared: metrics by name of a run.
+    data: the folder of the images. images: those of the codebook's statistics, a sample of ``total_images``; codes:
+    theirs, [images, N]; colors: [K, 3]. shown: those of the examples, which the trainings did not see if ``held_out``;
+    guesses: of their hidden patches, on the crops of ``pretrain_view``. teacher: the tokenizer's. compared: metrics by
+    name of a run. starts: of each stage, what its log says.
     """
 
     tokenizer: Stage
     pretrain: Stage
     results: dict[str, Any] | None
     no_results: str | None
+    data: Path
     images: ImageList
     total_images: int
     held_out: bool = False
@@ -54,6 +56,7 @@ class Findings:
     no_teacher: str | None = None
     downstream: list[Downstream] = field(default_factory=list)
     compared: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    starts: dict[str, list[Start]] = field(default_factory=dict)
 
     @property
     def hidden_usage(self) -> CodeUsage | None:
@@ -85,11 +88,18 @@ def gather(config: ReportConfig, device: torch.device) -> Findings:
             f"There is nothing to report on. {tokenizer.problem} {pretrain.problem} {no_results} "
             "Name run folders with --tokenizer, --pretrain and --probe."
         )
-    images = find_images(config.data, "train")
+    trained = [stage.config.data for stage in (pretrain, tokenizer) if stage.config is not None and stage.own_options]
+    data = next(iter([config.data] if config.data else trained), None)
+    if data is None:
+        raise UserError("Nothing says which images these runs had. Name their folder with --data.")
+    images = find_images(data, "train")
     _log.info(images.summary)
-    found = Findings(tokenizer, pretrain, results, no_results, images, len(images))
+    found = Findings(tokenizer, pretrain, results, no_results, data, images, len(images))
     found.downstream = [read_downstream(run) for run in config.downstream]
     found.compared = read_logs(config.compare)
+    runs = {"tokenizer": config.tokenizer, "pre-training": config.pretrain, "probe": config.probe}
+    runs |= {run.name: run for run in config.downstream}
+    found.starts = {name: starts for name, run in runs.items() if (starts := read_starts(run))}
     if tokenizer.model is not None:
         if pretrain.model is not None:
             check_belong(tokenizer.model, pretrain.model)
@@ -107,7 +117,7 @@ def _add_codes(found: Findings, config: ReportConfig, device: torch.device) -> N
     found.codes = encode_images(model, found.images, device, config.batch_size, config.workers)
     found.usage = CodeUsage(torch.bincount(found.codes.flatten(), minlength=model.num_codes))
     found.colors = code_colors(model.quantize.codebook.cpu(), found.usage.counts)
-    held_out = held_out_images(config.data)
+    held_out = held_out_images(found.data)
     found.held_out = held_out is not None
     found.shown = found.images if held_out is None else _readable(held_out, config, model.patch_size)
 

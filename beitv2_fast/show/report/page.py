@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -72,11 +73,11 @@ class Figure:
     photo: bool = False
 
     def html(self, caption: str) -> str:
-        """caption: HTML."""
+        """caption: text."""
         width, height = self.light.size
         dark = f'<source media="(prefers-color-scheme: dark)" srcset="{self._inline(self.dark)}">'
         img = f'<img src="{self._inline(self.light)}" width="{width}" height="{height}" alt="{escape(self.alt)}">'
-        return f"<figure><figcaption>{caption}</figcaption><picture>{dark}{img}</picture></figure>"
+        return f"<figure><figcaption>{_with_code(caption)}</figcaption><picture>{dark}{img}</picture></figure>"
 
     def _inline(self, image: Image.Image) -> str:
         kind = "webp" if self.photo and features.check("webp") else "png"
@@ -124,8 +125,13 @@ def page(title: str, intro: list[str], tiles: list[str], sections: list[Section]
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """Plain text as a paragraph."""
-    return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+    """Text as a paragraph."""
+    return f'<p class="{kind}">{_with_code(text)}</p>' if kind else f"<p>{_with_code(text)}</p>"
+
+
+def _with_code(text: str) -> str:
+    """Plain text, in which `what stands in backticks` is code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def note(text: str) -> str:

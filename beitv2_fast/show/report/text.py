@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 from ...config.options import to_json
 from ..codes import CodeUsage
@@ -50,7 +49,7 @@ def tiles(found: Findings) -> list[str]:
     return result
 
 
-def sections(found: Findings, pictures: Mapping[str, Figure], data: Path, shown: Mapping[str, int]) -> list[Section]:
+def sections(found: Findings, pictures: Mapping[str, Figure], shown: Mapping[str, int]) -> list[Section]:
     """pictures by name; shown: how many codes the sheet holds, and how many of these are the most frequent."""
 
     def figure(name: str, caption: str) -> list[str]:
@@ -70,7 +69,7 @@ def sections(found: Findings, pictures: Mapping[str, Figure], data: Path, shown:
         Section("masks", "Hidden and guessed", _masks(found, figure)),
         Section("attention", "What a patch attends to", _attention(found, figure)),
         *([Section("compared", "Runs compared", compared)] if compared else []),
-        Section("how", "How it was made", _how(found, data)),
+        Section("how", "How it was made", _how(found)),
     ]
 
 
@@ -82,9 +81,10 @@ def _probe(found: Findings) -> list[str]:
     counts = ", ".join(f"{count:,} {split}" for split, count in images.items())
     lines = [
         paragraph(
-            f"A linear classifier on frozen features: {results.get('task', '')}. "
+            f"A linear classifier on frozen features ({results.get('task', '')}). "
             f"Mean ± standard deviation over {results.get('seeds', '?')} seeds"
             + (f"; images: {counts}." if counts else ".")
+            + (f" The largest class has {results['majority']:.1%} of the test images." if "majority" in results else "")
         ),
         results_table(results),
     ]
@@ -254,12 +254,18 @@ def _attention(found: Findings, figure: Draw) -> list[str]:
     )
 
 
-def _how(found: Findings, data: Path) -> list[str]:
+def _how(found: Findings) -> list[str]:
     lines = []
+    if found.starts:
+        rows = [
+            [name, f"{sum(s.minutes for s in starts):.1f}", str(len(starts))] for name, starts in found.starts.items()
+        ]
+        told = [f"{name}, by {s.what}\n{s.command}\n" for name, starts in found.starts.items() for s in starts]
+        lines += [table(["stage", "minutes", "starts"], rows), details("Commands, versions, machines", "\n".join(told))]
     for name, stage in (("tokenizer", found.tokenizer), ("pre-training", found.pretrain)):
         if stage.config is not None and stage.own_options:
             lines.append(details(f"Options of the {name}", _options(to_json(stage.config))))
-    readme = next((data / name for name in ("README.md", "LICENSE") if (data / name).is_file()), None)
+    readme = next((f for name in ("README.md", "LICENSE") if (f := found.data / name).is_file()), None)
     if readme is not None:
         text = readme.read_text(encoding="utf-8", errors="replace")
         lines.append(details("Source and license of the photographs", text, opened=True))

@@ -182,6 +182,49 @@ def test_an_image_of_ones_own_shows_its_tokens(page, answers, root, way):
     assert page.complaints == []
 
 
+def test_an_image_of_ones_own_stays_among_the_others(page, answers, root):
+    file = root / "data" / "train" / "a" / "1.png"
+    page.choose_file("#file", file)
+    page.until("state.image.name === 'your image'")
+    own, count = answers.add(file.read_bytes()), page("$('samples').children.length")
+    pressed = "[...$('samples').querySelectorAll('[aria-pressed=true]')].map(b => [b.title, b.dataset.key])"
+    assert page(pressed) == [["1.png", own["key"]]]
+    page.click("#samples button:nth-child(3)")
+    page.until("state.image.key === 'sample-1'")
+    page.click("#samples button:first-child")
+    page.until(f"state.image.key === {own['key']!r}")
+    assert page("state.image.codes") == own["codes"]
+    page.choose_file("#file", file)
+    page.until(f"state.image.key === {own['key']!r}")
+    assert page("$('samples').children.length") == count and page.complaints == []
+
+
+def test_the_pointer_over_a_patch_that_it_hides_says_hidden(page):
+    page.click("#tab-game")
+    left, top, width, height = page.box("#board")
+    x, y = left + at(6)[0] * width, top + at(6)[1] * height
+    page.pointer("mouseMoved", x, y)
+    page.until("$('tip').textContent === 'seen'")
+    for said in ("hidden", "seen"):
+        page.pointer("mousePressed", x, y)
+        page.pointer("mouseReleased", x, y)
+        assert text(page, "#tip") == said
+    page.pointer("mousePressed", x, y)
+    page.pointer("mouseReleased", x, y)
+    page("$('clear').click()")
+    assert text(page, "#tip") == "seen"
+
+
+@pytest.mark.parametrize("mode", ["tokens", "attention", "game"])
+def test_the_controls_are_on_a_laptop_s_screen(browser, server, mode):
+    page = opened(browser, f"{server.url}#mode={mode}")
+    page.size(1366, 650)  # what a browser leaves of 768
+    page.until("innerHeight === 650")
+    page("scrollTo(0, 0)")
+    assert page("$('controls').getBoundingClientRect().bottom") <= 650
+    assert page("$('board').getBoundingClientRect().width") >= 300
+
+
 def test_a_file_that_is_no_image_is_said_to_be_none(page, tmp_path):
     file = tmp_path / "notes.png"
     file.write_text("no image")

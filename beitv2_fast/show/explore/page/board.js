@@ -93,8 +93,10 @@ function patchAt(event) {
   return x < 0 || y < 0 || x >= w || y >= h ? null : y * w + x;
 }
 
-function showTip(patch) {
+let tipped = null;  // the patch under the pointer
+function showTip(patch = tipped) {
   const tip = $("tip"), [h, w] = state.info.grid;
+  tipped = patch;
   tip.hidden = patch === null || !state.image;
   if (tip.hidden) return;
   const code = state.image.codes[patch];

@@ -5,6 +5,7 @@ function gameChanged() {
   state.guesses = null;
   drawBoard();
   drawPair();
+  showTip();
   clearTimeout(gameTimer);
   gameTimer = setTimeout(predict, state.hidden.size ? 120 : 0);
 }

@@ -30,7 +30,7 @@ async function setImage(question) {
     const shown = await picture(`/api/image/${found.key}`);
     state.image = {...found, picture: shown};
     state.guesses = state.attention = null;
-    for (const button of $("samples").children) button.setAttribute("aria-pressed", `sample-${button.dataset.number}` === found.key);
+    for (const button of $("samples").children) button.setAttribute("aria-pressed", button.dataset.key === found.key);
     if (found.similarity) {
       const mean = found.similarity.reduce((a, b) => a + b, 0) / found.similarity.length;
       $("similarity-text").textContent = `Mean ${mean.toFixed(3)}, lowest ${Math.min(...found.similarity).toFixed(3)}; dark is 0, bright is 1.`;
@@ -39,8 +39,26 @@ async function setImage(question) {
   } catch (error) { complain(error); }
 }
 
+// A small picture to choose an image by: one of the data set's, or one of the person's own, which stays among them.
+function choice(key, name, source, question) {
+  const button = document.createElement("button"), img = document.createElement("img");
+  button.dataset.key = key;
+  button.title = name;
+  button.setAttribute("aria-label", name);
+  button.setAttribute("aria-pressed", "false");
+  img.src = source;
+  img.alt = "";
+  button.append(img);
+  button.addEventListener("click", () => setImage(question()));
+  return button;
+}
+
 function takeFile(file) {
-  if (file) setImage(ask("image", file));
+  if (file) setImage(ask("image", file).then(found => {
+    const before = [...$("samples").children].some(button => button.dataset.key === found.key);
+    if (!before) $("samples").prepend(choice(found.key, file.name, `/api/image/${found.key}`, () => ask("image", file)));
+    return found;
+  }));
 }
 
 function remember() {
@@ -71,18 +89,8 @@ function showFacts() {
   const names = {student: "student", tokenizer: "tokenizer", teacher: "teacher"};
   $("near-model").replaceChildren(...info.models.map(m => new Option(names[m], m)));
   $("att-model").replaceChildren(...Object.keys(info.depths).map(m => new Option(m === "tokenizer" ? "tokenizer's encoder" : m, m)));
-  $("samples").replaceChildren(...info.samples.map((name, i) => {
-    const button = document.createElement("button"), img = document.createElement("img");
-    button.dataset.number = i;
-    button.title = name;
-    button.setAttribute("aria-label", `image ${i + 1}: ${name}`);
-    button.setAttribute("aria-pressed", "false");
-    img.src = `/api/thumb/${i}`;
-    img.alt = "";
-    button.append(img);
-    button.addEventListener("click", () => setImage(ask(`sample/${i}`)));
-    return button;
-  }));
+  $("samples").replaceChildren(...info.samples.map((name, i) =>
+    choice(`sample-${i}`, `image ${i + 1}: ${name}`, `/api/thumb/${i}`, () => ask(`sample/${i}`))));
 }
 
 function watchControls() {
