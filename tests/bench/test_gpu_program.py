@@ -275,7 +275,7 @@ def test_of_the_block_masks_those_of_the_cpu_have_no_time_on_the_device(monkeypa
     monkeypatch.setattr(run.Run, "time_call", lambda self, name, call, **options: timed.append((name, options)))
     ops.masks(run.Run("masks", True, time.monotonic() + 60))
     blocks = {name: options["on_device"] for name, options in timed if options["group"] == test_masks.GROUP}
-    assert [name for name, there in blocks.items() if there] == ["torch ops, as on GPUs"] and len(blocks) == 4
+    assert [name for name, there in blocks.items() if there] == [harness.OURS, test_masks.BATCHED] and len(blocks) == 4
 
 
 def test_results_of_a_gpu_lie_beside_the_cpu_s(monkeypatch, tmp_path):
