@@ -176,6 +176,15 @@ def test_the_files_and_modules_that_a_page_names_exist(page):
         assert importlib.util.find_spec(name), name
 
 
+@pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
+def test_the_links_of_a_page_lead_somewhere_and_those_of_the_site_stay_in_it(page):
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    targets = [(page.parent / link).resolve() for link in links]
+    assert [target for target in targets if not target.exists()] == []
+    if page.is_relative_to(DOCS):  # which mkdocs builds by themselves
+        assert [target for target in targets if not target.is_relative_to(DOCS)] == []
+
+
 def named_on_the_page_on_reliability() -> list[tuple[str, str]]:
     """(file, test) in the order of the page; a name without a file belongs to the file before it."""
     found, file = [], ""
