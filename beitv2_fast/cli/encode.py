@@ -117,6 +117,8 @@ class _Images(Dataset):
         return len(self.images)
 
     def __getitems__(self, indices: list[int]) -> tuple[list[int], Tensor | None, dict[int, str]]:
+        from ..data.check import reason_to_reject
+
         good: list[int] = []
         views: list[Tensor] = []
         bad: dict[int, str] = {}
@@ -125,8 +127,7 @@ class _Images(Dataset):
                 views.append(self._view(index))
                 good.append(index)
             except Exception as error:  # a decoder may raise anything at all on a damaged file
-                reason = " ".join(str(error).replace(f"{self.images.root}{os.sep}", "").split())[:200]
-                bad[index] = reason or type(error).__name__
+                bad[index] = reason_to_reject(self.images, index, error)
         return good, torch.stack(views) if views else None, bad
 
     def _view(self, index: int) -> Tensor:

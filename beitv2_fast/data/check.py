@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -166,10 +167,11 @@ def _look(images: ImageList, index: int, how: str) -> tuple[int, int, str | None
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return *(images.open(index).size if how == "decode" else images.header(index)), None
     except Exception as error:  # a decoder may raise anything at all on a damaged file
-        return 0, 0, _reason(images, index, error)
+        return 0, 0, reason_to_reject(images, index, error)
 
 
-def _reason(images: ImageList, index: int, error: Exception) -> str:
+def reason_to_reject(images: ImageList, index: int, error: Exception) -> str:
+    """In a few words, why an image that raised this error when it was read is left out."""
     path = images.file(index)
     if not path.is_file():
         return "not a file, or gone"
@@ -179,7 +181,7 @@ def _reason(images: ImageList, index: int, error: Exception) -> str:
         return "not an image"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return " ".join(str(error).replace(f"{images.root}{os.sep}", "").split())[:200] or type(error).__name__
 
 
 def _read_cache(cache: Path | None, root: Path) -> dict[str, Entry]:

@@ -98,6 +98,7 @@ def test_unreadable_images_are_listed_and_left_out(world, tmp_path, caplog):
     assert count == 4 and {path for path, _ in left_out} == set(data["left_out"].tolist()) == wrong
     assert data["paths"].tolist() == ["00.png", "01.png", "03.png", "05.png"] and len(data["codes"]) == 4
     assert all(name in caplog.text for name in wrong)
+    assert "text.jpg: not an image" in caplog.text and "02.png: an empty file" in caplog.text
 
 
 def test_shards_give_the_codes_of_a_folder_with_the_same_images(world, tmp_path):
