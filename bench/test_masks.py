@@ -1,4 +1,4 @@
-"""A batch of block masks: the op, its definition, its form for GPUs, and the reference implementation's structure."""
+"""A batch of block masks: the op, its definition, torch ops, and the reference implementation's structure."""
 
 from __future__ import annotations
 
