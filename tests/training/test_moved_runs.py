@@ -200,6 +200,7 @@ WRONG = {
     "pretrain": {
         ("--knn-data", "missing"): "missing needs the folders train/CLASS and test/CLASS",
         ("--knn-data", "other"): "train has the classes ['a', 'c'], test has ['a', 'b']",
+        ("--tokenizer", "vqkd_misspelled"): "or a name that `beitv2-fast models` lists",
         ("--loss-on", "aggregation", "--aggregation-depth", 0): "needs that branch",
         ("--attention", "xformers"): "attention 'xformers' cannot run here",
     },
