@@ -101,7 +101,9 @@ def test_a_training_tells_similarity_and_unused_codes_of_the_validation_images_a
 def test_two_ranks_see_every_validation_image_once(count):
     model = tokenizer()
     images = torch.rand(count, 3, 32, 32)
-    view = SimpleNamespace(config=TokenizerConfig(batch_size=2, workers=0), tokenizer=model, run=Mock())
+    view = SimpleNamespace(
+        config=TokenizerConfig(batch_size=2, workers=0, precision="fp32"), tokenizer=model, run=Mock()
+    )
     view.teacher = reconstruction(model)
     view.dataset = range(count)
     parts = []
