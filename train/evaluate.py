@@ -53,6 +53,8 @@ def class_names(config: EvaluateConfig, model: Classifier | TeacherClassifier) -
         names = find_images(source, "train", labeled=True).classes
     elif source.is_file():
         names = listed_classes(source)
+    else:
+        raise UserError(f"--classes {source} does not exist. Name a folder of class folders, or a text file.")
     if names is None:
         raise UserError(
             f"nothing says which classes {config.model} knows. Give --classes: the training's folder of class folders, "

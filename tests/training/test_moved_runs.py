@@ -244,6 +244,7 @@ def test_wrong_options_and_weights_are_told_before_images_are_decoded_and_leave_
         ("linear_probe", "--run pretrain --data other", "train has the classes ['a', 'c'], test has ['a', 'b']"),
         ("evaluate", "--model tuned --data data/test missing", "folder missing does not exist"),
         ("evaluate", "--model tuned --data data/test other/train", "has the classes c, but"),
+        ("evaluate", "--model tuned --data data/test --classes missing", "--classes missing does not exist"),
     ],
 )
 def test_what_a_probe_or_an_evaluation_lacks_is_told_before_images_are_decoded(
