@@ -30,6 +30,7 @@ from beitv2_fast.runs.checkpoints import latest_weights
 from beitv2_fast.runs.folder import RunFolder, is_run_folder
 from beitv2_fast.runs.sources import locate
 from beitv2_fast.teachers.classifier import TeacherClassifier
+from beitv2_fast.training.images import found_images
 
 
 def models(config: EvaluateConfig) -> dict[str, Classifier | TeacherClassifier]:
@@ -52,6 +53,8 @@ def class_names(config: EvaluateConfig, model: Classifier | TeacherClassifier) -
         names = find_images(source, "train", labeled=True).classes
     elif source.is_file():
         names = listed_classes(source)
+    else:
+        raise UserError(f"--classes {source} does not exist. Name a folder of class folders, or a text file.")
     if names is None:
         raise UserError(
             f"nothing says which classes {config.model} knows. Give --classes: the training's folder of class folders, "
@@ -98,6 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     shape: Any = getattr(first, "vit_config", first)
     size = shape.image_size
     view = EvalView(size, crop_share(config.crop_pct, size))
+    for i, folder in enumerate(config.data):  # what is missing is told before all images of the others are checked
+        columns_of(found_images(folder, None, run, world, name=f"_{i}", labeled=True), classes, folder)
     datasets = {}
     for i, (name, folder) in enumerate(zip(folder_names(config.data), config.data, strict=True)):
         images = labeled_images(folder, None, str(i), config, run, world, view=view, min_size=shape.patch_size)

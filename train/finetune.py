@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from beitv2_fast.config.downstream import FinetuneConfig
 from beitv2_fast.config.presets import FINETUNE
+from beitv2_fast.data.images import ImageList
 from beitv2_fast.data.views import FinetuneView
 from beitv2_fast.distributed import World, run_main
 from beitv2_fast.downstream.augment import BatchAugment
@@ -22,11 +23,12 @@ from beitv2_fast.downstream.classification import (
     stored_classes,
     validation_images,
 )
+from beitv2_fast.downstream.evaluation import columns_of
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.classifier import Classifier
 from beitv2_fast.models.vit import normalize
 from beitv2_fast.teachers.classifier import TeacherClassifier
-from beitv2_fast.training.images import training_images
+from beitv2_fast.training.images import found_images, training_images
 from beitv2_fast.training.launch import evaluate_newest, launched, open_run
 from beitv2_fast.training.loop import train
 from beitv2_fast.training.task import Batch, Task
@@ -78,21 +80,28 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         raise UserError(f"{error}. Change one of these options.") from error
     run = open_run(config, world, backend)
-    dataset = training_images(config, view, run, world, labeled=True)
+    evaluated = validation_images(config)
+
+    def before(images: ImageList) -> None:
+        if len(images.classes) < 2:
+            raise UserError(
+                f"{images.root} needs at least two class folders, each with images, for fine-tuning, or shards with "
+                "labels."
+            )
+        store_classes(run, images.classes)
+        if evaluated is not None:
+            others = found_images(*evaluated, run, world, name="_val", labeled=True)
+            columns_of(others, images.classes, others.root)
+
+    dataset = training_images(config, view, run, world, labeled=True, before=before)
     classes = dataset.images.classes
-    if len(classes) < 2:
-        raise UserError(
-            f"{dataset.images.root} needs at least two class folders, each with images, for fine-tuning, or shards "
-            "with labels."
-        )
-    store_classes(run, classes)
     torch.manual_seed(config.seed)
     model = start_model(config, classes, run.print)
     augment = BatchAugment(
         len(classes), mixup=config.mixup, cutmix=config.cutmix, smoothing=config.smoothing, erasing=config.erasing
     )
     validation = None
-    if validation_images(config) is not None:
+    if evaluated is not None:
         validation = ClassifierValidation(config, classes, run, world)
     else:
         run.print("no images to evaluate on: neither --val nor a folder val or test in --data")

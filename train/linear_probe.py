@@ -41,7 +41,7 @@ from beitv2_fast.downstream.probes.knn import knn_predict
 from beitv2_fast.downstream.probes.sweep import Classifiers, SweepResult, fit_sweep, shares
 from beitv2_fast.downstream.probes.trained import evaluate_probe, train_probe
 from beitv2_fast.errors import UserError
-from beitv2_fast.runs.checkpoints import read_weights, save_weights
+from beitv2_fast.runs.checkpoints import latest_weights, read_weights, save_weights
 from beitv2_fast.runs.files import atomically
 from beitv2_fast.runs.folder import RunFolder
 from beitv2_fast.teachers.classifier import teacher_name
@@ -143,12 +143,18 @@ def swept(
     return found
 
 
+def need_classifiers(config: ProbeConfig, run: RunFolder) -> None:
+    """UserError if the run folder has nothing that --evaluate could evaluate."""
+    if config.protocol != "sweep":
+        latest_weights(run.path)
+    elif not (run.path / CLASSIFIERS).is_file():
+        raise UserError(f"--evaluate: {run.path} has no {CLASSIFIERS}. Run the probe without it first.")
+
+
 def evaluate(
     config: ProbeConfig, run: RunFolder, backbone: Backbone, keep: list[int], splits: dict[str, ImageList], world: World
 ) -> int:
     """--evaluate: the classifiers that a sweep left, on the test images."""
-    if not (run.path / CLASSIFIERS).is_file():
-        raise UserError(f"--evaluate: {run.path} has no {CLASSIFIERS}. Run the probe without it first.")
     test = {"test": splits["test"]}
     extract = Extractor(test, run.path / "features", world, batch_size=config.batch_size, workers=config.workers)
     found = extracted(extract, backbone)
@@ -175,6 +181,8 @@ def main(argv: list[str] | None = None) -> int:
     if config.exact and config.tokenizer is not None:
         tokenizer_config(config.tokenizer)  # now, not after the other features have been computed
     run = RunFolder(config, world.rank)
+    if config.evaluate:  # what is missing is told before all images are checked
+        need_classifiers(config, run)
     splits = find_labeled(config.data, config, run, world, 1 if trained is None else vit_of(trained[0]).patch_size)
     if config.protocol != "sweep":
         go = evaluate_probe if config.evaluate else train_probe

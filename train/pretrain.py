@@ -13,6 +13,7 @@ from beitv2_fast.config.training import PretrainConfig
 from beitv2_fast.data.draws import patch_masks
 from beitv2_fast.data.views import PretrainView
 from beitv2_fast.distributed import autocast_dtype, run_main
+from beitv2_fast.downstream.probes.images import found_labeled
 from beitv2_fast.downstream.probes.validation import KnnValidation
 from beitv2_fast.errors import UserError
 from beitv2_fast.kernels import masked_gather
@@ -110,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--knn-data needs whole weights on every rank, and ZeRO 3 has none. Leave one of them out.")
     task = PretrainTask(model, tokenizer.to(world.device), config)
     run = open_run(config, world, backend)
+    if config.knn_data:
+        found_labeled(config.knn_data, run, world)  # what is missing is told before all images are checked
     images = training_images(config, view, run, world)
     knn = KnnValidation(config, model, run, world) if config.knn_data else None
     return train(task, config, images, run, world, backend, after_epoch=knn, every_epochs=config.knn_every)

@@ -108,12 +108,13 @@ def main(argv: list[str] | None = None) -> int:
     if config.evaluate:
         return _evaluate(config, world)
     start_segmenter(config, config.num_classes or 2, lambda _: None)  # what does not fit is told before images are read
+    folders = validation_folders(config.data, config.val)
     run = open_run(config, world, backend)
     dataset, num_classes = training_folder(config, run, world)
     schedule = PolySchedule.of(config, len(dataset), world.size)
     torch.manual_seed(config.seed)
     model = across_ranks(start_segmenter(config, num_classes, run.print), world)
-    validation, folders = None, validation_folders(config.data, config.val)
+    validation = None
     if folders is not None:
         validation = SegmenterValidation(config, folders, num_classes, run, world, schedule.total_steps)
     else:

@@ -22,7 +22,7 @@ from beitv2_fast.quantize.collapse import CollapseWatch
 from beitv2_fast.teachers import create_teacher
 from beitv2_fast.teachers.base import Teacher
 from beitv2_fast.teachers.features import TeacherFeatures
-from beitv2_fast.training.images import training_images
+from beitv2_fast.training.images import found_images, training_images
 from beitv2_fast.training.launch import launched, open_run
 from beitv2_fast.training.loop import train
 from beitv2_fast.training.task import Batch, Task
@@ -93,6 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     model = build_tokenizer(config, teacher.dim)
     run = open_run(config, world, backend)
+    evaluated = validation_images(config)
+    if evaluated is not None:
+        found_images(*evaluated, run, world, name="_val")  # what is missing is told before all images are checked
     teacher.to(world.device)
     view = TokenizerView(config.teacher_image_size or config.image_size, config.crop_scale)
     images = training_images(config, view, run, world)
@@ -113,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         images.view = replace(view, size=config.image_size)
     task = TokenizerTask(model, features if config.views else teacher, config)
     validation = None
-    if validation_images(config) is not None:
+    if evaluated is not None:
         validation = TokenizerValidation(config, model, teacher, run, world)
     return train(task, config, images, run, world, backend, after_epoch=validation, every_epochs=config.eval_every)
 

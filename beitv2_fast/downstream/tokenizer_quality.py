@@ -19,6 +19,7 @@ from ..distributed import World, autocast_dtype
 from ..models.tokenizer import Tokenizer
 from ..quantize.quantizer import perplexity
 from ..runs.folder import RunFolder
+from ..runs.logs import is_best
 from ..teachers.base import Teacher
 from ..training.images import checked_images
 
@@ -61,7 +62,8 @@ def summary(sums: Tensor) -> dict[str, float]:
 
 
 class TokenizerValidation:
-    """Evaluates at the ends of epochs, as the reference does: a line in the log and in evaluation.jsonl."""
+    """Evaluates at the ends of epochs, as the reference does: a line in the log and in evaluation.jsonl; and whether
+    the similarity is the highest so far."""
 
     def __init__(
         self, config: TokenizerConfig, tokenizer: Tokenizer, teacher: Teacher, run: RunFolder, world: World
@@ -74,6 +76,7 @@ class TokenizerValidation:
         view = EvalView(config.teacher_image_size or config.image_size)
         loader, _ = choose_loader(config.loader, images=images, view=view, device=world.device)
         self.dataset = ImageFolder(images, view, loader=loader, device=world.device)
+        self.best: str | None = None  # "weights", if those just evaluated have the highest similarity so far
 
     def __call__(self, step: int, models: dict[str, nn.Module], progress: Callable[[], None]) -> dict[str, float]:
         """What ``summary`` says, logged. The ranks share the images, and all run as many forwards."""
@@ -99,6 +102,8 @@ class TokenizerValidation:
             f"{found['unused_codes']:,} of {found['codes']:,}  {found['images']:,} images"
         )
         self.run.metrics(step, {f"val_{name}": value for name, value in found.items()}, "evaluation.jsonl")
+        better = world.first(int(is_best(self.run.path, step, found["similarity"], "val_similarity")))
+        self.best = "weights" if better else None
         return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ..config.options import RunConfig
@@ -15,6 +16,29 @@ from ..distributed import World
 from ..runs.folder import RunFolder
 
 
+def found_images(
+    data: Path, split: str | None, run: RunFolder, world: World, *, name: str = "", labeled: bool = False
+) -> ImageList:
+    """The images of a folder, found by rank 0, before any is opened.
+
+    ``split``, ``labeled``: see ``find_images``. ``name``: of what is written, where a run has several lists.
+    """
+    index = run.path / f"shards{name}.json"
+    return world.from_rank_0(lambda: find_images(data, split, labeled=labeled, index=index))
+
+
+def checked(
+    found: ImageList, config: RunConfig, run: RunFolder, world: World, *, min_size: int, name: str = ""
+) -> ImageList:
+    """What is left of them once all ranks have checked them; the results are kept in the run folder.
+
+    The log says what was found.
+    """
+    run.print(found.summary)
+    cache = run.path / f"images{name}.jsonl"
+    return check_images(found, cache=cache, min_size=min_size, how=config.check, workers=config.workers, world=world)
+
+
 def checked_images(
     data: Path,
     split: str | None,
@@ -26,24 +50,29 @@ def checked_images(
     name: str = "",
     labeled: bool = False,
 ) -> ImageList:
-    """The images of a folder, found by rank 0 and checked once by all ranks; the results are kept in the run folder.
-
-    The log says what was found. ``split``, ``labeled``: see ``find_images``. ``name``: of what is written, where a run
-    has several lists.
-    """
-
-    index, cache = run.path / f"shards{name}.json", run.path / f"images{name}.jsonl"
-    found = world.from_rank_0(lambda: find_images(data, split, labeled=labeled, index=index))
-    run.print(found.summary)
-    return check_images(found, cache=cache, min_size=min_size, how=config.check, workers=config.workers, world=world)
+    """``found_images``, ``checked``."""
+    found = found_images(data, split, run, world, name=name, labeled=labeled)
+    return checked(found, config, run, world, min_size=min_size, name=name)
 
 
 def training_images(
-    config: TrainConfig, view: View, run: RunFolder, world: World, *, labeled: bool = False
+    config: TrainConfig,
+    view: View,
+    run: RunFolder,
+    world: World,
+    *,
+    labeled: bool = False,
+    before: Callable[[ImageList], object] = lambda _: None,
 ) -> ImageFolder:
-    """The images of --data and how they are loaded, which the log says. ``labeled``: see ``find_images``."""
+    """The images of --data and how they are loaded, which the log says.
+
+    ``labeled``: see ``find_images``. ``before``: raises what is wrong with the images that were found, or with those to
+    evaluate on, before all are checked, which takes minutes.
+    """
     choose_loader(config.loader, in_memory=config.in_memory, view=view)  # what is missing is told before the images
-    images = checked_images(config.data, "train", config, run, world, min_size=config.patch_size, labeled=labeled)
+    found = found_images(config.data, "train", run, world, labeled=labeled)
+    before(found)
+    images = checked(found, config, run, world, min_size=config.patch_size)
     loader, why = choose_loader(
         config.loader, in_memory=config.in_memory, images=images, view=view, device=world.device
     )

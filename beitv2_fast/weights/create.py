@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.downstream import FinetuneConfig
+from ..config.options import SOURCE
 from ..config.training import PretrainConfig, TokenizerConfig, TrainConfig
 from ..errors import CheckpointError, UserError
 from ..models.classifier import Classifier, ClassifierConfig
@@ -157,6 +158,8 @@ def open_model(
         image_size, average: see ``load_run_model``.
     """
     path = locate(source)
+    if not path.exists():
+        raise UserError(f"{source} is no run folder, and no file either. Train that stage first, or name {SOURCE}.")
     if average or not (path.is_file() or (path / CONFIG).is_file()) or is_run_folder(path):
         return load_run_model(path, image_size, average=average)
     size: dict[str, Any] = {} if image_size is None else {"image_size": image_size}

@@ -17,6 +17,7 @@ from beitv2_fast.data.views import EvalView
 from beitv2_fast.downstream import tokenizer_quality as quality
 from beitv2_fast.models.tokenizer import Tokenizer, TokenizerModelConfig
 from beitv2_fast.models.vit import ViTConfig
+from beitv2_fast.runs.checkpoints import read_weights
 from beitv2_fast.teachers import create_teacher
 from beitv2_fast.train.tokenizer_quality import tokenizer_quality
 from beitv2_fast.weights.build import load_run_model
@@ -80,7 +81,7 @@ def test_a_training_tells_similarity_and_unused_codes_of_the_validation_images_a
     data = write_colors(tmp_path / "data" / "train", 4)
     write_colors(tmp_path / "data" / "val", 3)  # 9 images: no multiple of the batch
     out, options = tmp_path / "run", [*TINY, *TOKENIZER_OPTIONS, "--data", data.parent]
-    assert call("tokenizer", *options, "--out", out) == 0
+    assert call("tokenizer", *options, "--out", out, "--keep-checkpoints", 3) == 0
     lines = [json.loads(line) for line in (out / "evaluation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6, 9] and {line["val_images"] for line in lines} == {9}
     model, config = load_run_model(out)
@@ -92,16 +93,22 @@ def test_a_training_tells_similarity_and_unused_codes_of_the_validation_images_a
     assert last == pytest.approx(expected, rel=1e-5)
     assert expected["unused_codes"] == round(16 * (1 - expected["used_codes"]))
     assert "codes unused" in (out / "log.txt").read_text()
+    highest = max(lines, key=lambda line: line["val_similarity"])["step"]
+    folders = out / "best", out / "checkpoints" / f"step_{highest:08d}"
+    kept, of_step = (read_weights(folder / "model.safetensors") for folder in folders)
+    assert all(torch.equal(kept[name], value) for name, value in of_step.items())
     none = tmp_path / "none"
     assert call("tokenizer", *options, "--data", data, "--out", none, "--epochs", 1) == 0
     assert not (none / "evaluation.jsonl").exists()
 
 
 @pytest.mark.parametrize("count", [5, 6])
-def test_two_ranks_see_every_validation_image_once(count):
+def test_two_ranks_see_every_validation_image_once(count, tmp_path):
     model = tokenizer()
     images = torch.rand(count, 3, 32, 32)
-    view = SimpleNamespace(config=TokenizerConfig(batch_size=2, workers=0), tokenizer=model, run=Mock())
+    view = SimpleNamespace(
+        config=TokenizerConfig(batch_size=2, workers=0, precision="fp32"), tokenizer=model, run=Mock(path=tmp_path)
+    )
     view.teacher = reconstruction(model)
     view.dataset = range(count)
     parts = []
@@ -111,7 +118,7 @@ def test_two_ranks_see_every_validation_image_once(count):
             parts.append(sums)
             return sums
 
-        return SimpleNamespace(rank=rank, size=2, device=torch.device("cpu"), sum=keep)
+        return SimpleNamespace(rank=rank, size=2, device=torch.device("cpu"), sum=keep, first=int)
 
     def loader(dataset, keys, batch, workers):
         return [{"image": images[[i for _, i in keys[k : k + batch]]]} for k in range(0, len(keys), batch)]

@@ -193,8 +193,14 @@ WRONG = {
         ("--weights", "missing.pth"): "no checkpoint file missing.pth",
         ("--deepspeed-config", "missing.json"): "missing.json cannot be read",
         ("--attention", "xformers"): "attention 'xformers' cannot run here",
+        ("--val", "missing"): "folder missing does not exist",
+        ("--val", "data/test/a"): "has no classes, but the classifier knows 2",
+        ("--data", "data/train/a"): "needs at least two class folders",
     },
     "pretrain": {
+        ("--knn-data", "missing"): "missing needs the folders train/CLASS and test/CLASS",
+        ("--knn-data", "other"): "train has the classes ['a', 'c'], test has ['a', 'b']",
+        ("--tokenizer", "vqkd_misspelled"): "or a name that `beitv2-fast models` lists",
         ("--loss-on", "aggregation", "--aggregation-depth", 0): "needs that branch",
         ("--attention", "xformers"): "attention 'xformers' cannot run here",
     },
@@ -202,7 +208,15 @@ WRONG = {
         ("--depth", 3): "has another shape than these options: give it as --depth 2",
         ("--layers", 0, 1): "Change --layers or --depth",
         ("--scale-range", 2, 1): "its first number must not be above its second",
+        ("--val", "missing"): "--val missing has no images with masks",
     },
+    "tokenizer": {("--val", "missing"): "folder missing does not exist"},
+}
+STARTS = {
+    "pretrain": ("--tokenizer", "tokenizer"),
+    "tokenizer": ("--teacher-image-size", 128),
+    "finetune": ("--weights", "pretrain"),
+    "segment": ("--weights", "pretrain"),
 }
 CASES = [(stage, wrong) for stage, cases in WRONG.items() for wrong in cases]
 
@@ -215,9 +229,33 @@ def test_wrong_options_and_weights_are_told_before_images_are_decoded_and_leave_
         pytest.importorskip("deepspeed")
     monkeypatch.setattr(training_images, "check_images", lambda *_, **__: pytest.fail("images were decoded"))
     monkeypatch.chdir(world)
-    start = ["--tokenizer", "tokenizer"] if stage == "pretrain" else ["--weights", "pretrain"]
-    assert go(stage, *start, "--data", "data", "--out", "new", *wrong) == 2
+    shutil.copytree("data", "other")
+    Path("other/train/b").rename("other/train/c")
+    assert go(stage, *STARTS[stage], "--data", "data", "--out", "new", *wrong) == 2
     assert WRONG[stage][wrong] in capsys.readouterr().err
+    assert not (world / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "said"),
+    [
+        ("linear_probe", "--run pretrain --data data --evaluate", "has no classifiers.safetensors"),
+        ("linear_probe", "--run pretrain --data data --evaluate --protocol blocks", "has no checkpoint yet"),
+        ("linear_probe", "--run pretrain --data other", "train has the classes ['a', 'c'], test has ['a', 'b']"),
+        ("evaluate", "--model tuned --data data/test missing", "folder missing does not exist"),
+        ("evaluate", "--model tuned --data data/test other/train", "has the classes c, but"),
+        ("evaluate", "--model tuned --data data/test --classes missing", "--classes missing does not exist"),
+    ],
+)
+def test_what_a_probe_or_an_evaluation_lacks_is_told_before_images_are_decoded(
+    world, monkeypatch, capsys, stage, options, said
+):
+    monkeypatch.setattr(training_images, "check_images", lambda *_, **__: pytest.fail("images were decoded"))
+    monkeypatch.chdir(world)
+    shutil.copytree("data", "other")
+    Path("other/train/b").rename("other/train/c")
+    assert call(stage, "--workers", 0, "--device", "cpu", "--out", "new", *options.split()) == 2
+    assert said in capsys.readouterr().err
     assert not (world / "new").exists()
 
 

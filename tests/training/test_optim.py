@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from beitv2_fast.config.presets import PRETRAIN, TOKENIZER
 from beitv2_fast.config.training import PretrainConfig
 from beitv2_fast.downstream.segmentation.model import Segmenter, SegmenterConfig
 from beitv2_fast.models.classifier import Classifier, ClassifierConfig
@@ -17,6 +18,32 @@ from ..support import weights
 from ..support.golden import load
 from ..support.small_runs import small_runs
 from ..support.training import call, last_weights
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("base", (768, 12, 12, 9, 0.1, 300, (0.9, 0.98), 0.0)),
+        ("base_1600", (768, 12, 12, 9, 0.1, 1600, (0.9, 0.999), 0.1)),
+        ("large", (1024, 24, 16, 21, 1e-5, 300, (0.9, 0.98), 0.0)),
+        ("large_1600", (1024, 24, 16, 21, 1e-5, 1600, (0.9, 0.999), 0.1)),
+    ],
+)
+def test_presets_of_pre_training_are_the_paper_s(name, expected):
+    c = PRETRAIN[name]
+    assert (c.dim, c.depth, c.heads, c.early_layer, c.layer_scale, c.epochs, c.betas, c.drop_path) == expected
+    assert (c.lr, c.lr_batch, c.min_lr, c.warmup_epochs, c.weight_decay) == (1.5e-3, 2048, 1e-5, 10, 0.05)
+    assert (c.weight_decay_end, c.clip_grad, c.init_std, c.crop_scale, c.color_jitter) == (None, 3, 0.02, (0.2, 1), 0.4)
+    assert (c.mask, c.num_masked, c.min_mask_patches, c.max_mask_patches) == ("block", 75, 16, None)
+    assert (c.position, c.aggregation_depth, c.shared_head, c.loss_on) == ("shared_relative", 2, True, "both")
+
+
+@pytest.mark.parametrize("name", ["base", "base_1_block", "base_1_block_dino", "large"])
+def test_presets_of_the_tokenizer_are_the_paper_s(name):
+    c = TOKENIZER[name]
+    assert (c.epochs, 8 * c.batch_size, c.lr, c.lr_batch, c.min_lr, c.warmup_epochs) == (100, 512, 5e-5, 128, 1e-5, 10)
+    assert (c.betas, c.weight_decay, c.clip_grad, c.crop_scale, c.views) == ((0.9, 0.99), 1e-4, 0, (0.08, 1), 0)
+    assert (c.num_codes, c.code_dim, c.decay, c.commitment_weight, c.kmeans_init) == (8192, 32, 0.99, 1, True)
 
 
 def test_the_learning_rate_follows_the_reference_in_every_step(golden):

@@ -98,7 +98,9 @@ def test_a_start_that_fails_leaves_a_folder_with_work_in_it_and_one_that_was_the
         (tmp_path / "run" / work).write_text("{}")
         raise UserError("no")
 
-    data = write_images(tmp_path / "images" / "a", 2).parent
+    data = tmp_path / "images"
+    for name in ("a", "b"):
+        write_images(data / name, 2)
     with monkeypatch.context() as patch:
         patch.setattr(images_of_trainings, "check_images", fail)
         assert call("finetune", *SMALL, "--data", data, "--out", tmp_path / "run") == 2
@@ -110,8 +112,12 @@ def test_a_start_that_fails_leaves_a_folder_with_work_in_it_and_one_that_was_the
 
 def test_a_long_check_that_fails_at_its_end_is_not_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "WORK_BYTES", 200)
-    data = write_images(tmp_path / "images" / "a", 9).parent
-    assert call("finetune", *SMALL, "--data", data, "--out", tmp_path / "run") == 2  # one class
+    data = tmp_path / "images"
+    for name, count in (("a", 5), ("b", 4)):
+        write_images(data / name, count)
+    (data / "a" / "00.png").write_bytes(b"junk")
+    mistake = ["--batch-size", 9]  # than which fewer images are left
+    assert call("finetune", *SMALL, "--data", data, "--out", tmp_path / "run", *mistake) == 2
     assert len((tmp_path / "run" / "images.jsonl").read_text().splitlines()) == 1 + 9
 
 

@@ -94,7 +94,7 @@ def test_a_probe_by_a_published_name_finds_the_scores_of_its_file(server, images
 def test_encode_by_a_published_name_writes_the_tokenizer_s_codes(server, images, tmp_path):
     out = tmp_path / "codes.npz"
     assert cli.run_command(["encode", str(images / "test"), "--tokenizer", TOKENIZER, "--out", str(out), "--workers",
-                            "0", "--device", "cpu"]) == 0  # fmt: skip
+                            "0", "--device", "cpu", "--precision", "fp32"]) == 0  # fmt: skip
     from beitv2_fast import read_images
 
     model = create_model(checkpoint=TOKENIZER)
