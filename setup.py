@@ -82,8 +82,8 @@ def announce(reason: str) -> None:
     """One paragraph on standard error and, since pip shows that of failing builds only, on the terminal itself."""
     text = (
         "\nbeitv2_fast: THE C++ OPS WERE NOT BUILT. On the CPU the plain PyTorch references will run: same results, 10 "
-        "to 100 times slower. Install torch and a C++20 compiler (g++ >= 11), then this package again: `pip install "
-        f"--no-build-isolation --force-reinstall --no-deps`. The cause:\n{reason}\n"
+        "to 100 times slower. Install torch and a C++20 compiler (g++ >= 11), then this package again; in a clone: `"
+        f"pip install --no-build-isolation --force-reinstall --no-deps .` The cause:\n{reason}\n"
     )
     print(text, file=sys.stderr)
     if not sys.stderr.isatty():
