@@ -34,8 +34,8 @@ def native_ops() -> bool:
     if problem:
         warnings.warn(
             f"beitv2_fast: the C++ ops {problem}. On the CPU the plain PyTorch references run: same results, 10 to 100 "
-            "times slower. Install this package again beside its torch, with a C++20 compiler (g++ >= 11) on the PATH; in "
-            "a clone: `pip install --no-build-isolation --force-reinstall --no-deps .`",
+            "times slower. Install this package again beside its torch, with a C++20 compiler (g++ >= 11) on the PATH; "
+            "in a clone: `pip install --no-build-isolation --force-reinstall --no-deps .`",
             stacklevel=2,
         )
     return not problem
