@@ -14,6 +14,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -90,11 +91,19 @@ def _vits() -> dict[str, Published]:
 
 
 PUBLISHED: dict[str, Published] = {**_tokenizers(), **_vits()}
+SEGMENTERS = {  # what train/segment.py reads; create_model makes no such model
+    f"beitv2_{size}_patch16_224_pt1k_{kind}": Published(
+        f"beitv2_{size}_patch16_224_pt1k_{kind}.pth", "", millions, f"{what}, UPerNet on ADE20K", classes=150
+    )
+    for size, millions in (("base", 163), ("large", 440))
+    for kind, what in (("ftade20k", "1600 epochs"), ("ft21ktoade20k", "... fine-tuned on ImageNet-21k"))
+}
 
 
 def is_remote(source: str | Path) -> bool:
     """Whether it is a name, a URL or a repository, which may have to be fetched."""
-    return not Path(source).exists() and (str(source) in PUBLISHED or _url(source) is not None or _is_hub(source))
+    named = str(source) in PUBLISHED or str(source) in SEGMENTERS
+    return not Path(source).exists() and (named or _url(source) is not None or _is_hub(source))
 
 
 def locate(source: str | Path, *, fetch: bool = True) -> Path:
@@ -112,8 +121,8 @@ def locate(source: str | Path, *, fetch: bool = True) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    url = _url(source)
-    if known := PUBLISHED.get(str(source)) or next((p for p in PUBLISHED.values() if p.url == url), None):
+    url, published = _url(source), PUBLISHED | SEGMENTERS
+    if known := published.get(str(source)) or next((p for p in published.values() if p.url == url), None):
         return _file(known.url, known.file, fetch, known.digest) or path
     if url:
         return _file(url, _cached_name(url), fetch) or path
@@ -153,22 +162,45 @@ def _file(url: str, name: str, fetch: bool, digest: str | None = None) -> Path |
         with FileLock(f"{file}.lock"):
             if not file.is_file():  # another process may have fetched it meanwhile
                 _download(url, file, digest)
-    except (OSError, RuntimeError) as error:  # urllib's are OSErrors; RuntimeError is torch's for another hash
+    except OSError as error:  # urllib's are, too
         raise CheckpointError(f"{url} could not be fetched ({_reason(error)}): put that file at {file}.") from error
     return file
 
 
 def _download(url: str, file: Path, digest: str | None) -> None:
-    """torch.hub's download, of which a connection that ends too soon leaves nothing."""
-    with urlopen(Request(url, headers={"User-Agent": "torch.hub"})) as answer:
-        size = answer.headers.get("Content-Length")
-    whole = file.with_name(f".{file.name}")  # its name says whole: only then it gets it
-    torch.hub.download_url_to_file(url, str(whole), digest)
-    if size is not None and whole.stat().st_size != int(size):
-        found = whole.stat().st_size
-        whole.unlink()
-        raise OSError(f"the connection ended after {found:,} of {int(size):,} bytes")
-    whole.replace(file)
+    """Goes on with what a connection that ended too soon has left, if the server's version (ETag) is still that."""
+    part, tag = file.with_name(f".{file.name}"), file.with_name(f".{file.name}.etag")
+    version = tag.read_text() if tag.exists() and part.exists() else ""
+    headers = {"User-Agent": "torch.hub"}
+    if version:
+        headers |= {"Range": f"bytes={part.stat().st_size}-", "If-Range": version}
+    try:
+        answer = urlopen(Request(url, headers=headers))
+    except HTTPError as error:
+        if error.code != 416 or not version:
+            raise
+        tag.unlink()  # nothing is missing of what is there: is it whole?
+        return _download(url, file, digest)
+    progress: Any = vars(torch.hub)["tqdm"]  # or torch's own, where tqdm is not installed
+    with answer:
+        begun = part.stat().st_size if answer.status == 206 else 0
+        size = int(answer.headers["Content-Length"]) + begun if "Content-Length" in answer.headers else None
+        tag.write_text(answer.headers.get("ETag") or "")
+        with (
+            part.open("ab" if begun else "wb") as out,
+            progress(total=size, initial=begun, unit="B", unit_scale=True, disable=None) as bar,
+        ):
+            while data := answer.read(2**20):
+                out.write(data)
+                bar.update(len(data))
+    found = part.stat().st_size
+    if size is not None and found != size:
+        raise OSError(f"the connection ended after {found:,} of {size:,} bytes; the same command goes on from there")
+    tag.unlink()
+    if digest and not (of_file := hashlib.sha256(part.read_bytes()).hexdigest()).startswith(digest):
+        part.unlink()
+        raise OSError(f'invalid hash value (expected "{digest}", got "{of_file}")')
+    part.replace(file)  # the name says whole
 
 
 def _repository(source: str, fetch: bool) -> Path | None:

@@ -26,6 +26,7 @@ from beitv2_fast.weights.files import read, write
 from beitv2_fast.weights.names import SEGMENTER_HEADS
 
 from ..support.downstream import SMALL, results, write_scenes
+from ..support.release_server import serving
 from ..support.training import call
 from ..support.weights import assert_same_state
 
@@ -88,6 +89,13 @@ def test_every_value_of_a_published_segmenter_arrives(file):
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
     assert found["decode_head.bottleneck.bn.num_batches_tracked"] == 160_000
+
+
+def test_a_published_segmenter_is_read_by_its_name(file, tmp_path, monkeypatch):
+    with serving(tmp_path, monkeypatch) as server:
+        server.files["/beitv2_base_patch16_224_pt1k_ftade20k.pth"] = file.read_bytes()
+        model = start_segmenter(config(Path("beitv2_base_patch16_224_pt1k_ftade20k")), CLASSES, lambda _: None)
+    assert torch.equal(model.decode_head.conv_seg.bias, published_state()["decode_head.conv_seg.bias"])
 
 
 def test_with_other_classes_only_the_last_layers_are_new_and_another_size_resizes_its_positions(file):
