@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from beitv2_fast import StudentConfig, TokenizerModelConfig, ViTConfig, cli, create_model
+from beitv2_fast.config.downstream import SegmentConfig
 from beitv2_fast.config.show import ExploreConfig
 from beitv2_fast.config.training import PretrainConfig, TokenizerConfig
 from beitv2_fast.data.find import find_images
+from beitv2_fast.downstream.segmentation.training import start_segmenter
 from beitv2_fast.models.student import Student
 from beitv2_fast.models.tokenizer import Tokenizer
 from beitv2_fast.runs.folder import content
@@ -101,6 +103,14 @@ def test_encode_by_a_published_name_writes_the_tokenizer_s_codes(server, images,
     paths = find_images(images / "test").paths
     view = read_images([images / "test" / path for path in paths], size=32)
     assert torch.equal(torch.from_numpy(numpy.load(out)["codes"].astype("int64")).flatten(1), model.encode(view))
+
+
+def test_a_segmentation_starts_from_a_published_student(server):
+    said: list[str] = []
+    shape = {name: SHAPE[name] for name in ("image_size", "patch_size", "dim", "depth", "heads")}
+    model = start_segmenter(SegmentConfig(weights=Path(STUDENT), **shape), 3, said.append)
+    assert said[0].startswith(f"weights from {STUDENT}; not in the weights")
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, create_model(checkpoint=STUDENT).blocks[0].mlp.fc1.weight)
 
 
 def test_convert_by_a_published_name_writes_its_weights(server, tmp_path):
