@@ -12,7 +12,7 @@ from ..config.options import SOURCE, VERSION, Parser, add_options, check_limits,
 from ..config.show import ExploreConfig
 from ..distributed import run_main
 from ..runs.checkpoints import compact
-from ..runs.sources import PUBLISHED, SEGMENTERS
+from ..runs.sources import NAMED, PUBLISHED
 from ..show.explore import explore
 from ..weights.create import ALIASES, MODELS
 from ..weights.names import FORMATS
@@ -90,7 +90,7 @@ def run_command(argv: Sequence[str] | None = None) -> int:
 
 def _list_models() -> None:
     print("published weights, by name wherever a model is read\n")
-    for name, published in (PUBLISHED | SEGMENTERS).items():
+    for name, published in NAMED.items():
         print(f"  {name:<43}{published.millions:>4} M parameters  {published.what}")
     print("\nmodels with random weights, for create_model; other names of theirs\n")
     aliases = {alias: name for alias, name in ALIASES.items() if alias not in PUBLISHED}

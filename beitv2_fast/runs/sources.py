@@ -98,12 +98,12 @@ SEGMENTERS = {  # what train/segment.py reads; create_model makes no such model
     for size, millions in (("base", 163), ("large", 440))
     for kind, what in (("ftade20k", "1600 epochs"), ("ft21ktoade20k", "... fine-tuned on ImageNet-21k"))
 }
+NAMED = PUBLISHED | SEGMENTERS
 
 
 def is_remote(source: str | Path) -> bool:
     """Whether it is a name, a URL or a repository, which may have to be fetched."""
-    named = str(source) in PUBLISHED or str(source) in SEGMENTERS
-    return not Path(source).exists() and (named or _url(source) is not None or _is_hub(source))
+    return not Path(source).exists() and (str(source) in NAMED or _url(source) is not None or _is_hub(source))
 
 
 def locate(source: str | Path, *, fetch: bool = True) -> Path:
@@ -121,8 +121,8 @@ def locate(source: str | Path, *, fetch: bool = True) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    url, published = _url(source), PUBLISHED | SEGMENTERS
-    if known := published.get(str(source)) or next((p for p in published.values() if p.url == url), None):
+    url = _url(source)
+    if known := NAMED.get(str(source)) or next((p for p in NAMED.values() if p.url == url), None):
         return _file(known.url, known.file, fetch, known.digest) or path
     if url:
         return _file(url, _cached_name(url), fetch) or path

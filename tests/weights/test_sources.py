@@ -16,7 +16,7 @@ from beitv2_fast import create_model
 from beitv2_fast.errors import CheckpointError
 from beitv2_fast.runs import sources
 from beitv2_fast.runs.folder import content
-from beitv2_fast.runs.sources import PUBLISHED, Published, locate
+from beitv2_fast.runs.sources import NAMED, PUBLISHED, Published, locate
 from beitv2_fast.weights import convert
 from beitv2_fast.weights.create import MODEL_CLASSES, model_config
 
@@ -83,7 +83,7 @@ def test_a_file_of_another_hash_is_refused_and_not_kept(server):
 def test_a_file_with_the_hash_that_is_known_is_kept_under_its_published_name(server, monkeypatch):
     whole = b"the file"
     name = f"x-{hashlib.sha256(whole).hexdigest()[:8]}.pth"
-    monkeypatch.setitem(PUBLISHED, "x", Published(name, "vqkd_base_clip", 109, "of this test"))
+    monkeypatch.setitem(NAMED, "x", Published(name, "vqkd_base_clip", 109, "of this test"))
     server.files[f"/{name}"] = whole
     assert locate("x") == Path(torch.hub.get_dir()) / "checkpoints" / name
     assert locate(f"{server.url}/{name}") == locate("x")  # its address is checked and kept alike

@@ -19,7 +19,7 @@ from beitv2_fast.downstream.segmentation.training import start_segmenter
 from beitv2_fast.models.student import Student
 from beitv2_fast.models.tokenizer import Tokenizer
 from beitv2_fast.runs.folder import content
-from beitv2_fast.runs.sources import PUBLISHED, SEGMENTERS, locate
+from beitv2_fast.runs.sources import NAMED, locate
 from beitv2_fast.show.report.stages import read_stage
 from beitv2_fast.show.runs import open_runs
 from beitv2_fast.weights import convert
@@ -163,7 +163,7 @@ def test_the_config_of_a_published_model_is_the_paper_s(server):
 def test_models_lists_every_published_name_with_its_size_and_what_it_is(capsys):
     assert cli.run_command(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for name, published in (PUBLISHED | SEGMENTERS).items():
+    for name, published in NAMED.items():
         (line,) = (line for line in lines if line.split()[:1] == [name])
         assert f"{published.millions} M" in line and published.what in line
 
