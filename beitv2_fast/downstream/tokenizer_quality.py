@@ -17,7 +17,7 @@ from ..data.loaders import choose_loader, keyed_loader
 from ..data.views import EvalView
 from ..distributed import World, autocast_dtype
 from ..models.tokenizer import Tokenizer
-from ..quantize.quantizer import perplexity
+from ..quantize.states import perplexity
 from ..runs.folder import RunFolder
 from ..runs.logs import is_best
 from ..teachers.base import Teacher

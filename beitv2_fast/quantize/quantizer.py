@@ -22,11 +22,10 @@ from ..kernels.codebook_update.ops import ema_step, sum_over_ranks
 from ..kernels.sampling import ALONE, salt
 from ..kernels.snapshot import Snapshot, copy_codebook, recomputing, to_be_recomputed
 from ..kernels.vector_quantize.ops import quantize
+from ..kernels.vector_quantize.reference import vector_quantize_reference
 from .collapse import ASKED_WHEN_COMPILED, CLOCK, look, refuse_gathered_copy, replace_dead_codes, start_codebook
 from .options import DEAD_AFTER, check_options
-from .states import QuantizerState
-
-SHORTEST = 1e-6  # the shortest vector that still has a direction
+from .states import QuantizerState, perplexity
 
 
 class Quantized(NamedTuple):
@@ -46,12 +45,6 @@ class Quantized(NamedTuple):
     def perplexity(self) -> Tensor:
         """exp(entropy) of the codes' frequencies in this batch: [] or [heads]."""
         return perplexity(self.counts)
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """exp(entropy) of frequencies counts / sum: [..., K] -> [...] float64."""
-    p = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
-    return torch.exp(-torch.special.xlogy(p, p).sum(-1))
 
 
 class FusedVectorQuantizer(QuantizerState):
@@ -117,7 +110,6 @@ class FusedVectorQuantizer(QuantizerState):
         ValueError: naming the option that makes no sense.
     """
 
-    frozen = False  # by freeze(); an attribute like ``training`` and ``requires_grad``, so no part of a state dict
     any_length = False  # whether codes for cosine keep the lengths with which they are loaded
 
     def __init__(
@@ -194,47 +186,10 @@ class FusedVectorQuantizer(QuantizerState):
         self.forwards_per_step = 1
         self.reset_parameters()
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """The state of a new quantizer, where its tensors are: after ``to_empty``, as with torch's own modules."""
-        shape, generator = self.codebook.shape, torch.Generator().manual_seed(self.seed)
-        start = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-        if self.transform is not None:
-            self.codebook.copy_(start * shape[-1] ** -0.5)
-        else:
-            self.codebook.copy_(F.normalize(start, dim=-1) if self.metric == "cosine" else start)
-        if self.embed_avg is not None:
-            self.embed_avg.copy_(self.codebook)
-        self.cluster_size.fill_(self.embed_avg is not None or self.dead_below > 0)
-        self.initialized.fill_(not self.kmeans_init)
-        for counter in (self.idle, self.steps, self.recent):
-            if counter is not None:
-                counter.zero_()
-        self._reset_unsaved()
-
     def extra_repr(self) -> str:
         options = [o for o in inspect.signature(FusedVectorQuantizer).parameters.values() if o.name != "transform"]
         changed = [f"{o.name}={getattr(self, o.name)!r}" for o in options if getattr(self, o.name) != o.default]
         return ", ".join([*changed, *["frozen"] * self.frozen])
-
-    def freeze(self, frozen: bool = True) -> None:
-        """Keep the codebook as it is in training mode, too, until ``thaw``.
-
-        As with ``learning="frozen"`` the gradient and the commitment loss still reach the vectors, and a codebook that
-        was not started yet still starts by k-means. Apart from ``usage()`` nothing else changes in training mode. A
-        codebook that learns by gradient, or a transform, gets none, and the loss has no term for it; its
-        ``requires_grad`` is off.
-        A state dict does not say whether it is frozen; copies and pickles do.
-        """
-        self.frozen = frozen
-        transform = [] if self.transform is None else self.transform.parameters()
-        for learnt in (*transform, *[self.codebook] * isinstance(self.codebook, nn.Parameter)):
-            learnt.requires_grad_(not frozen)
-            learnt.grad = None  # an optimizer would move it by an old gradient
-
-    def thaw(self) -> None:
-        """Let the codebook learn again by its rule, from the state in which ``freeze`` found it."""
-        self.freeze(False)
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
         """Quantize vectors; in training mode also move the codebook.
@@ -251,7 +206,7 @@ class FusedVectorQuantizer(QuantizerState):
             self._leave_meta()
         compiling = torch.compiler.is_compiling()
         x = self._rows(z)  # [G, N, D]
-        keep = None if mask is None else self._row_mask(mask, z)
+        keep = self._row_mask(mask, z)
         with torch.autocast(z.device.type, enabled=False):
             if keep is not None:
                 x = torch.where(keep[:, None], x, 1.0)  # padding may hold NaN, and zeros have no direction
@@ -281,9 +236,7 @@ class FusedVectorQuantizer(QuantizerState):
             loss = losses.squeeze(0) if self.groups == 1 else losses.mean()
             axis = self.channel_axis(z)
             quantized = quantized.transpose(0, 1).reshape(z.movedim(axis, -1).shape).movedim(-1, axis).to(z.dtype)
-        if keep is not None:
-            indices = torch.where(keep, indices, -1)
-        return Quantized(quantized, self._index_map(indices, z), loss, counts)
+        return Quantized(quantized, self._index_map(indices, keep, z), loss, counts)
 
     @torch.no_grad()
     def start(self, z: Tensor) -> None:
@@ -295,9 +248,7 @@ class FusedVectorQuantizer(QuantizerState):
         x = self._rows(z)
         with torch.autocast(z.device.type, enabled=False):
             indices = _stack([self._nearest(*part) for part in zip(x, self._codebooks(), strict=True)])
-        if mask is not None:
-            indices = torch.where(self._row_mask(mask, z), indices, -1)
-        return self._index_map(indices, z)
+        return self._index_map(indices, self._row_mask(mask, z), z)
 
     def decode(self, indices: Tensor) -> Tensor:
         """Indices as ``forward`` returns them -> the vectors that it returned, fp32; index -1 gives zeros.
@@ -321,30 +272,6 @@ class FusedVectorQuantizer(QuantizerState):
         codes = codes.flatten(-2) if heads > 1 else codes
         return codes.movedim(-1, self.channel_axis(codes))
 
-    @torch.no_grad()
-    def usage(self, reset: bool = False) -> dict[str, float]:
-        """Since the last reset: share of codes chosen, perplexity of their frequencies, how many dead codes restarted.
-
-        Share and perplexity are means over the codebooks.
-        """
-        values = self.usage_tensors(reset)
-        return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
-
-    @torch.no_grad()
-    def usage_tensors(self, reset: bool = False) -> dict[str, Tensor]:
-        """``usage`` as fp64 scalars on the device, for which the host need not wait."""
-        if self._made_on_meta:
-            self._leave_meta()
-        result = {
-            "used_codes": (self.window_counts > 0).double().mean(),
-            "perplexity": perplexity(self.window_counts).mean(),
-            "replaced_codes": self.window_replaced.double(),
-        }
-        if reset:
-            self.window_counts.zero_()
-            self.window_replaced.zero_()
-        return result
-
     def channel_axis(self, z: Tensor) -> int:
         """The dimension along which the vectors of z lie."""
         return -1 if self.channel_last or z.dim() < 2 else 1
@@ -360,13 +287,16 @@ class FusedVectorQuantizer(QuantizerState):
             raise ValueError(f"the vectors are on {z.device}, the codebook on {self.codebook.device}; move one of them")
         return z.movedim(self.channel_axis(z), -1).reshape(-1, self.groups, self.code_dim).transpose(0, 1)
 
-    def _index_map(self, indices: Tensor, z: Tensor) -> Tensor:
-        """[G, N] -> the shape of z without the channels, and with several heads their number last."""
+    def _index_map(self, indices: Tensor, keep: Tensor | None, z: Tensor) -> Tensor:
+        """[G, N] -> the shape of z without the channels, and with several heads their number last; -1 if not kept."""
+        indices = indices if keep is None else torch.where(keep, indices, -1)
         shape = z.select(self.channel_axis(z), 0).shape
         return indices.transpose(0, 1).reshape(shape if self.heads == 1 else (*shape, self.heads))
 
-    def _row_mask(self, mask: Tensor, z: Tensor) -> Tensor:
+    def _row_mask(self, mask: Tensor | None, z: Tensor) -> Tensor | None:
         """The mask for the rows of each codebook, [N]."""
+        if mask is None:
+            return None
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, True for the vectors that count; got {mask.dtype}")
         expected = z.select(self.channel_axis(z), 0).shape
@@ -434,38 +364,25 @@ class FusedVectorQuantizer(QuantizerState):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One codebook: x [N, D] -> (quantized [N, D], indices [N], loss); of the codes drawn, if there are any."""
         by_gradient = not self.frozen and (self.learning == "gradient" or self.transform is not None)
-        codebook_weight = self.codebook_weight if by_gradient else 0.0
+        weights = self.commitment_weight, self.codebook_weight if by_gradient else 0.0
         if keep is None and drawn is None and self.gradient == "straight_through":
-            out, indices, loss, _ = quantize(x, codebook, self.metric, self.commitment_weight, codebook_weight, False)
+            out, indices, loss, _ = quantize(x, codebook, self.metric, *weights, False)
             return out, indices, loss
-        shortest = max(SHORTEST, torch.finfo(x.dtype).smallest_normal)  # of fp16, 6e-5: below, few bits are left
-        x = x if x.dtype == torch.float64 else x.float()
-        y = F.normalize(x, dim=-1) if self.metric == "cosine" else x
         indices = self._nearest(x, codebook) if drawn is None else drawn
-        codes = F.embedding(indices, codebook).to(y.dtype)
-        loss = self.commitment_weight * _mean_square(codes.detach() - y, keep)
-        if codebook_weight:
-            loss = loss + codebook_weight * _mean_square(codes - y.detach(), keep)
-        if self.gradient == "codes":
-            quantized = codes
-        else:
-            codes = codes.detach()
-            quantized = rotate_to(y, codes, shortest) if self.gradient == "rotation" else y + (codes - y).detach()
-        return quantized if keep is None else torch.where(keep[:, None], quantized, 0.0), indices, loss
+        how: dict[str, Any] = {"indices": indices, "keep": keep, "gradient": self.gradient}
+        return vector_quantize_reference(x, codebook, self.metric, *weights, **how)[:3]
 
     def _learn_when_due(self, seen: Tensor, indices: Tensor, keep: Tensor | None) -> Tensor:
         """``_learn`` from all vectors of a step at its last forward; the counts are zeros until then."""
         if not self.training or self.forwards_per_step == 1:
             return self._learn(seen, indices, keep)
-        self._waiting.append((seen, indices, keep))
+        counted = torch.ones_like(indices[0], dtype=torch.bool) if keep is None else keep
+        self._waiting.append((seen, indices, counted))
         if len(self._waiting) < self.forwards_per_step:
             return torch.zeros_like(self.window_counts)
         all_seen, found, keeps = zip(*self._waiting, strict=True)
-        keep = torch.cat(
-            [torch.ones_like(i[0], dtype=torch.bool) if k is None else k for i, k in zip(found, keeps, strict=True)]
-        )
         self._waiting = []
-        return self._learn(torch.cat(all_seen, dim=1), torch.cat(found, dim=1), keep)
+        return self._learn(torch.cat(all_seen, dim=1), torch.cat(found, dim=1), torch.cat(keeps))
 
     def _learn(self, seen: Tensor, indices: Tensor, keep: Tensor | None) -> Tensor:
         """Move the codebook and keep the statistics; returns how often each code was chosen, over all ranks.
@@ -539,29 +456,3 @@ def _floats(shape: tuple[int, ...]) -> Tensor:
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     """torch.stack, without a copy of a single one."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
-
-
-def _mean_square(difference: Tensor, keep: Tensor | None) -> Tensor:
-    """Mean of the squares over the rows that count, fp32 (fp64 stays); 0 for no rows."""
-    if keep is None:
-        return difference.square().sum() / max(difference.numel(), 1)
-    count = keep.sum() * difference.shape[-1]
-    return torch.where(keep[:, None], difference, 0.0).square().sum() / count.clamp(min=1)
-
-
-def rotate_to(x: Tensor, target: Tensor, shortest: float = SHORTEST) -> Tensor:
-    """The target as a rotation and scaling of x that are constant for the gradient: [N, D], [N, D] -> [N, D].
-
-    ``R x |target| / |x|`` with the R of section 4.2 that rotates x onto the target in their common plane; a gradient g
-    reaches x as ``R^T g |target| / |x|``. An x shorter than ``shortest`` has no direction to rotate: it passes straight
-    through.
-    """
-    with torch.no_grad():
-        norm, target_norm = (t.norm(dim=-1, keepdim=True) for t in (x, target))
-        u, q = x / norm.clamp(min=SHORTEST), target / target_norm.clamp(min=SHORTEST)
-        half = F.normalize(u + q, dim=-1, eps=SHORTEST)
-        scale = target_norm / norm.clamp(min=SHORTEST)
-    along_half = (x * half).sum(-1, keepdim=True)
-    along_u = (x * u).sum(-1, keepdim=True)
-    rotated = (x - 2 * along_half * half + 2 * along_u * q) * scale
-    return torch.where(norm < shortest, x + (target - x).detach(), rotated)

@@ -1,4 +1,4 @@
-"""How a quantizer's tensors move, load and start anew, whatever library does it.
+"""How a quantizer's tensors start, freeze, move and load, whatever library does it, and what they tell of its use.
 
 Loaded are also states of quantizers that are not quite this one: published ones, and those of other options.
 """
@@ -40,6 +40,73 @@ class QuantizerState(nn.Module):
     window_counts: Tensor
     window_replaced: Tensor
     clock: Tensor
+    transform: nn.Module | None
+    metric: str
+    dead_below: float
+    kmeans_init: bool
+    seed: int
+    frozen = False  # by freeze(); an attribute like ``training`` and ``requires_grad``, so no part of a state dict
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The state of a new quantizer, where its tensors are: after ``to_empty``, as with torch's own modules."""
+        shape, generator = self.codebook.shape, torch.Generator().manual_seed(self.seed)
+        start = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        if self.transform is not None:
+            self.codebook.copy_(start * shape[-1] ** -0.5)
+        else:
+            self.codebook.copy_(F.normalize(start, dim=-1) if self.metric == "cosine" else start)
+        if self.embed_avg is not None:
+            self.embed_avg.copy_(self.codebook)
+        self.cluster_size.fill_(self.embed_avg is not None or self.dead_below > 0)
+        self.initialized.fill_(not self.kmeans_init)
+        for counter in (self.idle, self.steps, self.recent):
+            if counter is not None:
+                counter.zero_()
+        self._reset_unsaved()
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Keep the codebook as it is in training mode, too, until ``thaw``.
+
+        As with ``learning="frozen"`` the gradient and the commitment loss still reach the vectors, and a codebook that
+        was not started yet still starts by k-means. Apart from ``usage()`` nothing else changes in training mode. A
+        codebook that learns by gradient, or a transform, gets none, and the loss has no term for it; its
+        ``requires_grad`` is off.
+        A state dict does not say whether it is frozen; copies and pickles do.
+        """
+        self.frozen = frozen
+        transform = [] if self.transform is None else self.transform.parameters()
+        for learnt in (*transform, *[self.codebook] * isinstance(self.codebook, nn.Parameter)):
+            learnt.requires_grad_(not frozen)
+            learnt.grad = None  # an optimizer would move it by an old gradient
+
+    def thaw(self) -> None:
+        """Let the codebook learn again by its rule, from the state in which ``freeze`` found it."""
+        self.freeze(False)
+
+    @torch.no_grad()
+    def usage(self, reset: bool = False) -> dict[str, float]:
+        """Since the last reset: share of codes chosen, perplexity of their frequencies, how many dead codes restarted.
+
+        Share and perplexity are means over the codebooks.
+        """
+        values = self.usage_tensors(reset)
+        return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+
+    @torch.no_grad()
+    def usage_tensors(self, reset: bool = False) -> dict[str, Tensor]:
+        """``usage`` as fp64 scalars on the device, for which the host need not wait."""
+        if self._made_on_meta:
+            self._leave_meta()
+        result = {
+            "used_codes": (self.window_counts > 0).double().mean(),
+            "perplexity": perplexity(self.window_counts).mean(),
+            "replaced_codes": self.window_replaced.double(),
+        }
+        if reset:
+            self.window_counts.zero_()
+            self.window_replaced.zero_()
+        return result
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves between devices, but not to another dtype: averages of small steps need fp32.
@@ -68,7 +135,7 @@ class QuantizerState(nn.Module):
             else:
                 setattr(self, name, torch.zeros_like(getattr(self, name), device=self.idle.device))
         self.clock.zero_()
-        self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self.snapshots = Snapshots()
         self._made_on_meta = self.idle.is_meta
 
@@ -76,6 +143,12 @@ class QuantizerState(nn.Module):
         """No counts yet in the memory that took the place of meta's, which transformers' loader leaves as it is."""
         if not self.idle.is_meta:
             self._reset_unsaved()
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """exp(entropy) of frequencies counts / sum: [..., K] -> [...] float64."""
+    p = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
+    return torch.exp(-torch.special.xlogy(p, p).sum(-1))
 
 
 def fit_state(quantizer: FusedVectorQuantizer, state: dict[str, Tensor], prefix: str, errors: list[str]) -> None:

@@ -19,9 +19,10 @@ from ..kernels.codebook_update.ops import apply_statistics, codebook_statistics,
 from ..kernels.codebook_update.reference import unpack_statistics
 from ..kernels.sampling import world
 from ..kernels.snapshot import copy_codebook, recomputing
+from ..kernels.vector_quantize.reference import rotate_to
 from .adapters import refuse
 from .options import QuantizerOptions
-from .quantizer import FusedVectorQuantizer, Quantized, rotate_to
+from .quantizer import FusedVectorQuantizer, Quantized
 from .soft import code_cross_entropy, diversity_loss
 
 if TYPE_CHECKING:
@@ -222,7 +223,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         if optimizer is None or not self.training or self.frozen or recomputing():
             return torch.zeros((), device=z.device)
         x = self._rows(z.detach())
-        keep = None if mask is None else self._row_mask(mask, z)
+        keep = self._row_mask(mask, z)
         self._start(x if keep is None else x.masked_fill(~keep[:, None], torch.nan))
         options: dict[str, Any] = {"metric": self.metric, "commitment_weight": 0.0, "codebook_weight": 1.0}
         with torch.autocast(z.device.type, enabled=False):

@@ -9,23 +9,67 @@ from torch import Tensor
 from ..codebook_search import codebook_search
 from ..codebook_update.reference import EPS
 
+SHORTEST = 1e-6  # the shortest vector that still has a direction
+
 
 def vector_quantize_reference(
-    x: Tensor, codebook: Tensor, metric: str, commitment_weight: float, codebook_weight: float = 0.0
+    x: Tensor,
+    codebook: Tensor,
+    metric: str,
+    commitment_weight: float,
+    codebook_weight: float = 0.0,
+    *,
+    indices: Tensor | None = None,
+    keep: Tensor | None = None,
+    gradient: str = "straight_through",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (quantized, indices, loss, compared); autograd differentiates it."""
+    """Return (quantized, indices, loss, compared); autograd differentiates it.
+
+    The fast versions have no ``indices`` [N] of codes that were chosen otherwise, no ``keep`` [N], False for vectors
+    that do not count and come out as zeros, and no other gradient than "straight_through": by "rotation", or that of
+    the "codes" themselves.
+    """
+    shortest = max(SHORTEST, torch.finfo(x.dtype).smallest_normal)  # of fp16, 6e-5: below, few bits are left
     x = x if x.dtype == torch.float64 else x.float()
     y = F.normalize(x, dim=-1) if metric == "cosine" else x
-    indices = codebook_search(x.detach(), codebook.detach(), metric=metric).indices
-    codes = codebook[indices].to(y.dtype)
-    loss = commitment_weight * _mean_square(y - codes.detach())
+    if indices is None:
+        indices = codebook_search(x, codebook, metric=metric).indices
+    codes = F.embedding(indices, codebook).to(y.dtype)
+    loss = commitment_weight * _mean_square(codes.detach() - y, keep)
     if codebook_weight:
-        loss = loss + codebook_weight * _mean_square(y.detach() - codes)
-    return y + (codes - y).detach(), indices, loss, y.detach()
+        loss = loss + codebook_weight * _mean_square(codes - y.detach(), keep)
+    if gradient == "codes":
+        quantized = codes
+    else:
+        codes = codes.detach()
+        quantized = rotate_to(y, codes, shortest) if gradient == "rotation" else y + (codes - y).detach()
+    return quantized if keep is None else torch.where(keep[:, None], quantized, 0.0), indices, loss, y.detach()
 
 
-def _mean_square(difference: Tensor) -> Tensor:
-    return difference.square().sum() / max(1, difference.numel())  # the mean over nothing is 0, not NaN
+def _mean_square(difference: Tensor, keep: Tensor | None) -> Tensor:
+    """Mean of the squares over the rows that count; 0, and not NaN, over none."""
+    if keep is None:
+        return difference.square().sum() / max(1, difference.numel())
+    count = keep.sum() * difference.shape[-1]
+    return torch.where(keep[:, None], difference, 0.0).square().sum() / count.clamp(min=1)
+
+
+def rotate_to(x: Tensor, target: Tensor, shortest: float = SHORTEST) -> Tensor:
+    """The target as a rotation and scaling of x that are constant for the gradient: [N, D], [N, D] -> [N, D].
+
+    ``R x |target| / |x|`` with the R of section 4.2 that rotates x onto the target in their common plane; a gradient g
+    reaches x as ``R^T g |target| / |x|``. An x shorter than ``shortest`` has no direction to rotate: it passes straight
+    through.
+    """
+    with torch.no_grad():
+        norm, target_norm = (t.norm(dim=-1, keepdim=True) for t in (x, target))
+        u, q = x / norm.clamp(min=SHORTEST), target / target_norm.clamp(min=SHORTEST)
+        half = F.normalize(u + q, dim=-1, eps=SHORTEST)
+        scale = target_norm / norm.clamp(min=SHORTEST)
+    along_half = (x * half).sum(-1, keepdim=True)
+    along_u = (x * u).sum(-1, keepdim=True)
+    rotated = (x - 2 * along_half * half + 2 * along_u * q) * scale
+    return torch.where(norm < shortest, x + (target - x).detach(), rotated)
 
 
 def vector_quantize_backward_reference(
