@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,6 +22,8 @@ class DeepSpeedBackend:
 
     @staticmethod
     def check(config: TrainConfig, device: torch.device) -> None:
+        if device.type == "cpu":  # found by itself with a warning, or passed by for a GPU
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         require("deepspeed", "deepspeed", "Training with DeepSpeed")
         deepspeed_settings(config, device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from beitv2_fast.training import optim
 from beitv2_fast.training.deepspeed import deepspeed_settings
 
 from ..support.training import (
+    ENVIRONMENT,
     PRETRAIN,
     ROOT,
     TINY,
@@ -110,3 +112,16 @@ def test_settings_that_contradict_the_options_are_refused(tmp_path, content, sai
     (tmp_path / "ds.json").write_text(content)
     with pytest.raises(UserError, match=said):
         deepspeed_settings(PretrainConfig(deepspeed_config=tmp_path / "ds.json"), torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_of_a_process_that_the_launcher_starts_a_mistake_is_the_only_thing_said(tmp_path):
+    """No warning of DeepSpeed's that it found no GPU."""
+    pytest.importorskip("deepspeed")
+    command = [sys.executable, "-m", "beitv2_fast.train.tokenizer", "--local_rank=0", "--preset", "demo"]
+    done = subprocess.run(
+        [*command, "--device", "cpu", "--data", str(tmp_path / "none")], capture_output=True, text=True, timeout=120,
+        env={k: v for k, v in ENVIRONMENT.items() if k != "DS_ACCELERATOR"}, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("\nerror: The image folder") and done.stderr.count("\n") == 2
