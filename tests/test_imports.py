@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import beitv2_fast
+import beitv2_fast.data
+from beitv2_fast.errors import UserError
 
 EXTRAS = (
     "torchvision", "PIL", "numpy", "safetensors", "tqdm", "tensorboard", "deepspeed", "nvidia", "timm", "transformers",
@@ -54,6 +55,13 @@ def test_the_quantizer_trains_where_only_torch_is_installed():
 def test_the_import_loads_neither_other_packages_nor_the_compiler_nor_what_nobody_asked_for():
     """torch._dynamo takes as long to import as everything else."""
     assert _run(LIGHT) == "beitv2_fast\n[]\n"
+
+
+@pytest.mark.parametrize("package", ["numpy", "PIL"])
+def test_where_only_torch_is_installed_images_say_which_extra_reads_them(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"{package}(.|\n)*pip install 'beitv2-fast\[train\]'"):
+        importlib.reload(beitv2_fast.data)
 
 
 def test_type_checkers_and_dir_see_every_public_name():

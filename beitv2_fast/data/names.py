@@ -82,7 +82,7 @@ def counted(others: Iterable[tuple[str, str]]) -> PassedOver:
 def told(passed_over: PassedOver) -> str:
     """The end of a line of the log: what was passed over, the most frequent kinds first; nothing if nothing was."""
     kinds = sorted(passed_over.items(), key=lambda item: -item[1][0])
-    listed = [f"{count:,} {kind} ({first}{', ...' if count > 1 else ''})" for kind, (count, first) in kinds[:_TOLD]]
+    listed = [f"{kind} ({count:,}: {first}{', ...' if count > 1 else ''})" for kind, (count, first) in kinds[:_TOLD]]
     more = [f"{len(kinds) - _TOLD} more kinds"] if len(kinds) > _TOLD else []
     return "; passed over: " + ", ".join(listed + more) if kinds else ""
 

@@ -38,7 +38,7 @@ def test_every_usual_spelling_names_the_split(tmp_path, split, change):
         root = write(tmp_path / spelling, f"{spelling}/cat/a.png", "other/cat/b.png")
         images = find_images(root, split)
         assert (images.paths, images.classes, find_split(root, split)) == (["cat/a.png"], ["cat"], split)
-        assert images.root == root / spelling and "(other)" in images.summary
+        assert images.root == root / spelling and "(1: other)" in images.summary
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_test_images_never_enter_a_pre_training(tmp_path):
     classes_first = write(tmp_path / "mvtec", "bottle/train/a.png", "bottle/Test/b.png", "bottle/truth/c.png")
     images = find_images(classes_first, "train")
     assert images.paths == ["bottle/train/a.png", "bottle/truth/c.png"]
-    assert "1 folders of other splits (bottle/Test)" in images.summary
+    assert "folders of other splits (1: bottle/Test)" in images.summary
     for names in (("cat/a.png", "test/b.png"), ("a.png", "Testing/b.png"), ("val/cat/b.png", "test/cat/c.png")):
         with pytest.raises(DataError, match=r"but nothing for train \(it may be named train, training, trn\)"):
             find_images(write(tmp_path / names[0].replace("/", "_"), *names), "train")
@@ -101,8 +101,8 @@ def test_folders_without_images_and_those_of_systems_are_no_classes(tmp_path):
     (root / "texts" / "a.txt").write_text("")
     images = find_images(root)
     assert (images.paths, images.classes, images.labels) == (["cat/a.png", "dog/b.png"], ["cat", "dog"], [0, 1])
-    assert "6 hidden files and what systems leave (.git, ...)" in images.summary
-    assert "2 folders without images (empty, ...)" in images.summary
+    assert "hidden files and what systems leave (6: .git, ...)" in images.summary
+    assert "folders without images (2: empty, ...)" in images.summary
 
 
 def test_an_image_beside_class_folders_is_named_and_does_not_take_the_classes_where_they_are_needed(tmp_path):
@@ -130,11 +130,15 @@ def test_what_nobody_reads_is_counted_by_kind(tmp_path):
     for name in ("cat/b.heic", "cat/c.HEIC", "cat/d", "labels.csv"):
         (root / name).write_text("")
     said = find_images(root).summary
-    assert "; passed over: 2 files ending in .heic (cat/b.heic, ...), " in said
-    for kind in ("1 files ending in .csv (labels.csv)", "1 files without a suffix (cat/d)", "1 hidden files"):
+    assert "; passed over: files ending in .heic (2: cat/b.heic, ...), " in said
+    for kind in (
+        "files ending in .csv (1: labels.csv)",
+        "files without a suffix (1: cat/d)",
+        "what systems leave (1: .hidden.png)",
+    ):
         assert kind in said
     (root / "cat" / "a.png").unlink()
-    with pytest.raises(DataError, match=r"holds no images; passed over: 2 files ending in .heic"):
+    with pytest.raises(DataError, match=r"holds no images; passed over: files ending in .heic [(]2: "):
         find_images(root)
 
 

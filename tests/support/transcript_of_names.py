@@ -69,7 +69,7 @@ def main() -> None:
             print(INTRODUCTION)
             for command in COMMANDS:
                 print(f"    $ {command}\n")
-                print("\n".join(f"    {line}" for line in answer(command, folder).splitlines()) + "\n")
+                print("\n".join(f"    {line}".rstrip() for line in answer(command, folder).splitlines()) + "\n")
 
 
 if __name__ == "__main__":

@@ -73,12 +73,15 @@ def test_one_command_gives_the_table_of_all_backbones(data, monkeypatch, capsys)
     table = (data / "table" / "table.md").read_text()
     assert "| student |" in table and "student > random weights, mIoU: " in table
     assert (data / "table" / "table.png").stat().st_size > 10_000
-    # Shown again without running anything, the table is the same but for the time.
+    # Shown again without running anything, and without the images, the table is the same but for the time.
     monkeypatch.setattr(downstream, "run_steps", None)
-    assert downstream.main([*OPTIONS, *where, "--show"]) == 0
+    assert (
+        downstream.main(["--show", *flags(out=data / "table", images=data / "gone", scenes=data / "gone", seeds=1)])
+        == 0
+    )
     again = json.loads((data / "table" / "results.json").read_text())
     assert again["backbones"] == rows and again["wall_seconds"] >= found["wall_seconds"]
-    assert again["machine_after"] == found["machine_after"]  # of when it ran
+    assert all(again[key] == found[key] for key in ("cpu_seconds", "machine_after", "config"))  # of when it ran
 
 
 def test_an_ablation_trains_the_base_once_and_collects_with_the_others(data, monkeypatch):
@@ -119,6 +122,10 @@ def test_an_ablation_trains_the_base_once_and_collects_with_the_others(data, mon
     found = json.loads((data / "ablations" / ran[28] / "results.json").read_text())
     assert rows["without"]["segment"] == [found["weights"]["miou"]] and rows["with"]["finetune"] == base["finetune"]
     assert "| student: fine-tuned, % | student: mIoU, % |" in (data / "ablations" / "aggregation.md").read_text()
+    monkeypatch.setattr(ablate, "run_steps", None)
+    before = json.loads((data / "ablations" / "results.json").read_text())
+    assert ablate.main(["masks", "--show", *flags(out=data / "ablations", images=data / "gone")]) == 0
+    assert json.loads((data / "ablations" / "results.json").read_text()) == before
     assert (data / "ablations" / "masks.png").is_file() and (data / "ablations" / "masks.md").is_file()
 
 

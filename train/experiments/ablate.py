@@ -252,19 +252,22 @@ def write_ablations(
         seconds, cpu = times(config.out, [made.steps[step] for step in used])
         columns = [c for c in RESULT_COLUMNS if any(row.get(c.key) for row in table.values())]
         text = markdown(title, table, columns) if columns else f"{name}: nothing is done yet\n"
-        state = {"last_call_seconds": round(time.monotonic() - started, 1), "machine": [before, machine()]}
+        state = {
+            "steps_done": sum(is_done(config.out, made.steps[step]) for step in used),
+            "last_call_seconds": round(time.monotonic() - started, 1),
+            "machine": [before, machine()],
+            "config": {f.name: str(getattr(config, f.name)) for f in dataclasses.fields(config)},
+        }
         if config.show and name in content:  # nothing ran now
             state = {key: content[name][key] for key in state}
         content[name] = {
             "title": title,
             "rows": table,
             "seeds": config.seeds,
-            "steps_done": sum(is_done(config.out, made.steps[step]) for step in used),
             "steps": len(used),
             "step_seconds": round(seconds, 1),  # with those that other ablations share
             "cpu_seconds": round(cpu, 1),
             **state,
-            "config": {f.name: str(getattr(config, f.name)) for f in dataclasses.fields(config)},
         }
         write_atomically(config.out / f"{name}.md", text)
         if columns:
@@ -298,8 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{listing(config.model)}\n\npython -m beitv2_fast.train.experiments.ablate [NAME ... or all] [options]")
         return 0
     started, before = time.monotonic(), machine()
-    scenes = None if str(config.scenes) == "none" else unpacked(config.scenes, config.out / "scenes")
-    made = plan(names, config, unpacked(config.images, config.out / "images"), scenes)
+    scenes = None if str(config.scenes) == "none" else unpacked(config.scenes, config.out / "scenes", not config.show)
+    made = plan(names, config, unpacked(config.images, config.out / "images", not config.show), scenes)
     code = 0
     if not config.show:
         code = run_steps(list(made.steps.values()), config.out, jobs=config.steps_at_once).code

@@ -126,6 +126,7 @@ def write_tables(config: DownstreamConfig, steps: list[Step], before: dict[str, 
     earlier = json.loads(known.read_text()) if known.is_file() else {}
     spent = earlier.get("wall_seconds", 0.0) + time.monotonic() - started
     state = {"machine_before": before, "machine_after": machine()}
+    state["config"] = {f.name: str(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if config.show and earlier:  # nothing ran now
         state = {key: earlier[key] for key in state}
     content = {
@@ -136,7 +137,6 @@ def write_tables(config: DownstreamConfig, steps: list[Step], before: dict[str, 
         "step_seconds": round(step_seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
         **state,
-        "config": {f.name: str(getattr(config, f.name)) for f in dataclasses.fields(config)},
     }
     text = "\n".join(
         [
@@ -155,8 +155,8 @@ def write_tables(config: DownstreamConfig, steps: list[Step], before: dict[str, 
 def main(argv: list[str] | None = None) -> int:
     config, _ = parse(DownstreamConfig, {"base": DownstreamConfig()}, argv)
     started, before = time.monotonic(), machine()
-    images = unpacked(config.images, config.out / "images")
-    scenes = None if str(config.scenes) == "none" else unpacked(config.scenes, config.out / "scenes")
+    images = unpacked(config.images, config.out / "images", not config.show)
+    scenes = None if str(config.scenes) == "none" else unpacked(config.scenes, config.out / "scenes", not config.show)
     steps = steps_of(config, images, scenes)
     code = 0
     if not config.show:

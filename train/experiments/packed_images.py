@@ -15,14 +15,15 @@ from beitv2_fast.runs.files import write_atomically
 PACKED_SPLITS = ("train", "val", "test")
 
 
-def unpacked(source: Path, folder: Path) -> Path:
+def unpacked(source: Path, folder: Path, needed: bool = True) -> Path:
     """``source`` itself if it is a folder; else its pictures as ``folder``/SPLIT/CLASS/*.jpg, or with masks as
-    ``folder``/SPLIT/images/*.jpg and ``folder``/SPLIT/masks/*.png. What is there already is not written again.
+    ``folder``/SPLIT/images/*.jpg and ``folder``/SPLIT/masks/*.png. What is there already is not written again. Where
+    the pictures are not ``needed`` they may be missing.
 
     Raises:
         UserError: there is no such file, it is no pack, or the name of a class would leave the folder.
     """
-    if source.is_dir():
+    if source.is_dir() or not (needed or source.exists()):
         return source
     finished = folder / ".unpacked"
     if finished.is_file() and finished.read_text() == str(source.resolve()):
