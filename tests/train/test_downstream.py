@@ -75,10 +75,8 @@ def test_one_command_gives_the_table_of_all_backbones(data, monkeypatch, capsys)
     assert (data / "table" / "table.png").stat().st_size > 10_000
     # Shown again without running anything, and without the images, the table is the same but for the time.
     monkeypatch.setattr(downstream, "run_steps", None)
-    assert (
-        downstream.main(["--show", *flags(out=data / "table", images=data / "gone", scenes=data / "gone", seeds=1)])
-        == 0
-    )
+    gone = flags(images=data / "gone", scenes=data / "gone", out=data / "table", seeds=1)
+    assert downstream.main(["--show", *gone]) == 0
     again = json.loads((data / "table" / "results.json").read_text())
     assert again["backbones"] == rows and again["wall_seconds"] >= found["wall_seconds"]
     assert all(again[key] == found[key] for key in ("cpu_seconds", "machine_after", "config"))  # of when it ran
