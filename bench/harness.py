@@ -107,10 +107,12 @@ def result_bytes(result: object) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
-def measure_in_turns(benchmark: Any, group: str, runs: dict[str, Callable[[], object]], *, rounds: int) -> None:
+def measure_in_turns(
+    benchmark: Any, group: str, runs: dict[str, Callable[[], object]], *, rounds: int
+) -> dict[str, Measurement]:
     """Time several implementations, one of them named ``OURS``, call by call in turn, then the memory of each.
 
-    For calls of seconds, during which a shared machine changes.
+    For calls of seconds, during which a shared machine changes. Returns what was measured, by name.
     """
     wall, processor, others = ({name: [] for name in runs} for _ in range(3))
 
@@ -136,6 +138,7 @@ def measure_in_turns(benchmark: Any, group: str, runs: dict[str, Callable[[], ob
         times = (statistics.median(wall[name]), min(wall[name]), statistics.median(processor[name]))
         busy = statistics.mean(others[name]) if others[name] else None
         _groups.setdefault(group, []).append(Measurement(name, *times, busy, rounds, peak_memory(run), 0))
+    return {m.name: m for m in _groups[group]}
 
 
 def peak_memory(run: Callable[[], object]) -> int | None:

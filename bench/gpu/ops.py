@@ -1,4 +1,4 @@
-"""Sections search, vectors, quantizer, masks, scaling and kernels: the ops beside their peers."""
+"""Sections search, vectors, quantizer, forms, masks, scaling and kernels: the ops beside their peers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from beitv2_fast.kernels import codebook_search, masked_gather
 from bench import scaling as axes
-from bench import test_codebook_update, test_masks, test_quantizer_step
+from bench import test_codebook_update, test_masks, test_quantizer_forms, test_quantizer_step
 from bench.gpu import clocks
 from bench.gpu.head import TINY_HEAD, backward
 from bench.gpu.peers import searches
@@ -95,6 +95,21 @@ def _quantizer_step(make: Callable, x: Tensor, codebook: Tensor, upstream: Tenso
         return torch.autograd.grad(loss + (quantized * upstream).sum(), leaf)[0]
 
     return step
+
+
+def forms(run: Run) -> None:
+    n, k, d = size(run)
+    for form in test_quantizer_forms.FORMS:
+        group = f"{form}, N={n} K={k} D={d}"
+        with run.item(form):
+            for name, make in test_quantizer_forms.modules(form, k).items():
+                run.time(name, partial(_form_step, make, n), group=group, seconds=0.1, graph=False)
+    for name, call in test_quantizer_forms.four_nearest(n, k).items():
+        run.time_call(name, call, group=f"4 nearest, N={n} K={k} D={d}", seconds=0.1, graph=False)
+
+
+def _form_step(make: Callable[[], nn.Module], n: int) -> Callable[[], Tensor]:
+    return test_quantizer_forms.step(make(), n)
 
 
 def kernels(run: Run) -> None:

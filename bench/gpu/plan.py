@@ -44,6 +44,7 @@ SECTIONS = (
     Section("attention", "B", "attention", 32, 100, "attention with a learned bias, by each implementation"),
     Section("steps", "B", "models", 90, 150, "training steps beside the reference's structure"),
     Section("profile", "B", "models", 15, 45, "where the time of a step goes"),
+    Section("forms", "B", "ops", 13, 40, "a step of every form of the quantizer, before and after replace_quantizers"),
     Section("files", "B", "trainings", 70, 110, "both trainings from image files, with the loaders that are there"),
     Section("compiled", "B", "models", 80, 130, "training steps under torch.compile"),
     Section("learn", "C", "learning", 90, 0, "does it learn: tokenizer, students, probes, fine-tuning"),

@@ -9,7 +9,8 @@ from bench.gpu.records import Record, Records, device_ms
 
 TIMED = {
     "search": "codebook_search", "vectors": "The search on vectors as they are", "quantizer": "The quantizer",
-    "head": "The masked-token head", "norm": "Residual and LayerNorm", "masks": "Masks", "attention": "Attention",
+    "forms": "Other forms of the quantizer", "head": "The masked-token head", "norm": "Residual and LayerNorm",
+    "masks": "Masks", "attention": "Attention",
 }  # fmt: skip
 
 
