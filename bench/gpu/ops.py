@@ -108,7 +108,7 @@ def forms(run: Run) -> None:
         run.time_call(name, call, group=f"4 nearest, N={n} K={k} D={d}", seconds=0.1, graph=False)
 
 
-def _form_step(make: Callable[[], nn.Module], n: int) -> Callable[[], Tensor]:
+def _form_step(make: Callable[[], nn.Module], n: int) -> Callable[[], object]:
     return test_quantizer_forms.step(make(), n)
 
 
