@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .models.tokenizer import Tokenizer, TokenizerModelConfig
     from .models.vit import ViT, ViTConfig
     from .quantize.adapters import EmbeddingAdapter, NormEMAAdapter, Unsupported
+    from .quantize.methods import with_methods
     from .quantize.options import QuantizerOptions
     from .quantize.quantizer import FusedVectorQuantizer
     from .quantize.replace import ADAPTERS, replace_quantizers
@@ -40,7 +41,7 @@ __all__ = [
     "StudentOutput", "Tokenizer", "TokenizerModelConfig", "TokenizerOutput", "Unsupported", "VectorQuantizeAdapter",
     "ViT", "ViTConfig", "attention_probabilities", "classify", "create_model", "features", "from_pretrained",
     "list_models",
-    "model_config", "read_images", "replace_quantizers", "save_pretrained",
+    "model_config", "read_images", "replace_quantizers", "save_pretrained", "with_methods",
 ]  # fmt: skip
 
 __version__ = "0.2.0"
@@ -53,6 +54,7 @@ _MODULES = {
     "models.tokenizer": ("Tokenizer", "TokenizerModelConfig"),
     "models.vit": ("ViT", "ViTConfig"),
     "quantize.adapters": ("EmbeddingAdapter", "NormEMAAdapter", "Unsupported"),
+    "quantize.methods": ("with_methods",),
     "quantize.options": ("QuantizerOptions",),
     "quantize.quantizer": ("FusedVectorQuantizer",),
     "quantize.replace": ("ADAPTERS", "replace_quantizers"),

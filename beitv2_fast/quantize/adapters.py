@@ -28,13 +28,37 @@ def refuse(options: dict[str, Any]) -> None:
         raise Unsupported(f"the option {', '.join(used)} has no fused counterpart")
 
 
-def _refuse_unknown(module: nn.Module, known: str, of: str = "") -> None:
-    """Refuse what a copy of a class has beside the ``known`` attributes, parameters, buffers and submodules."""
+def refuse_unknown(module: nn.Module, known: str, of: str = "") -> None:
+    """Refuse what a copy of a class has beside the ``known`` attributes, parameters, buffers and submodules, and
+    options of its nn.Embedding that change gradients or weights."""
     tables = (vars(module), module._parameters, module._buffers, module._modules)
     unknown = {name: value for table in tables for name, value in table.items() if name[0] != "_"}
     for name in ("training", *known.split()):
         unknown.pop(name, None)
     refuse({of + name: not isinstance(value, bool | int | float | None) or value for name, value in unknown.items()})
+    for name, table in module.named_children():
+        if isinstance(table, nn.Embedding):
+            refuse(
+                {f"{name}.{option}": getattr(table, option) for option in ("max_norm", "scale_grad_by_freq", "sparse")}
+            )
+            refuse({f"{name}.padding_idx": table.padding_idx is not None})
+
+
+def quantize_map(
+    z: Tensor, codes: Tensor, metric: str = "euclidean", commitment_weight: float = 1.0, codebook_weight: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``vector_quantize`` of z [B, C, ...]: what comes out for z, the loss, and indices [N] of all vectors."""
+    last = z.movedim(1, -1)
+    with torch.autocast(z.device.type, enabled=False):
+        out = vector_quantize(
+            last.reshape(-1, last.shape[-1]),
+            codes,
+            metric=metric,
+            commitment_weight=commitment_weight,
+            codebook_weight=codebook_weight,
+        )
+    quantized = out.quantized.view(last.shape).movedim(-1, 1).to(z.dtype).contiguous()
+    return quantized, out.loss.to(z.dtype), out.indices
 
 
 class NormEMAAdapter(FusedVectorQuantizer):
@@ -50,9 +74,9 @@ class NormEMAAdapter(FusedVectorQuantizer):
 
     def __init__(self, module: Any, **options: Unpack[QuantizerOptions]):
         known = "num_tokens codebook_dim beta decay embedding cluster_size statistic_code_usage all_reduce_fn"
-        _refuse_unknown(module, known)
+        refuse_unknown(module, known)
         known = "num_tokens codebook_dim decay eps weight cluster_size embed_avg initted update"
-        _refuse_unknown(module.embedding, known, "embedding.")
+        refuse_unknown(module.embedding, known, "embedding.")
         kept: dict[str, Any] = {
             "decay": module.decay,
             "commitment_weight": module.beta,
@@ -95,12 +119,39 @@ class NormEMAAdapter(FusedVectorQuantizer):
         out = super().forward(z)
         return out.quantized, out.loss, out.indices.flatten()
 
+    @property
+    def embedding(self) -> CodesOfNormEMA:
+        """Under the original's name: ``embedding.weight``, ``embedding(indices)``, ``embedding.update``."""
+        return CodesOfNormEMA(self)
+
     @torch.no_grad()
     def reset_cluster_size(self, device: torch.device | None = None) -> None:
         """Forget the usage statistics, as the reference does at the start of every epoch and before evaluation."""
         if self.embed_avg is not None:
             raise RuntimeError("with learning='sum_ema' the codes are embed_avg / cluster_size: it cannot be forgotten")
         self.cluster_size.zero_()
+
+
+class CodesOfNormEMA:
+    """The codebook of a quantizer, as the submodule that it was before; holds nothing."""
+
+    def __init__(self, quantizer: FusedVectorQuantizer):
+        self._quantizer = quantizer
+
+    @property
+    def weight(self) -> Tensor:
+        return self._quantizer.codebook
+
+    @property
+    def update(self) -> bool:
+        return not self._quantizer.frozen
+
+    @update.setter
+    def update(self, update: bool) -> None:
+        self._quantizer.freeze(not update)
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        return F.embedding(indices, self.weight)
 
 
 class EmbeddingAdapter(nn.Module):
@@ -117,10 +168,7 @@ class EmbeddingAdapter(nn.Module):
     def __init__(self, module: Any, **options: Unpack[QuantizerOptions]):
         super().__init__()
         known = "embedding n_e e_dim vq_embed_dim beta legacy remap used re_embed unknown_index sane_index_shape"
-        _refuse_unknown(module, known)
-        table = module.embedding  # whose options change gradients or weights
-        refuse({f"embedding.{name}": getattr(table, name) for name in ("max_norm", "scale_grad_by_freq", "sparse")})
-        refuse({"embedding.padding_idx": table.padding_idx is not None})
+        refuse_unknown(module, known)
         self.embedding = module.embedding
         self.beta, self.legacy, self.sane_index_shape = module.beta, module.legacy, module.sane_index_shape
         self.n_e, self.re_embed = module.n_e, module.re_embed
@@ -140,24 +188,19 @@ class EmbeddingAdapter(nn.Module):
         self, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False
     ) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
         refuse({"temp": temp not in (None, 1.0), "rescale_logits": rescale_logits, "return_logits": return_logits})
-        last = z.movedim(1, -1)
         # legacy: the published models were trained with beta on the other term.
         weights = (1.0, self.beta) if self.legacy else (self.beta, 1.0)
-        with torch.autocast(z.device.type, enabled=False):
-            out = vector_quantize(
-                last.reshape(-1, last.shape[-1]),
-                self.embedding.weight,
-                metric="euclidean",
-                commitment_weight=weights[0],
-                codebook_weight=weights[1],
-            )
-        quantized = out.quantized.view(last.shape).movedim(-1, 1).to(z.dtype).contiguous()
-        indices = out.indices
+        quantized, loss, indices = quantize_map(z, self.embedding.weight, "euclidean", *weights)
         if self.remap is not None:
             indices = self._to_used(indices)[:, None]
         if self.sane_index_shape:
-            indices = indices.reshape(last.shape[:-1])
-        return quantized, out.loss.to(z.dtype), (None, None, indices)
+            indices = indices.reshape(z.select(1, 0).shape)
+        return quantized, loss, (None, None, indices)
+
+    def embed_code(self, indices: Tensor) -> Tensor:
+        """The codes of [B, H, W] as [B, C, H, W]: what ``decode_code`` of taming's models asks for, in vain there."""
+        codes: Tensor = self.embedding(indices)
+        return codes.movedim(-1, 1)
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, ...] | None) -> Tensor:
         """The codes of indices; ``shape`` [B, H, W, C], if given, makes them [B, C, H, W]."""

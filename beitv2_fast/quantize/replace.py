@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .adapters import EmbeddingAdapter, Unsupported
+from .adapters import EmbeddingAdapter, NormEMAAdapter, Unsupported
+from .methods import METHODS
 from .options import QuantizerOptions
 from .vq_pytorch import SimVQAdapter, VectorQuantizeAdapter
 
@@ -23,24 +24,27 @@ ADAPTERS: dict[type | str, Adapter] = {
     "vector_quantize_pytorch.vector_quantize_pytorch.VectorQuantize": VectorQuantizeAdapter,
     "vector_quantize_pytorch.sim_vq.SimVQ": SimVQAdapter,
     "diffusers.models.autoencoders.vae.VectorQuantizer": EmbeddingAdapter,
+    "norm_ema_quantizer.NormEMAVectorQuantizer": NormEMAAdapter,
+    "taming.modules.vqvae.quantize.VectorQuantizer2": EmbeddingAdapter,
+    **METHODS,
 }
 
 
 def replace_quantizers(
     model: nn.Module,
-    adapters: Mapping[type, Adapter] | None = None,
+    adapters: Mapping[type, Adapter | str] | None = None,
     *,
     unsupported: str = "error",
     **options: Unpack[QuantizerOptions],
 ) -> nn.Module:
     """Swap the quantizers of a model, in place, for ones on the fused ops; weights and call signatures stay.
 
-    Known by themselves: vector-quantize-pytorch's ``VectorQuantize`` and ``SimVQ``, also inside its residual, grouped
-    and random-projection classes, and diffusers' ``VectorQuantizer`` (in ``VQModel``). Classes that are copied from
-    project to project are named by the caller, with the adapter for them:
+    Known by themselves are the classes of ``ADAPTERS``: of vector-quantize-pytorch, diffusers, transformers and others
+    (docs/quantizer_compatibility.md). Classes that are copied from project to project are named by the caller, with the
+    adapter for them, or with the name in ``ADAPTERS`` of the class that they are a copy of:
 
-        replace_quantizers(model, {NormEMAVectorQuantizer: NormEMAAdapter})  # BEiT v2, LaBraM, LaVIT, ...
-        replace_quantizers(model, {VectorQuantizer2: EmbeddingAdapter})  # taming-transformers
+        replace_quantizers(model, {NormEMAVectorQuantizer: NormEMAAdapter})  # BEiT v2, LaBraM, ...
+        replace_quantizers(model, {VectorQuantizer: "tokenizer.tokenizer_image.vq_model.VectorQuantizer"})  # LlamaGen
 
     A class must match exactly: a subclass may compute something else. A module that occurs at several places is
     replaced by one module. Outputs agree in eval mode, and in training with the same options, to rounding; what is
@@ -49,7 +53,8 @@ def replace_quantizers(
 
     Args:
         model: changed in place, unless it is itself a quantizer.
-        adapters: class -> adapter, beside ``ADAPTERS``. An adapter is called with the module and ``options``.
+        adapters: class -> adapter, or the name of one, beside ``ADAPTERS``. An adapter is called with the module and
+            ``options``; ``with_methods`` makes one from functions.
         unsupported: what to do with a quantizer that uses an option no adapter can keep: "error", or "keep" the
             module as it is and warn.
         options: of the FusedVectorQuantizer that learns by EMA, over those of the replaced module: for example
@@ -65,7 +70,9 @@ def replace_quantizers(
         raise ValueError(f"unsupported must be 'error' or 'keep'; got {unsupported!r}")
     known = ADAPTERS.copy()
     for cls, adapter in (adapters or {}).items():
-        known[cls] = adapter
+        if isinstance(adapter, str) and adapter not in ADAPTERS:
+            raise ValueError(f"ADAPTERS has no {adapter!r}, but {', '.join(map(str, ADAPTERS))}")
+        known[cls] = ADAPTERS[adapter] if isinstance(adapter, str) else adapter
     found = {path: (module, make) for path, module in model.named_modules() if (make := _adapter(module, known))}
     if not found:
         names = ", ".join(key if isinstance(key, str) else key.__qualname__ for key in known)

@@ -213,8 +213,9 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             codes = codes[:, torch.randperm(codes.shape[1], device=codes.device)[:most]]
         heads, count = codes.shape[:2]
         unit = F.normalize(codes, dim=-1, eps=1e-6)
-        # The squares of [K, K] products add up to those of the [D, D] ones.
-        loss: Tensor = (unit.mT @ unit).square().sum() / (heads * count**2) - 1 / count
+        # The squares of [K, K] products add up to those of the [D, D] ones. A code of zeros stays one, so misses its 1.
+        length: Tensor = unit.square().sum() / (heads * count)
+        loss: Tensor = (unit.mT @ unit).square().sum() / (heads * count**2) + (1 - 2 * length) / count
         return loss
 
     def _step_in_place(self, z: Tensor, mask: Tensor | None) -> Tensor:
@@ -337,8 +338,8 @@ class SimVQAdapter(nn.Module):
         return self._outward(quantized).to(x.dtype), out.indices.view(last.shape[:-1]), out.loss
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """The codes of indices [B, ...]."""
-        return self._outward(self.code_transform(self.frozen_codebook[indices]))
+        """The codes of indices [B, ...], as ``forward`` finds them: a transform may see all codes at once."""
+        return self._outward(F.embedding(indices, self.codebook))
 
     def _outward(self, codes: Tensor) -> Tensor:
         return codes.movedim(-1, 1) if self.channel_first else codes

@@ -381,6 +381,19 @@ def test_a_frozen_codebook_of_the_references_quantizer_stays_and_can_be_thawed()
     assert not torch.equal(ours.codebook, before)
 
 
+def test_the_references_codebook_is_found_under_its_old_names():
+    theirs = NormEMAVectorQuantizer(32, 8)
+    ours = replace_quantizers(copy.deepcopy(theirs), {NormEMAVectorQuantizer: NormEMAAdapter})
+    indices = torch.tensor([[3, 1], [0, 31]])
+    assert torch.equal(ours.embedding(indices), theirs.embedding.weight[indices])
+    for update in (False, True):
+        ours.embedding.update = update
+        assert ours.embedding.update is update
+        before = ours.embedding.weight.clone()
+        ours(noise(2, 8, 4, 5))
+        assert torch.equal(ours.embedding.weight, before) is not update
+
+
 @pytest.mark.parametrize("update", [False, True])
 @pytest.mark.parametrize("loaded", [False, True])
 def test_codes_of_other_lengths_are_found_by_distance_as_the_references_quantizer_does(update, loaded):
@@ -441,6 +454,9 @@ def test_tamings_quantizer_agrees(legacy):
     ours = replace_quantizers(copy.deepcopy(theirs), {VectorQuantizer2: EmbeddingAdapter})
     assert_same_step(theirs, ours, noise(2, 4, 5, 6))
     assert_same_step(theirs, ours, noise(2, 4, 5, 6), temp=1.0)
+    codes, indices = ours.embed_code(torch.tensor([[[3, 1]]])), torch.tensor([3, 1])
+    torch.testing.assert_close(codes, ours.get_codebook_entry(indices, (1, 1, 2, 4)))
+    torch.testing.assert_close(codes[0, :, 0].T, theirs.embedding.weight[indices])
     with pytest.raises(Unsupported, match="return_logits"):
         ours(noise(2, 4, 5, 6), return_logits=True)
 

@@ -166,6 +166,13 @@ def test_orthogonal_regularization_agrees(options):
     assert_same_training(theirs, ours, return_loss_breakdown=True)
 
 
+def test_codes_of_zeros_count_as_wrong_in_orthogonal_regularization():
+    _, ours = swapped(orthogonal_reg_weight=1.0, commitment_weight=0.0, rotation_trick=False, **LEARNABLE)
+    with torch.no_grad():
+        ours.codebook.copy_(torch.eye(32, 16))  # half of the products of codes with themselves are 0
+    torch.testing.assert_close(ours(noise(3, 20, 16))[2], torch.tensor(16 / 32**2))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("weight", [torch.linspace(0, 1, 32), lambda sums, sizes: (sizes > 1).float()])
 def test_weights_of_the_ema_update_agree(weight, masked):
@@ -254,6 +261,14 @@ def test_sim_vq_agrees_on_maps_with_the_channels_first():
     transform = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
     theirs = package.SimVQ(dim=16, codebook_size=32, codebook_transform=transform, channel_first=True)
     assert_same_training(theirs, replace_quantizers(copy.deepcopy(theirs)), (2, 16, 4, 5))
+
+
+def test_sim_vq_decodes_what_it_searched_where_a_transform_looks_at_all_codes():
+    package = pytest.importorskip("vector_quantize_pytorch")
+    transform = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Softmax(dim=0))
+    ours = replace_quantizers(package.SimVQ(16, 32, codebook_transform=transform, rotation_trick=False)).eval()
+    quantized, indices, _ = ours(noise(3, 20, 16))
+    torch.testing.assert_close(ours.indices_to_codes(indices), quantized)
 
 
 @pytest.mark.parametrize("dropout", [False, True])

@@ -1,0 +1,160 @@
+"""Quantizers that stay what they are but for the methods that search, which are replaced by ones on the fused ops."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import codebook_search
+from ..kernels.codebook_update.ops import ema_step
+from ..kernels.sampling import ALONE
+from .adapters import EmbeddingAdapter, quantize_map, refuse_unknown
+
+
+def with_methods(known: str = "", **methods: Callable[..., Any]) -> Callable[..., nn.Module]:
+    """An adapter that gives a module ``methods`` instead of its own, each called with the module before its arguments.
+
+    The rest of it stays: class, parameters, names in state dicts, its other methods.
+
+        def forward(module, z):  # z [B, C, H, W]
+            rows = z.movedim(1, -1).flatten(0, -2)
+            indices = codebook_search(rows, module.embedding.weight, metric="euclidean").indices
+            ...
+
+        replace_quantizers(model, {TheirQuantizer: with_methods(forward=forward)})
+
+    Args:
+        known: names, with spaces between them, of all attributes, parameters, buffers and submodules that the methods
+            reckon with: a module that uses others is refused by their names. By default nothing is refused.
+        methods: functions of a module (not lambdas, if the model is to be pickled), by the names of its methods.
+    """
+
+    def adapter(module: nn.Module, **options: Any) -> nn.Module:
+        if known:
+            refuse_unknown(module, " ".join([known, *methods]))
+        new = copy.copy(module)
+        for name, method in methods.items():
+            setattr(new, name, partial(method, new))
+        return new
+
+    return adapter
+
+
+def chameleon(module: Any, z: Tensor, metric: str = "euclidean") -> tuple[Tensor, Tensor, Tensor]:
+    codes = module.embedding.weight if metric == "euclidean" else F.normalize(module.embedding.weight, dim=-1)
+    return quantize_map(z, codes, metric, codebook_weight=module.beta)
+
+
+def emu3(module: Any, z: Tensor) -> Tensor:
+    rows = z.movedim(2, -1)  # [B, T, C, H, W]
+    indices = codebook_search(rows.flatten(0, -2), module.embedding.weight, metric="euclidean").indices
+    return indices.view(rows.shape[:-1])
+
+
+def apertus(module: Any, z: Tensor) -> Tensor:
+    rows = z.movedim(1, -1)
+    return codebook_search(rows.flatten(0, -2), module.embedding.weight, metric="cosine").indices.view(rows.shape[:-1])
+
+
+def taming(module: Any, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Of its first VectorQuantizer, which returns a one-hot matrix [N, K]."""
+    quantized, loss, indices = quantize_map(z, module.embedding.weight, codebook_weight=module.beta)
+    one_hot = z.new_zeros(len(indices), module.n_e).scatter_(1, indices[:, None], 1)
+    p = one_hot.mean(0)
+    return quantized, loss, (torch.exp(-(p * (p + 1e-10).log()).sum()), one_hot, indices[:, None])
+
+
+def llamagen(module: Any, z: Tensor) -> tuple[Tensor, tuple[Any, ...], tuple[None, None, Tensor]]:
+    codes, metric = module.embedding.weight, "euclidean"
+    if module.l2_norm:
+        codes, metric = F.normalize(codes, dim=-1), "cosine"
+    quantized, commitment, indices = quantize_map(z, codes, metric, commitment_weight=module.beta)
+    losses: tuple[Any, ...] = None, None, None, 0
+    if module.training:
+        y = z.detach().movedim(1, -1).flatten(0, -2)
+        y = F.normalize(y, dim=-1) if module.l2_norm else y
+        usage = _share_of_late(module, indices) if module.show_usage else 0
+        losses = F.mse_loss(F.embedding(indices, codes), y), commitment, z.new_zeros(()), usage
+    return quantized, losses, (None, None, indices)
+
+
+@torch.no_grad()
+def _share_of_late(module: Any, indices: Tensor) -> float:
+    late = module.codebook_used
+    late.copy_(torch.cat([late, indices.to(late.dtype)])[-len(late) :])
+    share: float = len(late.unique()) / module.n_e
+    return share
+
+
+def lavit(module: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+    y = F.normalize(z, dim=-1).reshape(-1, z.shape[-1])
+    indices = codebook_search(y, module.embedding.weight, metric="euclidean").indices
+    return module.embedding(indices), indices
+
+
+def nearest(module: Any, x: Tensor) -> Tensor:
+    """EnCodec's ``quantize``: x [N, D] -> [N]."""
+    return codebook_search(x, module.embed, metric="euclidean").indices
+
+
+def encodec(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """EnCodec's ``forward``; start and restarts are the original's, and as there the ranks share no statistics."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    module.init_embed_(rows)
+    indices = nearest(module, rows)
+    codes = F.embedding(indices, module.embed).view(x.shape)
+    if module.training:
+        module.expire_codes_(rows)
+        state = module.embed, module.cluster_size, module.embed_avg
+        ema_step(*state, rows, indices, module.decay, "euclidean", module.epsilon, ALONE)
+    return codes, indices.view(x.shape[:-1])
+
+
+def dac(module: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    rows, codes = latents.mT.flatten(0, 1), F.normalize(module.codebook.weight, dim=-1)
+    indices = codebook_search(rows, codes, metric="cosine").indices.view(len(latents), -1)
+    return module.codebook(indices).mT, indices
+
+
+# Of the attributes of each kind of class, those that its methods above, and its own, reckon with.
+CHAMELEON = "num_embeddings embedding_dim beta embedding quant_state_dims"
+TAMING = "n_e e_dim beta embedding"
+ENCODEC = "codebook_size inited cluster_size embed embed_avg decay kmeans_iters epsilon threshold_ema_dead_code"
+DAC = with_methods("codebook_size codebook_dim in_proj out_proj codebook", decode_latents=dac)
+EUCLIDEAN_CODEBOOK = with_methods(ENCODEC, quantize=nearest, forward=encodec)
+TRANSFORMERS = {
+    "apertus1p5.Apertus1p5VisionTokenizerVectorQuantizer": with_methods("embedding", forward=apertus),
+    "chameleon.ChameleonVQVAEVectorQuantizer": with_methods(CHAMELEON, forward=chameleon),
+    "dac.DacVectorQuantize": DAC,
+    "emu3.Emu3VQVAEVectorQuantizer": with_methods("embedding", forward=emu3),
+    "encodec.EncodecEuclideanCodebook": EUCLIDEAN_CODEBOOK,
+    "glm_image.GlmImageVQVAEVectorQuantizer": with_methods(CHAMELEON, forward=partial(chameleon, metric="cosine")),
+    "janus.JanusVQVAEVectorQuantizer": with_methods(CHAMELEON, forward=chameleon),
+    "mimi.MimiEuclideanCodebook": with_methods(
+        "codebook_size initialized cluster_usage embed_sum epsilon", quantize=nearest
+    ),
+    "wavtokenizer.WavTokenizerEuclideanCodebook": EUCLIDEAN_CODEBOOK,
+    "xcodec.XcodecEuclideanCodebook": EUCLIDEAN_CODEBOOK,
+}
+# By a class's full name.
+METHODS: dict[type | str, Callable[..., nn.Module]] = {
+    "audiocraft.quantization.core_vq.EuclideanCodebook": EUCLIDEAN_CODEBOOK,
+    "dac.nn.quantize.VectorQuantize": DAC,
+    "encodec.quantization.core_vq.EuclideanCodebook": EUCLIDEAN_CODEBOOK,
+    "models.modeling_visual_tokenzier.VectorQuantizer": with_methods(  # LaVIT
+        "codebook_dim num_tokens embedding", tokenize=lavit
+    ),
+    "taming.modules.vqvae.quantize.VectorQuantizer": with_methods(
+        TAMING, forward=taming, embed_code=EmbeddingAdapter.embed_code
+    ),
+    "tokenizer.tokenizer_image.vq_model.VectorQuantizer": with_methods(  # LlamaGen
+        f"{TAMING} l2_norm show_usage codebook_used", forward=llamagen
+    ),
+    **{"transformers.models.{0}.modeling_{0}.{1}".format(*name.split(".")): a for name, a in TRANSFORMERS.items()},
+}
