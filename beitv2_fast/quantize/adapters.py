@@ -71,10 +71,10 @@ class NormEMAAdapter(FusedVectorQuantizer):
     """
 
     any_length = True
+    known = "num_tokens codebook_dim beta decay embedding cluster_size statistic_code_usage all_reduce_fn"
 
     def __init__(self, module: Any, **options: Unpack[QuantizerOptions]):
-        known = "num_tokens codebook_dim beta decay embedding cluster_size statistic_code_usage all_reduce_fn"
-        refuse_unknown(module, known)
+        refuse_unknown(module, self.known)
         known = "num_tokens codebook_dim decay eps weight cluster_size embed_avg initted update"
         refuse_unknown(module.embedding, known, "embedding.")
         kept: dict[str, Any] = {
@@ -162,13 +162,13 @@ class EmbeddingAdapter(nn.Module):
     The parameter is the same object as before: names in checkpoints and optimizers keep their meaning.
     """
 
+    known = "embedding n_e e_dim vq_embed_dim beta legacy remap used re_embed unknown_index sane_index_shape"
     used: Tensor
     table: Tensor
 
     def __init__(self, module: Any, **options: Unpack[QuantizerOptions]):
         super().__init__()
-        known = "embedding n_e e_dim vq_embed_dim beta legacy remap used re_embed unknown_index sane_index_shape"
-        refuse_unknown(module, known)
+        refuse_unknown(module, self.known)
         self.embedding = module.embedding
         self.beta, self.legacy, self.sane_index_shape = module.beta, module.legacy, module.sane_index_shape
         self.n_e, self.re_embed = module.n_e, module.re_embed

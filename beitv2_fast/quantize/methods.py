@@ -125,22 +125,25 @@ def dac(module: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
 # Of the attributes of each kind of class, those that its methods above, and its own, reckon with.
 CHAMELEON = "num_embeddings embedding_dim beta embedding quant_state_dims"
 TAMING = "n_e e_dim beta embedding"
-ENCODEC = "codebook_size inited cluster_size embed embed_avg decay kmeans_iters epsilon threshold_ema_dead_code"
+CODEBOOK = "codebook_size inited cluster_size embed embed_avg"
+EUCLIDEAN_CODEBOOK = with_methods(
+    f"{CODEBOOK} decay kmeans_iters epsilon threshold_ema_dead_code", quantize=nearest, forward=encodec
+)
+SEARCHED_CODEBOOK = with_methods(CODEBOOK, quantize=nearest)
 DAC = with_methods("codebook_size codebook_dim in_proj out_proj codebook", decode_latents=dac)
-EUCLIDEAN_CODEBOOK = with_methods(ENCODEC, quantize=nearest, forward=encodec)
 TRANSFORMERS = {
     "apertus1p5.Apertus1p5VisionTokenizerVectorQuantizer": with_methods("embedding", forward=apertus),
     "chameleon.ChameleonVQVAEVectorQuantizer": with_methods(CHAMELEON, forward=chameleon),
     "dac.DacVectorQuantize": DAC,
     "emu3.Emu3VQVAEVectorQuantizer": with_methods("embedding", forward=emu3),
-    "encodec.EncodecEuclideanCodebook": EUCLIDEAN_CODEBOOK,
+    "encodec.EncodecEuclideanCodebook": SEARCHED_CODEBOOK,
     "glm_image.GlmImageVQVAEVectorQuantizer": with_methods(CHAMELEON, forward=partial(chameleon, metric="cosine")),
     "janus.JanusVQVAEVectorQuantizer": with_methods(CHAMELEON, forward=chameleon),
     "mimi.MimiEuclideanCodebook": with_methods(
         "codebook_size initialized cluster_usage embed_sum epsilon", quantize=nearest
     ),
-    "wavtokenizer.WavTokenizerEuclideanCodebook": EUCLIDEAN_CODEBOOK,
-    "xcodec.XcodecEuclideanCodebook": EUCLIDEAN_CODEBOOK,
+    "wavtokenizer.WavTokenizerEuclideanCodebook": SEARCHED_CODEBOOK,
+    "xcodec.XcodecEuclideanCodebook": SEARCHED_CODEBOOK,
 }
 # By a class's full name.
 METHODS: dict[type | str, Callable[..., nn.Module]] = {

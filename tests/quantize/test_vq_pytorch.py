@@ -294,3 +294,16 @@ def test_random_projections_agree():
     theirs = package.RandomProjectionQuantizer(dim=16, codebook_size=32, codebook_dim=8, num_codebooks=2)
     ours = replace_quantizers(copy.deepcopy(theirs))
     assert torch.equal(ours(noise(3, 20, 16)), theirs(noise(3, 20, 16)))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_hierarchical_quantizers_agree(shared):
+    package = pytest.importorskip("vector_quantize_pytorch")
+    options = {"scales": (1, 2, 4), "accept_image_fmap": True, "kmeans_init": False, "threshold_ema_dead_code": 0}
+    torch.manual_seed(0)
+    theirs = package.HierarchicalVQ(dim=16, codebook_size=32, shared_codebook=shared, **options)
+    ours = replace_quantizers(copy.deepcopy(theirs))
+    assert_same_training(theirs, ours, (2, 16, 4, 4))
+    indices = ours(noise(2, 16, 4, 4))[1]
+    codes = [module.get_output_from_indices(indices) for module in (theirs, ours)]
+    torch.testing.assert_close(codes[1], codes[0], **TOLERANCE)
