@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from .models.student import Student, StudentConfig
     from .models.tokenizer import Tokenizer, TokenizerModelConfig
     from .models.vit import ViT, ViTConfig
-    from .quantize.adapters import EmbeddingAdapter, NormEMAAdapter, Unsupported
-    from .quantize.methods import with_methods
+    from .quantize.adapters import EmbeddingAdapter, NormEMAAdapter, Unsupported, with_methods
     from .quantize.options import QuantizerOptions
     from .quantize.quantizer import FusedVectorQuantizer
     from .quantize.replace import ADAPTERS, replace_quantizers
@@ -53,8 +52,7 @@ _MODULES = {
     "models.student": ("Student", "StudentConfig"),
     "models.tokenizer": ("Tokenizer", "TokenizerModelConfig"),
     "models.vit": ("ViT", "ViTConfig"),
-    "quantize.adapters": ("EmbeddingAdapter", "NormEMAAdapter", "Unsupported"),
-    "quantize.methods": ("with_methods",),
+    "quantize.adapters": ("EmbeddingAdapter", "NormEMAAdapter", "Unsupported", "with_methods"),
     "quantize.options": ("QuantizerOptions",),
     "quantize.quantizer": ("FusedVectorQuantizer",),
     "quantize.replace": ("ADAPTERS", "replace_quantizers"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +45,35 @@ def refuse_unknown(module: nn.Module, known: str, of: str = "") -> None:
                 {f"{name}.{option}": getattr(table, option) for option in ("max_norm", "scale_grad_by_freq", "sparse")}
             )
             refuse({f"{name}.padding_idx": table.padding_idx is not None})
+
+
+def with_methods(known: str = "", **methods: Callable[..., Any]) -> Callable[..., nn.Module]:
+    """An adapter that gives a module ``methods`` instead of its own, each called with the module before its arguments.
+
+    The rest of it stays: class, parameters, names in state dicts, its other methods.
+
+        def forward(module, z):  # z [B, C, H, W]
+            rows = z.movedim(1, -1).flatten(0, -2)
+            indices = codebook_search(rows, module.embedding.weight, metric="euclidean").indices
+            ...
+
+        replace_quantizers(model, {TheirQuantizer: with_methods(forward=forward)})
+
+    Args:
+        known: names, with spaces between them, of all attributes, parameters, buffers and submodules that the methods
+            reckon with: a module that uses others is refused by their names. By default nothing is refused.
+        methods: functions of a module (not lambdas, if the model is to be pickled), by the names of its methods.
+    """
+
+    def adapter(module: nn.Module, **options: Any) -> nn.Module:
+        if known:
+            refuse_unknown(module, " ".join([known, *methods]))
+        new = copy.copy(module)
+        for name, method in methods.items():
+            setattr(new, name, partial(method, new))
+        return new
+
+    return adapter
 
 
 def quantize_map(
@@ -154,67 +186,43 @@ class CodesOfNormEMA:
         return F.embedding(indices, self.weight)
 
 
-class EmbeddingAdapter(nn.Module):
-    """For quantizers whose codes are the weight of an ``nn.Embedding`` ``embedding`` that learns by gradient.
+def embedding_forward(
+    module: Any, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False
+) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
+    refuse({"temp": temp not in (None, 1.0), "rescale_logits": rescale_logits, "return_logits": return_logits})
+    # legacy: the published models were trained with beta on the other term.
+    weights = (1.0, module.beta) if module.legacy else (module.beta, 1.0)
+    quantized, loss, indices = quantize_map(z, module.embedding.weight, "euclidean", *weights)
+    if module.remap is not None:
+        indices = _to_used(module, indices)[:, None]
+    if module.sane_index_shape:
+        indices = indices.reshape(z.select(1, 0).shape)
+    return quantized, loss, (None, None, indices)
 
-    diffusers' VectorQuantizer (in VQModel) and taming-transformers' VectorQuantizer2: Euclidean, [B, C, H, W] ->
-    (z_q, loss, (None, None, indices)), with their attributes beta, legacy, remap, unknown_index and sane_index_shape.
-    The parameter is the same object as before: names in checkpoints and optimizers keep their meaning.
-    """
 
-    known = "embedding n_e e_dim vq_embed_dim beta legacy remap used re_embed unknown_index sane_index_shape"
-    used: Tensor
-    table: Tensor
+def _to_used(module: Any, indices: Tensor) -> Tensor:
+    """Numbers of codes -> their places in ``used``; others become unknown_index, or any place for "random"."""
+    numbers = torch.arange(len(module.used), device=indices.device)
+    table = torch.full((module.n_e,), len(numbers), device=indices.device)
+    table.scatter_reduce_(0, module.used.long(), numbers, "amin")  # code -> its first place in used
+    places = table[indices]
+    if module.unknown_index == "random":
+        unknown = torch.randint_like(places, module.re_embed)
+    else:
+        unknown = torch.full_like(places, int(module.unknown_index))
+    return torch.where(places == len(numbers), unknown, places)
 
-    def __init__(self, module: Any, **options: Unpack[QuantizerOptions]):
-        super().__init__()
-        refuse_unknown(module, self.known)
-        self.embedding = module.embedding
-        self.beta, self.legacy, self.sane_index_shape = module.beta, module.legacy, module.sane_index_shape
-        self.n_e, self.re_embed = module.n_e, module.re_embed
-        self.remap = module.remap
-        if self.remap is not None:
-            self.register_buffer("used", module.used)
-            self.unknown_index = module.unknown_index
-            numbers = torch.arange(len(module.used), device=module.used.device)
-            table = torch.full((self.n_e,), len(numbers), device=numbers.device)
-            table.scatter_reduce_(0, module.used.long(), numbers, "amin")  # code -> its first place in used
-            self.register_buffer("table", table, persistent=False)
 
-    def extra_repr(self) -> str:
-        return f"num_codes={self.n_e}, beta={self.beta}, legacy={self.legacy}"
+def embed_code(module: Any, indices: Tensor) -> Tensor:
+    """[B, H, W] -> codes [B, C, H, W]: what ``decode_code`` of taming's models asks of a quantizer, in vain there."""
+    codes: Tensor = module.embedding(indices)
+    return codes.movedim(-1, 1)
 
-    def forward(
-        self, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False
-    ) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
-        refuse({"temp": temp not in (None, 1.0), "rescale_logits": rescale_logits, "return_logits": return_logits})
-        # legacy: the published models were trained with beta on the other term.
-        weights = (1.0, self.beta) if self.legacy else (self.beta, 1.0)
-        quantized, loss, indices = quantize_map(z, self.embedding.weight, "euclidean", *weights)
-        if self.remap is not None:
-            indices = self._to_used(indices)[:, None]
-        if self.sane_index_shape:
-            indices = indices.reshape(z.select(1, 0).shape)
-        return quantized, loss, (None, None, indices)
 
-    def embed_code(self, indices: Tensor) -> Tensor:
-        """The codes of [B, H, W] as [B, C, H, W]: what ``decode_code`` of taming's models asks for, in vain there."""
-        codes: Tensor = self.embedding(indices)
-        return codes.movedim(-1, 1)
-
-    def get_codebook_entry(self, indices: Tensor, shape: tuple[int, ...] | None) -> Tensor:
-        """The codes of indices; ``shape`` [B, H, W, C], if given, makes them [B, C, H, W]."""
-        if self.remap is not None:
-            indices = indices.reshape(-1)
-            indices = self.used[torch.where(indices >= len(self.used), 0, indices)]
-        codes: Tensor = self.embedding(indices)
-        return codes if shape is None else codes.view(shape).movedim(-1, 1).contiguous()
-
-    def _to_used(self, indices: Tensor) -> Tensor:
-        """Numbers of codes -> their places in ``used``; others become unknown_index, or any place for "random"."""
-        places = self.table[indices]
-        if self.unknown_index == "random":
-            unknown = torch.randint_like(places, self.re_embed)
-        else:
-            unknown = torch.full_like(places, int(self.unknown_index))
-        return torch.where(places == len(self.used), unknown, places)
+# For diffusers' VectorQuantizer (in VQModel) and taming-transformers' VectorQuantizer2: Euclidean, [B, C, H, W] ->
+# (z_q, loss, (None, None, indices)), with the codes of an ``nn.Embedding`` that learns by gradient.
+EmbeddingAdapter = with_methods(
+    "embedding n_e e_dim vq_embed_dim beta legacy remap used re_embed unknown_index sane_index_shape",
+    forward=embedding_forward,
+    embed_code=embed_code,
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,36 +13,7 @@ from torch import Tensor, nn
 from ..kernels import codebook_search
 from ..kernels.codebook_update.ops import ema_step
 from ..kernels.sampling import ALONE
-from .adapters import EmbeddingAdapter, quantize_map, refuse_unknown
-
-
-def with_methods(known: str = "", **methods: Callable[..., Any]) -> Callable[..., nn.Module]:
-    """An adapter that gives a module ``methods`` instead of its own, each called with the module before its arguments.
-
-    The rest of it stays: class, parameters, names in state dicts, its other methods.
-
-        def forward(module, z):  # z [B, C, H, W]
-            rows = z.movedim(1, -1).flatten(0, -2)
-            indices = codebook_search(rows, module.embedding.weight, metric="euclidean").indices
-            ...
-
-        replace_quantizers(model, {TheirQuantizer: with_methods(forward=forward)})
-
-    Args:
-        known: names, with spaces between them, of all attributes, parameters, buffers and submodules that the methods
-            reckon with: a module that uses others is refused by their names. By default nothing is refused.
-        methods: functions of a module (not lambdas, if the model is to be pickled), by the names of its methods.
-    """
-
-    def adapter(module: nn.Module, **options: Any) -> nn.Module:
-        if known:
-            refuse_unknown(module, " ".join([known, *methods]))
-        new = copy.copy(module)
-        for name, method in methods.items():
-            setattr(new, name, partial(method, new))
-        return new
-
-    return adapter
+from .adapters import embed_code, quantize_map, with_methods
 
 
 def chameleon(module: Any, z: Tensor, metric: str = "euclidean") -> tuple[Tensor, Tensor, Tensor]:
@@ -153,9 +123,7 @@ METHODS: dict[type | str, Callable[..., nn.Module]] = {
     "models.modeling_visual_tokenzier.VectorQuantizer": with_methods(  # LaVIT
         "codebook_dim num_tokens embedding", tokenize=lavit
     ),
-    "taming.modules.vqvae.quantize.VectorQuantizer": with_methods(
-        TAMING, forward=taming, embed_code=EmbeddingAdapter.embed_code
-    ),
+    "taming.modules.vqvae.quantize.VectorQuantizer": with_methods(TAMING, forward=taming, embed_code=embed_code),
     "tokenizer.tokenizer_image.vq_model.VectorQuantizer": with_methods(  # LlamaGen
         f"{TAMING} l2_norm show_usage codebook_used", forward=llamagen
     ),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from beitv2_fast import ADAPTERS, Unsupported, replace_quantizers, with_methods
+from beitv2_fast import Unsupported, replace_quantizers, with_methods
 from beitv2_fast.kernels import codebook_search
 
 from ..support import other_quantizers as other
@@ -230,4 +230,4 @@ def test_the_name_of_a_class_that_is_not_there_is_an_error_that_tells_those_that
     with pytest.raises(ValueError, match=r"no 'taming'.*taming\.modules\.vqvae\.quantize\.VectorQuantizer2"):
         replace_quantizers(VectorQuantizer2(32, 8, 0.25), {VectorQuantizer2: "taming"})
     name = "taming.modules.vqvae.quantize.VectorQuantizer2"
-    assert type(replace_quantizers(VectorQuantizer2(32, 8, 0.25), {VectorQuantizer2: name})) is ADAPTERS[name]
+    assert "forward" in vars(replace_quantizers(VectorQuantizer2(32, 8, 0.25), {VectorQuantizer2: name}))
