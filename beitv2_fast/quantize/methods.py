@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..kernels import codebook_search
 from ..kernels.codebook_update.ops import ema_step
 from ..kernels.sampling import ALONE
-from .adapters import embed_code, quantize_map, with_methods
+from .adapters import EmbeddingAdapter, embed_code, quantize_map, with_methods
+from .soft import dot_assignment
 
 
 def chameleon(module: Any, z: Tensor, metric: str = "euclidean") -> tuple[Tensor, Tensor, Tensor]:
@@ -47,11 +48,38 @@ def llamagen(module: Any, z: Tensor) -> tuple[Tensor, tuple[Any, ...], tuple[Non
     quantized, commitment, indices = quantize_map(z, codes, metric, commitment_weight=module.beta)
     losses: tuple[Any, ...] = None, None, None, 0
     if module.training:
-        y = z.detach().movedim(1, -1).flatten(0, -2)
+        y, entropy = z.movedim(1, -1).flatten(0, -2), z.new_zeros(())
         y = F.normalize(y, dim=-1) if module.l2_norm else y
+        if module.entropy_loss_ratio:
+            # Of minus the squared distances, which but for |y|^2 are products of vectors one longer.
+            y1, codes1 = F.pad(y, (0, 1), value=1.0), torch.cat([2 * codes, -codes.square().sum(-1, keepdim=True)], -1)
+            sample, mean = _entropies(y1, codes1, 0.01)
+            entropy = module.entropy_loss_ratio * (sample - mean)
         usage = _share_of_late(module, indices) if module.show_usage else 0
-        losses = F.mse_loss(F.embedding(indices, codes), y), commitment, z.new_zeros(()), usage
+        losses = F.mse_loss(F.embedding(indices, codes), y.detach()), commitment, entropy, usage
     return quantized, losses, (None, None, indices)
+
+
+def ibq(module: Any, z: Tensor, temp: Any = None, return_logits: bool = False) -> tuple[Tensor, Any, tuple[Any, ...]]:
+    """Of SEED-Voken (arXiv 2412.02692): every code gets a gradient through the softmax. As there, temp and
+    return_logits are not read."""
+    last, codes = z.movedim(1, -1), module.embedding.weight
+    x = last.flatten(0, -2)
+    indices = codebook_search(x, codes, metric="cosine").indices
+    chosen, soft = F.embedding(indices, codes), dot_assignment(x, codes)[2]
+    quantized = chosen + (soft - soft.detach())
+    loss: Any = F.mse_loss(quantized, x) + F.mse_loss(chosen.detach(), x) + module.beta * F.mse_loss(chosen, x.detach())
+    if module.use_entropy_loss:
+        sample, mean = _entropies(x, codes, module.entropy_temperature)
+        weights = module.sample_minimization_weight, module.batch_maximization_weight
+        loss = loss, sample, mean, weights[0] * sample - weights[1] * mean
+    return quantized.view(last.shape).movedim(-1, 1).contiguous(), loss, (None, None, indices)
+
+
+def _entropies(x: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Of each vector's softmax, on average, and of their mean."""
+    entropies, p, _ = dot_assignment(x, codes, temperature)
+    return entropies.mean(), -(p * (p + 1e-5).log()).sum()
 
 
 @torch.no_grad()
@@ -123,9 +151,15 @@ METHODS: dict[type | str, Callable[..., nn.Module]] = {
     "models.modeling_visual_tokenzier.VectorQuantizer": with_methods(  # LaVIT
         "codebook_dim num_tokens embedding", tokenize=lavit
     ),
+    "src.IBQ.modules.vqvae.quantize.IndexPropagationQuantize": with_methods(
+        f"{TAMING} re_embed unknown_index use_entropy_loss entropy_temperature sample_minimization_weight"
+        " batch_maximization_weight",
+        forward=ibq,
+    ),
+    "src.IBQ.modules.vqvae.quantize.VectorQuantizer2": EmbeddingAdapter,
     "taming.modules.vqvae.quantize.VectorQuantizer": with_methods(TAMING, forward=taming, embed_code=embed_code),
     "tokenizer.tokenizer_image.vq_model.VectorQuantizer": with_methods(  # LlamaGen
-        f"{TAMING} l2_norm show_usage codebook_used", forward=llamagen
+        f"{TAMING} l2_norm show_usage codebook_used entropy_loss_ratio", forward=llamagen
     ),
     **{"transformers.models.{0}.modeling_{0}.{1}".format(*name.split(".")): a for name, a in TRANSFORMERS.items()},
 }

@@ -54,6 +54,23 @@ def code_cross_entropy(
     return torch.stack([*losses]).sum() / (codes >= 0).sum().clamp(min=1)
 
 
+def dot_assignment(x: Tensor, codebook: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ``p_ij = softmax_j(<x_i, v_j> / temperature)``: the entropies of its rows [N], their mean [K], and the codes
+    that are meant, ``sum_j p_ij sg(v_j)`` [N, D]."""
+
+    def chunk(rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_p = (rows @ codes.T / temperature).log_softmax(-1)
+        p = log_p.exp()
+        return -(p * log_p).sum(-1), p.sum(0), p @ codes.detach()
+
+    entropies, means, total = [], [], torch.zeros_like(_wide(codebook[:, 0]))
+    for entropy, probabilities, mean in _in_chunks(chunk, len(codebook), _wide(x), codebook=_wide(codebook)):
+        entropies.append(entropy)
+        means.append(mean)
+        total = total + probabilities
+    return torch.cat(entropies), total / max(1, len(x)), torch.cat(means)
+
+
 def diversity_loss(x: Tensor, codebooks: Tensor, *, metric: str, temperature: float) -> Tensor:
     """Minus the entropy of the mean ``p`` over heads and batch, averaged over places: x [P, G, B, D], codes [G, K, D].
 

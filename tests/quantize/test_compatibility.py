@@ -24,6 +24,7 @@ COMPARED = {
     "`sane_index_shape`; in `VQModel`",
     "norm_ema_quantizer.NormEMAVectorQuantizer": "20 steps of a stand-in; `beta`, `embedding.update`, codes of any "
     "length",
+    "src.IBQ.modules.vqvae.quantize.VectorQuantizer2": "as taming's",
     "taming.modules.vqvae.quantize.VectorQuantizer2": "20 steps of a stand-in; `legacy`",
 }
 # The arguments of VectorQuantize's forward, beside x.

@@ -60,6 +60,7 @@ def of_transformers(name: str, *how: Any) -> Theirs:
 
 AUDIOCRAFT = "audiocraft.quantization.core_vq.EuclideanCodebook", ROWS, "forward", other.EuclideanCodebook
 LLAMAGEN = "tokenizer.tokenizer_image.vq_model.VectorQuantizer", MAP, "forward", other.LlamaGen
+IBQ = "src.IBQ.modules.vqvae.quantize.IndexPropagationQuantize", MAP, "forward", other.IBQ
 TRAINED = [
     Theirs(*AUDIOCRAFT),
     Theirs(*AUDIOCRAFT, {"decay": 0.99, "epsilon": 1e-3}),
@@ -69,6 +70,10 @@ TRAINED = [
     Theirs("taming.modules.vqvae.quantize.VectorQuantizer", MAP, "forward", other.Taming, {"beta": 0.5}),
     Theirs(*LLAMAGEN, {"beta": 0.5}),
     Theirs(*LLAMAGEN, {"l2_norm": False}),
+    Theirs(*LLAMAGEN, {"entropy_loss_ratio": 0.01}),
+    Theirs(*LLAMAGEN, {"entropy_loss_ratio": 0.01, "l2_norm": False}),
+    Theirs(*IBQ, {"beta": 0.5}),
+    Theirs(*IBQ, {"use_entropy_loss": True, "batch_maximization_weight": 2.0}),
     Theirs(*LLAMAGEN, {"show_usage": False}),
     of_transformers("chameleon.ChameleonVQVAEVectorQuantizer", MAP),
     of_transformers("dac.DacVectorQuantize", AUDIO),
@@ -190,7 +195,8 @@ def test_a_copy_searches_its_own_codes_also_through_a_pickle():
 @pytest.mark.parametrize(
     ("case", "change", "named"),
     [
-        (TRAINED[6], lambda q: setattr(q, "entropy_loss_ratio", 0.1), "entropy_loss_ratio"),
+        (Theirs(*IBQ), lambda q: setattr(q, "cosine_similarity", True), "cosine_similarity"),
+        (Theirs(*IBQ), lambda q: setattr(q, "remap", "used.npy"), "remap"),
         (TRAINED[5], lambda q: setattr(q, "l2_normalize", True), "l2_normalize"),
         (TRAINED[5], lambda q: setattr(q.embedding, "max_norm", 1.0), "embedding.max_norm"),
         (TRAINED[0], lambda q: setattr(q, "norm", nn.LayerNorm(8)), "norm"),

@@ -38,13 +38,17 @@ class Taming(nn.Module):
 class LlamaGen(nn.Module):
     """VectorQuantizer of LlamaGen, whose window of used codes is short here."""
 
-    def __init__(self, beta: float = 0.25, l2_norm: bool = True, show_usage: bool = True, window: int = 100):
+    def __init__(
+        self, beta: float = 0.25, l2_norm: bool = True, show_usage: bool = True, entropy_loss_ratio: float = 0.0
+    ):
         super().__init__()
         self.n_e, self.e_dim, self.beta = 32, 8, beta
-        self.entropy_loss_ratio, self.l2_norm, self.show_usage = 0.0, l2_norm, show_usage
+        self.entropy_loss_ratio, self.l2_norm, self.show_usage = entropy_loss_ratio, l2_norm, show_usage
         self.embedding = nn.Embedding(self.n_e, self.e_dim)
+        start = torch.rand(self.n_e, self.e_dim) * 2 - 1
+        self.embedding.weight.data = F.normalize(start, dim=-1) if l2_norm else start / self.n_e
         if show_usage:
-            self.register_buffer("codebook_used", torch.zeros(window))
+            self.register_buffer("codebook_used", torch.zeros(100))
 
     def forward(self, z: Tensor) -> tuple[Any, ...]:
         last, codes = z.movedim(1, -1), self.embedding.weight
@@ -58,7 +62,8 @@ class LlamaGen(nn.Module):
                 self.codebook_used = torch.cat([self.codebook_used[len(indices) :], indices.float()])
                 usage = len(self.codebook_used.unique()) / self.n_e
             commitment = self.beta * F.mse_loss(last, chosen.detach())
-            losses = F.mse_loss(chosen, last.detach()), commitment, torch.zeros(())
+            sample, mean = entropies(-squared_distances(last.reshape(-1, self.e_dim), codes) / 0.01)
+            losses = F.mse_loss(chosen, last.detach()), commitment, self.entropy_loss_ratio * (sample - mean)
         quantized = (last + (chosen - last).detach()).movedim(-1, 1)
         return quantized, (*losses, usage), (None, None, indices)
 
@@ -70,6 +75,37 @@ class Table(nn.Module):
 
     def forward(self, indices: Tensor) -> Tensor:
         return self.weight[indices]
+
+
+def entropies(logits: Tensor) -> tuple[Tensor, Tensor]:
+    p = logits.softmax(-1)
+    mean = p.mean(0)
+    return -(p * logits.log_softmax(-1)).sum(-1).mean(), -(mean * (mean + 1e-5).log()).sum()
+
+
+class IBQ(nn.Module):
+    """IndexPropagationQuantize of SEED-Voken."""
+
+    def __init__(self, beta: float = 0.25, use_entropy_loss: bool = False, batch_maximization_weight: float = 1.0):
+        super().__init__()
+        self.n_e, self.e_dim, self.beta, self.remap, self.re_embed = 32, 8, beta, None, 32
+        self.use_entropy_loss, self.cosine_similarity, self.entropy_temperature = use_entropy_loss, False, 0.1
+        self.sample_minimization_weight, self.batch_maximization_weight = 0.5, batch_maximization_weight
+        self.embedding = nn.Embedding(self.n_e, self.e_dim)
+
+    def forward(self, z: Tensor, temp: Any = None, return_logits: bool = False) -> tuple[Any, ...]:
+        last, codes = z.movedim(1, -1), self.embedding.weight
+        x = last.reshape(-1, self.e_dim)
+        logits = x @ codes.T
+        soft, indices = logits.softmax(-1), logits.argmax(-1)
+        hard = F.one_hot(indices, self.n_e).float()
+        quantized, chosen = (hard - soft.detach() + soft) @ codes, hard @ codes
+        loss = F.mse_loss(quantized, x) + F.mse_loss(chosen.detach(), x) + self.beta * F.mse_loss(chosen, x.detach())
+        if self.use_entropy_loss:
+            sample, mean = entropies(logits / self.entropy_temperature)
+            total = self.sample_minimization_weight * sample - self.batch_maximization_weight * mean
+            loss = loss, sample, mean, total
+        return quantized.view(last.shape).movedim(-1, 1), loss, (None, None, indices)
 
 
 class LaVIT(nn.Module):
