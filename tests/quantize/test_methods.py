@@ -16,10 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 from beitv2_fast import Unsupported, replace_quantizers, with_methods
 from beitv2_fast.kernels import codebook_search
+from beitv2_fast.kernels.native import native_ops
+from beitv2_fast.quantize import soft
 
 from ..support import other_quantizers as other
 from ..support.quantizers import everything, noise
 from .test_replace import TOLERANCE, VectorQuantizer2
+from .test_soft_assignment import Largest
 
 MAP, AUDIO, ROWS = (2, 8, 5, 6), (2, 8, 20), (2, 16, 8)
 
@@ -118,6 +121,11 @@ def assert_same_training(modules: tuple[nn.Module, nn.Module], call: str, shape:
     assert_alike(modules, call, noise(*shape, seed=steps))
 
 
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr(soft, "CHUNK_SCORES", 7 * 32)
+
+
 @pytest.mark.parametrize("case", TRAINED, ids=str)
 def test_a_training_of_20_steps_agrees(case):
     theirs = case.make()
@@ -132,6 +140,20 @@ def test_what_is_only_searched_agrees(case):
     ours = case.swap(theirs)
     assert type(ours) is type(theirs) and ours.state_dict().keys() == theirs.state_dict().keys()
     assert_alike((theirs, ours), case.call, noise(*case.shape))
+
+
+@pytest.mark.skipif(not native_ops(), reason="the definitions in Python hold chunks of it")
+@pytest.mark.parametrize("case", [*TRAINED, *SEARCHED], ids=str)
+def test_vectors_times_codes_are_no_tensor_any_more(case):
+    theirs = case.make()
+    elements = []
+    for module in (theirs, case.swap(theirs)):
+        with Largest() as largest:
+            step(module, case.call, noise(*case.shape))
+        elements.append(largest.elements)
+    matrix = noise(*case.shape).numel() // 8 * 32
+    assert elements[0] >= matrix
+    assert elements[1] < matrix or case.stand_in is other.Taming  # which returns one
 
 
 STACKS = {
