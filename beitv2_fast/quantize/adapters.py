@@ -219,10 +219,10 @@ def embed_code(module: Any, indices: Tensor) -> Tensor:
     return codes.movedim(-1, 1)
 
 
-# For diffusers' VectorQuantizer (in VQModel) and taming-transformers' VectorQuantizer2: Euclidean, [B, C, H, W] ->
-# (z_q, loss, (None, None, indices)), with the codes of an ``nn.Embedding`` that learns by gradient.
 EmbeddingAdapter = with_methods(
     "embedding n_e e_dim vq_embed_dim beta legacy remap used re_embed unknown_index sane_index_shape",
     forward=embedding_forward,
     embed_code=embed_code,
 )
+"""For diffusers' VectorQuantizer (in VQModel) and taming-transformers' VectorQuantizer2: Euclidean, [B, C, H, W] ->
+(z_q, loss, (None, None, indices)), with the codes of an ``nn.Embedding`` that learns by gradient."""

@@ -22,15 +22,9 @@ def chameleon(module: Any, z: Tensor, metric: str = "euclidean") -> tuple[Tensor
     return quantize_map(z, codes, metric, codebook_weight=module.beta)
 
 
-def emu3(module: Any, z: Tensor) -> Tensor:
-    rows = z.movedim(2, -1)  # [B, T, C, H, W]
-    indices = codebook_search(rows.flatten(0, -2), module.embedding.weight, metric="euclidean").indices
-    return indices.view(rows.shape[:-1])
-
-
-def apertus(module: Any, z: Tensor) -> Tensor:
-    rows = z.movedim(1, -1)
-    return codebook_search(rows.flatten(0, -2), module.embedding.weight, metric="cosine").indices.view(rows.shape[:-1])
+def indices_only(module: Any, z: Tensor, axis: int = 1, metric: str = "euclidean") -> Tensor:
+    rows = z.movedim(axis, -1)
+    return codebook_search(rows.flatten(0, -2), module.embedding.weight, metric=metric).indices.view(rows.shape[:-1])
 
 
 def taming(module: Any, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
@@ -120,7 +114,7 @@ def dac(module: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     return module.codebook(indices).mT, indices
 
 
-# Of the attributes of each kind of class, those that its methods above, and its own, reckon with.
+# The attributes that the methods above, and those of the classes themselves, reckon with.
 CHAMELEON = "num_embeddings embedding_dim beta embedding quant_state_dims"
 TAMING = "n_e e_dim beta embedding"
 CODEBOOK = "codebook_size inited cluster_size embed embed_avg"
@@ -130,10 +124,12 @@ EUCLIDEAN_CODEBOOK = with_methods(
 SEARCHED_CODEBOOK = with_methods(CODEBOOK, quantize=nearest)
 DAC = with_methods("codebook_size codebook_dim in_proj out_proj codebook", decode_latents=dac)
 TRANSFORMERS = {
-    "apertus1p5.Apertus1p5VisionTokenizerVectorQuantizer": with_methods("embedding", forward=apertus),
+    "apertus1p5.Apertus1p5VisionTokenizerVectorQuantizer": with_methods(
+        "embedding", forward=partial(indices_only, metric="cosine")
+    ),
     "chameleon.ChameleonVQVAEVectorQuantizer": with_methods(CHAMELEON, forward=chameleon),
     "dac.DacVectorQuantize": DAC,
-    "emu3.Emu3VQVAEVectorQuantizer": with_methods("embedding", forward=emu3),
+    "emu3.Emu3VQVAEVectorQuantizer": with_methods("embedding", forward=partial(indices_only, axis=2)),
     "encodec.EncodecEuclideanCodebook": SEARCHED_CODEBOOK,
     "glm_image.GlmImageVQVAEVectorQuantizer": with_methods(CHAMELEON, forward=partial(chameleon, metric="cosine")),
     "janus.JanusVQVAEVectorQuantizer": with_methods(CHAMELEON, forward=chameleon),

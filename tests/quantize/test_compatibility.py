@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from beitv2_fast import ADAPTERS
+from beitv2_fast import ADAPTERS, Unsupported, replace_quantizers
 
+from ..support.quantizers import noise
 from .test_methods import SEARCHED, TRAINED
-from .test_replace import KEPT, REFUSED, WITHOUT_EFFECT
+from .test_replace import KEPT, REFUSED, WITHOUT_EFFECT, vector_quantize
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "quantizer_compatibility.md"
 VQ = "vector_quantize_pytorch.vector_quantize_pytorch.VectorQuantize"
@@ -131,6 +132,12 @@ def test_every_argument_of_a_call_of_vector_quantize_pytorch_has_been_thought_of
     package = pytest.importorskip("vector_quantize_pytorch")
     names = set(inspect.signature(package.VectorQuantize.forward).parameters) - {"self", "x"}
     assert names == {*CALL.split(), *REFUSED_IN_A_CALL.split()}
+
+
+@pytest.mark.parametrize("name", REFUSED_IN_A_CALL.split())
+def test_arguments_of_a_call_that_are_refused_are_named(name):
+    with pytest.raises(Unsupported, match=name):
+        replace_quantizers(vector_quantize())(noise(2, 3, 16), **{name: 1})
 
 
 if __name__ == "__main__":
