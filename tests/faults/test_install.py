@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ..support.training import ROOT, TINY, TOKENIZER, write_images
+from ..support.training import PRETRAIN, ROOT, TINY, TOKENIZER, write_images
 
 pytestmark = pytest.mark.faults
 USE = """
@@ -78,14 +78,9 @@ def test_the_wheel_works_where_nothing_else_of_this_project_is(wheel, tmp_path):
     assert str(packages) in run("python", "-c", "import beitv2_fast; print(beitv2_fast.__file__)")
     assert run("python", "-c", USE).strip() == "40"
     assert "encode" in run("beitv2-fast", "--help")
-    training = [
-        *TINY,
-        *TOKENIZER,
-        "--data",
-        write_images(tmp_path / "images"),
-        "--epochs",
-        1,
-        "--out",
-        tmp_path / "run",
-    ]
-    assert "done" in run("python", "-m", "beitv2_fast.train.tokenizer", *training)
+    common = [*TINY, "--data", write_images(tmp_path / "images"), "--epochs", 1]
+    run("python", "-m", "beitv2_fast.train.tokenizer", *common, *TOKENIZER, "--out", "tokenizer")
+    said = run(
+        "python", "-m", "beitv2_fast.train.pretrain", *common, *PRETRAIN, "--tokenizer", "tokenizer", "--out", "run"
+    )
+    assert "pretrain: done" in said and "attention native" in said

@@ -37,7 +37,8 @@ INTRODUCTION = """# From a published name to pre-training, probe, report and cod
 
 Written by `python -m tests.support.transcript_of_names`. The commands are those of a machine with a network; here the
 addresses lead to a server on 127.0.0.1 with files of the published structure and size, whose weights are random and
-whose photographs are noise: the scores say nothing. 12 images to train on, a student of width 96, 2 CPU cores.
+whose photographs are noise: the scores say nothing. 12 images to train on, a student of width 96, 2 CPU cores that
+other programs kept busy.
 """
 MAINS = {"pretrain": pretrain.main, "linear_probe": linear_probe.main, "report": report.main}
 
