@@ -184,8 +184,9 @@ def _images(
     held_out = held_out_images(data)
     smallest = tokenizer.patch_size
     images = readable_sample(found, config.max_images, config.seed, min_size=smallest)
-    samples = readable_sample(held_out or images, SAMPLES, config.seed, min_size=smallest)
-    return images, samples, held_out is not None
+    if held_out is None:
+        return images, images.subset(sample_images(images, SAMPLES, config.seed)), False
+    return images, readable_sample(held_out, SAMPLES, config.seed, min_size=smallest), True
 
 
 def readable_sample(

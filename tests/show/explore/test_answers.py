@@ -19,6 +19,7 @@ from beitv2_fast.show.index import TypicalPatches, sprite
 from beitv2_fast.weights.build import load_run_model
 
 from ...support.small_runs import CODES
+from ...support.training import write_images
 from .conftest import answers_of
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}  # fp32 in batches of another size
@@ -150,6 +151,16 @@ def test_a_pre_training_brings_its_tokenizer(root):
 def test_the_images_can_be_others_than_the_runs(root):
     answers = answers_of(root, data=root / "data" / "test", max_images=3)
     assert answers.info()["images"] == 3 and not answers.info()["held_out"]
+
+
+def test_what_is_left_out_is_told_once_where_the_images_are_also_the_samples(root, tmp_path, caplog):
+    write_images(tmp_path, 3)
+    (tmp_path / "broken.png").write_bytes(b"")
+    runs = answers_of(root, data=tmp_path).runs
+    assert sorted(runs.samples.paths) == sorted(runs.images.paths) == ["00.png", "01.png", "02.png"]
+    assert [record.getMessage() for record in caplog.records if "broken.png" in record.getMessage()] == [
+        f"1 of 4 files in {tmp_path} are left out:\n  broken.png: an empty file"
+    ]
 
 
 def test_a_folder_without_runs_says_what_would_be_one(tmp_path):
