@@ -21,7 +21,10 @@ def found_labeled(data: Path, run: RunFolder, world: World) -> dict[str, ImageLi
     """
     test = find_split(data, "test", "val")
     if test is None or find_split(data, "train") is None:
-        raise UserError(f"{data} needs the folders train/CLASS and test/CLASS (or val/CLASS) for a probe")
+        raise UserError(
+            f"{data} needs the folders train/CLASS and test/CLASS (or val/CLASS) for a probe: keep some images of each "
+            "class apart to test with."
+        )
     splits = {
         split: found_images(data, folder, run, world, name=f"_{split}", labeled=True)
         for split, folder in (("train", "train"), ("test", test))
