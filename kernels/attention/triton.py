@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ..gpu import device_of, target_name
+from ..gpu import cdiv, device_of, next_power_of_2, target_name
 from .triton_backward import bias_gradients, key_gradients, query_gradients
 from .triton_forward import attention_forward, pack_bias
 
@@ -79,7 +78,7 @@ def attention_triton(qkv: Tensor, bias: Tensor | None, scale: float) -> tuple[Te
     with device_of(qkv):
         blocks = choose_plan(N, d).forward
         packed, _ = _pack(bias, qkv, scale)
-        attention_forward[(triton.cdiv(N, blocks.m) * H * B,)](
+        attention_forward[(cdiv(N, blocks.m) * H * B,)](
             qkv.contiguous(), packed, out, lse, scale * LOG2E, BIAS=bias is not None, **walk(blocks, N),
             **_shape(qkv),
         )  # fmt: skip
@@ -102,20 +101,20 @@ def attention_backward_triton(
         packed, transposed = _pack(bias, qkv, scale)
         blocks = plan.together if of_bias and plan.together else plan.queries
         together = of_bias and plan.together is not None
-        programs = triton.cdiv(N, blocks.m) * H
+        programs = cdiv(N, blocks.m) * H
         if together:
             partial, chunk = _partial(lse, programs, PROGRAMS)
-        query_gradients[(programs * triton.cdiv(B, chunk),)](
+        query_gradients[(programs * cdiv(B, chunk),)](
             qkv, packed, out, grad, lse, delta, dqkv, partial, B, chunk, factor, scale, DBIAS=together,
             **walk(blocks, N), **shape,
         )  # fmt: skip
         blocks = plan.keys
-        key_gradients[(triton.cdiv(N, blocks.m) * H * B,)](
+        key_gradients[(cdiv(N, blocks.m) * H * B,)](
             qkv, transposed, grad, lse, delta, dqkv, factor, scale, **walk(blocks, N), **shape
         )
         if of_bias and not together:
             blocks = plan.bias
-            programs = triton.cdiv(N, blocks.m) * triton.cdiv(N, blocks.n) * H
+            programs = cdiv(N, blocks.m) * cdiv(N, blocks.n) * H
             partial, chunk = _partial(lse, programs, TILES)
             bias_gradients[(programs * len(partial),)](
                 qkv, packed, grad, lse, delta, partial, B, chunk, factor, BLOCK_M=blocks.m, BLOCK_N=blocks.n,
@@ -140,17 +139,17 @@ def _pack(bias: Tensor | None, qkv: Tensor, scale: float) -> tuple[Tensor, Tenso
 def _partial(lse: Tensor, programs: int, most: int) -> tuple[Tensor, int]:
     """Sums of chunks of so many images, as many as make about ``most`` programs, of which each has its own."""
     B, H, N = lse.shape
-    chunk = triton.cdiv(B, max(1, min(B, most // programs)))
-    return lse.new_empty(triton.cdiv(B, chunk), H, N, N), chunk
+    chunk = cdiv(B, max(1, min(B, most // programs)))
+    return lse.new_empty(cdiv(B, chunk), H, N, N), chunk
 
 
 def side(tokens: int) -> int:
     """Of the packed bias: a multiple of all blocks, so that none reads beyond it."""
-    return int(triton.cdiv(tokens, 128)) * 128
+    return cdiv(tokens, 128) * 128
 
 
 def block_d(width: int) -> int:
-    return max(16, int(triton.next_power_of_2(width)))
+    return max(16, next_power_of_2(width))
 
 
 def _shape(qkv: Tensor) -> dict[str, int]:
@@ -161,7 +160,7 @@ def _shape(qkv: Tensor) -> dict[str, int]:
 def walk(blocks: Blocks, tokens: int) -> dict[str, Any]:
     """Blocks of a kernel, and how it walks over the tokens: in full blocks and a shorter tail."""
     full = (tokens - 1) // blocks.n
-    tail = max(16, triton.next_power_of_2(tokens - full * blocks.n))
+    tail = max(16, next_power_of_2(tokens - full * blocks.n))
     return {
         "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "FULL": full, "TAIL": tail, "STAGES": blocks.stages,
         "num_warps": blocks.num_warps,

@@ -5,24 +5,23 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 from torch import Tensor
 
-from ..gpu import device_of
+from ..gpu import device_of, next_power_of_2
 from .triton_paint import paint_masks
 
 MAX_PATCHES = 2**12  # of a grid filled up to powers of two: more do not fit into a program's registers
 
 
 def fits(height: int, width: int) -> bool:
-    return int(triton.next_power_of_2(height) * triton.next_power_of_2(width)) <= MAX_PATCHES
+    return next_power_of_2(height) * next_power_of_2(width) <= MAX_PATCHES
 
 
 def block_masks_triton(
     keys: Tensor, height: int, width: int, num_masked: int, min_patches: int, min_aspect: float, max_patches: int
 ) -> Tensor:
     masks = torch.empty(len(keys), height, width, dtype=torch.uint8, device=keys.device)
-    rows, columns = triton.next_power_of_2(height), triton.next_power_of_2(width)
+    rows, columns = next_power_of_2(height), next_power_of_2(width)
     if len(keys):
         with device_of(keys):
             paint_masks[(len(keys),)](

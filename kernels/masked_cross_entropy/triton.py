@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 
-from ..gpu import device_of, target_name
+from ..gpu import cdiv, device_of, next_power_of_2, target_name
 from .chunked import Device, Head, Normalized, Results, Wanted, empty_results, head_losses
 from .triton_backward import scatter_rows_kernel, weigh
 from .triton_loss import combine_parts, linear_loss, softmax_gradient, softmax_rows
@@ -50,14 +49,14 @@ SCATTER_ROWS = 4  # tokens of a program of the scatter
 
 
 def norm_launch(dim: int) -> dict[str, int]:
-    block = triton.next_power_of_2(dim)
+    block = next_power_of_2(dim)
     return {"BLOCK_C": block, "num_warps": min(max(block // 256, 1), 16)}
 
 
 def softmax_launch(classes: int, dtype: torch.dtype, target: str) -> dict[str, int]:
     """16 logits per lane. At 64 registers, enough for low-precision vectors, an SM holds two rows of 8192: one is read
     while the other is computed."""
-    block = triton.next_power_of_2(classes)
+    block = next_power_of_2(classes)
     launch = {"BLOCK_V": block, "num_warps": min(max(block // 512, 1), 8 if target == "gfx942" else 16)}
     bounded = target in ("sm_80", "sm_90") and block <= 8192 and classes % 16 == 0 and dtype in LOW_PRECISION
     return {**launch, "maxnreg": 64} if bounded else launch
@@ -116,8 +115,8 @@ def head_losses_triton(
 
 def chunk_rows(rows: int, classes: int) -> int:
     """Rows of a chunk: chunks of nearly the same size, of whole blocks of 128 rows, of about CHUNK_LOGITS at most."""
-    chunks = triton.cdiv(rows, max(CHUNK_LOGITS // classes, 128))
-    return min(int(triton.cdiv(triton.cdiv(rows, chunks), 128)) * 128, rows)
+    chunks = cdiv(rows, max(CHUNK_LOGITS // classes, 128))
+    return min(cdiv(cdiv(rows, chunks), 128) * 128, rows)
 
 
 def write_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
@@ -173,7 +172,7 @@ def normalize_backward_triton(
     """``normalize_backward`` of grad_hidden [branches * M, C] in one kernel per branch and a sum over its programs: the
     gradients into grad_rows, branches x [M, C] or none, and grad_norm [branches, 2, C]."""
     count, rows, (images, patches, dim) = len(branches), len(positions), branches[0].shape
-    programs = triton.cdiv(rows, NORM_ROWS)
+    programs = cdiv(rows, NORM_ROWS)
     partial = weight.new_empty(count if grad_norm is not None else 0, programs, 2, dim, dtype=torch.float32)
     with device_of(weight):
         for b, tokens in enumerate(branches):
@@ -200,7 +199,7 @@ def softmax_programs(logits: Tensor, branches: int, rows: int) -> int:
     resident = (
         processors(logits.device) * 32 // softmax_launch(logits.shape[1], logits.dtype, target_name())["num_warps"]
     )
-    return min(int(triton.cdiv(resident, branches)), int(triton.cdiv(rows, 8)))
+    return min(cdiv(resident, branches), cdiv(rows, 8))
 
 
 @cache
@@ -246,9 +245,9 @@ def loss_triton(
     """losses and correct [M] of softmax(hidden W^T + bias): no logits in memory, ``parts`` x M x 16 bytes instead."""
     (rows, dim), classes = hidden.shape, len(weight)
     config = LOSS_CONFIGS[target_name()]
-    row_blocks, blocks = triton.cdiv(rows, config.block_m), triton.cdiv(classes, config.block_v)
-    blocks_of_part = triton.cdiv(blocks, min(max(4 * processors(hidden.device) // row_blocks, 1), blocks))
-    parts = triton.cdiv(blocks, blocks_of_part)
+    row_blocks, blocks = cdiv(rows, config.block_m), cdiv(classes, config.block_v)
+    blocks_of_part = cdiv(blocks, min(max(4 * processors(hidden.device) // row_blocks, 1), blocks))
+    parts = cdiv(blocks, blocks_of_part)
     tops, sums, targets = (hidden.new_empty(parts, rows, dtype=torch.float32) for _ in range(3))
     indices = hidden.new_empty(parts, rows, dtype=torch.int32)
     with device_of(hidden):
@@ -259,7 +258,7 @@ def loss_triton(
             BLOCK_M=config.block_m, BLOCK_V=config.block_v, BLOCK_C=config.block_c,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-        combine_parts[(triton.cdiv(rows, 128),)](
+        combine_parts[(cdiv(rows, 128),)](
             tops, indices, sums, targets, labels, losses, correct, rows, classes, parts, BLOCK_M=128
         )
 
@@ -269,7 +268,7 @@ def weigh_triton(upstream: Tensor, gradient: Tensor, rows: int, dtype: torch.dty
     out = gradient.new_empty(gradient.shape[1:], dtype=dtype)
     if out.numel():
         with device_of(gradient):
-            weigh[(triton.cdiv(out.numel(), 1024),)](
+            weigh[(cdiv(out.numel(), 1024),)](
                 gradient, upstream, out, len(gradient), out.numel(), 1.0 / max(rows, 1), gradient.stride(0),
                 upstream.stride(0), BLOCK=1024,
             )  # fmt: skip
@@ -282,8 +281,8 @@ def scatter_rows_triton(rows: Tensor, positions: Tensor, images: int, patches: i
     out = rows.new_empty(images, patches, dim)
     if out.numel():
         with device_of(rows):
-            scatter_rows_kernel[(triton.cdiv(tokens, SCATTER_ROWS),)](
+            scatter_rows_kernel[(cdiv(tokens, SCATTER_ROWS),)](
                 rows.contiguous(), positions.contiguous(), out, count, tokens, dim, count.bit_length(),
-                BLOCK_T=SCATTER_ROWS, BLOCK_C=min(triton.next_power_of_2(dim), 1024),
+                BLOCK_T=SCATTER_ROWS, BLOCK_C=min(next_power_of_2(dim), 1024),
             )  # fmt: skip
     return out

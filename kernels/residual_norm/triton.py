@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
-from ..gpu import device_of
+from ..gpu import cdiv, device_of, next_power_of_2
 from .triton_rows import residual_norm_rows, residual_norm_rows_backward
 
 PROGRAMS = 528  # of the backward: four per multiprocessor of an H100, each with its own sums for the parameters
@@ -14,12 +13,12 @@ TILE, TILE_ROWS = 1024, 8  # elements, and rows at most, that a program of the b
 
 
 def forward_launch(width: int) -> dict[str, int]:
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     return {"BLOCK_C": block, "num_warps": min(max(block // 256, 1), 16)}
 
 
 def backward_launch(width: int) -> dict[str, int]:
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     rows = min(max(TILE // block, 1), TILE_ROWS)
     return {"BLOCK_R": rows, "BLOCK_C": block, "num_warps": min(max(block // 256, 4), 16)}
 
@@ -81,7 +80,7 @@ def residual_norm_backward_triton(
         residual_norm_rows_backward[(programs,)](
             _dense(grad_sum), _dense(grad_norm), total, mean, rstd, _dense(branch), _dense(gamma), _dense(keep),
             _dense(weight), grad_x, grad_branch, partial,
-            rows, triton.cdiv(rows, programs), width, rows // shape[0], 1 / keep_rate,
+            rows, cdiv(rows, programs), width, rows // shape[0], 1 / keep_rate,
             HAS_SUM=grad_sum is not None, HAS_NORM=grad_norm is not None, HAS_BRANCH=branch_dtype is not None,
             HAS_GAMMA=gamma is not None, HAS_KEEP=keep is not None, **backward_launch(width),
         )  # fmt: skip

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ..codebook_update.triton import tile_shape
-from ..gpu import device_of
+from ..gpu import cdiv, device_of
 from .triton_backward import backward_kernel
 
 
@@ -25,7 +24,7 @@ def vector_quantize_backward_triton(
         return out
     block_n, block_d = tile_shape(dim)
     with device_of(x):
-        backward_kernel[(triton.cdiv(count, block_n),)](
+        backward_kernel[(cdiv(count, block_n),)](
             x,
             quantized.contiguous(),
             grad_quantized,
