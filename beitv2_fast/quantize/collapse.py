@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.codebook_update.dead_codes import find_dead, restart_dead_codes
-from ..kernels.codebook_update.ops import count_idle
+from ..kernels.codebook_update.ops import count_uses
 from ..kernels.sampling import salt
 from .kmeans import kmeans
 
@@ -38,17 +38,19 @@ def look(clock: Tensor, initialized: Tensor, steps: Tensor) -> bool:
         clock[STARTED], clock[STEPS] = initialized, steps
         return bool(clock[STARTED])
     address, version = initialized.data_ptr(), 0 if initialized.is_inference() else initialized._version
-    stride = version - int(clock[VERSION])
-    started_here = bool(clock[STARTED]) and address == clock[ADDRESS]
+    known = clock.tolist()
+    stride = version - known[VERSION]
+    started_here = bool(known[STARTED]) and address == known[ADDRESS]
     if is_capturing(initialized):
         if not started_here:
             raise RuntimeError(
                 "a CUDA graph is being captured, and the host does not know whether the codebook is started. Run two "
                 "training steps before the capture: k-means cannot be part of a graph."
             )
-    elif not started_here or stride != clock[STRIDE] or initialized.is_inference():
+    elif not started_here or stride != known[STRIDE] or initialized.is_inference():
         clock[STARTED], clock[STEPS] = initialized, steps
-    clock[ADDRESS], clock[VERSION], clock[STRIDE] = address, version, stride
+    if known[ADDRESS:] != [address, version, stride]:  # almost never: a write to a tensor costs more than the rest
+        clock[ADDRESS], clock[VERSION], clock[STRIDE] = address, version, stride
     return bool(clock[STARTED])
 
 
@@ -107,13 +109,14 @@ def start_codebook(
         clock[STARTED] = 1
 
 
-@torch.library.custom_op("beitv2_fast::replace_dead_codes", mutates_args=(*_CHANGED, "replaced", "steps"))
+@torch.library.custom_op("beitv2_fast::replace_dead_codes", mutates_args=(*_CHANGED, "window", "replaced", "steps"))
 def replace_dead_codes(
     codebook: Tensor,
     cluster_size: Tensor,
     embed_avg: Tensor,
     idle: Tensor,
     recent: Tensor,
+    window: Tensor,
     replaced: Tensor,
     steps: Tensor,
     clock: Tensor,
@@ -125,17 +128,17 @@ def replace_dead_codes(
     dead_below: float,
     group: str | None = None,
 ) -> None:
-    """Count idleness, and every few steps restart the dead codes at vectors of the batch, with all of their state.
+    """Count uses, and every few steps restart the dead codes at vectors of the batch, with all of their state.
 
     Args: as in ``start_codebook``, and
         bins: [G, K], how often each code was chosen in this step, over all ranks.
+        window: [G, K], how often each code was chosen since the last log.
         replaced: scalar, counts the codes that were restarted. steps: scalar, the device's copy of the clock.
         dead_after: codes that this many times K vectors did not choose are dead; 0: none.
         dead_below: codes whose cluster size fell under this are dead; 0: none.
     """
-    steps += 1
-    clock[STEPS] += 1
-    count_idle(idle, bins)
+    count_uses(bins, idle, window, steps)
+    clock[STEPS].add_(1)
     if recent.numel():
         recent += bins
     if dead_after <= 0 and dead_below <= 0:

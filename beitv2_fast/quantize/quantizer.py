@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..kernels import codebook_search, draw_codes
 from ..kernels.checks import FLOATS
-from ..kernels.codebook_update.ops import ema_step, sum_over_ranks
+from ..kernels.codebook_update.ops import apply_statistics, check_state, codebook_statistics, sum_over_ranks
 from ..kernels.sampling import ALONE, salt
 from ..kernels.snapshot import Snapshot, copy_codebook, recomputing, to_be_recomputed
 from ..kernels.vector_quantize.ops import quantize
@@ -224,7 +224,8 @@ class FusedVectorQuantizer(QuantizerState):
                     snapshot = self.snapshots.keep(x, self.codebook)
             codebooks = self._codebooks(snapshot)
             drawn = self._drawn(x, codebooks, snapshot) if self._draws else [None] * self.groups
-            parts = [self._quantize(x[g], codebooks[g], keep, drawn[g]) for g in range(self.groups)]
+            rows = (x.squeeze(0),) if self.groups == 1 else x.unbind(0)  # whose backward is no copy, and one copy
+            parts = [self._quantize(rows[g], codebooks[g], keep, drawn[g]) for g in range(self.groups)]
             quantized, indices, losses = (_stack(part) for part in zip(*parts, strict=True))  # [G, N, D], [G, N], [G]
             if again:
                 counted = snapshot.counts if snapshot else None
@@ -401,8 +402,10 @@ class FusedVectorQuantizer(QuantizerState):
         if self._learns:
             options: dict[str, Any] = dict(metric=self.metric, seed=self.seed, group=self._group)
             options |= dict(dead_after=self.dead_after, dead_below=self.dead_below)
-            replace_dead_codes(**state, replaced=self.window_replaced, x=seen, bins=counts, **options)
-        elif self._draws:
+            options |= dict(window=self.window_counts.view(counts.shape), replaced=self.window_replaced)
+            replace_dead_codes(**state, x=seen, bins=counts, **options)
+            return counts.view(self.window_counts.shape)
+        if self._draws:
             self.steps.add_(1)  # the next step draws anew
         counts = counts.view(self.window_counts.shape)
         if tracked:
@@ -411,12 +414,20 @@ class FusedVectorQuantizer(QuantizerState):
 
     def _move_codebooks(self, state: dict[str, Tensor], seen: Tensor, indices: Tensor) -> Tensor:
         """The EMA step of every codebook; returns counts [G, K], over all ranks."""
-        counts = []
-        for g in range(self.groups):
-            average = None if self.embed_avg is None else state["embed_avg"][g]
-            moved = state["codebook"][g], state["cluster_size"][g], average
-            counts.append(ema_step(*moved, seen[g], indices[g], self.decay, self.metric, self.eps, self._group))
-        return _stack(counts)
+        book, size = state["codebook"], state["cluster_size"]
+        averages = [None] * self.groups if self.embed_avg is None else state["embed_avg"]
+        check_state(book[0], cluster_size=size[0], embed_avg=averages[0])
+        if self.groups > 1:  # the codes of all codebooks numbered through
+            indices = indices + self.num_codes * torch.arange(self.groups, device=indices.device)[:, None]
+        rows = seen.transpose(0, 1).flatten(0, 1)  # [N G, D], as they lie in memory
+        statistics = codebook_statistics(rows, indices.T.flatten(), size.numel(), self.metric)
+        sum_over_ranks(statistics, self._group)
+        options = self.decay, self.metric, self.eps
+        if self.embed_avg is None and book.is_contiguous() and size.is_contiguous():  # a code moves by itself
+            moved: Tensor = apply_statistics(statistics, book.view(-1, self.code_dim), size.view(-1), None, *options)
+            return moved.view(size.shape)
+        parts = zip(statistics.view(*size.shape, -1), book, size, averages, strict=True)
+        return _stack([apply_statistics(*part, *options) for part in parts])
 
     def _count(self, indices: Tensor, keep: Tensor | None) -> Tensor:
         """How often each code was chosen on this rank, [G, K]."""

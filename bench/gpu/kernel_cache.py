@@ -40,7 +40,11 @@ def search_cases(processors: int, tiny: bool) -> Iterator[Case]:
 
 
 def quantizer_cases(tiny: bool) -> Iterator[Case]:
-    from beitv2_fast.kernels.codebook_update.triton import apply_statistics_triton, codebook_statistics_triton
+    from beitv2_fast.kernels.codebook_update.triton import (
+        apply_statistics_triton,
+        codebook_statistics_triton,
+        count_uses_triton,
+    )
     from beitv2_fast.kernels.vector_quantize.triton import vector_quantize_backward_triton
 
     n, k, d = (300, 64, 32) if tiny else (12_544, 8192, 32)
@@ -49,6 +53,8 @@ def quantizer_cases(tiny: bool) -> Iterator[Case]:
     indices = torch.zeros(n, dtype=torch.int64)
     yield "statistics", partial(codebook_statistics_triton, x, indices, k, "cosine")
     yield "apply", partial(apply_statistics_triton, statistics, codebook, sizes, None, 0.99, "cosine", 1e-5)
+    counts = torch.zeros(3, k, dtype=torch.int64)
+    yield "counts", partial(count_uses_triton, *counts, torch.zeros((), dtype=torch.int64))
     for loss in (torch.ones(()), None):
         backward = partial(
             vector_quantize_backward_triton, x, torch.zeros(n, d), torch.zeros(n, d), loss, 1.0, "cosine"

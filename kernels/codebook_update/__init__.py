@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..checks import check_indices, check_metric, check_vectors
 from .dead_codes import find_dead, restart_dead_codes
-from .ops import check_state, count_idle, ema_step
+from .ops import check_state, count_uses, ema_step
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def codebook_update(
         raise ValueError("codebook_update: dead_after needs idle, an int64 buffer [K] that counts idle vectors")
     bins = ema_step(codebook, cluster_size, embed_avg, x, indices, decay, metric, eps, process_group)
     if idle is not None:
-        count_idle(idle, bins)
+        count_uses(bins, idle)
     if restart_seed is not None:
         dead = find_dead(cluster_size, idle, dead_after, dead_below)
         state = (codebook, cluster_size, embed_avg, idle)

@@ -68,9 +68,30 @@ def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | str | None = None)
             dist.all_reduce(tensor, group=group)
 
 
-def count_idle(idle: Tensor, bins: Tensor) -> None:
-    """idle [..., K] int64, in place: vectors seen since a code was last chosen; bins [..., K]: of this step."""
+@torch.library.custom_op("beitv2_fast::count_uses", mutates_args=("idle", "window", "steps"))
+def count_uses(bins: Tensor, idle: Tensor, window: Tensor | None = None, steps: Tensor | None = None) -> None:
+    """A step's bins [..., K] int64, added in place to what is given: idle [..., K], how many vectors were seen since
+    each code was last chosen; window [..., K], how often each was chosen; steps []."""
     idle.add_(bins.sum(-1, keepdim=True)).masked_fill_(bins > 0, 0)
+    if window is not None:
+        window.add_(bins)
+    if steps is not None:
+        steps.add_(1)
+
+
+@count_uses.register_fake
+def _count_uses_fake(*_: Any) -> None:
+    return None
+
+
+@count_uses.register_kernel("cuda")
+def _count_uses_cuda(bins: Tensor, idle: Tensor, window: Tensor | None = None, steps: Tensor | None = None) -> None:
+    if _all_contiguous(bins, idle, window):
+        from .triton import count_uses_triton
+
+        count_uses_triton(bins, idle, window, steps)
+    else:
+        count_uses._init_fn(bins, idle, window, steps)
 
 
 @torch.library.custom_op("beitv2_fast::codebook_statistics", mutates_args=())

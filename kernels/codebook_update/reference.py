@@ -7,6 +7,8 @@ product) that a fused multiply-add changes nothing.
 
 from __future__ import annotations
 
+from ctypes import c_float
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,7 @@ def unpack_statistics(statistics: Tensor, metric: str) -> tuple[Tensor, Tensor]:
 
 
 def fp32(value: float) -> float:
-    return torch.tensor(value, dtype=torch.float32).item()
+    return c_float(value).value
 
 
 def mix(old: Tensor, new: Tensor, decay: float) -> Tensor:

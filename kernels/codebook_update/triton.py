@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
-from ..gpu import device_of
+from ..gpu import cdiv, device_of, next_power_of_2
 from .reference import fp32
-from .triton_apply import codes_kernel, sizes_kernel
+from .triton_apply import codes_kernel, counts_kernel, sizes_kernel
 from .triton_statistics import statistics_kernel
 
 APPLY_TILE = 512  # elements per program of the second pass: 4 per lane
@@ -17,7 +16,7 @@ NUM_WARPS = 2 if torch.version.hip else 4  # 4 elements per lane: loads of 16 by
 
 def tile_shape(dim: int, elements: int = 1024) -> tuple[int, int]:
     """Rows and columns of a program's tile. More elements than 1024 would cost occupancy."""
-    block_d = triton.next_power_of_2(dim)
+    block_d = next_power_of_2(dim)
     return min(32, max(1, elements // block_d)), block_d
 
 
@@ -29,7 +28,7 @@ def codebook_statistics_triton(x: Tensor, indices: Tensor, num_codes: int, metri
         return out
     block_n, block_d = tile_shape(dim)
     with device_of(x):
-        statistics_kernel[(triton.cdiv(count, block_n),)](
+        statistics_kernel[(cdiv(count, block_n),)](
             x,
             indices,
             out,
@@ -63,10 +62,10 @@ def apply_statistics_triton(
     with device_of(codebook):
         if embed_avg is not None:
             totals = statistics.new_zeros(1)
-            sizes_kernel[(triton.cdiv(count, 256),)](
+            sizes_kernel[(cdiv(count, 256),)](
                 statistics, cluster_size, bins, totals, count, statistics.shape[1], decay, rest, BLOCK_K=256
             )
-        codes_kernel[(triton.cdiv(count, block_k),)](
+        codes_kernel[(cdiv(count, block_k),)](
             statistics,
             totals,
             codebook,
@@ -85,3 +84,10 @@ def apply_statistics_triton(
             num_warps=NUM_WARPS * min(max(block_d // APPLY_TILE, 1), 4),
         )
     return bins
+
+
+def count_uses_triton(bins: Tensor, idle: Tensor, window: Tensor | None, steps: Tensor | None) -> None:
+    """All tensors contiguous."""
+    count = bins.shape[-1]
+    with device_of(bins):
+        counts_kernel[(cdiv(count, 1024), bins.numel() // count)](bins, idle, window, steps, count, BLOCK_K=1024)

@@ -104,3 +104,25 @@ def codes_kernel(
     tl.store(codebook + at, code, mask=mask)
     if AVERAGE:
         tl.store(embed_avg + at, average, mask=mask)
+
+
+@triton.jit
+def counts_kernel(bins, idle, window, steps, K, BLOCK_K: tl.constexpr):
+    """Counters of all codes after a step; the second axis of the grid is that of several codebooks.
+
+    Every program adds up the bins of all codes, 8 K bytes from the second-level cache, which is one launch less.
+    """
+    start = tl.program_id(1).to(tl.int64) * K
+    offs = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_K,), tl.int64)
+    for first in range(0, K, BLOCK_K):
+        total += tl.load(bins + start + first + offs, mask=first + offs < K, other=0)
+    offs_k = tl.program_id(0) * BLOCK_K + offs
+    mask, at = offs_k < K, start + offs_k
+    number = tl.load(bins + at, mask=mask, other=0)
+    unused = tl.load(idle + at, mask=mask, other=0) + tl.sum(total, axis=0)
+    tl.store(idle + at, tl.where(number > 0, 0, unused), mask=mask)
+    if window is not None:
+        tl.store(window + at, tl.load(window + at, mask=mask, other=0) + number, mask=mask)
+    if steps is not None:
+        tl.store(steps, tl.load(steps) + 1, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))

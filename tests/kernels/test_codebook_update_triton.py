@@ -61,6 +61,20 @@ def test_a_column_may_lie_beyond_32_bits():
     assert torch.equal(statistics(rows, indices, 4, "cosine"), expected)
 
 
+@pytest.mark.parametrize("shape", [(1,), (1500,), (3, 70)])
+def test_uses_are_counted_as_by_plain_torch(shape):
+    from beitv2_fast.kernels.codebook_update.ops import count_uses
+    from beitv2_fast.kernels.codebook_update.triton import count_uses_triton
+
+    bins, idle, window = torch.randint(3, (3, *shape), generator=torch.Generator().manual_seed(0))
+    for given in ((idle, window, torch.tensor(4)), (idle, None, None)):
+        ours, theirs = ([t if t is None else t.clone() for t in given] for _ in range(2))
+        count_uses_triton(guarded(bins), *ours)
+        count_uses(bins, *theirs)
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert torch.equal(theirs[0], torch.where(bins > 0, 0, idle + bins.sum(-1, keepdim=True)))
+
+
 def test_one_popular_code_has_the_bits_of_the_reference():
     x, indices = make_batch(300, 9, 8)
     indices = torch.where(torch.arange(300) % 10 > 0, 7, indices)

@@ -57,8 +57,16 @@ def search_codes(monkeypatch) -> None:
 
 
 def update_codebook() -> None:
-    from beitv2_fast.kernels.codebook_update.triton import apply_statistics_triton, codebook_statistics_triton
+    from beitv2_fast.kernels.codebook_update.triton import (
+        apply_statistics_triton,
+        codebook_statistics_triton,
+        count_uses_triton,
+    )
 
+    bins, idle, window = (here(torch.arange(123) % m) for m in (3, 5, 7))
+    expected = torch.where(bins > 0, 0, idle + bins.sum())
+    count_uses_triton(bins, idle, window, None)
+    assert torch.equal(idle, expected) and torch.equal(window, here(torch.arange(123) % 7) + bins)
     for metric, average in (("cosine", False), ("cosine", True), ("euclidean", True)):
         for count, num_codes, dim in ((157, 123, 33), (1, 1, 1)):
             x, indices = (here(t) for t in make_batch(count, num_codes, dim))

@@ -12,8 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from beitv2_fast import FusedVectorQuantizer
+from beitv2_fast.kernels.codebook_search.ops import codebook_search_op
+from beitv2_fast.kernels.codebook_update import ops as update_ops
 from beitv2_fast.kernels.masked_cross_entropy.chunked import Head, Wanted
+from beitv2_fast.kernels.vector_quantize import ops as quantize_ops
+from beitv2_fast.quantize import collapse
 
+from ..support.dispatched import READS, Dispatched
 from ..support.launches import Launch, launching
 
 pytest.importorskip("triton")
@@ -77,6 +83,8 @@ def test_the_search_fits_whatever_is_one_or_strided(launches) -> None:
 def test_the_update_and_the_gradient_fit(n: int, k: int, d: int, dtype: torch.dtype, metric: str, launches) -> None:
     x, indices = torch.empty(n, d, dtype=dtype), torch.empty(n, dtype=torch.int64)
     statistics = update.codebook_statistics_triton(x, indices, k, metric)
+    update.count_uses_triton(*torch.empty(3, 2, k, dtype=torch.int64), torch.tensor(0))
+    update.count_uses_triton(*torch.empty(2, k, dtype=torch.int64), None, None)
     for average in (None, torch.empty(k, d)) if metric == "cosine" else (torch.empty(k, d),):
         update.apply_statistics_triton(statistics, torch.empty(k, d), torch.empty(k), average, 0.99, metric, 1e-5)
     quantized, loss = torch.empty(n, d), torch.ones(())
@@ -88,6 +96,25 @@ def test_an_update_without_averages_is_two_kernels(launches) -> None:
     statistics = update.codebook_statistics_triton(torch.empty(40, 8), torch.empty(40, dtype=torch.int64), 9, "cosine")
     update.apply_statistics_triton(statistics, torch.empty(9, 8), torch.empty(9), None, 0.99, "cosine", 1e-5)
     assert [launch.kernel for launch in launches] == ["statistics_kernel", "codes_kernel"]
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+def test_a_training_step_of_the_quantizer_is_at_most_twelve_launches(launches, monkeypatch) -> None:
+    """Those of kernels, and of torch's ops, also within the package's, but for the one that counts the host's clock."""
+    monkeypatch.setattr(collapse, "host_waits_for", lambda x: True)
+    seen = Dispatched()
+    for op in (quantize_ops.quantize, quantize_ops.quantize_backward, collapse.replace_dead_codes, codebook_search_op,
+               update_ops.codebook_statistics, update_ops.apply_statistics, update_ops.count_uses):  # fmt: skip
+        for device, own in tuple(op._backend_fns.items()):
+            monkeypatch.setitem(op._backend_fns, device, seen.within(op._backend_fns.get("cuda", own)))
+    quantizer, x = FusedVectorQuantizer(64, 8, kmeans_init=False), torch.randn(40, 8, requires_grad=True)
+    for _ in range(3):  # by then the host knows its clock, and the screening's configurations are tried
+        launches.clear()
+        seen.counts.clear()
+        with seen:
+            torch.autograd.grad(quantizer(x).loss, x, torch.ones(()))
+    of_torch = [name for name in seen.counts.elements() if not name.startswith("beitv2_fast") and name not in READS]
+    assert len(launches) >= 8 and len(launches) + len(of_torch) - 1 <= 12, (launches, of_torch)
 
 
 def test_the_update_and_the_gradient_fit_with_strides(launches) -> None:

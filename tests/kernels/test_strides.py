@@ -71,6 +71,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "codebook_statistics euclidean": (x, indices, 5, "euclidean"),
         "apply_codebook_statistics cosine": (statistics[0], *one[:2], None, 0.9, "cosine", 0.0),
         "apply_codebook_statistics euclidean": (statistics[1], *one, 0.9, "euclidean", 1e-5),
+        "count_uses": (bins, idle, recent, steps),
         "masked_positions": (mask, None),
         "masked_gather": (tokens[0], positions),
         "masked_scatter": (noise(4, 3), positions, 2, 3),
@@ -87,7 +88,9 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "vector_quantize euclidean": (x, codes, "euclidean", 0.25, 0.5, True),
         "vector_quantize_backward": (x, codes[indices], noise(7, 6), torch.tensor(0.5), 0.25, "cosine"),
         "start_codebook": (*book, started, steps, idle, recent, clock, groups, "euclidean", 2, 0, 0.0, 100),
-        "replace_dead_codes": (*book, idle, recent, steps - 7, steps, clock, groups, bins, "euclidean", 0, 1.0, 0.0),
+        "replace_dead_codes": (
+            *book, idle, recent, bins + 1, steps - 7, steps, clock, groups, bins, "euclidean", 0, 1.0, 0.0,
+        ),
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from beitv2_fast import FusedVectorQuantizer
 from beitv2_fast.kernels.checks import METRICS
 from beitv2_fast.quantize.options import LEARNING, QuantizerOptions
 
+from ..support.dispatched import Dispatched
 from ..support.golden import load
 from ..support.quantizers import assert_same, noise, state
 from ..support.quantizers import quantizer as make
@@ -135,6 +136,24 @@ def test_shapes_of_vectors_maps_and_heads(channel_last, shape, heads, share):
         expected = (F.normalize(part, dim=-1) @ codebook.T).argmax(-1)
         assert torch.equal(out.indices if heads == 1 else out.indices[..., h], expected)
     torch.testing.assert_close(one.eval().decode(out.indices), one(z).quantized)
+
+
+@pytest.mark.parametrize(("metric", "moves"), [("cosine", 1), ("euclidean", 3)])
+def test_heads_learn_in_one_pass_as_quantizers_of_their_own(metric, moves):
+    options = {"metric": metric, "kmeans_init": False}
+    quantizer, z = FusedVectorQuantizer(6, 12, heads=3, **options), noise(40, 12)
+    alone = [FusedVectorQuantizer(6, 4, **options) for _ in range(3)]
+    names = [name for name, buffer in quantizer.named_buffers() if buffer.dim() > 0]
+    for head, one in enumerate(alone):
+        for name in names:
+            getattr(one, name).copy_(getattr(quantizer, name)[head])
+    with Dispatched() as seen:
+        counts = quantizer(z).counts
+    assert seen.counts["beitv2_fast::codebook_statistics"] == 1
+    assert seen.counts["beitv2_fast::apply_codebook_statistics"] == moves  # euclidean: by each codebook's own total
+    assert torch.equal(counts, torch.stack([one(z.chunk(3, -1)[head]).counts for head, one in enumerate(alone)]))
+    for name in names:
+        assert torch.equal(getattr(quantizer, name), torch.stack([getattr(one, name) for one in alone])), name
 
 
 @pytest.mark.parametrize("options", [{}, {"metric": "euclidean"}, {"heads": 2, "share_codebook": True}, {"heads": 2}])

@@ -4,6 +4,7 @@ reads a tensor, for which it would wait there."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +27,15 @@ class Dispatched(TorchDispatchMode):
         if not views and name not in NO_LAUNCH and not name.startswith(NOT_OF_A_DEVICE):
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
+
+    def within(self, implementation: Callable[..., Any]) -> Callable[..., Any]:
+        """An op's, such that what it asks torch for is counted, too."""
+
+        def run(*args: Any) -> Any:
+            with self:
+                return implementation(*args)
+
+        return run
 
     @property
     def reads(self) -> dict[str, int]:
