@@ -68,8 +68,8 @@ def search_cases(
             "stride_k": "i32",
         },
         {
-            "stride_d": 1, "LANES": plan.lanes, "BLOCK_K": host.BLOCK_K, "SAMPLE": host.SAMPLE, "BLOCK_D": pack_d,
-            "NUM_D": block_d * num_d // pack_d,
+            "stride_d": 1, "LANES": plan.lanes, "BLOCK_K": host.BLOCK_K, "SAMPLE": host.SAMPLE, "EUCLIDEAN": euclidean,
+            "BLOCK_D": pack_d, "NUM_D": block_d * num_d // pack_d,
         },
         host.PACK_WARPS, 3, aligned,
     )  # fmt: skip

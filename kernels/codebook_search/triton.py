@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..gpu import device_of, target_name
+from ..gpu import cdiv, device_of, next_power_of_2, target_name
 from .triton_resolve import resolve
 from .triton_scan import scan
 from .triton_screen import pack_codebook, screen
@@ -40,14 +40,14 @@ class ScreenPlan:
     lanes: int
     positive: bool  # integer maxima, see ``screen``
     configs: tuple[Config, ...]
-    wide: tuple[Config, ...] = ()  # in place of ``configs`` where D > 64, if given
+    wide: tuple[Config, ...] = ()  # in place of ``configs`` where D > 32, if given
     resolve_rows: int = 8  # BLOCK_R of ``resolve``
     scan_rows: int = 32  # BLOCK_R of ``scan``, not less
     # Without a limit of its own, ptxas spills registers of ``resolve`` to reach the next occupancy.
     resolve_options: dict[str, int] = field(default_factory=lambda: {"maxnreg": 255})
 
     def configs_for(self, d: int) -> tuple[Config, ...]:
-        return self.wide if self.wide and d > 64 else self.configs
+        return self.wide if self.wide and d > 32 else self.configs
 
 
 PLANS = {
@@ -61,13 +61,13 @@ PLANS = {
 
 def screen_chunks(d: int) -> tuple[int, int]:
     """(BLOCK_D, NUM_D) of the screening: a row stays in registers up to D = 128, else it is read in chunks."""
-    return (max(16, triton.next_power_of_2(d)), 1) if d <= 128 else (64, triton.cdiv(d, 64))
+    return (max(16, next_power_of_2(d)), 1) if d <= 128 else (64, cdiv(d, 64))
 
 
 def row_chunks(d: int) -> tuple[int, int]:
     """(BLOCK_D, NUM_D) of the other kernels."""
-    block = min(32, max(16, triton.next_power_of_2(d)))
-    return block, triton.cdiv(d, block)
+    block = min(32, max(16, next_power_of_2(d)))
+    return block, cdiv(d, block)
 
 
 def pack_chunk(width: int) -> int:
@@ -93,7 +93,7 @@ def choose_split(row_blocks: int, num_blocks: int, multiprocessors: int) -> int:
 
 def index_bits(num_blocks: int, split: int) -> int:
     """Low mantissa bits that hold the number of a block within its part."""
-    return max(1, (int(triton.cdiv(num_blocks, split)) - 1).bit_length())
+    return max(1, (cdiv(num_blocks, split) - 1).bit_length())
 
 
 def scan_parts(k: int, split: int) -> int:
@@ -139,14 +139,14 @@ def codebook_search_triton(
 
     with device_of(x):
         plan = plan or target_name()
-        chosen, num_blocks = PLANS[plan], triton.cdiv(k, BLOCK_K)
+        chosen, num_blocks = PLANS[plan], cdiv(k, BLOCK_K)
         lanes, block_r = chosen.lanes, chosen.resolve_rows
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
         if split is None:
-            split = choose_split(triton.cdiv(n, chosen.configs_for(d)[0].block_n), num_blocks, processors)
+            split = choose_split(cdiv(n, chosen.configs_for(d)[0].block_n), num_blocks, processors)
         bits = index_bits(num_blocks, split)
-        hard = x.new_empty(n + 1 + triton.cdiv(n, block_r), dtype=torch.int64)
-        packed, bias, center, bounds = _pack(codebook, hard, n, lanes, num_blocks)
+        hard = x.new_empty(n + 1 + cdiv(n, block_r), dtype=torch.int64)
+        packed, bias, center, bounds = _pack(codebook, hard, n, lanes, num_blocks, euclidean)
         keys = x.new_empty(n, split, 2, lanes, dtype=torch.float32)
         rest = x.new_empty(n, split, dtype=torch.float32)
         _screen(x, packed, bias, center, bounds, keys, rest, num_blocks, euclidean, bits, split, plan)
@@ -156,25 +156,25 @@ def codebook_search_triton(
             "EUCLIDEAN": euclidean, "WRITE_NORMALIZED": return_normalized, "WRITE_CODES": return_codes,
             "WRITE_DISTANCES": return_distances, "BLOCK_D": block_d, "NUM_D": num_d,
         }  # fmt: skip
-        resolve[(triton.cdiv(n, block_r),)](
+        resolve[(cdiv(n, block_r),)](
             x, codebook, center, bounds, keys, rest, hard, indices, normalized, codes, distances,
             n, k, d, num_blocks, *x.stride(), *codebook.stride(),
             POSITIVE=chosen.positive, INDEX_BITS=bits, SPLIT=split, LANES=lanes, BLOCK_R=block_r, BLOCK_K=BLOCK_K,
             **wanted, num_warps=resolve_warps(codebook), **chosen.resolve_options,
         )  # fmt: skip
         parts = scan_parts(k, split)
-        tasks = triton.cdiv(n, chosen.scan_rows) * parts
+        tasks = cdiv(n, chosen.scan_rows) * parts
         x, codebook = x.float(), codebook.float()  # Triton does not compile float64 products of 16-bit operands
         scan[(min(tasks, SCAN_PROGRAMS * processors),)](
             x, codebook, hard, keys.view(torch.float64), indices, normalized, codes, distances,
-            n, k, d, triton.cdiv(k, parts), *x.stride(), *codebook.stride(),
+            n, k, d, cdiv(k, parts), *x.stride(), *codebook.stride(),
             PARTS=parts, BLOCK_R=chosen.scan_rows, BLOCK_C=BLOCK_SCAN, **wanted, num_warps=SCAN_WARPS,
         )  # fmt: skip
     return indices, normalized, codes, distances
 
 
 def _pack(
-    codebook: Tensor, hard: Tensor, rows: int, lanes: int, num_blocks: int
+    codebook: Tensor, hard: Tensor, rows: int, lanes: int, num_blocks: int, euclidean: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(packed codes, biases, center, bounds): see ``pack_codebook``."""
     k, d = codebook.shape
@@ -186,8 +186,8 @@ def _pack(
     chunk = pack_chunk(width)
     pack_codebook[(num_blocks,)](
         codebook, packed, bias, center, bounds, hard, rows, k, d, num_blocks, *codebook.stride(),
-        LANES=lanes, BLOCK_K=BLOCK_K, SAMPLE=SAMPLE, BLOCK_D=chunk, NUM_D=width // chunk,
-        num_warps=PACK_WARPS,
+        LANES=lanes, BLOCK_K=BLOCK_K, SAMPLE=SAMPLE, EUCLIDEAN=euclidean, BLOCK_D=chunk,
+        NUM_D=width // chunk, num_warps=PACK_WARPS,
     )  # fmt: skip
     return packed, bias, center, bounds
 
@@ -206,8 +206,8 @@ def _screen(
     configs = PLANS[plan].configs_for(d)
     if triton.knobs.runtime.interpret or len(configs) == 1:
         config = configs[0]
-        grid = (triton.cdiv(n, config.block_n), split)
+        grid = (cdiv(n, config.block_n), split)
         launch = {"BLOCK_N": config.block_n, "num_warps": config.num_warps, "num_stages": config.num_stages}
         screen[grid](*arguments, **constants, **launch)
     else:
-        autotuned(configs)[lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), split)](*arguments, **constants)
+        autotuned(configs)[lambda meta: (cdiv(n, meta["BLOCK_N"]), split)](*arguments, **constants)

@@ -14,31 +14,35 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_screen import codebook_bound, load_centered, load_rows, row_scale
+from .triton_screen import codebook_bound, load_centered, load_rows, row_frame
 
 
 @triton.jit
 def screening_error(
-    rows, mask_rows, center, scale, ratio, code_norm, code_loss, largest_bias, D, stride_d,
+    rows, mask_rows, center, before, shift, scale, weight, bounds, code_norm, code_loss, largest_bias, D, stride_d,
     EUCLIDEAN: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
 ):  # fmt: skip
     """Bound of |screened - exact score| of every row, in scaled units.
 
     Cauchy-Schwarz on what rounding to fp16 took from the row and from the codes, measured, not assumed; then (D + 16)
-    sums of a tensor core that keeps 22 bits, and one for subtracting the center in fp32.
+    sums of a tensor core that keeps 22 bits, and one for subtracting the center in fp32. In a cone (D + 12) / 4 more
+    for <a, c - m>, summed in fp32, and for subtracting a row's part along a.
     """
     squares = tl.zeros(mask_rows.shape, tl.float32)
     losses = tl.zeros(mask_rows.shape, tl.float32)
     for chunk in range(NUM_D):
-        x = load_centered(rows, mask_rows, center, chunk * BLOCK_D, D, stride_d, EUCLIDEAN, BLOCK_D) * scale[:, None]
+        x = load_centered(rows, mask_rows, center, before, shift, chunk * BLOCK_D, D, stride_d, BLOCK_D)
+        x = x * scale[:, None]
         rounded = x.to(tl.float16).to(tl.float32)
         squares += tl.sum(rounded * rounded, axis=1)
         losses += tl.sum((x - rounded) * (x - rounded), axis=1)
     norm, loss = tl.sqrt(squares), tl.sqrt(losses)
-    scores = (norm + loss) * (code_norm + code_loss)
-    if EUCLIDEAN:
-        scores += largest_bias * ratio
-    return 1.01 * (loss * code_norm + norm * code_loss + scores * ((BLOCK_D * NUM_D + 17) * 2.0**-22)) + 1e-30
+    scores = (norm + loss) * (code_norm + code_loss) + tl.abs(weight) * largest_bias
+    error = loss * code_norm + norm * code_loss + scores * ((BLOCK_D * NUM_D + 17) * 2.0**-22)
+    if not EUCLIDEAN:
+        along = tl.abs(weight) * tl.sqrt(tl.load(bounds + 2)) * code_norm
+        error += tl.where(weight == 0, 0.0, along * ((BLOCK_D * NUM_D + 12) * 2.0**-24))
+    return 1.01 * error + 1e-30
 
 
 @triton.jit
@@ -154,14 +158,15 @@ def resolve(
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
     rows = x + tl.where(mask_n, offs_n, 0) * x_stride_n
-    codebook_scale = tl.load(bounds)
-    scale, largest = row_scale(rows, mask_n, center, codebook_scale, D, x_stride_d, EUCLIDEAN, BLOCK_D, NUM_D)
+    before, shift, scale, weight, largest = row_frame(
+        rows, mask_n, center, bounds, D, x_stride_d, EUCLIDEAN, BLOCK_D, NUM_D
+    )
     finite = largest < float("inf")
     code_norm, code_loss = codebook_bound(bounds, 0, num_blocks), codebook_bound(bounds, 1, num_blocks)
     largest_bias, odd_codes = codebook_bound(bounds, 2, num_blocks), codebook_bound(bounds, 3, num_blocks)
     screened = code_norm < float("inf")
     error = screening_error(
-        rows, mask_n, center, scale, scale / codebook_scale, code_norm, code_loss, largest_bias, D, x_stride_d,
+        rows, mask_n, center, before, shift, scale, weight, bounds, code_norm, code_loss, largest_bias, D, x_stride_d,
         EUCLIDEAN, BLOCK_D, NUM_D,
     )  # fmt: skip
     SLOTS: tl.constexpr = SPLIT * 2 * LANES

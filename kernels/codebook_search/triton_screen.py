@@ -39,31 +39,48 @@ def load_rows(rows, mask_rows, start, D, stride_d, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_centered(rows, mask_rows, center, start, D, stride_d, EUCLIDEAN: tl.constexpr, BLOCK_D: tl.constexpr):
-    """As ``load_rows``, of what is screened: x for cosine, x - center for euclidean."""
-    x = load_rows(rows, mask_rows, start, D, stride_d, BLOCK_D)
-    if EUCLIDEAN:
-        x -= tl.load(center + start + tl.arange(0, BLOCK_D))[None, :]
-    return x
+def load_centered(rows, mask_rows, center, before, shift, start, D, stride_d, BLOCK_D: tl.constexpr):
+    """As ``load_rows``, of what is screened: before x - shift center."""
+    x = load_rows(rows, mask_rows, start, D, stride_d, BLOCK_D) * before[:, None]
+    return x - shift[:, None] * tl.load(center + start + tl.arange(0, BLOCK_D))[None, :]
 
 
 @triton.jit
-def row_scale(
-    rows, mask_rows, center, codebook_scale, D, stride_d,
-    EUCLIDEAN: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
-):  # fmt: skip
-    """(scale, largest magnitude) of every row of x: the scale is applied before the row is rounded to fp16.
+def row_frame(
+    rows, mask_rows, center, bounds, D, stride_d, EUCLIDEAN: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr
+):
+    """(before, shift, scale, weight, largest magnitude) of every row of x.
 
-    Euclidean scores add a code's norm in units of scale * codebook scale: not above the codebook's, it cannot overflow.
+    Screened is (before x - shift center) scale, rounded to fp16, plus weight bias. Euclidean: x - center, whose scale
+    is not above the codebook's, so that a bias cannot overflow. Cosine, in a cone: x without its part along the center.
     """
     largest = tl.zeros(mask_rows.shape, tl.float32)
-    for chunk in range(NUM_D):
-        x = load_centered(rows, mask_rows, center, chunk * BLOCK_D, D, stride_d, EUCLIDEAN, BLOCK_D)
-        largest = tl.maximum(largest, tl.max(magnitude(x), axis=1))
-    scale = power_of_two_scale(largest)
+    shift = tl.zeros(mask_rows.shape, tl.float32)
     if EUCLIDEAN:
-        scale = tl.minimum(scale, codebook_scale)
-    return scale, largest
+        before, shift = shift + 1.0, shift + 1.0
+        for chunk in range(NUM_D):
+            x = load_centered(rows, mask_rows, center, before, shift, chunk * BLOCK_D, D, stride_d, BLOCK_D)
+            largest = tl.maximum(largest, tl.max(magnitude(x), axis=1))
+        scale = tl.minimum(power_of_two_scale(largest), tl.load(bounds))
+        weight = scale / tl.load(bounds)
+    else:
+        for chunk in range(NUM_D):
+            x = load_rows(rows, mask_rows, chunk * BLOCK_D, D, stride_d, BLOCK_D)
+            largest = tl.maximum(largest, tl.max(magnitude(x), axis=1))
+        before = power_of_two_scale(largest)
+        scale = shift + 1.0
+        if tl.load(bounds + 1) > 0:
+            for chunk in range(NUM_D):
+                x = load_rows(rows, mask_rows, chunk * BLOCK_D, D, stride_d, BLOCK_D) * before[:, None]
+                shift += tl.sum(x * tl.load(center + chunk * BLOCK_D + tl.arange(0, BLOCK_D))[None, :], axis=1)
+            shift = shift / tl.load(bounds + 2)
+            away = tl.zeros(mask_rows.shape, tl.float32)
+            for chunk in range(NUM_D):
+                x = load_centered(rows, mask_rows, center, before, shift, chunk * BLOCK_D, D, stride_d, BLOCK_D)
+                away = tl.maximum(away, tl.max(tl.abs(x), axis=1))
+            scale = tl.minimum(power_of_two_scale(away), 4096.0)
+        weight = shift * scale
+    return before, shift, scale, weight, largest
 
 
 @triton.jit
@@ -102,18 +119,22 @@ def pack_codebook(
     LANES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SAMPLE: tl.constexpr,
+    EUCLIDEAN: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NUM_D: tl.constexpr,
 ):
     """Round the codes minus ``center``, scaled, to fp16 in [K to a whole block, D to a whole chunk].
 
     <x, c - m> orders the codes of a row as <x, c> does, and <x - m, c - m> - ||c - m||^2 / 2 as the distance; both
-    differ more, relative to their size, where the codes lie close together. Center m and scale come from SAMPLE codes,
-    so that every program finds them alone; fp16 leaves room for codes 2^13 times as large, and beyond them, or where
-    no sampled code is finite, nothing is screened. Codes that are not finite, or beyond K, repeat another.
+    differ more, relative to their size, where the codes lie close together. In a cone, where ||m|| > 4 ||c - m||, rows
+    lie along m, too, and <x, c - m> = <x - t m, c - m> + t <m, c - m> with any t: short vectors again, and fp32. Center
+    m and scale come from SAMPLE codes, so that every program finds them alone; fp16 leaves room for codes 2^13 times as
+    large, and beyond them, or where no sampled code is finite, nothing is screened. Codes that are not finite, or
+    beyond K, repeat another.
 
-    bias[k] = -||scale (c_k - m)||^2 / 2. bounds[0] = scale; from bounds[4], for every block the maxima of
-    ||scale (c - m)|| (Inf: do not screen), of what rounding took from it, of -bias, and whether a code is not finite.
+    center: m; for cosine m times a power of two, a. bias[k] = -||scale (c_k - m)||^2 / 2, or <a, scale (c_k - m)>.
+    bounds[0 .. 2] = scale, whether this is a cone, ||a||^2; from bounds[4], for every block the maxima of
+    ||scale (c - m)|| (Inf: do not screen), of what rounding took from it, of |bias|, and whether a code is not finite.
     hard[N], the number of rows that the screening cannot decide, becomes 0.
     """
     block = tl.program_id(0)
@@ -124,12 +145,15 @@ def pack_codebook(
     largest = tl.zeros((BLOCK_K,), tl.float32)
     sample_largest = tl.zeros((SAMPLE,), tl.float32)
     away = tl.zeros((SAMPLE,), tl.float32)
+    longest = tl.zeros((1,), tl.float32)
     for chunk in range(NUM_D):
         values = load_rows(own, ids < K, chunk * BLOCK_D, D, stride_d, BLOCK_D)
         largest = tl.maximum(largest, tl.max(magnitude(values), axis=1))
         values = load_rows(sample_rows, everywhere, chunk * BLOCK_D, D, stride_d, BLOCK_D)
         sample_largest = tl.maximum(sample_largest, tl.max(magnitude(values), axis=1))
-        away = tl.maximum(away, tl.max(tl.abs(values - sample_center(values)[None, :]), axis=1))
+        middle = sample_center(values)
+        away = tl.maximum(away, tl.max(tl.abs(values - middle[None, :]), axis=1))
+        longest = tl.maximum(longest, tl.max(tl.abs(middle), axis=0))
     finite = sample_largest < float("inf")
     scale = power_of_two_scale(tl.max(tl.where(finite, away, 0.0), axis=0))
     other = tl.min(tl.where(finite, sampled, 2**31 - 1), axis=0)
@@ -137,6 +161,9 @@ def pack_codebook(
     source = stand_ins(ids, usable, other, LANES, BLOCK_K)
     rows, mask = codebook + source.to(tl.int64) * stride_k, source < K
 
+    to_axis = 1.0 if EUCLIDEAN else power_of_two_scale(tl.max(longest, axis=0))
+    length = tl.zeros((1,), tl.float32)
+    along = tl.zeros((BLOCK_K,), tl.float32)
     squares = tl.zeros((BLOCK_K,), tl.float32)
     losses = tl.zeros((BLOCK_K,), tl.float32)
     largest_packed = tl.zeros((BLOCK_K,), tl.float32)
@@ -144,23 +171,30 @@ def pack_codebook(
         offs_d = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
         middle = sample_center(load_rows(sample_rows, everywhere, chunk * BLOCK_D, D, stride_d, BLOCK_D))
         if block == 0:
-            tl.store(center + offs_d, middle)
+            tl.store(center + offs_d, middle * to_axis)
         values = (load_rows(rows, mask, chunk * BLOCK_D, D, stride_d, BLOCK_D) - middle[None, :]) * scale
         rounded = values.to(tl.float16)
         loss = values - rounded.to(tl.float32)
         squares += tl.sum(values * values, axis=1)
+        along += tl.sum(values * (middle * to_axis)[None, :], axis=1)
+        length += tl.sum(middle * to_axis * (middle * to_axis), axis=0)
         losses += tl.sum(loss * loss, axis=1)
         largest_packed = tl.maximum(largest_packed, tl.max(magnitude(values), axis=1))
         tl.store(packed + ids.to(tl.int64)[:, None] * (BLOCK_D * NUM_D) + offs_d[None, :], rounded)
-    tl.store(bias + ids, -0.5 * squares)
+    biases = -0.5 * squares if EUCLIDEAN else along
+    tl.store(bias + ids, biases)
     screened = (tl.max(largest_packed, axis=0) < 65504.0) & (other < K)
     of_block = bounds + 4 + block
     tl.store(of_block, tl.where(screened, tl.sqrt(tl.max(squares, axis=0)), float("inf")))
     tl.store(of_block + num_blocks, tl.sqrt(tl.max(losses, axis=0)))
-    tl.store(of_block + 2 * num_blocks, tl.max(0.5 * squares, axis=0))
+    tl.store(of_block + 2 * num_blocks, tl.max(tl.abs(biases), axis=0))
     tl.store(of_block + 3 * num_blocks, tl.max(((ids < K) & (largest == float("inf"))).to(tl.float32), axis=0))
     if block == 0:
+        of_axis = tl.max(length, axis=0)
+        cone = of_axis * (scale / to_axis) * (scale / to_axis) > 16 * tl.max(squares, axis=0)
         tl.store(bounds, scale)
+        tl.store(bounds + 1, cone.to(tl.float32))
+        tl.store(bounds + 2, of_axis)
         tl.store(hard + N, 0)
 
 
@@ -173,6 +207,45 @@ def codebook_bound(bounds, which: tl.constexpr, num_blocks):
         mine = tl.load(bounds + 4 + which * num_blocks + offs, mask=offs < num_blocks, other=0.0)
         largest = tl.maximum(largest, mine)
     return tl.max(largest, axis=0)
+
+
+@triton.jit
+def best_groups(
+    tile, rows, mask_n, packed, bias, center, before, shift, scale, weight, offset, first, last, D, stride_d,
+    BIASED: tl.constexpr, POSITIVE: tl.constexpr, INDEX_BITS: tl.constexpr, LANES: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
+):  # fmt: skip
+    """Keys of the three best groups of every row and lane [N, LANES] over blocks first .. last - 1 of codes."""
+    BLOCK_N: tl.constexpr = mask_n.shape[0]
+    KEY: tl.constexpr = tl.int32 if POSITIVE else tl.float32
+    best = tl.full((BLOCK_N, LANES), 0 if POSITIVE else -float("inf"), KEY)
+    second = best
+    third = best
+    low_bits: tl.constexpr = (1 << INDEX_BITS) - 1
+    offs_k, offs_d = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    codes = packed + (first * BLOCK_K + offs_k).to(tl.int64)[:, None] * (BLOCK_D * NUM_D) + offs_d[None, :]
+    for block in range(0, last - first):
+        scores = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        if BIASED:
+            scores += tl.load(bias + (first + block) * BLOCK_K + offs_k)[None, :] * weight[:, None]
+        if POSITIVE:
+            scores += offset[:, None]
+        if NUM_D == 1:
+            scores = tl.dot(tile, tl.load(codes).T, scores)
+        else:
+            for chunk in range(NUM_D):
+                part = load_centered(rows, mask_n, center, before, shift, chunk * BLOCK_D, D, stride_d, BLOCK_D)
+                part = (part * scale[:, None]).to(tl.float16)
+                scores = tl.dot(part, tl.load(codes + chunk * BLOCK_D).T, scores)
+        scores = scores.to(KEY, bitcast=True)
+        group = tl.max(tl.reshape(scores, (BLOCK_N, BLOCK_K // LANES, LANES)), axis=1)
+        key = ((group.to(tl.int32, bitcast=True) & ~low_bits) | block).to(KEY, bitcast=True)
+        lower = tl.minimum(best, key)
+        best = tl.maximum(best, key)
+        third = tl.maximum(third, tl.minimum(second, lower))
+        second = tl.maximum(second, lower)
+        codes += BLOCK_K * BLOCK_D * NUM_D
+    return best, second, third
 
 
 @triton.jit
@@ -210,45 +283,27 @@ def screen(
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     rows = x + offs_n * x_stride_n
-    codebook_scale = tl.load(bounds)
-    scale, _ = row_scale(rows, mask_n, center, codebook_scale, D, x_stride_d, EUCLIDEAN, BLOCK_D, NUM_D)
-    ratio = scale / codebook_scale
-    if NUM_D == 1:
-        tile = load_centered(rows, mask_n, center, 0, D, x_stride_d, EUCLIDEAN, BLOCK_D) * scale[:, None]
-        tile = tile.to(tl.float16)
+    before, shift, scale, weight, _ = row_frame(rows, mask_n, center, bounds, D, x_stride_d, EUCLIDEAN, BLOCK_D, NUM_D)
+    offset = weight
     if POSITIVE:
         offset = score_offset(
-            rows, mask_n, center, scale, ratio, bounds, num_blocks, D, x_stride_d, EUCLIDEAN, BLOCK_D, NUM_D
+            rows, mask_n, center, before, shift, scale, weight, bounds, num_blocks, D, x_stride_d, BLOCK_D, NUM_D
         )
-
-    KEY: tl.constexpr = tl.int32 if POSITIVE else tl.float32
-    best = tl.full((BLOCK_N, LANES), 0 if POSITIVE else -float("inf"), KEY)
-    second = best
-    third = best
-    low_bits: tl.constexpr = (1 << INDEX_BITS) - 1
-    offs_k, offs_d = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
-    codes = packed + (first * BLOCK_K + offs_k).to(tl.int64)[:, None] * (BLOCK_D * NUM_D) + offs_d[None, :]
-    for block in range(0, last - first):
-        scores = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        if EUCLIDEAN:
-            scores += tl.load(bias + (first + block) * BLOCK_K + offs_k)[None, :] * ratio[:, None]
-        if POSITIVE:
-            scores += offset[:, None]
-        if NUM_D == 1:
-            scores = tl.dot(tile, tl.load(codes).T, scores)
-        else:
-            for chunk in range(NUM_D):
-                tile = load_centered(rows, mask_n, center, chunk * BLOCK_D, D, x_stride_d, EUCLIDEAN, BLOCK_D)
-                tile = tile * scale[:, None]
-                scores = tl.dot(tile.to(tl.float16), tl.load(codes + chunk * BLOCK_D).T, scores)
-        scores = scores.to(KEY, bitcast=True)
-        group = tl.max(tl.reshape(scores, (BLOCK_N, BLOCK_K // LANES, LANES)), axis=1)
-        key = ((group.to(tl.int32, bitcast=True) & ~low_bits) | block).to(KEY, bitcast=True)
-        lower = tl.minimum(best, key)
-        best = tl.maximum(best, key)
-        third = tl.maximum(third, tl.minimum(second, lower))
-        second = tl.maximum(second, lower)
-        codes += BLOCK_K * BLOCK_D * NUM_D
+    tile = load_centered(rows, mask_n, center, before, shift, 0, D, x_stride_d, BLOCK_D) * scale[:, None]
+    tile = tile.to(tl.float16)
+    biased = EUCLIDEAN
+    if not EUCLIDEAN:
+        biased = tl.load(bounds + 1) > 0
+    if biased:
+        best, second, third = best_groups(
+            tile, rows, mask_n, packed, bias, center, before, shift, scale, weight, offset, first, last, D, x_stride_d,
+            True, POSITIVE, INDEX_BITS, LANES, BLOCK_K, BLOCK_D, NUM_D,
+        )  # fmt: skip
+    else:  # a loop of its own, which is spared a sum per score
+        best, second, third = best_groups(
+            tile, rows, mask_n, packed, bias, center, before, shift, scale, weight, offset, first, last, D, x_stride_d,
+            False, POSITIVE, INDEX_BITS, LANES, BLOCK_K, BLOCK_D, NUM_D,
+        )  # fmt: skip
     slots = keys + (offs_n[:, None] * SPLIT + part) * (2 * LANES) + tl.arange(0, LANES)[None, :]
     tl.store(slots, best.to(tl.float32, bitcast=True), mask=mask_n[:, None])
     tl.store(slots + LANES, second.to(tl.float32, bitcast=True), mask=mask_n[:, None])
@@ -257,15 +312,13 @@ def screen(
 
 @triton.jit
 def score_offset(
-    rows, mask_rows, center, scale, ratio, bounds, num_blocks, D, stride_d,
-    EUCLIDEAN: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
+    rows, mask_rows, center, before, shift, scale, weight, bounds, num_blocks, D, stride_d,
+    BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
 ):  # fmt: skip
     """A bound of |score| of every row: with it added, no score is negative."""
     squares = tl.zeros(mask_rows.shape, tl.float32)
     for chunk in range(NUM_D):
-        x = load_centered(rows, mask_rows, center, chunk * BLOCK_D, D, stride_d, EUCLIDEAN, BLOCK_D) * scale[:, None]
-        squares += tl.sum(x * x, axis=1)
-    bound = 1.01 * tl.sqrt(squares) * codebook_bound(bounds, 0, num_blocks)
-    if EUCLIDEAN:
-        bound += 1.01 * codebook_bound(bounds, 2, num_blocks) * ratio
-    return bound
+        x = load_centered(rows, mask_rows, center, before, shift, chunk * BLOCK_D, D, stride_d, BLOCK_D)
+        squares += tl.sum(x * scale[:, None] * (x * scale[:, None]), axis=1)
+    bound = tl.sqrt(squares) * codebook_bound(bounds, 0, num_blocks)
+    return 1.01 * (bound + tl.abs(weight) * codebook_bound(bounds, 2, num_blocks))

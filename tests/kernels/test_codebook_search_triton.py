@@ -132,12 +132,28 @@ def undecided(x: Tensor, codebook: Tensor, metric: str, monkeypatch) -> int:
     return counts[0]
 
 
-@pytest.mark.parametrize("angle", [0.1, 0.05])
+@pytest.mark.parametrize("angle", [0.1, 0.05, 0.03, 0.01])
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_cone_of_vectors_and_codes_is_decided_by_the_screening(metric: str, angle: float, monkeypatch) -> None:
     axis = normalize(torch.randn(1, 32), dim=-1)
     x, codebook = (normalize(axis + angle * torch.randn(n, 32) / 32**0.5, dim=-1) for n in (64, 2500))
     assert undecided(x, codebook, metric, monkeypatch) <= 3
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1.0, 1e37])
+@pytest.mark.parametrize(("plan", "d"), [("sm_90", 32), ("gfx942", 32), ("sm_90", 130)])
+def test_rows_from_anywhere_meet_a_cone_of_codes(plan: str, d: int, scale: float) -> None:
+    axis, noise = normalize(torch.randn(1, d), dim=-1), torch.randn(40, d)
+    rows = [noise, axis + 1e-2 * noise, -axis + 1e-2 * noise, axis, -3 * axis, noise - (noise @ axis.T) * axis]
+    x = torch.cat([*rows, torch.zeros(1, d)]) * torch.tensor([[scale], [1.0]])[torch.arange(163) % 2]
+    codebook = (axis + 1e-2 * torch.randn(700, d)).repeat(2, 1) * scale
+    codebook[::90, 0] = torch.nan
+    valid = codebook.isfinite().all(1).nonzero()[:, 0]
+    expected = search(x, codebook[valid], plan=plan)[0]
+    assert_nearest(x, codebook[valid], "cosine", expected)
+    assert_lowest_of_equals(codebook[valid], expected)
+    x[-1] = axis  # a zero row has index 0, and so may meet a code that is not finite
+    assert torch.equal(search(x, codebook, plan=plan)[0][:-1], valid[expected][:-1])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
