@@ -63,7 +63,8 @@ def problem(B: int = B, N: int = N, masked: int = MASKED, C: int = C, V: int = V
 
 def ours(p: Head) -> Tensor:
     head = {"norm_weight": p.norm_weight, "norm_bias": p.norm_bias, "weight": p.weight, "bias": p.bias}
-    return masked_cross_entropy(p.branches, p.mask, p.labels, **head, eps=EPS, num_masked=p.masked)[0].sum()
+    mask = F.pad(p.mask, (1, 0))
+    return masked_cross_entropy(p.tokens, mask, p.labels, **head, eps=EPS, num_masked=p.masked)[0].sum()
 
 
 def eager(p: Head) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import masked_cross_entropy
@@ -106,7 +107,8 @@ class Student(ViT):
             labels: [M] int64 codes of the masked patches, row-major.
             num_masked: masked patches of each image, if the same for all (see ``masked_gather``).
         """
-        branches = [tokens[:, 1:] for tokens in self.encode(images, mask) if tokens is not None]
+        branches = [tokens for tokens in self.encode(images, mask) if tokens is not None]
+        mask = F.pad(mask, (1, 0))  # of all tokens: a slice of these would have its gradient copied
         if self.config.shared_head:
             losses, correct = self._head(branches, mask, labels, num_masked, self.norm, self.lm_head)
         else:

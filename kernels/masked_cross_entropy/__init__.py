@@ -53,7 +53,8 @@ def masked_cross_entropy(
 
     Args:
         branches: tensors [B, N, C] of any strides, e.g. the last layer's patch tokens and the aggregation branch's.
-        mask: [B, N] bool.
+        mask: [B, N] bool. With a CLS token in front, give all tokens and ``F.pad(mask, (1, 0))``: of a slice the whole
+            gradient is written twice.
         labels: [M] int64, the codes of the masked patches in row-major order.
         norm_weight: [C], of the LayerNorm.
         norm_bias: [C].

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cpu import FAST_BF16
 from ..native import native_ops
 from .chunked import Device, Head, Results, Wanted, accumulation_dtype, empty_results, head_losses, rows_at, softmax_
 
@@ -127,10 +128,10 @@ def masked_cross_entropy_op(
 
 @masked_cross_entropy_op.register_kernel("cpu")
 def _masked_cross_entropy_cpu(branches: Sequence[Tensor], positions: Tensor, labels: Tensor, *rest: Any) -> Outputs:
-    _, _, weight, *_ = rest
+    _, _, weight, _, _, dtype, *_ = rest
     check_labels(labels, len(positions), len(weight))
-    # Without matrix units for bf16 (AMX), fp32 products are about twice as fast as the libraries' bf16 ones.
-    device = Device(1 << 22, softmax_native_, widen=not torch.cpu._is_amx_tile_supported())
+    widen = not (FAST_BF16 and dtype == torch.bfloat16)
+    device = Device(1 << (22 if widen else 21), softmax_native_, widen)  # which widens narrow logits, beside them
     return _run(partial(head_losses, device=device), branches, positions, labels, *rest)
 
 
