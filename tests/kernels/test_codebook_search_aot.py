@@ -30,6 +30,6 @@ def test_default_problem_neither_spills_nor_exceeds_shared_memory(target: str, m
 @pytest.mark.parametrize("target", list(TARGETS))
 @pytest.mark.parametrize(("d", "k", "dtype"), [(64, 8192, "fp32"), (128, 8192, "bf16"), (768, 262_144, "fp32")])
 def test_wide_codes_and_large_codebooks(target: str, d: int, k: int, dtype: str) -> None:
-    for case in search_cases(target, d=d, k=k, metric="euclidean", dtype=dtype):
+    for case in search_cases(target, d=d, k=k, dtype=dtype):
         if case.tensor_core:
             _check(case, target)
