@@ -1,12 +1,13 @@
-// codebook_search on the CPU. FLOPs 2 N K D in the screening. Memory: the codes once more in fp32 and in bytes, 1.25
-// times the codebook; at most a few MB per thread; the outputs. Nothing grows with N K.
+// codebook_search on the CPU. FLOPs 2 N K D in the screening. Memory: the codes once more in bytes, a quarter of the
+// codebook in fp32, for more than 16 vectors (fp16 and bf16 ones, and those with NaN, Inf or a largest element beyond
+// 2^20 or below 2^-20, in fp32, too); at most a few MB per thread; the outputs. Nothing grows with N K.
 //
 //   cpu.cpp               the op: outputs, choice of the instruction set, threads
 //   cpu_search.h          how a search goes, its error bounds, and what its pieces hand each other
-//   cpu_codes.h, .cpp     packs the codebook, once per call
+//   cpu_codes.h, .cpp     measures the codebook and packs it into bytes, once per call
 //   cpu_block.h, .cpp     one thread's part: blocks of vectors, screened, then resolved
 //   cpu_exact.h           near ties in twice double precision
-//   cpu_pack.h            the kernels that pack codes and vectors
+//   cpu_pack.h            the kernels that pack codes into bytes, and vectors
 //   cpu_kernels.h         the kernels that screen in fp32, filter and resolve
 //   cpu_portable.cpp, cpu_avx2.cpp, cpu_avx512.cpp (and .h)  both for each instruction set
 //   cpu_avx512_vnni.cpp   the same, screening in bytes
@@ -22,6 +23,8 @@
 
 namespace beitv2_fast {
 namespace {
+
+constexpr int64_t FEWEST_CODES = 128;  // of fewer, resolving costs what screening in bytes saves
 
 const Kernels& chosen_kernels() {
   switch (cpu_capability()) {
@@ -51,7 +54,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> codebook_search(const
   at::Tensor distances = at::empty({return_distances ? rows : 0}, floats);
   if (rows == 0) return {indices, normalized, codes, distances};
 
-  const PackedCodebook book = pack_codebook(contiguous, cosine, kernels);
+  const bool bytes = rows > PANEL && codebook.size(0) > FEWEST_CODES;
+  const PackedCodebook book = pack_codebook(contiguous, cosine, bytes, kernels);
   const Search search = {kernels,
                          book,
                          x,

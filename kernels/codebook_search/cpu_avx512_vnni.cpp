@@ -78,7 +78,7 @@ template <bool BIAS>
 void screen(const Codes& codes, const char* panels, int64_t count, int64_t begin, int64_t end, float* group_max,
             float* best) {
   // A few groups at a time stay in the first-level cache while all panels pass over them.
-  const int64_t stride = (4 + codes.depth) * PANEL, step = codes.depth < 512 ? 512 / codes.depth : 1;
+  const int64_t stride = (4 + codes.depth) * PANEL, step = codes.depth < 2048 ? 2048 / codes.depth : 1;
   for (int64_t from = begin; from < end; from += step) {
     const int64_t to = from + step < end ? from + step : end;
     int64_t p = 0;
@@ -100,7 +100,8 @@ void screen_bytes(const Codes& codes, const void* panels, int64_t count, int64_t
              : screen<false>(codes, x, count, begin, end, group_max, best);
 }
 
-const Kernels kernels = {screen_bytes, screen_fp32<Avx512>, pack_codes, pack_rows, filter<Avx512>, resolve<Avx512>};
+const Kernels kernels = {screen_bytes, screen_fp32<Avx512>, measure_group<Avx512>, pack_group, pack_rows, filter<Avx512>,
+                         resolve<Avx512>};
 
 }  // namespace
 

@@ -8,16 +8,17 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 
 #include "cpu_exact.h"
 
 namespace beitv2_fast {
 namespace {
 
-// Bytes screen more than twice as many codes per second as fp32, but a group that they leave costs a read of its fp32 codes,
-// mostly from beyond the caches. Measured at K = 8192: as fast as fp32 when a sixteenth of the groups is left (D = 512).
+// Bytes screen about four times as many codes per second as fp32, but a group that they leave costs a read of its fp32
+// codes, mostly from beyond the caches: at K = 8192 that is even when about a sixteenth of the groups is left.
 constexpr int64_t GROUPS_PER_CANDIDATE = 16;
-constexpr int64_t FEWEST_GROUPS = 4;  // with fewer, resolving costs what screening saves
+constexpr int64_t FEW_VECTORS = 3;  // a panel has 16: screening would score 13 zeros
 
 template <class T>
 void convert(const T* source, int64_t stride, int64_t dim, float* out) {
@@ -50,7 +51,8 @@ float squared_distance(const float* y, const float* code, int64_t dim) {
 Block::Block(const Search& search)
     : search_(search),
       codes_(search.book.codes),
-      bytes_(codes_.bytes && codes_.groups > FEWEST_GROUPS),
+      few_(search.x.size(0) <= FEW_VECTORS),
+      bytes_(codes_.bytes),
       rows_(new float[ROWS * codes_.dim]),
       panels_(new float[ROWS * std::max(codes_.dim, codes_.depth / 4 + 1)]),
       group_max_(new float[ROWS * CHUNK]),
@@ -58,13 +60,13 @@ Block::Block(const Search& search)
       compared_(new float[codes_.dim]) {}
 
 void Block::run(int64_t first, int64_t count) {
-  int64_t found = 0;
+  resolved_ = 0;
   if (codes_.groups) {
     pack(first, count);
-    found = screen(count);
+    screen(count);
   }
   for (int64_t i = 0; i < count; ++i) finish(first + i, codes_.groups ? nearest(first + i, i) : 0);
-  if (found > (2 + codes_.groups / GROUPS_PER_CANDIDATE) * count) bytes_ = false;
+  if (resolved_ > (2 + codes_.groups / GROUPS_PER_CANDIDATE) * count) bytes_ = false;
 }
 
 // A row as it was given, in fp32.
@@ -86,13 +88,20 @@ void Block::pack(int64_t first, int64_t count) {
     search_.kernels.pack_rows(&rows_[p * PANEL * dim], codes_, search_.book.scale, bytes_, panel(p), info_ + p * PANEL);
 }
 
-// Fills the candidates of every row; returns how many there are.
-int64_t Block::screen(int64_t count) {
+// Fills the candidates of every row.
+void Block::screen(int64_t count) {
   const int64_t panels = (count + PANEL - 1) / PANEL;
   const Screen run = bytes_ ? search_.kernels.screen_bytes : search_.kernels.screen_fp32;
-  int64_t found = 0;
   std::fill_n(best_, ROWS, -std::numeric_limits<float>::infinity());
   for (int64_t i = 0; i < count; ++i) candidates_[i].group.clear(), candidates_[i].screened.clear();
+  if (few_) {
+    for (int64_t i = 0; i < count; ++i) {
+      candidates_[i].group.resize(codes_.groups);
+      std::iota(candidates_[i].group.begin(), candidates_[i].group.end(), 0);
+      candidates_[i].screened.assign(codes_.groups, std::numeric_limits<float>::infinity());
+    }
+    return;
+  }
   for (int64_t begin = 0; begin < codes_.groups; begin += CHUNK) {
     const int64_t end = std::min(begin + CHUNK, codes_.groups);
     run(codes_, panels_.get(), panels, begin, end, group_max_.get(), best_);
@@ -103,13 +112,11 @@ int64_t Block::screen(int64_t count) {
         const int64_t i = p * PANEL + lane, n = chunk_.count[lane];
         if (!info_[i].finite || info_[i].far || (info_[i].zero && search_.cosine)) continue;  // have another answer
         RowCandidates& row = candidates_[i];
-        found += n;
         row.group.insert(row.group.end(), chunk_.group[lane], chunk_.group[lane] + n);
         row.screened.insert(row.screened.end(), chunk_.screened[lane], chunk_.screened[lane] + n);
       }
     }
   }
-  return found;
 }
 
 // The best of `count` positions (all of them when kept is null) in twice double precision.
@@ -129,10 +136,10 @@ int64_t Block::nearest(int64_t row, int64_t i) {
   if (info.far) return settle(row, nullptr, book.count);
   const RowCandidates& groups = candidates_[i];
   const size_t count = groups.group.size();
-  if (scores_.size() < count * GROUP) scores_.resize(count * GROUP), kept_.resize(count * (GROUP + 1));
+  if (kept_.size() < count * (GROUP + 1)) scores_.resize((count + 1) * GROUP), kept_.resize(count * (GROUP + 1));
   int64_t kept = search_.kernels.resolve(codes_, &rows_[i * codes_.dim], info, groups.group.data(),
                                          groups.screened.data(), static_cast<int64_t>(count),
-                                         best_[i] - 2 * info.screen_error, scores_.data(), kept_.data());
+                                         best_[i] - 2 * info.screen_error, scores_.data(), kept_.data(), &resolved_);
   while (kept > 1 && kept_[kept - 1] >= book.count) --kept;  // the copies that pad the last group
   return kept == 1 ? book.original(kept_[0]) : settle(row, kept_.data(), kept);
 }

@@ -36,7 +36,7 @@ class Block {
 
   void read(int64_t row, float* out) const;
   void pack(int64_t first, int64_t count);
-  int64_t screen(int64_t count);
+  void screen(int64_t count);
   int64_t nearest(int64_t row, int64_t i);
   int64_t settle(int64_t row, const int32_t* kept, int64_t count);
   void finish(int64_t row, int64_t index);
@@ -44,6 +44,7 @@ class Block {
 
   const Search& search_;
   const Codes& codes_;
+  bool few_;    // whether every vector takes all groups to resolve, without screening
   bool bytes_;  // whether bytes screen; otherwise fp32
   std::unique_ptr<float[]> rows_, panels_, group_max_, row_, compared_;
   std::vector<float> scores_;
@@ -52,6 +53,7 @@ class Block {
   RowCandidates candidates_[ROWS];
   Row info_[ROWS];
   float best_[ROWS];
+  int64_t resolved_;  // groups of a block that were scored in fp32
 };
 
 }  // namespace beitv2_fast

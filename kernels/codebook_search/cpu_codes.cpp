@@ -13,97 +13,99 @@ namespace {
 
 constexpr int32_t INFINITE = 0x7f800000;
 constexpr int64_t WIDEST_BYTES = 32768;  // 255 * 127 * D stays an int32
+constexpr int FARTHEST_EXPONENT = 20;    // of the largest magnitude that is searched without a scaled copy
 
-// As bits, in which NaN and Inf compare above every finite number.
-int32_t largest_magnitude(const float* row, int64_t count) {
-  int32_t largest = 0;
-  for (int64_t d = 0; d < count; ++d) {
-    int32_t bits;
-    std::memcpy(&bits, row + d, 4);
-    largest = std::max(largest, bits & 0x7fffffff);
-  }
-  return largest;
+// The group [8, dim] that is read past the last code: its codes, then copies of the last.
+void pad_last_group(PackedCodebook& book) {
+  const int64_t dim = book.codes.dim, first = (book.codes.groups - 1) * GROUP;
+  book.last.resize(GROUP * dim);
+  for (int64_t c = 0; c < GROUP; ++c)
+    std::copy_n(book.codes.rows + std::min(first + c, book.count - 1) * dim, dim, &book.last[c * dim]);
+  book.codes.last = book.last.data();
 }
 
-// Finds the finite codes; returns the largest magnitude among them.
-float measure(PackedCodebook& book, int64_t total, int64_t dim) {
-  const float* values = book.values.const_data_ptr<float>();
-  int32_t largest = 0;
-  bool all_finite = true;
+GroupBounds measure(PackedCodebook& book, const Kernels& kernels) {
+  GroupBounds bounds = {};
   std::mutex mutex;
-  at::parallel_for(0, total, std::max<int64_t>(1, 262144 / dim), [&](int64_t begin, int64_t end) {
-    int32_t mine = largest_magnitude(values + begin * dim, (end - begin) * dim);
-    const bool finite = mine < INFINITE;
-    if (!finite) {
-      mine = 0;
-      for (int64_t j = begin; j < end; ++j) {
-        const int32_t row = largest_magnitude(values + j * dim, dim);
-        if (row < INFINITE) mine = std::max(mine, row);
-      }
-    }
-    std::lock_guard<std::mutex> lock(mutex);
-    largest = std::max(largest, mine);
-    all_finite = all_finite && finite;
-  });
-  book.count = total;
-  if (!all_finite) {
-    for (int64_t j = 0; j < total; ++j)
-      if (largest_magnitude(values + j * dim, dim) < INFINITE) book.positions.push_back(static_cast<int32_t>(j));
-    book.count = static_cast<int64_t>(book.positions.size());
-  }
-  float value;
-  std::memcpy(&value, &largest, 4);
-  return value;
-}
-
-void fill(PackedCodebook& book, const Kernels& kernels) {
-  Codes& codes = book.codes;
-  std::mutex mutex;
-  at::parallel_for(0, codes.groups, std::max<int64_t>(1, 1024 / codes.dim), [&](int64_t begin, int64_t end) {
-    std::unique_ptr<float[]> rows(new float[GROUP * codes.dim]);
-    GroupBounds bounds = {0, 0, 0};
+  pad_last_group(book);
+  at::parallel_for(0, book.codes.groups, std::max<int64_t>(1, 8192 / book.codes.dim), [&](int64_t begin, int64_t end) {
+    GroupBounds mine = {};
     for (int64_t g = begin; g < end; ++g) {
-      const float* source = rows.get();
-      if (book.positions.empty() && (g + 1) * GROUP <= book.count)
-        source = book.code(g * GROUP);
-      else
-        for (int64_t c = 0; c < GROUP; ++c)
-          std::memcpy(&rows[c * codes.dim], book.code(std::min(g * GROUP + c, book.count - 1)), codes.dim * 4);
-      const GroupBounds group = kernels.pack_codes(source, book.scale, codes, g);
-      bounds.norm = std::max(bounds.norm, group.norm);
-      bounds.residual = std::max(bounds.residual, group.residual);
-      bounds.bias = std::max(bounds.bias, group.bias);
+      const GroupBounds group = kernels.measure_group(book.codes, g);
+      mine = {std::max(mine.square, group.square), std::max(mine.largest, group.largest)};
     }
     std::lock_guard<std::mutex> lock(mutex);
-    codes.max_norm = std::max(codes.max_norm, bounds.norm);
-    codes.max_residual = std::max(codes.max_residual, bounds.residual);
-    if (codes.bias) codes.max_bias = std::max(codes.max_bias, bounds.bias);
+    bounds = {std::max(bounds.square, mine.square), std::max(bounds.largest, mine.largest)};
+  });
+  return bounds;
+}
+
+// Searches a copy of the codes: those that are left, times a power of two.
+void copy_rows(PackedCodebook& book) {
+  const int64_t dim = book.codes.dim;
+  std::unique_ptr<float[]> rows(new float[book.count * dim]);
+  for (int64_t j = 0; j < book.count; ++j)
+    std::transform(book.code(j), book.code(j) + dim, &rows[j * dim], [&](float v) { return v * book.scale; });
+  book.rows = std::move(rows);
+  book.codes.rows = book.rows.get();
+  book.codes.groups = (book.count + GROUP - 1) / GROUP;
+}
+
+void keep_finite(PackedCodebook& book) {
+  std::vector<int32_t> finite;
+  for (int64_t j = 0; j < book.count; ++j)
+    if (std::all_of(book.code(j), book.code(j) + book.codes.dim, [](float v) { return std::isfinite(v); }))
+      finite.push_back(static_cast<int32_t>(j));
+  book.count = static_cast<int64_t>(finite.size());
+  book.positions = std::move(finite);
+}
+
+void fill_bytes(PackedCodebook& book, const Kernels& kernels) {
+  Codes& codes = book.codes;
+  book.bytes.reset(codes.bytes = new int8_t[codes.groups * GROUP * codes.depth]);
+  book.offset.reset(codes.offset = new int32_t[codes.groups * GROUP]);
+  std::mutex mutex;
+  at::parallel_for(0, codes.groups, std::max<int64_t>(1, 8192 / codes.dim), [&](int64_t begin, int64_t end) {
+    float most = 0;
+    for (int64_t g = begin; g < end; ++g) most = std::max(most, kernels.pack_group(codes, g));
+    std::lock_guard<std::mutex> lock(mutex);
+    codes.max_residual = std::max(codes.max_residual, most);
   });
 }
 
 }  // namespace
 
-PackedCodebook pack_codebook(const at::Tensor& codebook, bool cosine, const Kernels& kernels) {
+PackedCodebook pack_codebook(const at::Tensor& codebook, bool cosine, bool bytes, const Kernels& kernels) {
   PackedCodebook book;
-  book.values = codebook.to(at::kFloat).contiguous();
-  const int64_t dim = codebook.size(1);
-  const float largest = measure(book, codebook.size(0), dim);
-  // A power of two that is a float and brings the largest magnitude to [1, 4).
-  if (largest > 0) book.scale = std::ldexp(1.0f, -std::clamp(std::ilogb(largest), -126, 126));
   Codes& codes = book.codes;
+  book.values = codebook.to(at::kFloat).contiguous();
+  book.count = codebook.size(0);
+  codes.rows = book.values.const_data_ptr<float>();
   codes.groups = (book.count + GROUP - 1) / GROUP;
-  codes.dim = dim;
-  codes.depth = (dim + 3) / 4 * 4;
-  if (!book.count) return book;
-  const int64_t padded = codes.groups * GROUP;
-  book.packed.reset(codes.packed = new float[padded * dim]);
-  if (!cosine) book.bias.reset(codes.bias = new float[padded]);
-  if (kernels.screen_bytes && dim <= WIDEST_BYTES) {
-    codes.step = largest > 0 ? largest * book.scale / 126.99f : 1.0f;
-    book.bytes.reset(codes.bytes = new int8_t[padded * codes.depth]);
-    book.offset.reset(codes.offset = new int32_t[padded]);
+  codes.dim = codebook.size(1);
+  codes.depth = (codes.dim + 3) / 4 * 4;
+  if (!cosine) book.bias.reset(codes.bias = new float[codes.groups * GROUP]);
+  GroupBounds bounds = measure(book, kernels);
+  if (bounds.largest >= INFINITE) {
+    keep_finite(book);
+    copy_rows(book);
+    if (!book.count) return book;
+    bounds = measure(book, kernels);
   }
-  fill(book, kernels);
+  float largest;
+  std::memcpy(&largest, &bounds.largest, sizeof largest);
+  if (largest > 0 && std::abs(std::ilogb(largest)) > FARTHEST_EXPONENT) {
+    // A power of two that is a float and brings the largest magnitude to [1, 4).
+    book.scale = std::ldexp(1.0f, -std::clamp(std::ilogb(largest), -126, 126));
+    copy_rows(book);
+    bounds = measure(book, kernels);
+  }
+  codes.max_norm = std::sqrt(bounds.square);
+  codes.max_bias = cosine ? 0 : 0.5f * bounds.square;
+  if (bytes && kernels.screen_bytes && codes.dim <= WIDEST_BYTES) {
+    codes.step = largest > 0 ? largest * book.scale / 126.99f : 1.0f;
+    fill_bytes(book, kernels);
+  }
   return book;
 }
 

@@ -1,4 +1,4 @@
-// Packs a codebook for the CPU search: once per call, in parallel.
+// Measures a codebook for the CPU search, and packs it into bytes if asked to: once per call, in parallel.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,7 +16,9 @@ struct PackedCodebook {
   std::vector<int32_t> positions;  // where the finite codes are in it; empty when all are finite
   int64_t count = 0;               // how many are finite
   float scale = 1;                 // they were multiplied by this power of two
-  std::unique_ptr<float[]> packed, bias;
+  std::unique_ptr<float[]> rows;   // a copy, where codes.rows are not the values themselves
+  std::vector<float> last;         // what codes.last points to
+  std::unique_ptr<float[]> bias;
   std::unique_ptr<int8_t[]> bytes;
   std::unique_ptr<int32_t[]> offset;
 
@@ -26,6 +28,6 @@ struct PackedCodebook {
   }
 };
 
-PackedCodebook pack_codebook(const at::Tensor& codebook, bool cosine, const Kernels& kernels);
+PackedCodebook pack_codebook(const at::Tensor& codebook, bool cosine, bool bytes, const Kernels& kernels);
 
 }  // namespace beitv2_fast

@@ -13,8 +13,7 @@ namespace {
 //
 // The maxima wait in memory: with them in registers GCC keeps the vectors on the stack, at half of the speed.
 template <class I, int CODES, int WIDE>
-inline void screen_tile(const Codes& codes, const float* packed, const float* bias, const float* panels,
-                        float* out) {
+inline void screen_tile(const Codes& codes, const float* rows, const float* bias, const float* panels, float* out) {
   using V = typename I::V;
   constexpr int PER = PANEL / I::LANES, VECTORS = WIDE * PER;
   V sums[CODES][VECTORS];
@@ -31,7 +30,7 @@ inline void screen_tile(const Codes& codes, const float* packed, const float* bi
       x[v] = I::load(panels + (v / PER) * dim * PANEL + d * PANEL + (v % PER) * I::LANES);
 #pragma GCC unroll 16
     for (int c = 0; c < CODES; ++c) {
-      const V code = I::set(packed[d * GROUP + c]);
+      const V code = I::set(rows[c * dim + d]);
 #pragma GCC unroll 16
       for (int v = 0; v < VECTORS; ++v) sums[c][v] = I::fma(x[v], code, sums[c][v]);
     }
@@ -49,14 +48,15 @@ inline void screen_tile(const Codes& codes, const float* packed, const float* bi
 template <class I, int WIDE>
 inline void screen_group(const Codes& codes, int64_t group, const float* panels, float* out, float* best) {
   constexpr int CODES = I::CODES, REST = GROUP % CODES;
-  const float* packed = codes.packed + group * codes.dim * GROUP;
+  const float* rows = group_rows(codes, group);
   const float* bias = codes.bias ? codes.bias + group * GROUP : nullptr;
   for (int w = 0; w < WIDE; ++w)
     for (int l = 0; l < PANEL; ++l) out[w * CHUNK * PANEL + l] = -__builtin_inff();
   int c = 0;
   for (; c + CODES <= GROUP; c += CODES)
-    screen_tile<I, CODES, WIDE>(codes, packed + c, bias ? bias + c : nullptr, panels, out);
-  if constexpr (REST > 0) screen_tile<I, REST, WIDE>(codes, packed + c, bias ? bias + c : nullptr, panels, out);
+    screen_tile<I, CODES, WIDE>(codes, rows + c * codes.dim, bias ? bias + c : nullptr, panels, out);
+  if constexpr (REST > 0)
+    screen_tile<I, REST, WIDE>(codes, rows + c * codes.dim, bias ? bias + c : nullptr, panels, out);
   for (int w = 0; w < WIDE; ++w)
     for (int l = 0; l < PANEL; l += I::LANES) {
       float* raised = best + w * PANEL + l;
@@ -70,7 +70,7 @@ void screen_fp32(const Codes& codes, const void* panels, int64_t count, int64_t 
   constexpr int WIDE = I::WIDE;
   const float* x = static_cast<const float*>(panels);
   // A few groups at a time stay in the first-level cache while all panels pass over them.
-  const int64_t step = codes.dim < 128 ? 128 / codes.dim : 1;
+  const int64_t step = codes.dim < 512 ? 512 / codes.dim : 1;
   for (int64_t from = begin; from < end; from += step) {
     const int64_t to = from + step < end ? from + step : end;
     int64_t p = 0;
@@ -108,55 +108,80 @@ void filter(const float* group_max, const float* best, const Row* info, int64_t 
   }
 }
 
+// <row, code> of CODES codes that lie one after the other, dimensions in the lanes.
+template <class I, int CODES>
+inline void dots(const float* rows, int64_t dim, const float* row, float* out) {
+  typename I::V sums[CODES];
+  float rest[CODES] = {};
+#pragma GCC unroll 16
+  for (int c = 0; c < CODES; ++c) sums[c] = I::set(0.0f);
+  int64_t d = 0;
+  for (; d + I::LANES <= dim; d += I::LANES) {
+    const typename I::V x = I::load(row + d);
+#pragma GCC unroll 16
+    for (int c = 0; c < CODES; ++c) sums[c] = I::fma(x, I::load(rows + c * dim + d), sums[c]);
+  }
+  for (; d < dim; ++d)
+    for (int c = 0; c < CODES; ++c) rest[c] += row[d] * rows[c * dim + d];
+#pragma GCC unroll 16
+  for (int c = 0; c < CODES; ++c) out[c] = I::sum(sums[c]) + rest[c];
+}
+
+template <class I>
+GroupBounds measure_group(const Codes& codes, int64_t group) {
+  const float* rows = group_rows(codes, group);
+  GroupBounds bounds = {0, max_magnitude(rows, GROUP * codes.dim)};
+  for (int64_t c = 0; c < GROUP; ++c) {
+    float square;
+    dots<I, 1>(rows + c * codes.dim, codes.dim, rows + c * codes.dim, &square);
+    bounds.square = square > bounds.square ? square : bounds.square;
+    if (codes.bias) codes.bias[group * GROUP + c] = -0.5f * square;
+  }
+  return bounds;
+}
+
 template <class I>
 inline float score_group(const Codes& codes, int64_t group, const float* row, float* scores) {
-  constexpr int N = GROUP / I::LANES;
-  const float* packed = codes.packed + group * codes.dim * GROUP;
-  typename I::V sums[N], others[N];
-#pragma GCC unroll 16
-  for (int v = 0; v < N; ++v) {
-    sums[v] = codes.bias ? I::load(codes.bias + group * GROUP + v * I::LANES) : I::set(0.0f);
-    others[v] = I::set(0.0f);
+  const float* rows = group_rows(codes, group);
+  float best = -__builtin_inff();
+  dots<I, GROUP>(rows, codes.dim, row, scores);
+  for (int64_t c = 0; c < GROUP; ++c) {
+    if (codes.bias) scores[c] += codes.bias[group * GROUP + c];
+    best = scores[c] > best ? scores[c] : best;
   }
-  int64_t d = 0;
-  for (; d + 2 <= codes.dim; d += 2) {
-#pragma GCC unroll 16
-    for (int v = 0; v < N; ++v) {
-      sums[v] = I::fma(I::set(row[d]), I::load(packed + d * GROUP + v * I::LANES), sums[v]);
-      others[v] = I::fma(I::set(row[d + 1]), I::load(packed + (d + 1) * GROUP + v * I::LANES), others[v]);
-    }
-  }
-  typename I::V highest = I::set(-__builtin_inff());
-#pragma GCC unroll 16
-  for (int v = 0; v < N; ++v) {
-    if (d < codes.dim) sums[v] = I::fma(I::set(row[d]), I::load(packed + d * GROUP + v * I::LANES), sums[v]);
-    sums[v] = I::add(sums[v], others[v]);
-    I::store(scores + v * I::LANES, sums[v]);
-    highest = I::max(highest, sums[v]);
-  }
-  float lanes[I::LANES], best = -__builtin_inff();
-  I::store(lanes, highest);
-  for (int l = 0; l < I::LANES; ++l) best = lanes[l] > best ? lanes[l] : best;
   return best;
 }
 
 template <class I>
 int64_t resolve(const Codes& codes, const float* row, const Row& info, const int32_t* group, const float* screened,
-                int64_t count, float least_screened, float* scores, int32_t* kept) {
+                int64_t count, float least_screened, float* scores, int32_t* kept, int64_t* scored_groups) {
   float best = -__builtin_inff();
   int32_t* scored = kept + count * GROUP;  // behind the room for the codes themselves
   int64_t groups = 0, codes_kept = 0;
+  if (info.unit > 0) {
+    // What the group that screened best really scores is mostly what it screened, and not one error less.
+    int64_t first = 0;
+    for (int64_t i = 1; i < count; ++i) first = screened[i] > screened[first] ? i : first;
+    best = score_group<I>(codes, group[first], row, scores);
+    const float least = (best - 2 * info.resolve_error) / info.unit - info.screen_error;
+    least_screened = least > least_screened ? least : least_screened;
+  }
   for (int64_t i = 0; i < count; ++i) {
     if (screened[i] < least_screened) continue;
     const float highest = score_group<I>(codes, group[i], row, scores + groups * GROUP);
     best = highest > best ? highest : best;
     scored[groups++] = group[i];
   }
+  *scored_groups += groups;
   const typename I::V least = I::set(best - 2 * info.resolve_error);
-  for (int64_t i = 0; i < groups; ++i)
-    for (int v = 0; v < GROUP; v += I::LANES)
-      for (uint32_t m = I::reaches(I::load(scores + i * GROUP + v), least); m; m &= m - 1)
-        kept[codes_kept++] = scored[i] * static_cast<int32_t>(GROUP) + v + __builtin_ctz(m);
+  for (int64_t i = 0; i < groups * GROUP; i += I::LANES) {
+    uint32_t reached = I::reaches(I::load(scores + i), least);
+    if (groups * GROUP - i < I::LANES) reached &= (1u << (groups * GROUP - i)) - 1;
+    for (; reached; reached &= reached - 1) {
+      const int64_t at = i + __builtin_ctz(reached);
+      kept[codes_kept++] = scored[at / GROUP] * static_cast<int32_t>(GROUP) + static_cast<int32_t>(at % GROUP);
+    }
+  }
   return codes_kept;
 }
 

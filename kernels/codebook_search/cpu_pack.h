@@ -5,8 +5,12 @@
 
 #include "cpu_search.h"
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // 64-byte vectors never cross a function that is not inlined
+
 namespace beitv2_fast {
 namespace {
+
+#include "../cpu_floats.h"
 
 inline float float_of(uint32_t bits) {
   float value;
@@ -26,69 +30,59 @@ inline int32_t max_magnitude(const float* row, int64_t dim) {
   return largest;
 }
 
-inline float sum_of_squares(const float* row, int64_t dim) {
-  float lanes[PANEL] = {};
-  int64_t d = 0;
-  for (; d + PANEL <= dim; d += PANEL)
-    for (int64_t l = 0; l < PANEL; ++l) lanes[l] += row[d + l] * row[d + l];
+inline float sum_of_lanes(Floats lanes) {
   float sum = 0;
-  for (; d < dim; ++d) sum += row[d] * row[d];
-  for (int64_t l = 0; l < PANEL; ++l) sum += lanes[l];
+  for (int64_t l = 0; l < LANES; ++l) sum += lanes[l];
   return sum;
 }
 
-// Writes factor * row / step + 128 as bytes; returns the square of what rounding took away. |factor * row| <= 127 step.
-inline float round_row(const float* row, float factor, int64_t dim, float step, uint8_t* out) {
-  const float inverse = 1 / step;
-  float lanes[PANEL] = {}, lost = 0;
-  const auto round = [&](int64_t d) {
-    const float value = row[d] * factor;
-    const int32_t rounded = static_cast<int32_t>(value * inverse + 128.5f);
-    out[d] = static_cast<uint8_t>(rounded);
-    const float rest = value - static_cast<float>(rounded - 128) * step;
-    return rest * rest;
-  };
-  int64_t d = 0;
-  for (; d + PANEL <= dim; d += PANEL)
-    for (int64_t l = 0; l < PANEL; ++l) lanes[l] += round(d + l);
-  for (; d < dim; ++d) lost += round(d);
-  for (int64_t l = 0; l < PANEL; ++l) lost += lanes[l];
-  return lost;
-}
-
-// A row of bytes and its offset; returns the square of what rounding took away.
-inline float pack_code_bytes(const float* row, float scale, const Codes& codes, int64_t code) {
-  int8_t* bytes = codes.bytes + code * codes.depth;
-  const float lost = round_row(row, scale, codes.dim, codes.step, reinterpret_cast<uint8_t*>(bytes));
-  int32_t sum = 0;
-  for (int64_t d = 0; d < codes.dim; ++d) {
-    bytes[d] = static_cast<int8_t>(bytes[d] ^ 0x80);  // minus 128
-    sum += bytes[d];
+inline float sum_of_squares(const float* row, int64_t dim) {
+  Floats lanes = splat(0);
+  for (int64_t d = 0; d < dim; d += LANES) {
+    const Floats values = dim - d < LANES ? load_some(row + d, dim - d, 0) : load(row + d);
+    lanes += values * values;
   }
-  for (int64_t d = codes.dim; d < codes.depth; ++d) bytes[d] = 0;
-  codes.offset[code] = -128 * sum;
-  return lost;
+  return sum_of_lanes(lanes);
 }
 
-GroupBounds pack_codes(const float* rows, float scale, const Codes& codes, int64_t group) {
-  const int64_t dim = codes.dim;
-  float* packed = codes.packed + group * dim * GROUP;
-  float square[GROUP] = {};
-  for (int64_t d = 0; d < dim; ++d)
-    for (int64_t c = 0; c < GROUP; ++c) {
-      const float value = rows[c * dim + d] * scale;
-      packed[d * GROUP + c] = value;
-      square[c] += value * value;
-    }
-  float largest = 0, lost = 0;
+// Writes row / step + zero as bytes and adds row / step to sum; returns the square of what rounding took away.
+// |row| <= 127 step.
+inline float round_row(const float* row, int64_t dim, float step, int32_t zero, void* out, int32_t* sum) {
+  typedef uint8_t Bytes __attribute__((vector_size(16)));
+  const Floats inverse = splat(1 / step);
+  Floats lost = splat(0);
+  Ints total = {};
+  for (int64_t d = 0; d < dim; d += LANES) {
+    const int64_t count = dim - d < LANES ? dim - d : LANES;
+    const Floats values = count < LANES ? load_some(row + d, count, 0) : load(row + d);
+    const Ints rounded = __builtin_convertvector(values * inverse + 128.5f, Ints) - 128;
+    const Floats rest = values - __builtin_convertvector(rounded, Floats) * step;
+    const Bytes bytes = __builtin_convertvector(rounded + zero, Bytes);
+    lost += rest * rest;
+    total += rounded;
+    count < LANES ? memcpy(static_cast<char*>(out) + d, &bytes, count)
+                  : memcpy(static_cast<char*>(out) + d, &bytes, sizeof bytes);
+  }
+  for (int64_t l = 0; l < LANES; ++l) *sum += total[l];
+  return sum_of_lanes(lost);
+}
+
+inline const float* group_rows(const Codes& codes, int64_t group) {
+  return group + 1 < codes.groups ? codes.rows + group * GROUP * codes.dim : codes.last;
+}
+
+float pack_group(const Codes& codes, int64_t group) {
+  float most = 0;
   for (int64_t c = 0; c < GROUP; ++c) {
-    if (codes.bias) codes.bias[group * GROUP + c] = -0.5f * square[c];
-    largest = square[c] > largest ? square[c] : largest;
-    if (!codes.bytes) continue;
-    const float rest = pack_code_bytes(rows + c * dim, scale, codes, group * GROUP + c);
-    lost = rest > lost ? rest : lost;
+    int8_t* bytes = codes.bytes + (group * GROUP + c) * codes.depth;
+    const float* row = group_rows(codes, group) + c * codes.dim;
+    int32_t sum = 0;
+    const float lost = round_row(row, codes.dim, codes.step, 0, bytes, &sum);
+    for (int64_t d = codes.dim; d < codes.depth; ++d) bytes[d] = 0;
+    codes.offset[group * GROUP + c] = -128 * sum;
+    most = lost > most ? lost : most;
   }
-  return {__builtin_sqrtf(largest), __builtin_sqrtf(lost), 0.5f * largest};
+  return __builtin_sqrtf(most);
 }
 
 // The exponent that brings a largest magnitude to [1, 4) as a factor that is a float.
@@ -140,16 +134,18 @@ inline void pack_bytes(const float* rows, const Codes& codes, void* panel, Row* 
     const float needed = float_of(static_cast<uint32_t>(max_magnitude(row, dim))) / 126.99f;
     const float step = needed > least ? needed : least;
     float lost = 0;
+    int32_t ignored = 0;
     for (int64_t start = 0; start < codes.depth; start += 64) {
       const int64_t depth = codes.depth - start < 64 ? codes.depth - start : 64;
       const int64_t width = dim - start < depth ? dim - start : depth;
       memset(rounded, 0, sizeof rounded);  // meets zeros in the codes
-      lost += round_row(row + start, 1, width, step, rounded);
+      lost += round_row(row + start, width, step, 128, rounded, &ignored);
       for (int64_t d = 0; d < depth; d += 4) memcpy(out + ((start + d) * PANEL + lane * 4), rounded + d, 4);
     }
     const float residual = __builtin_sqrtf(lost), unit = step * codes.step;
     const float quantization = residual * codes.max_norm + (info[lane].norm + residual) * codes.max_residual;
     inverse_unit[lane] = 1 / unit;
+    info[lane].unit = unit;
     info[lane].screen_error = 1.01f * (quantization + info[lane].resolve_error) / unit + 1;
   }
 }

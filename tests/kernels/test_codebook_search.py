@@ -63,6 +63,27 @@ def test_every_width(version, metric, width):
     assert torch.equal(codebook_search(x, codebook, metric=metric).indices, exact_indices(x, codebook, metric))
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", ("random", "clustered", "duplicated", "integers", "one code"))
+def test_every_number_of_vectors(version, name, metric):
+    """Few are scored against all codes, more are screened in fp32, many in bytes where the CPU multiplies them."""
+    x, codebook = PROBLEMS[name](seeded())
+    want = exact_indices(x, codebook, metric)
+    for rows in (1, 3, 4, 16, 17, 33):
+        strided = x[-rows:].T.contiguous().T
+        assert torch.equal(codebook_search(strided, codebook, metric=metric).indices, want[-rows:]), rows
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_near_ties_of_wide_vectors(version, metric):
+    """More than bytes tell apart, in more than one block of vectors."""
+    base = torch.randn(8, 770, generator=seeded())
+    codebook = F.normalize(base.repeat(40, 1) + 1e-3 * torch.randn(320, 770, generator=seeded(1)), dim=-1)
+    codebook = torch.cat([codebook, codebook[:100]])
+    x = base.repeat(25, 1) + 0.1 * torch.randn(200, 770, generator=seeded(2))
+    assert torch.equal(codebook_search(x, codebook, metric=metric).indices, exact_indices(x, codebook, metric))
+
+
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64))
 @pytest.mark.parametrize("metric", METRICS)
 def test_low_and_double_precision_are_searched_as_given(version, dtype, metric):
@@ -145,6 +166,17 @@ def test_codes_with_nan_or_inf_are_never_chosen(version, metric):
     assert torch.equal(found, good[exact_indices(x, codebook[good], metric)])
     assert codebook_search(torch.zeros(1, 6), codebook, metric="cosine").indices.tolist() == [1]
     assert codebook_search(x, torch.full((3, 6), NAN), metric=metric).indices.unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("exponent", (-100, -21, -19, 19, 21, 100))
+def test_codes_of_any_size_beside_some_with_nan_or_inf(version, metric, exponent):
+    x, codebook = torch.randn(40, 6, generator=seeded()), torch.randn(300, 6, generator=seeded(1)) * 2.0**exponent
+    codebook[::7, 3] = torch.tensor([NAN, INF, -INF]).repeat(15)[:43]
+    good = codebook.isfinite().all(-1).nonzero()[:, 0]
+    for rows in (x * 2.0**exponent, x, x[:2]):
+        found = codebook_search(rows, codebook, metric=metric).indices
+        assert torch.equal(found, good[exact_indices(rows, codebook[good], metric)])
 
 
 def test_zero_vectors_and_zero_codes(version):
