@@ -30,7 +30,7 @@ inline int32_t max_magnitude(const float* row, int64_t dim) {
   return largest;
 }
 
-inline float sum_of_lanes(Floats lanes) {
+inline float sum_of_lanes(const Floats& lanes) {
   float sum = 0;
   for (int64_t l = 0; l < LANES; ++l) sum += lanes[l];
   return sum;
