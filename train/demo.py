@@ -22,38 +22,40 @@ import torch
 from beitv2_fast.config.options import path
 from beitv2_fast.data.find import find_images
 from beitv2_fast.distributed import run_main
+from beitv2_fast.show.report.page import probe_cells, sampling_error
 from beitv2_fast.train.demo_images import split_images, write_demo_images
 from beitv2_fast.training.monitor import stopping_signals
 
 STAGES = "beitv2_fast.train"
 USER_ERROR = 2  # the exit code of a mistake that the stage has explained
 MEANING = (
-    "Each row: a linear classifier on frozen features tells the classes of photographs that no training has seen. "
-    "What the pre-training was worth is what its rows have above the untrained network's, where that is more than the "
-    "deviation (±) over the seeds."
+    "Each row: a linear classifier, and the nearest training photographs, tell the classes of photographs that no "
+    "training has seen by frozen features. What the pre-training was worth is what its rows have above the untrained "
+    "network's, where that is more than the deviation (±) over the seeds and the standard error."
 )
 
 
-def commands(root: Path, data: Path, *, classes: bool = True) -> list[tuple[str, list[str]]]:
+def commands(root: Path, data: Path, *, classes: bool = True, seed: int = 0) -> list[tuple[str, list[str]]]:
     """(what it does, command) of every stage: without classes no probe. Pre-training runs under the DeepSpeed launcher,
     on one process."""
     python = sys.executable
     deepspeed = [python, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--log_level", "critical"]
     common = ["--preset", "demo", "--data", str(data)]
+    seeded = [*common, "--seed", str(seed)]
     tokenizer, pretrain, probe = root / "tokenizer", root / "pretrain", root / "probe"
     stages = [
         (
             "tokenizer: VQ-KD, from the teacher EfficientNet-Lite0",
-            [python, "-m", f"{STAGES}.tokenizer", *common, "--out", str(tokenizer)],
+            [python, "-m", f"{STAGES}.tokenizer", *seeded, "--out", str(tokenizer)],
         ),
         (
             "pre-training: masked image modeling with patch aggregation",
-            [*deepspeed, "--module", f"{STAGES}.pretrain", *common, "--tokenizer", str(tokenizer),
+            [*deepspeed, "--module", f"{STAGES}.pretrain", *seeded, "--tokenizer", str(tokenizer),
              "--out", str(pretrain)],
         ),
         (
             "linear probe of the frozen backbone",
-            [python, "-m", f"{STAGES}.linear_probe", *common, "--run", str(pretrain), "--tokenizer", str(tokenizer),
+            [python, "-m", f"{STAGES}.linear_probe", *seeded, "--run", str(pretrain), "--tokenizer", str(tokenizer),
              "--out", str(probe)],
         ),
         (
@@ -115,9 +117,9 @@ def _alive(group: int) -> bool:
 def print_table(results: Path) -> None:
     table = json.loads(results.read_text())
     print(f"\n{table['metric']}, {table['task']}; {table['seeds']} seeds, chance {table['chance']:.2f}")
-    for row in table["rows"]:
-        print(f"  {row['features']:<44} {row['mean']:.3f} ± {row['std']:.3f}")
-    for note in [*table["notes"], MEANING]:
+    for features, *numbers in probe_cells(table):
+        print(f"  {features:<48}", *(f"{number:<14}" for number in numbers))
+    for note in [*sampling_error(table), *table["notes"], MEANING]:
         print(f"  {note}")
 
 
@@ -139,6 +141,7 @@ def main() -> int:
         "images without classes, of which a quarter is held out"
     )  # fmt: skip
     parser.add_argument("--out", type=path, help="folder of the runs [runs/demo; with --data runs/NAME]")
+    parser.add_argument("--seed", type=int, default=0, help="of the trainings and the probe [0]; give another --out")
     args = parser.parse_args()
     root = args.out or Path("runs", args.data.resolve().name if args.data else "demo")
     data = split_images(args.data, root / "data") if args.data else write_demo_images(root / "data")
@@ -147,7 +150,7 @@ def main() -> int:
     classes = len(find_images(data, "train").classes) > 1
     if not classes:
         print(f"{data} has no two class folders, so there is nothing to probe: tokenizer, pre-training and report")
-    stages = commands(root, data, classes=classes)
+    stages = commands(root, data, classes=classes, seed=args.seed)
     for number, (title, command) in enumerate(stages, 1):
         print(f"\n== {number}/{len(stages)}  {title}\n   {shlex.join(command)}", flush=True)
         code = run_stage(command)

@@ -91,24 +91,34 @@ def probe_row(row: Probed, labels: SplitFeatures, config: ProbeConfig, device: t
     name, by_seed = row
     seeds = range(config.seed, config.seed + config.seeds)
     first, num_classes = by_seed[0], int(labels["train"].max()) + 1
-    predicted = knn_predict(
-        first["train"], labels["train"].to(device), first["test"].to(device), num_classes, config.neighbors
-    )
-    knn = {str(k): balanced_accuracy(p.cpu(), labels["test"], num_classes) for k, p in predicted.items()}
+    near = [
+        knn_predict(x["train"], labels["train"].to(device), x["test"].to(device), num_classes, config.neighbors)
+        for x in by_seed
+    ]
+    knn = {
+        str(k): ProbeResult([balanced_accuracy(p[k].cpu(), labels["test"], num_classes) for p in near])
+        for k in config.neighbors
+    }
     few = {}
     for shots in config.shots:
-        given = (first["train"], labels["train"], first["test"], labels["test"])
-        result = ProbeResult(name, few_shot(*given, shots, seeds))
+        result = few_shot(first["train"], labels["train"], first["test"], labels["test"], shots, seeds)
         few[str(shots)] = {"mean": result.mean, "std": result.std, "runs": result.runs}
-    found: dict[str, Any] = {"features": name, "knn": knn, "few_shot": few}
+    found: dict[str, Any] = {
+        "features": name,
+        "knn": {k: result.mean for k, result in knn.items()},
+        "knn_std": {k: result.std for k, result in knn.items()},
+        "error": max(result.error for result in knn.values()),
+        "few_shot": few,
+    }
     if config.exact:
 
         def both(seed: int) -> tuple[Tensor, Tensor]:
             features = by_seed[(seed - config.seed) % len(by_seed)]
             return features["train"], features["test"]
 
-        result = linear_probe(name, both, labels["train"], labels["test"], seeds)
+        result = linear_probe(both, labels["train"], labels["test"], seeds)
         found |= {"mean": result.mean, "std": result.std, "runs": result.runs}
+        found["error"] = max(found["error"], result.error)
     return found
 
 
@@ -220,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
             "majority": max(torch.bincount(labels["test"]).tolist()) / len(labels["test"]),
             "seeds": config.seeds,
             "images": {split: len(images) for split, images in splits.items()},
+            "error": max(row["error"] for row in table),
             "rows": table,
             "sweep": [dataclasses.asdict(result) for result in sweeps],
             "notes": [labels_seen(config, trained)],

@@ -14,11 +14,12 @@ from beitv2_fast.config.downstream import ProbeConfig
 from beitv2_fast.data.find import find_images
 from beitv2_fast.distributed import World
 from beitv2_fast.downstream.probes.backbones import completed
-from beitv2_fast.downstream.probes.exact import few_shot
+from beitv2_fast.downstream.probes.exact import balanced_accuracy, few_shot
 from beitv2_fast.downstream.probes.features import Extractor, feature_names, global_features
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.features import features
 from beitv2_fast.models.vit import normalize
+from beitv2_fast.train.linear_probe import probe_row
 from beitv2_fast.weights.build import load_run_model
 from beitv2_fast.weights.create import open_model
 
@@ -63,6 +64,7 @@ def test_the_table_has_every_probe_of_every_row(runs):
     assert names[4].startswith("pixels") and names[5].startswith("teacher")
     for row in found["rows"]:
         assert row["knn"].keys() == {"10", "20"} and row["few_shot"].keys() == {"1", "2"}
+        assert row["knn_std"].keys() == {"10", "20"} and 0 <= row["error"] <= found["error"]
         assert len(row["runs"]) == len(row["few_shot"]["2"]["runs"]) == 2
     assert names[4] and found["rows"][4]["knn"]["10"] == 1.0  # noisy colors: pixels tell them
     assert [row["features"] for row in found["sweep"]] == feature_names((1, 2))
@@ -96,11 +98,31 @@ def test_a_stopped_probe_reads_its_features_again_unless_something_changed(runs,
     assert len(calls) == 15
 
 
+def test_a_balanced_accuracy_has_the_standard_error_of_its_classes_images():
+    labels, predicted = torch.tensor([0, 0, 0, 0, 2, 2]), torch.tensor([0, 0, 0, 1, 2, 1])
+    found = balanced_accuracy(predicted, labels, 3)  # 3 of 4 and 1 of 2; no image of class 1
+    assert found.accuracy == pytest.approx((3 / 4 + 1 / 2) / 2)
+    assert found.error == pytest.approx((3 / 4 * 1 / 4 / 4 + 1 / 2 * 1 / 2 / 2) ** 0.5 / 2)
+    many = balanced_accuracy(predicted.repeat(100), labels.repeat(100), 3)
+    assert many.accuracy == pytest.approx(found.accuracy) and many.error == pytest.approx(found.error / 10)
+
+
+def test_every_network_of_a_row_has_its_neighbors():
+    """One of two networks tells the classes, the other tells them wrong."""
+    labels = torch.arange(8) % 2
+    right = torch.nn.functional.one_hot(labels, 2).float()
+    by_seed = [{"train": right, "test": right}, {"train": right, "test": 1 - right}]
+    config = ProbeConfig(neighbors=(3,), shots=(), seeds=2)
+    row = probe_row(("untrained", by_seed), {"train": labels, "test": labels}, config, torch.device("cpu"))
+    assert (row["knn"], row["error"]) == ({"3": 0.5}, 0.0)
+    assert row["knn_std"]["3"] == pytest.approx(0.5**0.5)
+
+
 def test_few_shots_see_so_many_images_of_each_class():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(90) % 3
     x = torch.nn.functional.one_hot(labels, 3) + 0.8 * torch.randn(90, 3, generator=generator)
-    one, many = (few_shot(x, labels, x, labels, n, range(5)) for n in (1, 20))
+    one, many = (few_shot(x, labels, x, labels, n, range(5)).runs for n in (1, 20))
     assert len(set(one)) > 1 and sum(many) > sum(one)
     seen = []
     few_shot(Spy(x, seen), labels, x, labels, 4, [0])

@@ -20,6 +20,7 @@ from beitv2_fast.errors import UserError
 from beitv2_fast.runs.logs import read_metrics
 from beitv2_fast.show.report import build_report
 from beitv2_fast.show.report.findings import gather
+from beitv2_fast.show.report.page import probe_cells, results_table, sampling_error
 from beitv2_fast.show.report.text import verdict
 from beitv2_fast.weights.build import build_student, build_tokenizer
 
@@ -153,6 +154,34 @@ def test_a_difference_within_the_noise_is_no_difference():
         "The pre-trained backbone's better feature (0.720) is about as good as the untrained backbone (0.710) and "
         "0.220 above the teacher (0.500)."
     ]
+
+
+def test_a_difference_that_the_number_of_test_images_leaves_open_is_no_difference():
+    rows = [{"features": name, "mean": mean, "std": 0.0} for name, mean in (("pre-trained", 0.75), ("untrained", 0.73))]
+    assert verdict({"rows": rows})[0].endswith("is 0.020 above the untrained backbone (0.730).")
+    assert verdict({"rows": rows, "error": 0.0201})[0].endswith("is about as good as the untrained backbone (0.730).")
+
+
+PROBED = {
+    "rows": [
+        {"features": "pre-trained, x", "mean": 0.75, "std": 0.0123, "knn": {"5": 0.61}, "knn_std": {"5": 0.0}},
+        {"features": "untrained, x", "mean": 0.7, "std": 0.01, "knn": {"5": 0.6}, "knn_std": {"5": 0.02}},
+    ],
+    "images": {"train": 3, "test": 1655},
+    "error": 0.0184,
+}
+
+
+def test_linear_probe_and_neighbors_stand_side_by_side_in_the_probe_s_table():
+    assert probe_cells(PROBED) == [
+        ["features", "linear", "5-NN"],
+        ["pre-trained, x", "0.750 ± 0.012", "0.610"],
+        ["untrained, x", "0.700 ± 0.010", "0.600 ± 0.020"],
+    ]
+    html = results_table({**PROBED, "chance": 0.5})
+    assert all(cell in html for cells in probe_cells(PROBED) for cell in cells) and "width: 50.0%" in html
+    assert sampling_error(PROBED) == ["The 1,655 test images leave each number a standard error of up to 0.018."]
+    assert sampling_error({"rows": []}) == []
 
 
 def test_a_second_report_replaces_the_first(runs, whole, tmp_path):

@@ -97,12 +97,12 @@ def test_a_folder_that_is_no_run_is_told_of(tmp_path):
     assert "is no run folder" in read_downstream(tmp_path / "nothing").problem
 
 
-def test_the_probe_s_neighbors_few_shots_and_sweep_have_tables():
+def test_the_probe_s_few_shots_and_sweep_have_tables():
     few = {"1": {"mean": 0.3, "std": 0.05, "runs": [0.3]}}
-    rows = [{"features": "pre-trained, CLS token", "mean": 0.5, "std": 0.0, "knn": {"10": 0.61}, "few_shot": few}]
+    rows = [{"features": "pre-trained, CLS token", "mean": 0.5, "std": 0.0, "few_shot": few}]
     swept = [{"features": "CLS token, block 6", "lr": 0.03, "held_out": 0.4, "top1": 0.55, "top5": None}]
     html = "".join(probe_details({"rows": rows, "sweep": swept}))
-    assert all(text in html for text in ("10-NN", "0.610", "0.300 ± 0.050", "CLS token, block 6", "55.00%", "0.03"))
+    assert all(text in html for text in ("1-shot", "0.300 ± 0.050", "CLS token, block 6", "55.00%", "0.03"))
     assert "top-5" not in html
     assert "90.00%" in "".join(probe_details({"sweep": [{**swept[0], "top5": 0.9}]}))
     assert probe_details({"rows": [{"features": "x", "mean": 0.5, "std": 0.0}]}) == []

@@ -83,17 +83,22 @@ def test_images_of_one_s_own_have_a_run_folder_of_their_own(mine, monkeypatch, c
         "task": "2 classes: a, b",
         "seeds": 3,
         "chance": 0.5,
-        "rows": [],
-        "notes": [],
+        "images": {"train": 12, "test": 4},
+        "error": 0.25,
+        "rows": [{"features": "pre-trained", "mean": 0.75, "std": 0.05, "knn": {"10": 0.5}, "knn_std": {"10": 0.0}}],
+        "notes": ["A note."],
     }
     (mine / "runs" / "mine" / "probe").mkdir(parents=True)
-    (mine / "runs" / "mine" / "probe" / "results.json").write_text(json.dumps({**results, "rows": [], "notes": []}))
+    (mine / "runs" / "mine" / "probe" / "results.json").write_text(json.dumps(results))
     assert start(monkeypatch, "--data", "mine") == ["tokenizer", "pretrain", "linear_probe", "report"]
     said = capsys.readouterr().out
     assert (
         said.startswith("found 16 images, 2 classes (a, b)") and "a quarter is held out, in runs/mine/data/test" in said
     )
     assert "balanced accuracy, 2 classes: a, b; 3 seeds, chance 0.50" in said and demo.MEANING in said
+    table = [line.split() for line in said.splitlines()]
+    assert "features linear 10-NN".split() in table and "pre-trained 0.750 ± 0.050 0.500".split() in table
+    assert "standard error of up to 0.250" in said
     assert "explore runs/mine\n" in said and "--data runs/mine/data --weights runs/mine/pretrain" in said
     assert sorted(path.name for path in (mine / "runs" / "mine" / "data").iterdir()) == ["test", "train"]
 
@@ -103,6 +108,12 @@ def test_images_without_classes_are_not_probed(mine, monkeypatch, capsys):
     assert start(monkeypatch, "--data", "loose", "--out", "there") == ["tokenizer", "pretrain", "report"]
     said = capsys.readouterr().out
     assert "nothing to probe" in said and "== 3/3  report" in said and "there/report/report.html" in said
+
+
+def test_a_seed_is_that_of_both_trainings_and_of_the_probe(tmp_path):
+    stages = [command for _, command in demo.commands(tmp_path, tmp_path, seed=7)]
+    seeds = [command[command.index("--seed") + 1] if "--seed" in command else None for command in stages]
+    assert seeds == ["7", "7", "7", None]
 
 
 def test_threads_of_the_stages_sleep_while_they_wait_unless_told_otherwise(monkeypatch):

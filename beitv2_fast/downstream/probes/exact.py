@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +14,35 @@ L2_GRID = tuple(10.0**e for e in range(-5, 2))
 VALIDATION_SHARE = 0.2
 
 
+class Score(NamedTuple):
+    """A balanced accuracy, and its standard error by the number of test images."""
+
+    accuracy: float
+    error: float
+
+
+def balanced_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> Score:
+    """Mean over classes of the share r of a class's n images that are recognized; classes without images are left out.
+
+    Its standard error is ``sqrt(sum of r (1 - r) / n) / classes``: the images of each class are a sample.
+    """
+    total = torch.bincount(labels, minlength=num_classes)
+    right = torch.bincount(labels[predicted == labels], minlength=num_classes)
+    present = total > 0
+    total = total[present]
+    shares = right[present] / total
+    return Score(shares.mean().item(), (shares * (1 - shares) / total).sum().sqrt().item() / len(total))
+
+
 @dataclass(frozen=True)
 class ProbeResult:
-    """Balanced accuracies on the test images, one per seed."""
+    """A probe's scores, one per seed."""
 
-    features: str
-    runs: list[float]
+    scores: list[Score]
+
+    @property
+    def runs(self) -> list[float]:
+        return [score.accuracy for score in self.scores]
 
     @property
     def mean(self) -> float:
@@ -29,13 +53,10 @@ class ProbeResult:
         """Standard deviation over seeds (n - 1 in the denominator)."""
         return torch.tensor(self.runs, dtype=torch.float64).std().item() if len(self.runs) > 1 else 0.0
 
-
-def balanced_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Mean over classes of the share of a class's images that are recognized; classes without images are left out."""
-    total = torch.bincount(labels, minlength=num_classes)
-    right = torch.bincount(labels[predicted == labels], minlength=num_classes)
-    present = total > 0
-    return (right[present] / total[present]).mean().item()
+    @property
+    def error(self) -> float:
+        """The largest standard error by the number of test images: they are the same for all seeds."""
+        return max(score.error for score in self.scores)
 
 
 def fit_linear(x: Tensor, labels: Tensor, num_classes: int, l2: float) -> Callable[[Tensor], Tensor]:
@@ -72,7 +93,7 @@ FEW_SHOT_L2 = 0.1  # there are too few images to choose it on
 
 def few_shot(
     train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, shots: int, seeds: Iterable[int]
-) -> list[float]:
+) -> ProbeResult:
     """Balanced accuracies on test of linear classifiers that saw ``shots`` images per class, other ones for each seed.
 
     A class with fewer images gives all of them.
@@ -80,17 +101,16 @@ def few_shot(
     Args:
         train: [N, F]; labels: [N] int64. test: [M, F]; test_labels: [M] int64.
     """
-    num_classes, runs = int(torch.cat([labels, test_labels]).max()) + 1, []
+    num_classes, scores = int(torch.cat([labels, test_labels]).max()) + 1, []
     for seed in seeds:
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         chosen = torch.cat([order[labels[order] == c][:shots] for c in range(num_classes)])
         predict = fit_linear(train[chosen], labels[chosen], num_classes, FEW_SHOT_L2)
-        runs.append(balanced_accuracy(predict(test).argmax(-1), test_labels, num_classes))
-    return runs
+        scores.append(balanced_accuracy(predict(test).argmax(-1), test_labels, num_classes))
+    return ProbeResult(scores)
 
 
 def linear_probe(
-    name: str,
     features: Callable[[int], tuple[Tensor, Tensor]],
     train_labels: Tensor,
     test_labels: Tensor,
@@ -105,7 +125,7 @@ def linear_probe(
         features: seed -> (train [N, F], test [M, F]); it may differ by seed, as for an untrained network.
     """
     num_classes = int(torch.cat([train_labels, test_labels]).max()) + 1
-    runs = []
+    scores = []
     for seed in seeds:
         x, x_test = features(seed)
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
@@ -113,8 +133,8 @@ def linear_probe(
 
         def score(l2: float, x: Tensor = x, held: Tensor = held, fit: Tensor = fit) -> float:
             predict = fit_linear(x[fit], train_labels[fit], num_classes, l2)
-            return balanced_accuracy(predict(x[held]).argmax(-1), train_labels[held], num_classes)
+            return balanced_accuracy(predict(x[held]).argmax(-1), train_labels[held], num_classes).accuracy
 
         predict = fit_linear(x, train_labels, num_classes, max(L2_GRID, key=score))
-        runs.append(balanced_accuracy(predict(x_test).argmax(-1), test_labels, num_classes))
-    return ProbeResult(name, runs)
+        scores.append(balanced_accuracy(predict(x_test).argmax(-1), test_labels, num_classes))
+    return ProbeResult(scores)

@@ -127,23 +127,18 @@ def sets_table(rows: list[Row]) -> str:
 
 
 def probe_details(results: Row) -> list[str]:
-    """k nearest neighbors and few-shot probes of every row, and the sweep of layers and learning rates."""
+    """Few-shot probes of every row, and the sweep of layers and learning rates."""
     lines: list[str] = []
-    rows = [row for row in results.get("rows", []) if row.get("knn") or row.get("few_shot")]
+    rows = [row for row in results.get("rows", []) if row.get("few_shot")]
     if rows:
-        near, shots = list(rows[0].get("knn", {})), list(rows[0].get("few_shot", {}))
-        head = ["features", *(f"{k}-NN" for k in near), *(f"{n}-shot" for n in shots)]
+        shots = list(rows[0]["few_shot"])
         body = []
         for row in rows:
             few = [row["few_shot"][n] for n in shots]
-            values = [f"{row['knn'][k]:.3f}" for k in near] + [f"{f['mean']:.3f} ± {f['std']:.3f}" for f in few]
-            body.append([row["features"], *values])
+            body.append([row["features"], *(f"{f['mean']:.3f} ± {f['std']:.3f}" for f in few)])
         metric = results.get("metric_of_knn_and_few_shot", "balanced accuracy")
-        said = (
-            f"{metric}: k nearest neighbors by cosine (temperature 0.07), and linear classifiers that saw this many "
-            "images per class."
-        )
-        lines += [paragraph(said[0].upper() + said[1:]), table(head, body)]
+        said = f"{metric} of linear classifiers that saw this many images per class."
+        lines += [paragraph(said[0].upper() + said[1:]), table(["features", *(f"{n}-shot" for n in shots)], body)]
     if swept := results.get("sweep"):
         fifth = any(row.get("top5") is not None for row in swept)
         head = ["features", "top-1", *(["top-5"] if fifth else []), "learning rate"]

@@ -154,20 +154,40 @@ def table(head: list[str], rows: list[list[str]], own: int = 0) -> str:
     return f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'
 
 
+def probe_cells(results: dict[str, Any]) -> list[list[str]]:
+    """The probe's table: a heading, then a row for each of the features, linear probe beside nearest neighbors."""
+    rows = results["rows"]
+    near = list(rows[0].get("knn", {})) if rows else []
+    cells = [["features", "linear", *(f"{k}-NN" for k in near)]]
+    for row in rows:
+        numbers = [(row["mean"], row["std"]), *((row["knn"][k], row.get("knn_std", {}).get(k, 0.0)) for k in near)]
+        told = (f"{mean:.3f} ± {std:.3f}" if std else f"{mean:.3f}" for mean, std in numbers)
+        cells.append([str(row["features"]), *told])
+    return cells
+
+
+def sampling_error(results: dict[str, Any]) -> list[str]:
+    """What the number of test images leaves open, in a sentence."""
+    if "error" not in results:
+        return []
+    count, error = results["images"]["test"], results["error"]
+    return [f"The {count:,} test images leave each number a standard error of up to {error:.3f}."]
+
+
 def results_table(results: dict[str, Any]) -> str:
-    """The probe's rows, with a bar from chance to 1."""
+    """The probe's rows, with a bar of the linear probe from chance to 1."""
     chance = float(results.get("chance", 0))
-    metric = str(results.get("metric", "score"))
+    (features, *names), *body = probe_cells(results)
     rows = ""
-    for row in results["rows"]:
+    for row, (name, *numbers) in zip(results["rows"], body, strict=True):
         filled = max(0.0, min(1.0, (row["mean"] - chance) / max(1 - chance, 1e-9)))
         rows += (
-            f"<tr{' class=own' if str(row['features']).startswith('pre-trained') else ''}>"
-            f"<td>{escape(str(row['features']))}</td>"
-            f'<td class="number">{row["mean"]:.3f} ± {row["std"]:.3f}</td>'
-            f'<td><span class="bar"><i style="width: {filled:.1%}"></i></span></td></tr>'
+            f"<tr{' class=own' if name.startswith('pre-trained') else ''}><td>{escape(name)}</td>"
+            + "".join(f'<td class="number">{number}</td>' for number in numbers)
+            + f'<td><span class="bar"><i style="width: {filled:.1%}"></i></span></td></tr>'
         )
-    head = f'<th>features</th><th class="number">{escape(metric)}</th><th>chance, {chance:.2f} … perfect, 1.00</th>'
+    head = f"<th>{features}</th>" + "".join(f'<th class="number">{name}</th>' for name in names)
+    head += f"<th>linear: chance, {chance:.2f} … perfect, 1.00</th>"
     return f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
 
 

@@ -10,7 +10,7 @@ from ..codes import CodeUsage
 from . import downstream
 from .downstream import Draw, Row
 from .findings import Findings
-from .page import Figure, Section, details, note, number_tile, paragraph, results_table, table
+from .page import Figure, Section, details, note, number_tile, paragraph, results_table, sampling_error, table
 from .stages import Stage
 
 TITLE = "BEiT v2: what was learned"
@@ -81,10 +81,12 @@ def _probe(found: Findings) -> list[str]:
     counts = ", ".join(f"{count:,} {split}" for split, count in images.items())
     lines = [
         paragraph(
-            f"A linear classifier on frozen features ({results.get('task', '')}). "
-            f"Mean ± standard deviation over {results.get('seeds', '?')} seeds"
+            f"A linear classifier on frozen features, {results.get('metric', 'score')}, and their nearest neighbors by "
+            f"cosine (temperature 0.07), {results.get('metric_of_knn_and_few_shot', 'balanced accuracy')}; "
+            f"{results.get('task', '')}. Mean ± standard deviation over {results.get('seeds', '?')} seeds"
             + (f"; images: {counts}." if counts else ".")
             + (f" The largest class has {results['majority']:.1%} of the test images." if "majority" in results else "")
+            + "".join(f" {sentence}" for sentence in sampling_error(results))
         ),
         results_table(results),
     ]
@@ -104,7 +106,7 @@ def verdict(results: Row) -> list[str]:
         if other is None:
             continue
         gap = own["mean"] - other["mean"]
-        noise = (own["std"] ** 2 + other["std"] ** 2) ** 0.5
+        noise = max((own["std"] ** 2 + other["std"] ** 2) ** 0.5, results.get("error", 0.0))
         word = "about as good as" if abs(gap) <= noise else f"{abs(gap):.3f} {'above' if gap > 0 else 'below'}"
         parts.append(f"{word} {name} ({other['mean']:.3f})")
     if not parts:
