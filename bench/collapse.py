@@ -54,13 +54,15 @@ def unpack_tiny_imagenet(pack: Path, out: Path) -> Path | None:
 
 
 def image_sets(out: Path, pack: Path) -> list[Images]:
-    sets = [Images(write_demo_images(out / "demo_images"), "demo, K = 256", ("--epochs", "6", "--log-every", "10"))]
+    whole = "--teacher efficientnet_lite0 --teacher-image-size 256 --no-teacher-resize"
+    training = f"{whole} --views 2 --epochs 6 --log-every 10"
+    sets = [Images(write_demo_images(out / "demo_images"), "demo, K = 256", tuple(training.split()))]
     tiny = unpack_tiny_imagenet(pack, out / "tiny_imagenet")
     if tiny is None:
         print(f"{pack} is not here: the runs on Tiny-ImageNet are left out")
     else:
         model = "--image-size 64 --patch-size 8 --num-codes 1024"
-        training = "--epochs 3 --warmup-epochs 0.3 --views 1 --log-every 40"
+        training = f"{whole} --epochs 3 --warmup-epochs 0.3 --views 1 --log-every 40"
         sets.append(Images(tiny, "Tiny-ImageNet-100, K = 1024", (*model.split(), *training.split())))
     return sets
 

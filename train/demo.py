@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -35,36 +36,42 @@ MEANING = (
 )
 
 
-def commands(root: Path, data: Path, *, classes: bool = True, seed: int = 0) -> list[tuple[str, list[str]]]:
-    """(what it does, command) of every stage: without classes no probe. Pre-training runs under the DeepSpeed launcher,
-    on one process."""
+def commands(root: Path, data: Path, probes: Mapping[str, Path], *, seed: int = 0) -> list[tuple[str, list[str]]]:
+    """(what it does, command) of every stage. Pre-training runs under the DeepSpeed launcher, on one process.
+
+    Args:
+        data: the images of the trainings. probes: those that are probed, labeled, by the name of the probe's folder.
+    """
     python = sys.executable
     deepspeed = [python, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--log_level", "critical"]
-    common = ["--preset", "demo", "--data", str(data)]
-    seeded = [*common, "--seed", str(seed)]
-    tokenizer, pretrain, probe = root / "tokenizer", root / "pretrain", root / "probe"
-    stages = [
+    preset = ["--preset", "demo"]
+    seeded = [*preset, "--seed", str(seed)]
+    common = [*seeded, "--data", str(data)]
+    tokenizer, pretrain = root / "tokenizer", root / "pretrain"
+    return [
         (
             "tokenizer: VQ-KD, from the teacher EfficientNet-Lite0",
-            [python, "-m", f"{STAGES}.tokenizer", *seeded, "--out", str(tokenizer)],
+            [python, "-m", f"{STAGES}.tokenizer", *common, "--out", str(tokenizer)],
         ),
         (
             "pre-training: masked image modeling with patch aggregation",
-            [*deepspeed, "--module", f"{STAGES}.pretrain", *seeded, "--tokenizer", str(tokenizer),
+            [*deepspeed, "--module", f"{STAGES}.pretrain", *common, "--tokenizer", str(tokenizer),
              "--out", str(pretrain)],
         ),
-        (
-            "linear probe of the frozen backbone",
-            [python, "-m", f"{STAGES}.linear_probe", *seeded, "--run", str(pretrain), "--tokenizer", str(tokenizer),
-             "--out", str(probe)],
+        *(
+            (
+                "linear probe of the frozen backbone",
+                [python, "-m", f"{STAGES}.linear_probe", *seeded, "--data", str(labeled), "--run", str(pretrain),
+                 "--tokenizer", str(tokenizer), "--out", str(root / name)],
+            )
+            for name, labeled in probes.items()
         ),
         (
             "report: curves, codes, pictures",
-            [python, "-m", f"{STAGES}.report", *common, "--tokenizer", str(tokenizer), "--pretrain", str(pretrain),
-             "--probe", str(probe), "--out", str(root / "report")],
+            [python, "-m", f"{STAGES}.report", *preset, "--data", str(data), "--tokenizer", str(tokenizer),
+             "--pretrain", str(pretrain), "--probe", str(root / "probe"), "--out", str(root / "report")],
         ),
     ]  # fmt: skip
-    return stages if classes else [*stages[:2], stages[3]]
 
 
 def environment() -> dict[str, str]:
@@ -119,7 +126,7 @@ def print_table(results: Path) -> None:
     print(f"\n{table['metric']}, {table['task']}; {table['seeds']} seeds, chance {table['chance']:.2f}")
     for features, *numbers in probe_cells(table):
         print(f"  {features:<48}", *(f"{number:<14}" for number in numbers))
-    for note in [*sampling_error(table), *table["notes"], MEANING]:
+    for note in [*sampling_error(table), *table["notes"]]:
         print(f"  {note}")
 
 
@@ -147,10 +154,12 @@ def main() -> int:
     data = split_images(args.data, root / "data") if args.data else write_demo_images(root / "data")
     if data == root / "data" and args.data:
         print(f"{find_images(args.data).summary}; a quarter is held out, in {data}/test")
-    classes = len(find_images(data, "train").classes) > 1
-    if not classes:
+    probes = {"probe": data} if len(find_images(data, "train").classes) > 1 else {}
+    if not probes:
         print(f"{data} has no two class folders, so there is nothing to probe: tokenizer, pre-training and report")
-    stages = commands(root, data, classes=classes, seed=args.seed)
+    if not args.data:
+        probes["probe_of_defects"] = write_demo_images(root / "defects", kinds=False)
+    stages = commands(root, data, probes, seed=args.seed)
     for number, (title, command) in enumerate(stages, 1):
         print(f"\n== {number}/{len(stages)}  {title}\n   {shlex.join(command)}", flush=True)
         code = run_stage(command)
@@ -158,11 +167,12 @@ def main() -> int:
             if code != USER_ERROR:
                 print("stopped; the same command goes on from here", file=sys.stderr)
             return code
-    if classes:
-        print_table(root / "probe" / "results.json")
+    for name in probes:
+        print_table(root / name / "results.json")
+    print(f"\n{MEANING}" * bool(probes))
     print(f"\nreport: {(root / 'report' / 'report.html').resolve()}")
     print(f"logs, metrics and checkpoints: {root.resolve()}")
-    print("next:", *next_commands(root, data, classes=classes), sep="\n  ")
+    print("next:", *next_commands(root, data, classes=bool(probes)), sep="\n  ")
     return 0
 
 

