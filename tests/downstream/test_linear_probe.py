@@ -161,7 +161,8 @@ def test_every_kind_of_network_is_probed_as_the_student_is(runs, options, title,
     found = results(runs / title.replace(" ", "_"))
     assert [row["features"] for row in found["rows"]] == [f"{title}, {column}" for column in columns[:2]]
     assert [row["features"] for row in found["sweep"]] == columns
-    said = "fine-tuned with labels" if title == "fine-tuned" else "(efficientnet_lite0) learned from ImageNet's labels"
+    learned = "(efficientnet_lite0@10) learned from ImageNet's labels"
+    said = "fine-tuned with labels" if title == "fine-tuned" else learned
     assert said in found["notes"][0]
 
 

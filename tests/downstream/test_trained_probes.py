@@ -115,7 +115,7 @@ def test_a_probe_learns_resumes_and_its_kept_classifiers_are_evaluated_again(run
     assert probe(runs, protocol, "--protocol", protocol) == 0
     found = results(runs / protocol)
     assert found["protocol"] == protocol and len(found["rows"]) == (2 if protocol == "blocks" else 1)
-    assert "(efficientnet_lite0) learned from ImageNet's labels" in found["notes"][0]
+    assert "(efficientnet_lite0@10) learned from ImageNet's labels" in found["notes"][0]
     assert max(row["top1"] for row in found["rows"]) > 0.6  # three colors, chance a third
     model, state = load_run_model(runs / "pretrain")[0], last_weights(runs / protocol)
     heads = ProbeHeads(*[state["weight"].shape[i] for i in (0, 2, 1)], protocol == "attentive")
@@ -158,7 +158,7 @@ def test_the_untrained_network_and_the_teacher_are_probed_alike(runs):
     teacher = ["--backbone", "teacher", "--protocol", "attentive", "--epochs", 1]
     assert probe(runs, "teacher_attentive", *teacher, run="tokenizer") == 0
     rows = results(runs / "teacher_attentive")["rows"]
-    assert [row["features"] for row in rows] == ["teacher (efficientnet_lite0), attended patches"]
+    assert [row["features"] for row in rows] == ["teacher (efficientnet_lite0@10), attended patches"]
 
 
 @pytest.mark.parametrize(
