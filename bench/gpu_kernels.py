@@ -104,6 +104,18 @@ def search_cases(
         },
         host.SCAN_WARPS, 3, aligned, tensor_core=True,
     )  # fmt: skip
+    yield Case(
+        "codebook_search", "draw", triton_scan.draw,
+        {
+            "x": "*fp32", "codebook": "*fp32", "keys": "*i64", "indices": "*i64", "N": "i32", "K": "i32", "D": "i32",
+            "temperature": "i64", "x_stride_n": "i32", "codebook_stride_k": "i32",
+        },
+        {
+            "EUCLIDEAN": euclidean, "x_stride_d": 1, "codebook_stride_d": 1, "BLOCK_R": plan.scan_rows,
+            "BLOCK_C": host.BLOCK_SCAN, "BLOCK_D": row_block_d, "NUM_D": row_num_d,
+        },
+        host.SCAN_WARPS, 3, aligned, tensor_core=True,
+    )  # fmt: skip
 
 
 def head_cases(target: str, *, c: int = 768) -> Iterator[Case]:

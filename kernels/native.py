@@ -18,6 +18,7 @@ OPS = (
     "block_masks",
     "codebook_search",
     "codebook_statistics",
+    "draw_codes",
     "move_codebook",
     "softmax_cross_entropy_",
     "vector_quantize_backward",

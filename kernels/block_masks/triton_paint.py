@@ -8,12 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..counter_random import GAMMA, MIX1, MIX2, wrapped
+from ..triton_random import random_bits, uniform
 from .reference import ATTEMPTS_PER_BLOCK, DRAWS_PER_ATTEMPT, FIRST_FILL, MAX_ATTEMPTS
 
 FAILURES, ATTEMPTS = tl.constexpr(ATTEMPTS_PER_BLOCK), tl.constexpr(MAX_ATTEMPTS)
 DRAWS, FIRST = tl.constexpr(DRAWS_PER_ATTEMPT), tl.constexpr(FIRST_FILL)
-STEP, FACTOR_1, FACTOR_2 = (tl.constexpr(wrapped(number)) for number in (GAMMA, MIX1, MIX2))
 LEAST, MOST = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)
 ROUNDS = tl.constexpr(1.5 * 2**52)  # added and subtracted, it rounds a small fp64 number to an integer, halves to even
 
@@ -40,11 +39,11 @@ def paint_masks(
     while (masked < num_masked) & (failures < FAILURES) & (attempt < ATTEMPTS):
         draw = attempt * DRAWS
         wanted = tl.minimum(num_masked - masked, max_patches)
-        area = min_patches + (wanted - min_patches) * _uniform(key, draw)
-        aspect = tl.exp(log_aspect * (1.0 - 2.0 * _uniform(key, draw + 1)))
+        area = min_patches + (wanted - min_patches) * uniform(key, draw)
+        aspect = tl.exp(log_aspect * (1.0 - 2.0 * uniform(key, draw + 1)))
         height, width = _rounded(tl.sqrt(area * aspect)), _rounded(tl.sqrt(area / aspect))
-        top = ((HEIGHT - height + 1) * _uniform(key, draw + 2)).to(tl.int32)
-        left = ((WIDTH - width + 1) * _uniform(key, draw + 3)).to(tl.int32)
+        top = ((HEIGHT - height + 1) * uniform(key, draw + 2)).to(tl.int32)
+        left = ((WIDTH - width + 1) * uniform(key, draw + 3)).to(tl.int32)
         inside = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
         new = inside & (mask == 0)
         gain = _sum(new)
@@ -55,28 +54,13 @@ def paint_masks(
         attempt += 1
     # Of what is missing, the visible patches with the lowest bits, read as unsigned. A key's bits are all different.
     patches, in_grid = rows * WIDTH + columns, (rows < HEIGHT) & (columns < WIDTH)
-    bits = tl.where(in_grid & (mask == 0), _bits(key, patches + FIRST) ^ LEAST, MOST)
+    bits = tl.where(in_grid & (mask == 0), random_bits(key, patches + FIRST) ^ LEAST, MOST)
     while masked < num_masked:
         lowest = bits == tl.min(tl.min(bits, 1), 0)
         mask = mask | lowest
         bits = tl.where(lowest, MOST, bits)
         masked += 1
     tl.store(masks + image * (HEIGHT * WIDTH) + patches, mask.to(tl.uint8), mask=in_grid)
-
-
-@triton.jit
-def _bits(key, k):
-    """counter_random.random_bits"""
-    z = key + k.to(tl.int64) * STEP
-    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * FACTOR_1
-    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * FACTOR_2
-    return z ^ ((z >> 31) & 0x1FFFFFFFF)
-
-
-@triton.jit
-def _uniform(key, k):
-    """counter_random.as_uniform"""
-    return ((_bits(key, k) >> 11) & 0x1FFFFFFFFFFFFF).to(tl.float64) * 1.1102230246251565e-16
 
 
 @triton.jit

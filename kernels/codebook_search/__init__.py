@@ -105,9 +105,9 @@ def draw_codes(
     """Draw a code for every vector, code j with probability ``softmax_j(s_ij / temperature)``.
 
     ``s_ij = <l2(x_i), v_j>`` (cosine) or ``-||x_i - v_j||`` (euclidean). A draw is the argmax of ``s_ij / temperature``
-    plus Gumbel noise that is a function of the seed, the vector's number in the batch of all ranks and j: the same
-    codes in every run and however the batch is spread over ranks, unless scores differ by float64's rounding alone.
-    No memory grows with N * K. Vectors and codes with NaN or Inf: as in ``codebook_search``.
+    plus Gumbel noise, a function of the seed, the vector's number in the batch of all ranks and j, in float64: the same
+    codes in every run, on every device and however the batch is spread over ranks, unless scores differ by float64's
+    rounding alone. No memory grows with N * K. Vectors and codes with NaN or Inf: as in ``codebook_search``.
 
     Args:
         x: [N, D], this rank's vectors, any float dtype.

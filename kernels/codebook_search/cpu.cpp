@@ -6,25 +6,21 @@
 //   cpu_search.h          how a search goes, its error bounds, and what its pieces hand each other
 //   cpu_codes.h, .cpp     measures the codebook and packs it into bytes, once per call
 //   cpu_block.h, .cpp     one thread's part: blocks of vectors, screened, then resolved
+//   cpu_draw.cpp, cpu_draw_kernels.h  draw_codes, from the screening's bounds
 //   cpu_exact.h           near ties in twice double precision
 //   cpu_pack.h            the kernels that pack codes into bytes, and vectors
 //   cpu_kernels.h         the kernels that screen in fp32, filter and resolve
 //   cpu_portable.cpp, cpu_avx2.cpp, cpu_avx512.cpp (and .h)  both for each instruction set
 //   cpu_avx512_vnni.cpp   the same, screening in bytes
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <tuple>
 
 #include "../cpu_capability.h"
 #include "cpu_block.h"
 
 namespace beitv2_fast {
-namespace {
-
-constexpr int64_t FEWEST_CODES = 128;  // of fewer, resolving costs what screening in bytes saves
 
 const Kernels& chosen_kernels() {
   switch (cpu_capability()) {
@@ -34,6 +30,8 @@ const Kernels& chosen_kernels() {
     default: return portable_kernels();
   }
 }
+
+namespace {
 
 // Outputs that nobody asked for are empty. The Python side has checked shapes and devices.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> codebook_search(const at::Tensor& x,
@@ -54,8 +52,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> codebook_search(const
   at::Tensor distances = at::empty({return_distances ? rows : 0}, floats);
   if (rows == 0) return {indices, normalized, codes, distances};
 
-  const bool bytes = rows > PANEL && codebook.size(0) > FEWEST_CODES;
-  const PackedCodebook book = pack_codebook(contiguous, cosine, bytes, kernels);
+  const PackedCodebook book = pack_codebook(contiguous, cosine, bytes_pay(rows, codebook.size(0)), kernels);
   const Search search = {kernels,
                          book,
                          x,
@@ -66,13 +63,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> codebook_search(const
                          return_codes ? static_cast<char*>(codes.mutable_data_ptr()) : nullptr,
                          static_cast<const char*>(contiguous.const_data_ptr()),
                          dim * static_cast<int64_t>(codebook.element_size())};
-  const int64_t panels = (rows + PANEL - 1) / PANEL;
-  const int64_t grain = std::max<int64_t>(1, 1000000 / (PANEL * dim * codebook.size(0)));
-  at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
-    Block block(search);
-    for (int64_t p = begin; p < end; p += PANELS)
-      block.run(p * PANEL, std::min(std::min(p + PANELS, end) * PANEL, rows) - p * PANEL);
-  });
+  run_blocks<Block>(search);
   return {indices, normalized, codes, distances};
 }
 

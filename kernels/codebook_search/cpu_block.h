@@ -1,6 +1,9 @@
 // One thread's part of a search: blocks of 192 vectors, screened against all codes, then resolved one by one.
 #pragma once
 
+#include <ATen/Parallel.h>
+
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -28,7 +31,7 @@ class Block {
   explicit Block(const Search& search);
   void run(int64_t first, int64_t count);  // vectors first .. first + count, count <= ROWS
 
- private:
+ protected:
   struct RowCandidates {
     std::vector<int32_t> group;
     std::vector<float> screened;
@@ -55,5 +58,19 @@ class Block {
   float best_[ROWS];
   int64_t resolved_;  // groups of a block that were scored in fp32
 };
+
+const Kernels& chosen_kernels();  // of the instruction set
+
+// Shares all vectors out to threads, a block of them at a time.
+template <class B, class... Options>
+void run_blocks(const Search& search, const Options&... options) {
+  const int64_t rows = search.x.size(0), panels = (rows + PANEL - 1) / PANEL;
+  const int64_t grain = std::max<int64_t>(1, 1000000 / (PANEL * search.x.size(1) * search.book.values.size(0)));
+  at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+    B block(search, options...);
+    for (int64_t p = begin; p < end; p += PANELS)
+      block.run(p * PANEL, std::min(std::min(p + PANELS, end) * PANEL, rows) - p * PANEL);
+  });
+}
 
 }  // namespace beitv2_fast

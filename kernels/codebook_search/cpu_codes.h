@@ -28,6 +28,10 @@ struct PackedCodebook {
   }
 };
 
+constexpr int64_t FEWEST_CODES = 128;  // of fewer, resolving costs what screening in bytes saves
+
+inline bool bytes_pay(int64_t rows, int64_t codes) { return rows > PANEL && codes > FEWEST_CODES; }
+
 PackedCodebook pack_codebook(const at::Tensor& codebook, bool cosine, bool bytes, const Kernels& kernels);
 
 }  // namespace beitv2_fast

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ..counter_random import random_bits
 from ..native import native_ops
 from .reference import codebook_search_reference, draw_codes_reference
 
@@ -72,8 +73,29 @@ def _nearest_codes_fake(x: Tensor, codebook: Tensor, metric: str, k: int) -> tup
     return x.new_empty((x.shape[0], k), dtype=torch.int64), x.new_empty(x.shape, dtype=torch.float32)
 
 
-# In plain PyTorch on every device: its time is that of the random numbers.
 draw_codes_op = torch.library.custom_op("beitv2_fast::draw_codes", draw_codes_reference, mutates_args=())
+
+
+@draw_codes_op.register_kernel("cpu")
+def _draw_codes_cpu(
+    x: Tensor, codebook: Tensor, metric: str, temperature: float, key: Tensor, numbers: Tensor
+) -> Tensor:
+    if torch.float64 in (x.dtype, codebook.dtype) or not native_ops():
+        return draw_codes_reference(x, codebook, metric, temperature, key, numbers)
+    keys = random_bits(key, numbers)
+    drawn: Tensor = torch.ops.beitv2_fast_cpu.draw_codes(x, codebook, metric == "cosine", temperature, keys)
+    return drawn
+
+
+@draw_codes_op.register_kernel("cuda")
+def _draw_codes_cuda(
+    x: Tensor, codebook: Tensor, metric: str, temperature: float, key: Tensor, numbers: Tensor
+) -> Tensor:
+    if torch.float64 in (x.dtype, codebook.dtype) or find_spec("triton") is None:
+        return draw_codes_reference(x, codebook, metric, temperature, key, numbers)
+    from .triton import draw_codes_triton
+
+    return draw_codes_triton(x, codebook, metric, temperature, random_bits(key, numbers))
 
 
 @draw_codes_op.register_fake

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..gpu import cdiv, device_of, next_power_of_2, target_name
 from .triton_resolve import resolve
-from .triton_scan import scan
+from .triton_scan import draw, scan
 from .triton_screen import pack_codebook, screen
 
 BLOCK_K = 128  # codes that one step of the screening scores
@@ -171,6 +171,23 @@ def codebook_search_triton(
             PARTS=parts, BLOCK_R=chosen.scan_rows, BLOCK_C=BLOCK_SCAN, **wanted, num_warps=SCAN_WARPS,
         )  # fmt: skip
     return indices, normalized, codes, distances
+
+
+def draw_codes_triton(x: Tensor, codebook: Tensor, metric: str, temperature: float, keys: Tensor) -> Tensor:
+    """indices as ``beitv2_fast::draw_codes``, for the rows' keys [N] int64, contiguous; fp32, fp16 and bf16."""
+    (n, d), k = x.shape, len(codebook)
+    indices = x.new_empty(n, dtype=torch.int64)
+    if n:
+        with device_of(x):
+            rows, (block_d, num_d) = PLANS[target_name()].scan_rows, row_chunks(d)
+            bits = torch.tensor(temperature, dtype=torch.float64).view(torch.int64).item()  # a float would be fp32
+            x, codebook = x.float(), codebook.float()  # as for ``scan``
+            draw[(triton.cdiv(n, rows),)](
+                x, codebook, keys, indices, n, k, d, bits, *x.stride(), *codebook.stride(),
+                EUCLIDEAN=metric == "euclidean", BLOCK_R=rows, BLOCK_C=BLOCK_SCAN, BLOCK_D=block_d, NUM_D=num_d,
+                num_warps=SCAN_WARPS,
+            )  # fmt: skip
+    return indices
 
 
 def _pack(

@@ -1,4 +1,4 @@
-"""GPU search, for the rows that the screening could not decide: their float64 scores against all codes.
+"""GPU search, for the rows that the screening could not decide: their float64 scores against all codes; draws.
 
 ``resolve`` lists those rows: dozens of codes lie within the screening's error of the best, as near copies do, or the
 codebook could not be screened. BLOCK_R of them meet a part of the codebook in one task, so that a few rows keep many
@@ -14,15 +14,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_random import uniform
+from .reference import NEAREST
 from .triton_resolve import better, finite_or_least, write_outputs
+from .triton_screen import load_rows
+
+NEAR = tl.constexpr(NEAREST)
+
+
+@triton.jit
+def noisy(dots, code_squares, row_squares, keys, ids, temperature, EUCLIDEAN: tl.constexpr):
+    """s / temperature + Gumbel noise as ``draw_codes_reference``: [R, C] float64."""
+    s = dots / tl.maximum(tl.sqrt(row_squares), 1e-12)[:, None]
+    if EUCLIDEAN:
+        squares = row_squares[:, None] + code_squares[None, :] - 2 * dots
+        s = -tl.sqrt(tl.where(squares < NEAR, NEAR, squares))  # NaN stays
+    return s / temperature - tl.log(-tl.log(uniform(keys[:, None], ids[None, :])))
 
 
 @triton.jit
 def best_of_part(
     rows, mask_rows, codebook, first, last, D, x_stride_d, codebook_stride_k, codebook_stride_d,
-    EUCLIDEAN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
+    row_squares, keys, temperature,
+    DRAW: tl.constexpr, EUCLIDEAN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
 ):  # fmt: skip
     """(float64 score, index) [R] of the best of the codes first .. last - 1; -Inf and 0 if none is finite.
+
+    The scores are those of the search, or if DRAW those of ``noisy``, whose arguments are None otherwise.
 
     Equal codes have equal scores: every column of a product adds in the same order.
     """
@@ -48,7 +66,9 @@ def best_of_part(
             scores = tl.dot(x, values.T, scores, out_dtype=tl.float64)
             if EUCLIDEAN:
                 squares += tl.sum(values * values, axis=1)
-        if EUCLIDEAN:
+        if DRAW:
+            scores = noisy(scores, squares, row_squares, keys, ids, temperature, EUCLIDEAN)
+        elif EUCLIDEAN:
             scores = 2 * scores - squares[None, :]
         wins = (finite_or_least(scores) > best) & (ids < last)[None, :]
         best = tl.where(wins, scores, best)
@@ -98,7 +118,8 @@ def scan(
         first = (part * part_size).to(tl.int32)
         score, index = best_of_part(
             x + offs_n * x_stride_n, mask_n, codebook, first, tl.minimum(first + part_size, K), D,
-            x_stride_d, codebook_stride_k, codebook_stride_d, EUCLIDEAN, BLOCK_C, BLOCK_D, NUM_D,
+            x_stride_d, codebook_stride_k, codebook_stride_d, None, None, None,
+            False, EUCLIDEAN, BLOCK_C, BLOCK_D, NUM_D,
         )  # fmt: skip
         combines = PARTS == 1
         if PARTS > 1:
@@ -119,3 +140,27 @@ def scan(
                 x_stride_n, x_stride_d, codebook_stride_k, codebook_stride_d,
                 EUCLIDEAN, WRITE_NORMALIZED, WRITE_CODES, WRITE_DISTANCES, BLOCK_D, NUM_D,
             )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["temperature"])
+def draw(
+    x, codebook, keys, indices, N, K, D, temperature, x_stride_n, x_stride_d, codebook_stride_k, codebook_stride_d,
+    EUCLIDEAN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
+):  # fmt: skip
+    """indices [N] of ``draw_codes``: BLOCK_R rows of a program against all codes. temperature: float64 as an int64.
+
+    Costs: 2 N K D float64 FLOPs on the tensor cores where they have float64; two float64 logarithms per row and code,
+    which bound it; the codebook read N / BLOCK_R times, from L2.
+    """
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_n = offs_n < N
+    rows, squares = x + offs_n * x_stride_n, tl.zeros((BLOCK_R,), tl.float64)
+    for chunk in range(NUM_D):
+        values = load_rows(rows, mask_n, chunk * BLOCK_D, D, x_stride_d, BLOCK_D).to(tl.float64)
+        squares += tl.sum(values * values, axis=1)
+    _, index = best_of_part(
+        rows, mask_n, codebook, 0, K, D, x_stride_d, codebook_stride_k, codebook_stride_d,
+        squares, tl.load(keys + offs_n, mask=mask_n, other=0), temperature.to(tl.float64, bitcast=True),
+        True, EUCLIDEAN, BLOCK_C, BLOCK_D, NUM_D,
+    )  # fmt: skip
+    tl.store(indices + offs_n, tl.where(squares < float("inf"), index, 0).to(tl.int64), mask=mask_n)

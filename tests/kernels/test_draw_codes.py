@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from beitv2_fast.kernels import codebook_search, draw_codes
-from beitv2_fast.kernels.codebook_search import reference
+from beitv2_fast.kernels.codebook_search import ops, reference
 
 from ..support.codebook_states import METRICS
 from ..support.quantizers import noise
@@ -27,6 +27,45 @@ def test_codes_are_drawn_as_often_as_the_softmax_says(metric, temperature):
     p = (logits(x, codebook, metric)[0] / temperature).softmax(-1)
     frequencies = torch.bincount(drawn, minlength=6) / count
     assert ((frequencies - p).abs() < 4 * (p * (1 - p) / count).sqrt()).all()
+
+
+PROBLEMS = {  # [N, D], [K, D], the rows' and the codes' scale
+    "of many groups": (40, 3000, 32, 1, 1),
+    "of a chunk and one code": (20, 8193, 4, 1, 1),
+    "of one code": (9, 1, 3, 1, 1),
+    "wide": (70, 300, 130, 1, 1),
+    "short rows": (40, 100, 8, 1e-13, 1),
+    "long rows": (40, 100, 8, 1e30, 1e-6),
+    "small numbers": (40, 100, 8, 1e-30, 1e-32),
+}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_instruction_set_draws_the_references_codes(name, metric):
+    if not ops.native_ops():
+        pytest.skip("the C++ ops are not compiled")
+    n, k, d, of_rows, of_codes = PROBLEMS[name]
+    x, codebook = noise(n, d) * of_rows, noise(k, d, seed=1) * of_codes
+    x[3], x[5, 1] = 0, torch.inf
+    codebook[k // 2 :: 37, 2] = torch.nan
+    for temperature in (1e-30 * of_codes, 0.02 * of_codes, 0.5 * of_codes, torch.inf):
+        expected = reference.draw_codes_reference(x, codebook, metric, temperature, torch.tensor(3), torch.arange(n))
+        for capability in torch.ops.beitv2_fast_cpu.available_capabilities():
+            torch.ops.beitv2_fast_cpu.use_capability(capability)
+            drawn = draw_codes(x, codebook, metric=metric, temperature=temperature, seed=3)
+            torch.ops.beitv2_fast_cpu.use_capability("")
+            assert torch.equal(drawn, expected), (temperature, capability)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_c_op_reads_16_bits_and_any_strides(metric):
+    x, codebook = noise(30, 2, 60).bfloat16().permute(2, 0, 1)[:, :, 1], noise(9, 60, seed=1).half()[:, ::2]
+    drawn = draw_codes(x, codebook, metric=metric, temperature=0.5, seed=3)
+    assert torch.equal(
+        drawn, reference.draw_codes_reference(x, codebook, metric, 0.5, torch.tensor(3), torch.arange(60))
+    )
+    assert draw_codes(x[:0], codebook, temperature=0.5, seed=3).shape == (0,)
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import beitv2_fast.kernels as kernels
-from beitv2_fast.kernels.codebook_search.reference import codebook_search_reference
+from beitv2_fast.kernels.codebook_search.reference import codebook_search_reference, draw_codes_reference
 from beitv2_fast.kernels.codebook_update.reference import apply_statistics_reference, codebook_statistics_reference
+from beitv2_fast.kernels.counter_random import random_bits
 from beitv2_fast.kernels.masked_cross_entropy.chunked import Device, Head, Wanted, head_losses
 from beitv2_fast.kernels.vector_quantize.reference import vector_quantize_backward_reference
 
@@ -54,6 +55,9 @@ def search_codes(monkeypatch) -> None:
             indices, normalized = codebook_search_reference(x, codebook, metric)
             assert torch.equal(found[0], indices) and torch.equal(found[2], codebook[indices])
             torch.testing.assert_close(found[1], normalized, rtol=1e-5, atol=1e-6)
+            key, numbers = torch.tensor(5, device=HERE), torch.arange(n, device=HERE)
+            drawn = search.draw_codes_triton(x, codebook, metric, 0.3, random_bits(key, numbers))
+            assert torch.equal(drawn, draw_codes_reference(x, codebook, metric, 0.3, key, numbers))
 
 
 def update_codebook() -> None:

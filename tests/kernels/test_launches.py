@@ -79,6 +79,14 @@ def test_the_search_fits_whatever_is_one_or_strided(launches) -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("n", "k", "d", "dtype"), [(1, 1, 1, FP32), (77, 300, 33, FP16), (12_544, 8192, 768, FP32)])
+def test_the_draws_fit(n: int, k: int, d: int, dtype: torch.dtype, metric: str, launches) -> None:
+    x, keys = torch.empty(d, n, dtype=dtype).T, torch.empty(n, dtype=torch.int64)
+    for temperature in (0.7, 1.0):
+        search.draw_codes_triton(x, torch.empty(k, d), metric, temperature, keys)
+
+
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(("n", "k", "d", "dtype"), [(1, 1, 1, FP32), (1, 300, 33, FP16), (77, 5, 2048, FP32)])
 def test_the_update_and_the_gradient_fit(n: int, k: int, d: int, dtype: torch.dtype, metric: str, launches) -> None:
     x, indices = torch.empty(n, d, dtype=dtype), torch.empty(n, dtype=torch.int64)

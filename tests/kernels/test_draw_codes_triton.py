@@ -1,0 +1,36 @@
+"""draw_codes' GPU kernel in Triton's interpreter: the reference's codes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from beitv2_fast.kernels.codebook_search.reference import draw_codes_reference
+from beitv2_fast.kernels.counter_random import random_bits
+
+from ..support.codebook_states import METRICS
+from ..support.quantizers import noise
+from ..support.triton_tools import guarded
+
+host = pytest.importorskip(
+    "beitv2_fast.kernels.codebook_search.triton", reason="triton is not installed", exc_type=ImportError
+)
+
+pytestmark = pytest.mark.interpreted
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("temperature", [1e-30, 0.1, 0.7, float("inf")])
+def test_its_codes_are_the_references(metric, temperature):
+    x, codebook = noise(150, 40), noise(100, 40, seed=1)
+    x[3, 2], x[5], codebook[7, 1], codebook[90, 0] = torch.nan, 0, torch.inf, torch.nan
+    key, numbers = torch.tensor(5), torch.arange(150) + 7
+    drawn = host.draw_codes_triton(guarded(x), guarded(codebook), metric, temperature, random_bits(key, numbers))
+    assert torch.equal(drawn, draw_codes_reference(x, codebook, metric, temperature, key, numbers))
+
+
+def test_vectors_may_be_strided_of_16_bits_or_missing():
+    x, codebook, key, numbers = noise(8, 60).half(), noise(9, 16).bfloat16()[:, ::2], torch.tensor(5), torch.arange(60)
+    drawn = host.draw_codes_triton(x.T, codebook, "cosine", 0.5, random_bits(key, numbers))
+    assert torch.equal(drawn, draw_codes_reference(x.T, codebook, "cosine", 0.5, key, numbers))
+    assert host.draw_codes_triton(x.T[:0], codebook, "cosine", 0.5, numbers[:0]).shape == (0,)
