@@ -10,6 +10,7 @@ import copy
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from beitv2_fast import replace_quantizers
-from beitv2_fast.kernels import codebook_search
+from beitv2_fast.kernels import codebook_search, draw_codes
+from beitv2_fast.quantize.soft import entropies, index_backpropagation, soft_assignment
 from bench.harness import DEVICE, OURS, measure_in_turns
 
 N, K, D = (int(os.environ.get(f"BENCH_{name}", size)) for name, size in (("N", 3136), ("K", 8192), ("D", 32)))
@@ -99,3 +101,57 @@ def four_nearest(n: int, k: int) -> dict[str, Callable[[], Tensor]]:
 
 def test_the_four_nearest_codes(benchmark):
     measure_in_turns(benchmark, f"4 nearest N={N} K={K} D={D}", four_nearest(N, K), rounds=ROUNDS)
+
+
+def drawn(scores: Tensor) -> Tensor:
+    return (scores - torch.rand_like(scores).log().neg().log()).argmax(-1)
+
+
+def dense_entropies(scores: Tensor) -> Tensor:
+    logarithms = scores.log_softmax(-1)
+    p, mean = logarithms.exp(), logarithms.exp().mean(0)
+    return (mean * mean.log()).sum() - (p * logarithms).sum(-1).mean()
+
+
+def dense_assignment(scores: Tensor) -> Tensor:
+    return scores.logsumexp(-1).mean() + scores.softmax(-1).mean(0).square().sum()
+
+
+def dense_index_backpropagation(scores: Tensor, codes: Tensor) -> Tensor:
+    p = scores.softmax(-1)
+    return ((F.one_hot(p.argmax(-1), len(codes)) + p - p.detach()) @ codes).square().mean()
+
+
+def our_assignment(x: Tensor, codes: Tensor) -> Tensor:
+    log_sum_exp, p = soft_assignment(x, codes, metric="dot")
+    return log_sum_exp.mean() + p.square().sum()
+
+
+WITH_ALL_CODES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "codes drawn": (
+        lambda x, codes: draw_codes(x, codes, temperature=1.0, seed=0),
+        lambda x, codes: drawn(F.normalize(x, dim=-1) @ codes.T),
+    ),
+    "soft assignment": (our_assignment, lambda x, codes: dense_assignment(x @ codes.T)),
+    "entropies": (
+        lambda x, codes: -torch.stack(entropies(x, codes, metric="dot")).diff().sum(),
+        lambda x, codes: dense_entropies(x @ codes.T),
+    ),
+    "index backpropagation": (
+        lambda x, codes: index_backpropagation(x, codes)[0].square().mean(),
+        lambda x, codes: dense_index_backpropagation(x @ codes.T, codes),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WITH_ALL_CODES)
+def test_with_all_codes(benchmark, what):
+    generator = torch.Generator().manual_seed(0)
+    x, codes = (torch.randn(n, D, generator=generator).to(DEVICE).requires_grad_(what != "codes drawn") for n in (N, K))
+
+    def run(value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        out = value(x, codes)
+        return torch.cat(torch.autograd.grad(out, (x, codes))) if out.requires_grad else out
+
+    ours, dense = (partial(run, value) for value in WITH_ALL_CODES[what])
+    measure_in_turns(benchmark, f"{what} N={N} K={K} D={D}", {OURS: ours, "torch, N x K": dense}, rounds=ROUNDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from beitv2_fast import replace_quantizers
 from beitv2_fast.quantize import soft
-from beitv2_fast.quantize.soft import code_cross_entropy, soft_assignment
+from beitv2_fast.quantize.soft import code_cross_entropy, entropies, index_backpropagation, soft_assignment
 
 from ..support.codebook_states import METRICS
 from ..support.quantizers import noise
@@ -19,10 +20,12 @@ from .test_vq_pytorch import LEARNABLE, assert_same_training, swapped, vector_qu
 
 
 def logits(x: torch.Tensor, codebook: torch.Tensor, metric: str) -> torch.Tensor:
-    return F.normalize(x, dim=-1) @ codebook.T if metric == "cosine" else -torch.cdist(x, codebook)
+    if metric == "euclidean":
+        return -torch.cdist(x, codebook)
+    return (F.normalize(x, dim=-1) if metric == "cosine" else x) @ codebook.T
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", [*METRICS, "dot"])
 def test_values_and_gradients_are_those_of_the_whole_matrix(metric, monkeypatch):
     monkeypatch.setattr(soft, "CHUNK_SCORES", 20 * 7)
     codes = torch.randint(-1, 20, (50,), generator=torch.Generator().manual_seed(0))
@@ -32,13 +35,55 @@ def test_values_and_gradients_are_those_of_the_whole_matrix(metric, monkeypatch)
         if chunked:
             log_sum_exp, p = soft_assignment(x, codebook, metric=metric, temperature=0.5)
             loss = code_cross_entropy(x, codebook, codes, metric=metric, temperature=0.5)
+            of_each, of_mean = entropies(x, codebook, metric=metric, temperature=0.5)
         else:
             scores = logits(x, codebook, metric) / 0.5
             log_sum_exp, p = scores.logsumexp(-1), scores.softmax(-1).mean(0)
             loss = F.cross_entropy(scores, codes, ignore_index=-1)
-        (loss + log_sum_exp.square().mean() + (p * p.log()).sum()).backward()
-        results.append((log_sum_exp, p, loss, x.grad, codebook.grad))
+            of_each = -(scores.softmax(-1) * scores.log_softmax(-1)).sum(-1).mean()
+            of_mean = -(p * p.log()).sum()
+        (loss + of_each - 0.3 * of_mean + log_sum_exp.square().mean() + (p * p.log()).sum()).backward()
+        results.append((log_sum_exp, p, loss, of_each, of_mean, x.grad, codebook.grad))
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.2])
+def test_index_backpropagation_has_the_value_and_gradients_of_the_one_hot_matrix(temperature, monkeypatch):
+    monkeypatch.setattr(soft, "CHUNK_SCORES", 20 * 7)
+    results = []
+    for chunked in (False, True):
+        x, codebook = (noise(n, 8).double().requires_grad_() for n in (50, 20))
+        if chunked:
+            quantized, indices = index_backpropagation(x, codebook, temperature=temperature)
+        else:
+            p = (x @ codebook.T / temperature).softmax(-1)
+            indices = p.argmax(-1)
+            quantized = (F.one_hot(indices, 20) + p - p.detach()) @ codebook
+        # The losses of the paper: both directions of the code, and the soft one.
+        code = codebook[indices]
+        loss = F.mse_loss(quantized, x) + F.mse_loss(code.detach(), x) + 0.25 * F.mse_loss(code, x.detach())
+        (loss + quantized.sin().sum()).backward()
+        results.append((quantized, indices, loss, x.grad, codebook.grad))
+    torch.testing.assert_close(results[1], results[0])
+    assert torch.equal(results[1][0], codebook[indices]) and (codebook.grad != 0).all()
+
+
+def test_index_backpropagation_has_the_gradients_of_finite_differences_of_what_is_soft():
+    x, codebook, upstream = noise(5, 3).double(), noise(4, 3, seed=1).double(), noise(5, 3, seed=2).double()
+    fixed, step = codebook.clone(), 1e-6
+
+    def soft_value(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+        return ((x @ codebook.T).softmax(-1) @ fixed * upstream).sum()
+
+    x.requires_grad_()
+    quantized, _ = index_backpropagation(x, codebook)
+    (quantized * upstream).sum().backward()
+    for i, d in ((0, 0), (4, 2)):
+        moved = torch.zeros_like(x)
+        moved[i, d] = step
+        with torch.no_grad():
+            slope = (soft_value(x + moved, codebook) - soft_value(x - moved, codebook)) / (2 * step)
+        torch.testing.assert_close(x.grad[i, d], slope, rtol=1e-6, atol=1e-8)
 
 
 class Largest(TorchDispatchMode):
@@ -55,11 +100,22 @@ class Largest(TorchDispatchMode):
 
 def test_no_tensor_is_as_large_as_the_matrix_in_the_backward_either(monkeypatch):
     monkeypatch.setattr(soft, "CHUNK_SCORES", 5000)
-    x, codebook, codes = noise(400, 8).requires_grad_(), noise(500, 8, seed=1), torch.arange(400)
+    x, codebook = noise(400, 8).requires_grad_(), noise(500, 8, seed=1).requires_grad_()
+    codes = torch.arange(400)
     with Largest() as largest:
         _, p = soft_assignment(x, codebook)
-        (code_cross_entropy(x, codebook, codes) + p.square().sum()).backward()
+        quantized, _ = index_backpropagation(x, codebook)
+        losses = code_cross_entropy(x, codebook, codes) + sum(entropies(x, codebook)) + quantized.sin().sum()
+        (losses + p.square().sum()).backward()
     assert 0 < largest.elements <= 5000
+
+
+def test_entropies_of_codes_that_no_vector_wants_have_finite_gradients():
+    x, codebook = noise(3, 8).requires_grad_(), noise(500, 8, seed=1).requires_grad_()
+    of_each, of_mean = entropies(x, codebook, metric="dot", temperature=1e-3)
+    assert of_each < 1e-3 and abs(of_mean - math.log(3)) < 1e-3
+    (of_each - of_mean).backward()
+    assert x.grad.isfinite().all() and codebook.grad.isfinite().all()
 
 
 def test_without_vectors_or_codes_to_find_the_loss_is_0():
