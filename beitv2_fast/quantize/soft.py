@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import codebook_search
-from ..kernels.checks import check_indices, check_metric, check_vectors
+from ..kernels.checks import METRICS, check_indices, check_vectors
 from ..kernels.codebook_search.reference import CHUNK_SCORES, similarities
 
 
@@ -76,7 +76,7 @@ class _Backpropagation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, codebook, indices = ctx.saved_tensors
-        by_x, by_codebook = [x[:0]], torch.zeros_like(codebook).index_add_(0, indices, grad)
+        by_x, by_codebook = [], torch.zeros_like(codebook).index_add_(0, indices, grad)
         size = max(1, CHUNK_SCORES // len(codebook))
         for rows, upstream in zip((x / ctx.temperature).split(size), grad.split(size), strict=True):
             p = (rows @ codebook.T).softmax(-1)
@@ -148,8 +148,8 @@ def diversity_loss(x: Tensor, codebooks: Tensor, *, metric: str, temperature: fl
 
 
 def _check(op: str, x: Tensor, codebook: Tensor, metric: str) -> None:
-    if metric != "dot":
-        check_metric(metric)
+    if metric not in (*METRICS, "dot"):
+        raise ValueError(f"{op}: metric must be one of {', '.join(METRICS)}, dot; got {metric!r}")
     check_vectors(op, x, codebook)
 
 

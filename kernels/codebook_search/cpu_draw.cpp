@@ -105,7 +105,8 @@ class DrawBlock : public Block {
       const double unit = bytes_ ? 1 / static_cast<double>(panel(p)[lane]) : 1, error = 2 * unit * row.screen_error;
       double factor = 2 * unit, offset = error - (1 - 2 * rounding) * row.norm * row.norm;
       if (search_.cosine) factor = unit / (row.norm * scale * t), offset = error / (row.norm * scale * t);
-      if (search_.cosine && drawn_[i].length <= 1e-12) factor = 0, offset = codes_.max_norm / (scale * t);
+      if (search_.cosine && drawn_[i].length <= 1e-12)
+        factor = 0, offset = (1 + rounding) * codes_.max_norm / (scale * t);
       if (row.far) offset = std::numeric_limits<double>::quiet_NaN();  // rules out nothing
       bounds.factor[lane] = static_cast<float>(factor), bounds.offset[lane] = static_cast<float>(offset);
     }
@@ -140,7 +141,7 @@ class DrawBlock : public Block {
   }
 
   static float factor_of(double top, double best) {
-    // Weights below e^-87 are 0: as no code of them is let off by a factor of infinity, none is missed.
+    // A weight below e^-87 is 0, too little to tell from other ones: times infinity it is NaN, which rules out nothing.
     return top - best < 40 ? static_cast<float>(std::exp(top - best) * 1.0001 * ONE) : static_cast<float>(INFINITE);
   }
 

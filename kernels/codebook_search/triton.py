@@ -180,7 +180,7 @@ def draw_codes_triton(x: Tensor, codebook: Tensor, metric: str, temperature: flo
     if n:
         with device_of(x):
             rows, (block_d, num_d) = PLANS[target_name()].scan_rows, row_chunks(d)
-            bits = torch.tensor(temperature, dtype=torch.float64).view(torch.int64).item()  # a float would be fp32
+            bits = torch.tensor(temperature, dtype=torch.float64, device="cpu").view(torch.int64).item()  # not fp32
             x, codebook = x.float(), codebook.float()  # as for ``scan``
             draw[(triton.cdiv(n, rows),)](
                 x, codebook, keys, indices, n, k, d, bits, *x.stride(), *codebook.stride(),
