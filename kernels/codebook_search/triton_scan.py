@@ -23,11 +23,11 @@ NEAR = tl.constexpr(NEAREST)
 
 
 @triton.jit
-def noisy(dots, code_squares, row_squares, keys, ids, temperature, EUCLIDEAN: tl.constexpr):
-    """s / temperature + Gumbel noise as ``draw_codes_reference``: [R, C] float64."""
-    s = dots / tl.maximum(tl.sqrt(row_squares), 1e-12)[:, None]
+def noisy(scores, row_squares, keys, ids, temperature, EUCLIDEAN: tl.constexpr):
+    """The search's scores -> s / temperature + Gumbel noise as ``draw_codes_reference``: [R, C] float64."""
+    s = scores / tl.maximum(tl.sqrt(row_squares), 1e-12)[:, None]
     if EUCLIDEAN:
-        squares = row_squares[:, None] + code_squares[None, :] - 2 * dots
+        squares = row_squares[:, None] - scores
         s = -tl.sqrt(tl.where(squares < NEAR, NEAR, squares))  # NaN stays
     return s / temperature - tl.log(-tl.log(uniform(keys[:, None], ids[None, :])))
 
@@ -66,10 +66,10 @@ def best_of_part(
             scores = tl.dot(x, values.T, scores, out_dtype=tl.float64)
             if EUCLIDEAN:
                 squares += tl.sum(values * values, axis=1)
-        if DRAW:
-            scores = noisy(scores, squares, row_squares, keys, ids, temperature, EUCLIDEAN)
-        elif EUCLIDEAN:
+        if EUCLIDEAN:
             scores = 2 * scores - squares[None, :]
+        if DRAW:
+            scores = noisy(scores, row_squares, keys, ids, temperature, EUCLIDEAN)
         wins = (finite_or_least(scores) > best) & (ids < last)[None, :]
         best = tl.where(wins, scores, best)
         found = tl.where(wins, start, found)
