@@ -182,7 +182,7 @@ def draw_codes_triton(x: Tensor, codebook: Tensor, metric: str, temperature: flo
             rows, (block_d, num_d) = PLANS[target_name()].scan_rows, row_chunks(d)
             bits = torch.tensor(temperature, dtype=torch.float64, device="cpu").view(torch.int64).item()  # not fp32
             x, codebook = x.float(), codebook.float()  # as for ``scan``
-            draw[(triton.cdiv(n, rows),)](
+            draw[(cdiv(n, rows),)](
                 x, codebook, keys, indices, n, k, d, bits, *x.stride(), *codebook.stride(),
                 EUCLIDEAN=metric == "euclidean", BLOCK_R=rows, BLOCK_C=BLOCK_SCAN, BLOCK_D=block_d, NUM_D=num_d,
                 num_warps=SCAN_WARPS,
