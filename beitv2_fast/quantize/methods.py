@@ -14,7 +14,7 @@ from ..kernels import codebook_search
 from ..kernels.codebook_update.ops import ema_step
 from ..kernels.sampling import ALONE
 from .adapters import EmbeddingAdapter, embed_code, quantize_map, with_methods
-from .soft import dot_assignment
+from .soft import entropies, index_backpropagation
 
 
 def chameleon(module: Any, z: Tensor, metric: str = "euclidean") -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +47,7 @@ def llamagen(module: Any, z: Tensor) -> tuple[Tensor, tuple[Any, ...], tuple[Non
         if module.entropy_loss_ratio:
             # Of minus the squared distances, which but for |y|^2 are products of vectors one longer.
             y1, codes1 = F.pad(y, (0, 1), value=1.0), torch.cat([2 * codes, -codes.square().sum(-1, keepdim=True)], -1)
-            sample, mean = _entropies(y1, codes1, 0.01)
+            sample, mean = entropies(y1, codes1, metric="dot", temperature=0.01, eps=1e-5)
             entropy = module.entropy_loss_ratio * (sample - mean)
         usage = _share_of_late(module, indices) if module.show_usage else 0
         losses = F.mse_loss(F.embedding(indices, codes), y.detach()), commitment, entropy, usage
@@ -59,21 +59,14 @@ def ibq(module: Any, z: Tensor, temp: Any = None, return_logits: bool = False) -
     return_logits are not read."""
     last, codes = z.movedim(1, -1), module.embedding.weight
     x = last.flatten(0, -2)
-    indices = codebook_search(x, codes, metric="cosine").indices
-    chosen, soft = F.embedding(indices, codes), dot_assignment(x, codes)[2]
-    quantized = chosen + (soft - soft.detach())
+    quantized, indices = index_backpropagation(x, codes)
+    chosen = F.embedding(indices, codes)
     loss: Any = F.mse_loss(quantized, x) + F.mse_loss(chosen.detach(), x) + module.beta * F.mse_loss(chosen, x.detach())
     if module.use_entropy_loss:
-        sample, mean = _entropies(x, codes, module.entropy_temperature)
+        sample, mean = entropies(x, codes, metric="dot", temperature=module.entropy_temperature, eps=1e-5)
         weights = module.sample_minimization_weight, module.batch_maximization_weight
         loss = loss, sample, mean, weights[0] * sample - weights[1] * mean
     return quantized.view(last.shape).movedim(-1, 1).contiguous(), loss, (None, None, indices)
-
-
-def _entropies(x: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Of each vector's softmax, on average, and of their mean."""
-    entropies, p, _ = dot_assignment(x, codes, temperature)
-    return entropies.mean(), -(p * (p + 1e-5).log()).sum()
 
 
 @torch.no_grad()

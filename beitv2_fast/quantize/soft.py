@@ -43,9 +43,9 @@ def soft_assignment(
 
 
 def entropies(
-    x: Tensor, codebook: Tensor, *, metric: str = "cosine", temperature: float = 1.0
+    x: Tensor, codebook: Tensor, *, metric: str = "cosine", temperature: float = 1.0, eps: float = 1e-30
 ) -> tuple[Tensor, Tensor]:
-    """(``mean_i H(p_i)``, ``H(mean_i p_i)``), ``H(p) = -sum_j p_j log p_j``.
+    """(``mean_i H(p_i)``, ``H(mean_i p_i)``), ``H(p) = -sum_j p_j log p_j``; of the mean ``log (p_j + eps)``.
 
     The first less the second is the entropy loss of MAGVIT-v2 and IBQ: sure of each vector, all codes in use.
     """
@@ -59,8 +59,7 @@ def entropies(
     entropy, p = torch.zeros(2, 1, dtype=_wide(x).dtype, device=x.device)
     for of_chunk, probabilities in _in_chunks(chunk, len(codebook), _wide(x), codebook=_wide(codebook)):
         entropy, p = entropy + of_chunk, p + probabilities / len(x)
-    p_or_least = p.clamp(min=torch.finfo(p.dtype).tiny)  # the logarithm of 0 has no gradient
-    return entropy.sum() / max(1, len(x)), -(p * p_or_least.log()).sum()
+    return entropy.sum() / max(1, len(x)), -(p * (p + eps).log()).sum()  # the logarithm of 0 has no gradient
 
 
 class _Backpropagation(torch.autograd.Function):
@@ -112,23 +111,6 @@ def code_cross_entropy(
 
     losses = _in_chunks(chunk, len(codebook), _wide(x), codes, codebook=_wide(codebook))
     return torch.stack([*losses]).sum() / (codes >= 0).sum().clamp(min=1)
-
-
-def dot_assignment(x: Tensor, codebook: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ``p_ij = softmax_j(<x_i, v_j> / temperature)``: the entropies of its rows [N], their mean [K], and the codes
-    that are meant, ``sum_j p_ij sg(v_j)`` [N, D]."""
-
-    def chunk(rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        log_p = (rows @ codes.T / temperature).log_softmax(-1)
-        p = log_p.exp()
-        return -(p * log_p).sum(-1), p.sum(0), p @ codes.detach()
-
-    entropies, means, total = [], [], torch.zeros_like(_wide(codebook[:, 0]))
-    for entropy, probabilities, mean in _in_chunks(chunk, len(codebook), _wide(x), codebook=_wide(codebook)):
-        entropies.append(entropy)
-        means.append(mean)
-        total = total + probabilities
-    return torch.cat(entropies), total / max(1, len(x)), torch.cat(means)
 
 
 def diversity_loss(x: Tensor, codebooks: Tensor, *, metric: str, temperature: float) -> Tensor:
