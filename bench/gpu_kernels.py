@@ -48,7 +48,7 @@ def search_cases(
 ) -> Iterator[Case]:
     """codebook_search: the kernels of one call; the screening once for every configuration autotuning may pick."""
     from beitv2_fast.kernels.codebook_search import triton as host
-    from beitv2_fast.kernels.codebook_search import triton_resolve, triton_scan, triton_screen
+    from beitv2_fast.kernels.codebook_search import triton_nearest, triton_resolve, triton_scan, triton_screen
 
     plan, x_type = host.PLANS[target], TRITON_TYPE[dtype]
     num_blocks = -(-k // host.BLOCK_K)
@@ -115,6 +115,16 @@ def search_cases(
             "BLOCK_C": host.BLOCK_SCAN, "BLOCK_D": row_block_d, "NUM_D": row_num_d,
         },
         host.SCAN_WARPS, 3, aligned, tensor_core=True,
+    )  # fmt: skip
+    yield Case(
+        "codebook_search", "4 nearest", triton_nearest.nearest,
+        {name: kind for name, kind in rows.items() if name not in ("hard", "normalized", "codes", "distances")}
+        | {"x": "*fp32"},
+        {
+            **{name: value for name, value in wanted.items() if "WRITE" not in name}, "TOP": 4, "SLOTS": 4,
+            "BLOCK_R": plan.scan_rows, "BLOCK_C": host.BLOCK_SCAN,
+        },
+        host.SCAN_WARPS, 3, aligned, tensor_core=True, options=plan.resolve_options,
     )  # fmt: skip
 
 

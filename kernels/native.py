@@ -20,6 +20,7 @@ OPS = (
     "codebook_statistics",
     "draw_codes",
     "move_codebook",
+    "nearest_codes",
     "softmax_cross_entropy_",
     "vector_quantize_backward",
 )

@@ -37,6 +37,7 @@ def search_cases(processors: int, tiny: bool) -> Iterator[Case]:
             for outputs in ((True, True, True), (False, False, False)):
                 call = partial(host.codebook_search_triton, x, codebook, "cosine", *outputs, split=split)
                 yield f"search {dtype} D={d} {outputs[0]}", call
+            yield f"4 nearest {dtype} D={d}", partial(host.nearest_codes_triton, x, codebook, "euclidean", 4)
     keys = torch.zeros(n, dtype=torch.int64)
     for metric in ("cosine",) if tiny else ("cosine", "euclidean"):
         yield f"draw {metric}", partial(host.draw_codes_triton, x.float(), codebook, metric, 1.0, keys)

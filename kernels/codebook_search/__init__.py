@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_metric, check_vectors
@@ -49,9 +50,9 @@ def codebook_search(
         x: [N, D] vectors, fp32, fp16, bf16 or fp64, any strides, N >= 0.
         codebook: [K, D] codes v_j on the same device, K >= 1.
         metric: "cosine" (x is l2-normalized first, eps 1e-12) or "euclidean".
-        k: find the k nearest codes, nearest first, equally near ones by their index. In plain PyTorch on every device,
-            with float64 scores in chunks: much slower than the search for one. A vector with NaN or Inf gets
-            0 to k - 1, and codes with NaN or Inf come last.
+        k: find the k nearest codes, nearest first, equally near ones by their index. A vector with NaN or Inf gets
+            0 to k - 1, and codes with NaN or Inf come last. On GPUs with float64 scores of all codes, beyond k = 64 in
+            plain PyTorch: slower than the search for one.
         return_normalized: also return l2(x) (cosine; x itself in fp32 for euclidean), fp32.
         return_codes: also return ``codebook[indices]``.
         return_distances: also return the squared Euclidean distance between l2(x) (cosine) or x and its code, fp32.
@@ -84,10 +85,12 @@ def _nearest_codes(
 ) -> CodebookSearch:
     if not 1 <= k <= len(codebook):
         raise ValueError(f"codebook_search: k must lie between 1 and the {len(codebook)} codes there are; got {k}")
-    indices, compared = nearest_codes_op(x, codebook, metric, k)
+    indices: Tensor = nearest_codes_op(x, codebook, metric, k)
     chosen = codebook[indices] if codes or distances else None
-    apart = None
-    if distances and chosen is not None:
+    compared = apart = None
+    if normalized or distances:
+        compared = F.normalize(x.double(), dim=-1).float() if metric == "cosine" else x.float()
+    if distances and compared is not None and chosen is not None:
         apart = (compared[:, None] - chosen.float()).square().sum(-1)
         apart = apart.masked_fill(~x.isfinite().all(-1)[:, None], torch.nan)
     return CodebookSearch(indices, compared if normalized else None, chosen if codes else None, apart)

@@ -33,11 +33,11 @@ const Kernels& chosen_kernels() {
 
 namespace {
 
-// Outputs that nobody asked for are empty. The Python side has checked shapes and devices.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> codebook_search(const at::Tensor& x,
-                                                                           const at::Tensor& codebook, bool cosine,
-                                                                           bool return_normalized, bool return_codes,
-                                                                           bool return_distances) {
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// Outputs that nobody asked for are empty. The Python side has checked shapes, devices and k.
+Outputs search(const at::Tensor& x, const at::Tensor& codebook, bool cosine, int64_t k, bool return_normalized,
+               bool return_codes, bool return_distances) {
   const auto narrow = [](at::ScalarType t) { return t == at::kFloat || t == at::kHalf || t == at::kBFloat16; };
   TORCH_CHECK_TYPE(narrow(x.scalar_type()) && narrow(codebook.scalar_type()),
                    "the C++ codebook_search takes fp32, fp16 and bf16; got ", x.scalar_type(), " and ",
@@ -46,34 +46,48 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> codebook_search(const
   const Kernels& kernels = chosen_kernels();
   const at::Tensor contiguous = codebook.contiguous();
   const auto floats = x.options().dtype(at::kFloat);
-  at::Tensor indices = at::empty({rows}, x.options().dtype(at::kLong));
+  at::Tensor indices = at::empty({rows * k}, x.options().dtype(at::kLong));
   at::Tensor normalized = return_normalized ? at::empty({rows, dim}, floats) : at::empty({0}, floats);
   at::Tensor codes = return_codes ? at::empty({rows, dim}, codebook.options()) : at::empty({0}, codebook.options());
   at::Tensor distances = at::empty({return_distances ? rows : 0}, floats);
   if (rows == 0) return {indices, normalized, codes, distances};
 
-  const PackedCodebook book = pack_codebook(contiguous, cosine, bytes_pay(rows, codebook.size(0)), kernels);
-  const Search search = {kernels,
+  const PackedCodebook book = pack_codebook(contiguous, cosine, bytes_pay(rows, codebook.size(0), k), kernels);
+  const Search shared = {kernels,
                          book,
                          x,
                          cosine,
+                         k,
                          indices.mutable_data_ptr<int64_t>(),
                          return_normalized ? normalized.mutable_data_ptr<float>() : nullptr,
                          return_distances ? distances.mutable_data_ptr<float>() : nullptr,
                          return_codes ? static_cast<char*>(codes.mutable_data_ptr()) : nullptr,
                          static_cast<const char*>(contiguous.const_data_ptr()),
                          dim * static_cast<int64_t>(codebook.element_size())};
-  run_blocks<Block>(search);
+  run_blocks<Block>(shared);
   return {indices, normalized, codes, distances};
+}
+
+Outputs codebook_search(const at::Tensor& x, const at::Tensor& codebook, bool cosine, bool return_normalized,
+                        bool return_codes, bool return_distances) {
+  return search(x, codebook, cosine, 1, return_normalized, return_codes, return_distances);
+}
+
+at::Tensor nearest_codes(const at::Tensor& x, const at::Tensor& codebook, bool cosine, int64_t k) {
+  return std::get<0>(search(x, codebook, cosine, k, false, false, false)).view({x.size(0), k});
 }
 
 TORCH_LIBRARY_FRAGMENT(beitv2_fast_cpu, m) {
   m.def(
       "codebook_search(Tensor x, Tensor codebook, bool cosine, bool return_normalized, bool return_codes, "
       "bool return_distances) -> (Tensor indices, Tensor normalized, Tensor codes, Tensor distances)");
+  m.def("nearest_codes(Tensor x, Tensor codebook, bool cosine, int k) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(beitv2_fast_cpu, CPU, m) { m.impl("codebook_search", codebook_search); }
+TORCH_LIBRARY_IMPL(beitv2_fast_cpu, CPU, m) {
+  m.impl("codebook_search", codebook_search);
+  m.impl("nearest_codes", nearest_codes);
+}
 
 }  // namespace
 }  // namespace beitv2_fast

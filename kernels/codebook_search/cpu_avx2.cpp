@@ -19,6 +19,7 @@ struct Avx2 {
   static inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static inline V add(V a, V b) { return _mm256_add_ps(a, b); }
   static inline V max(V a, V b) { return _mm256_max_ps(a, b); }
+  static inline V min(V a, V b) { return _mm256_min_ps(a, b); }
   static inline float sum(V a) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -27,8 +28,8 @@ struct Avx2 {
   static inline uint32_t reaches(V a, V b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
 };
 
-const Kernels kernels = {nullptr, screen_fp32<Avx2>, measure_group<Avx2>, pack_group, pack_rows, filter<Avx2>,
-                         resolve<Avx2>};
+const Kernels kernels = {nullptr, screen_fp32<Avx2>, measure_group<Avx2>, pack_group, pack_rows, raise_top<Avx2>,
+                         filter<Avx2>, resolve<Avx2>};
 
 }  // namespace
 

@@ -5,6 +5,7 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -46,6 +47,19 @@ float squared_distance(const float* y, const float* code, int64_t dim) {
   return sum;
 }
 
+// Of a smaller number the score is higher, or the same and the position lower.
+uint64_t ranked(float score, int32_t position) {
+  const uint32_t bits = std::bit_cast<uint32_t>(score);
+  return static_cast<uint64_t>(bits >> 31 ? bits : bits ^ 0x7fffffff) << 32 | static_cast<uint32_t>(position);
+}
+
+float score_of(uint64_t ranked) {
+  const uint32_t bits = static_cast<uint32_t>(ranked >> 32);
+  return std::bit_cast<float>(bits >> 31 ? bits : bits ^ 0x7fffffff);
+}
+
+int32_t position_of(uint64_t ranked) { return static_cast<int32_t>(ranked); }
+
 }  // namespace
 
 Block::Block(const Search& search)
@@ -53,9 +67,12 @@ Block::Block(const Search& search)
       codes_(search.book.codes),
       few_(search.x.size(0) <= FEW_VECTORS),
       bytes_(codes_.bytes),
+      tops_(std::min(search.k, codes_.groups + 1)),
       rows_(new float[ROWS * codes_.dim]),
       panels_(new float[ROWS * std::max(codes_.dim, codes_.depth / 4 + 1)]),
       group_max_(new float[ROWS * CHUNK]),
+      top_(new float[ROWS * tops_]),
+      row_top_(new float[2 * search.k + PANEL]),
       row_(new float[codes_.dim]),
       compared_(new float[codes_.dim]) {}
 
@@ -65,8 +82,10 @@ void Block::run(int64_t first, int64_t count) {
     pack(first, count);
     screen(count);
   }
-  for (int64_t i = 0; i < count; ++i) finish(first + i, codes_.groups ? nearest(first + i, i) : 0);
-  if (resolved_ > (2 + codes_.groups / GROUPS_PER_CANDIDATE) * count) bytes_ = false;
+  for (int64_t i = 0; i < count; ++i)
+    if (search_.k > 1) several(first + i, i);
+    else finish(first + i, codes_.groups ? nearest(first + i, i) : 0);
+  if (resolved_ > (search_.k + 1 + codes_.groups / GROUPS_PER_CANDIDATE) * count) bytes_ = false;
 }
 
 // A row as it was given, in fp32.
@@ -93,6 +112,7 @@ void Block::screen(int64_t count) {
   const int64_t panels = (count + PANEL - 1) / PANEL;
   const Screen run = bytes_ ? search_.kernels.screen_bytes : search_.kernels.screen_fp32;
   std::fill_n(best_, ROWS, -std::numeric_limits<float>::infinity());
+  std::fill_n(top_.get(), ROWS * tops_, -std::numeric_limits<float>::infinity());
   for (int64_t i = 0; i < count; ++i) candidates_[i].group.clear(), candidates_[i].screened.clear();
   if (few_) {
     for (int64_t i = 0; i < count; ++i) {
@@ -107,7 +127,9 @@ void Block::screen(int64_t count) {
     run(codes_, panels_.get(), panels, begin, end, group_max_.get(), best_);
     for (int64_t p = 0; p < panels; ++p) {
       std::fill_n(chunk_.count, PANEL, 0);
-      search_.kernels.filter(&group_max_[p * CHUNK * PANEL], best_ + p * PANEL, info_ + p * PANEL, begin, end, chunk_);
+      const float* maxima = &group_max_[p * CHUNK * PANEL];
+      if (search_.k > 1) search_.kernels.raise_top(maxima, end - begin, tops_, &top_[p * tops_ * PANEL]);
+      search_.kernels.filter(maxima, last_best(p), info_ + p * PANEL, begin, end, chunk_);
       for (int64_t lane = 0; lane < PANEL && p * PANEL + lane < count; ++lane) {
         const int64_t i = p * PANEL + lane, n = chunk_.count[lane];
         if (!info_[i].finite || info_[i].far || (info_[i].zero && search_.cosine)) continue;  // have another answer
@@ -128,20 +150,82 @@ int64_t Block::settle(int64_t row, const int32_t* kept, int64_t count) {
       row_.get(), count, [&](int64_t n) { return book.code(position(n)); }, codes_.dim, search_.cosine)));
 }
 
+// Fills kept_ and scores_ with the codes that may be among the k nearest; returns how many there are.
+int64_t Block::resolve(int64_t i) {
+  const RowCandidates& groups = candidates_[i];
+  const size_t count = groups.group.size();
+  if (kept_.size() < count * (GROUP + 1)) scores_.resize((count + 1) * GROUP), kept_.resize(count * (GROUP + 1));
+  return search_.kernels.resolve(codes_, &rows_[i * codes_.dim], info_[i], groups.group.data(), groups.screened.data(),
+                                 static_cast<int64_t>(count),
+                                 last_best(i / PANEL)[i % PANEL] - 2 * info_[i].screen_error, search_.k, row_top_.get(),
+                                 scores_.data(), kept_.data(), &resolved_);
+}
+
 int64_t Block::nearest(int64_t row, int64_t i) {
   const Row& info = info_[i];
   const PackedCodebook& book = search_.book;
   if (!info.finite) return 0;
   if (info.zero && search_.cosine) return book.original(0);
-  if (info.far) return settle(row, nullptr, book.count);
-  const RowCandidates& groups = candidates_[i];
-  const size_t count = groups.group.size();
-  if (kept_.size() < count * (GROUP + 1)) scores_.resize((count + 1) * GROUP), kept_.resize(count * (GROUP + 1));
-  int64_t kept = search_.kernels.resolve(codes_, &rows_[i * codes_.dim], info, groups.group.data(),
-                                         groups.screened.data(), static_cast<int64_t>(count),
-                                         best_[i] - 2 * info.screen_error, scores_.data(), kept_.data(), &resolved_);
-  while (kept > 1 && kept_[kept - 1] >= book.count) --kept;  // the copies that pad the last group
+  if (info.far) return settle(row, nullptr, codes_.count);
+  int64_t kept = resolve(i);
+  while (kept > 1 && kept_[kept - 1] >= codes_.count) --kept;  // the copies that pad the last group
   return kept == 1 ? book.original(kept_[0]) : settle(row, kept_.data(), kept);
+}
+
+// Puts the k nearest of near_ first, in order: by their scores in fp32, and by exact ones where those are too near.
+void Block::sort(int64_t row, float error, int64_t k) {
+  const auto first = near_.begin();
+  auto last = near_.end();
+  if (first + k < last) {
+    std::nth_element(first, first + k - 1, last);
+    const float least = score_of(first[k - 1]) - error;
+    last = std::partition(first + k, last, [least](uint64_t n) { return score_of(n) >= least; });
+  }
+  std::sort(first, first + k);
+  for (auto begin = first, end = first; begin < first + k; begin = end) {
+    for (++end; end < first + k && score_of(end[-1]) - score_of(*end) <= error;) ++end;
+    if (end == first + k) end = last;
+    if (end - begin > 1) settle_order(row, &*begin, end - begin, std::min<int64_t>(end - begin, first + k - begin));
+  }
+}
+
+// The same by exact scores only.
+void Block::settle_order(int64_t row, uint64_t* near, int64_t count, int64_t k) {
+  const int64_t bytes = codes_.dim * static_cast<int64_t>(sizeof(float));
+  read(row, row_.get());
+  exact_.resize(count);
+  for (int64_t n = 0; n < count; ++n) {
+    const int32_t position = position_of(near[n]);
+    const float* code = search_.book.code(position);
+    const bool copy = n && std::memcmp(code, search_.book.code(exact_[n - 1].position), bytes) == 0;
+    exact_[n] = {copy ? exact_[n - 1].score : exact_score(row_.get(), code, codes_.dim, search_.cosine), position};
+  }
+  std::partial_sort(exact_.begin(), exact_.begin() + k, exact_.end(), [](const Exact& a, const Exact& b) {
+    return a.score > b.score || (!(b.score > a.score) && a.position < b.position);
+  });
+  for (int64_t n = 0; n < k; ++n) near[n] = ranked(0, exact_[n].position);
+}
+
+// Writes the k nearest codes of a row.
+void Block::several(int64_t row, int64_t i) {
+  const PackedCodebook& book = search_.book;
+  const Row& info = info_[i];
+  int64_t* out = search_.indices + row * search_.k;
+  const int64_t found = codes_.groups && info.finite ? std::min(search_.k, codes_.count) : 0;
+  if (found) {
+    const bool tied = info.zero && search_.cosine, screened = !tied && !info.far;
+    near_.resize(screened ? resolve(i) : tied ? found : codes_.count);
+    for (size_t n = 0; n < near_.size(); ++n)
+      near_[n] = screened ? ranked(scores_[n], kept_[n]) : ranked(0, static_cast<int32_t>(n));
+    if (!tied) sort(row, 2 * info.resolve_error, found);
+    for (int64_t j = 0; j < found; ++j) out[j] = book.original(position_of(near_[j]));
+  }
+  // Codes that are not finite come last; for a vector that is not, or if no code is, all come by their index.
+  size_t passed = found ? 0 : book.positions.size();
+  for (int64_t j = 0, n = found; n < search_.k; ++j) {
+    if (passed < book.positions.size() && book.positions[passed] == j) ++passed;
+    else out[n++] = j;
+  }
 }
 
 // Writes what was asked for of a row whose nearest code is known.

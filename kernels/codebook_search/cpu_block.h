@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu_codes.h"
+#include "cpu_exact.h"
 
 namespace beitv2_fast {
 
@@ -17,7 +18,8 @@ struct Search {
   const PackedCodebook& book;
   const at::Tensor& x;  // [N, D] fp32, fp16 or bf16, any strides
   bool cosine;
-  int64_t* indices;
+  int64_t k;
+  int64_t* indices;  // [N, k]; with k > 1 nobody asks for more
   float *normalized, *distances;
   char* found;           // the codes, in the codebook's dtype
   const char* codebook;  // contiguous, in its own dtype
@@ -32,6 +34,10 @@ class Block {
   void run(int64_t first, int64_t count);  // vectors first .. first + count, count <= ROWS
 
  protected:
+  struct Exact {
+    TwoDoubles score;
+    int32_t position;
+  };
   struct RowCandidates {
     std::vector<int32_t> group;
     std::vector<float> screened;
@@ -40,18 +46,28 @@ class Block {
   void read(int64_t row, float* out) const;
   void pack(int64_t first, int64_t count);
   void screen(int64_t count);
+  int64_t resolve(int64_t i);
   int64_t nearest(int64_t row, int64_t i);
   int64_t settle(int64_t row, const int32_t* kept, int64_t count);
+  void several(int64_t row, int64_t i);
+  void sort(int64_t row, float error, int64_t k);
+  void settle_order(int64_t row, uint64_t* near, int64_t count, int64_t k);
   void finish(int64_t row, int64_t index);
+  const float* last_best(int64_t p) const {  // of each lane the maximum of the k-th best group
+    return search_.k > 1 ? &top_[((p + 1) * tops_ - 1) * PANEL] : best_ + p * PANEL;
+  }
   float* panel(int64_t p) { return panels_.get() + p * PANEL * (bytes_ ? codes_.depth / 4 + 1 : codes_.dim); }
 
   const Search& search_;
   const Codes& codes_;
   bool few_;    // whether every vector takes all groups to resolve, without screening
   bool bytes_;  // whether bytes screen; otherwise fp32
-  std::unique_ptr<float[]> rows_, panels_, group_max_, row_, compared_;
+  int64_t tops_;  // groups whose maxima bound the k-th best score from below; one more than there are bounds nothing
+  std::unique_ptr<float[]> rows_, panels_, group_max_, top_, row_top_, row_, compared_;
   std::vector<float> scores_;
   std::vector<int32_t> kept_;
+  std::vector<uint64_t> near_;  // scores in fp32 and positions: see ranked()
+  std::vector<Exact> exact_;
   Candidates chunk_;
   RowCandidates candidates_[ROWS];
   Row info_[ROWS];

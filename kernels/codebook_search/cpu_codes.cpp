@@ -20,7 +20,7 @@ void pad_last_group(PackedCodebook& book) {
   const int64_t dim = book.codes.dim, first = (book.codes.groups - 1) * GROUP;
   book.last.resize(GROUP * dim);
   for (int64_t c = 0; c < GROUP; ++c)
-    std::copy_n(book.codes.rows + std::min(first + c, book.count - 1) * dim, dim, &book.last[c * dim]);
+    std::copy_n(book.codes.rows + std::min(first + c, book.codes.count - 1) * dim, dim, &book.last[c * dim]);
   book.codes.last = book.last.data();
 }
 
@@ -43,20 +43,20 @@ GroupBounds measure(PackedCodebook& book, const Kernels& kernels) {
 // Searches a copy of the codes: those that are left, times a power of two.
 void copy_rows(PackedCodebook& book) {
   const int64_t dim = book.codes.dim;
-  std::unique_ptr<float[]> rows(new float[book.count * dim]);
-  for (int64_t j = 0; j < book.count; ++j)
+  std::unique_ptr<float[]> rows(new float[book.codes.count * dim]);
+  for (int64_t j = 0; j < book.codes.count; ++j)
     std::transform(book.code(j), book.code(j) + dim, &rows[j * dim], [&](float v) { return v * book.scale; });
   book.rows = std::move(rows);
   book.codes.rows = book.rows.get();
-  book.codes.groups = (book.count + GROUP - 1) / GROUP;
+  book.codes.groups = (book.codes.count + GROUP - 1) / GROUP;
 }
 
 void keep_finite(PackedCodebook& book) {
   std::vector<int32_t> finite;
-  for (int64_t j = 0; j < book.count; ++j)
+  for (int64_t j = 0; j < book.codes.count; ++j)
     if (std::all_of(book.code(j), book.code(j) + book.codes.dim, [](float v) { return std::isfinite(v); }))
       finite.push_back(static_cast<int32_t>(j));
-  book.count = static_cast<int64_t>(finite.size());
+  book.codes.count = static_cast<int64_t>(finite.size());
   book.positions = std::move(finite);
 }
 
@@ -79,9 +79,9 @@ PackedCodebook pack_codebook(const at::Tensor& codebook, bool cosine, bool bytes
   PackedCodebook book;
   Codes& codes = book.codes;
   book.values = codebook.to(at::kFloat).contiguous();
-  book.count = codebook.size(0);
+  book.codes.count = codebook.size(0);
   codes.rows = book.values.const_data_ptr<float>();
-  codes.groups = (book.count + GROUP - 1) / GROUP;
+  codes.groups = (book.codes.count + GROUP - 1) / GROUP;
   codes.dim = codebook.size(1);
   codes.depth = (codes.dim + 3) / 4 * 4;
   if (!cosine) book.bias.reset(codes.bias = new float[codes.groups * GROUP]);
@@ -89,7 +89,7 @@ PackedCodebook pack_codebook(const at::Tensor& codebook, bool cosine, bool bytes
   if (bounds.largest >= INFINITE) {
     keep_finite(book);
     copy_rows(book);
-    if (!book.count) return book;
+    if (!book.codes.count) return book;
     bounds = measure(book, kernels);
   }
   float largest;

@@ -14,7 +14,6 @@ struct PackedCodebook {
   Codes codes = {};
   at::Tensor values;               // [K, D] fp32, contiguous: what the exact scores are made of
   std::vector<int32_t> positions;  // where the finite codes are in it; empty when all are finite
-  int64_t count = 0;               // how many are finite
   float scale = 1;                 // they were multiplied by this power of two
   std::unique_ptr<float[]> rows;   // a copy, where codes.rows are not the values themselves
   std::vector<float> last;         // what codes.last points to
@@ -28,9 +27,9 @@ struct PackedCodebook {
   }
 };
 
-constexpr int64_t FEWEST_CODES = 128;  // of fewer, resolving costs what screening in bytes saves
+constexpr int64_t FEWEST_CODES = 128;  // per code sought; of fewer, resolving costs what screening in bytes saves
 
-inline bool bytes_pay(int64_t rows, int64_t codes) { return rows > PANEL && codes > FEWEST_CODES; }
+inline bool bytes_pay(int64_t rows, int64_t codes, int64_t k) { return rows > PANEL && codes > FEWEST_CODES * k; }
 
 PackedCodebook pack_codebook(const at::Tensor& codebook, bool cosine, bool bytes, const Kernels& kernels);
 

@@ -122,7 +122,7 @@ class DrawBlock : public Block {
     const auto run = [&](int64_t from, int64_t to) {
       for (int64_t g = from; g < to; ++g) {
         g = draw_.kernels.scan(counters, draw_.keys[row], weight, factor, g, to, uniform);
-        const int64_t last = std::min(GROUP, search_.book.count - (begin + g) * GROUP);
+        const int64_t last = std::min(GROUP, codes_.count - (begin + g) * GROUP);
         for (int64_t c = 0; g < to && c < last; ++c) {
           if (uniform[c] < least_uniform(weight[g * PANEL], factor)) continue;
           ++scored;
@@ -165,11 +165,11 @@ at::Tensor draw_codes(const at::Tensor& x, const at::Tensor& codebook, bool cosi
                       const at::Tensor& keys) {
   at::Tensor indices = at::empty({x.size(0)}, x.options().dtype(at::kLong));
   const Kernels& kernels = chosen_kernels();
-  const PackedCodebook book = pack_codebook(codebook, cosine, bytes_pay(x.size(0), codebook.size(0)), kernels);
-  const Search search = {kernels, book, x, cosine, indices.mutable_data_ptr<int64_t>()};
+  const PackedCodebook book = pack_codebook(codebook, cosine, bytes_pay(x.size(0), codebook.size(0), 1), kernels);
+  const Search search = {kernels, book, x, cosine, 1, indices.mutable_data_ptr<int64_t>()};
   Draw draw = {BEITV2_FAST_PICK(draw_kernels), keys.const_data_ptr<int64_t>(), {}, temperature};
   for (int64_t p = 0; p < book.codes.groups * GROUP; ++p)
-    draw.counters.push_back(book.original(std::min(p, book.count - 1)) * 0x9E3779B97F4A7C15);
+    draw.counters.push_back(book.original(std::min(p, book.codes.count - 1)) * 0x9E3779B97F4A7C15);
   run_blocks<DrawBlock>(search, draw);
   return indices;
 }

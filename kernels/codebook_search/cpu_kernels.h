@@ -86,6 +86,21 @@ void screen_fp32(const Codes& codes, const void* panels, int64_t count, int64_t 
 }
 
 template <class I>
+void raise_top(const float* group_max, int64_t groups, int64_t k, float* top) {
+  const float* last = top + (k - 1) * PANEL;
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t lane = 0; lane < PANEL; lane += I::LANES) {
+      typename I::V score = I::load(group_max + g * PANEL + lane);
+      if (!I::reaches(score, I::load(last + lane))) continue;
+      for (float* place = top + lane; place <= last + lane; place += PANEL) {
+        const typename I::V other = I::load(place);
+        I::store(place, I::max(other, score));
+        score = I::min(other, score);
+      }
+    }
+}
+
+template <class I>
 void filter(const float* group_max, const float* best, const Row* info, int64_t begin, int64_t end,
             Candidates& candidates) {
   constexpr int PER = PANEL / I::LANES;
@@ -154,11 +169,17 @@ inline float score_group(const Codes& codes, int64_t group, const float* row, fl
 
 template <class I>
 int64_t resolve(const Codes& codes, const float* row, const Row& info, const int32_t* group, const float* screened,
-                int64_t count, float least_screened, float* scores, int32_t* kept, int64_t* scored_groups) {
+                int64_t count, float least_screened, int64_t k, float* top, float* scores, int32_t* kept,
+                int64_t* scored_groups) {
   float best = -__builtin_inff();
+  // Two bounds of the k-th best score: k groups have a code that reaches `last`; the second is for k of many groups.
+  const int64_t tops = k < count ? k : count, per_lane = (k + PANEL - 1) / PANEL;
+  float *last = top + tops - 1, *lanes = top + tops;
+  if (k > 1)
+    for (float* place = top; place < lanes + per_lane * PANEL; ++place) *place = best;
   int32_t* scored = kept + count * GROUP;  // behind the room for the codes themselves
   int64_t groups = 0, codes_kept = 0;
-  if (info.unit > 0) {
+  if (k == 1 && info.unit > 0) {
     // What the group that screened best really scores is mostly what it screened, and not one error less.
     int64_t first = 0;
     for (int64_t i = 1; i < count; ++i) first = screened[i] > screened[first] ? i : first;
@@ -168,17 +189,32 @@ int64_t resolve(const Codes& codes, const float* row, const Row& info, const int
   }
   for (int64_t i = 0; i < count; ++i) {
     if (screened[i] < least_screened) continue;
-    const float highest = score_group<I>(codes, group[i], row, scores + groups * GROUP);
+    float* of_group = scores + groups * GROUP;
+    const float highest = score_group<I>(codes, group[i], row, of_group);
     best = highest > best ? highest : best;
     scored[groups++] = group[i];
+    if (k == 1) continue;
+    for (int64_t c = codes.count - group[i] * GROUP; c < GROUP; ++c) of_group[c] = -__builtin_inff();  // copies
+    if (highest <= *last) continue;
+    float* place = last;
+    for (; place > top && place[-1] < highest; --place) *place = place[-1];
+    *place = highest;
   }
   *scored_groups += groups;
+  if (k > 1) {
+    raise_top<I>(scores, groups * GROUP / PANEL, per_lane, lanes);
+    float lowest = best;
+    for (int64_t l = (per_lane - 1) * PANEL; l < per_lane * PANEL; ++l) lowest = lanes[l] < lowest ? lanes[l] : lowest;
+    best = tops < k || lowest > *last ? lowest : *last;
+    best = best > -3e38f ? best : -3e38f;  // above the copies
+  }
   const typename I::V least = I::set(best - 2 * info.resolve_error);
   for (int64_t i = 0; i < groups * GROUP; i += I::LANES) {
     uint32_t reached = I::reaches(I::load(scores + i), least);
     if (groups * GROUP - i < I::LANES) reached &= (1u << (groups * GROUP - i)) - 1;
     for (; reached; reached &= reached - 1) {
       const int64_t at = i + __builtin_ctz(reached);
+      scores[codes_kept] = scores[at];  // never behind what is still to be read
       kept[codes_kept++] = scored[at / GROUP] * static_cast<int32_t>(GROUP) + static_cast<int32_t>(at % GROUP);
     }
   }

@@ -22,6 +22,7 @@ struct Portable {
   static inline V fma(V a, V b, V c) { return a * b + c; }
   static inline V add(V a, V b) { return a + b; }
   static inline V max(V a, V b) { return a > b ? a : b; }
+  static inline V min(V a, V b) { return a < b ? a : b; }
   static inline float sum(V a) { return (a[0] + a[1]) + (a[2] + a[3]); }
   static inline uint32_t reaches(V a, V b) {
     uint32_t mask = 0;
@@ -33,8 +34,8 @@ struct Portable {
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static const Kernels kernels = {nullptr, screen_fp32<Portable>, measure_group<Portable>, pack_group, pack_rows, filter<Portable>,
-                                  resolve<Portable>};
+  static const Kernels kernels = {nullptr, screen_fp32<Portable>, measure_group<Portable>, pack_group, pack_rows,
+                                  raise_top<Portable>, filter<Portable>, resolve<Portable>};
   return kernels;
 }
 

@@ -1,9 +1,10 @@
 // What the pieces of the CPU search hand each other: plain arrays, so that every instruction set compiles the same.
 //
 // A search screens, then resolves. Screening takes every vector against every code, fast and with a known error, and
-// keeps the maximum of each group of 8 codes. Only groups within twice the error bound of the best can hold the
-// answer: they are scored again in fp32, and of their codes those within twice the fp32 bound of the best in twice
-// double precision. Bounds of one score (u = 2^-24; r() is what rounding to bytes took away; all codes share one bound):
+// keeps the maximum of each group of 8 codes. Only groups within twice the error bound of the k-th best can hold one of
+// the k answers: they are scored again in fp32, and of their codes those within twice the fp32 bound of the k-th best
+// are put in order, in twice double precision where fp32 cannot.
+// Bounds of one score (u = 2^-24; r() is what rounding to bytes took away; all codes share one bound):
 //   fp32: (2 D + 40) u (|x| max|v| + max|v|^2 / 2)       bytes: |r(x)| max|v| + (|x| + |r(x)|) max|r(v)| + fp32's
 // Vectors and codes are first multiplied by powers of two, which is exact, so that nothing overflows.
 #pragma once
@@ -20,7 +21,7 @@ constexpr float SMALL = 1e-30f;  // more than underflow can take away
 
 // The codes, finite ones only, scaled to a largest element near 1, in whole groups: the last is filled with copies.
 struct Codes {
-  int64_t groups, dim, depth;  // depth: dim rounded up to 4, the width of a row of bytes
+  int64_t count, groups, dim, depth;  // depth: dim rounded up to 4, the width of a row of bytes
   const float* rows;           // [groups - 1, 8, dim]
   const float* last;           // [8, dim], the last group
   float* bias;                 // [groups * 8] -|v|^2 / 2 (euclidean), or null (cosine)
@@ -43,7 +44,7 @@ struct Row {
   bool finite, zero, far;  // far: so much longer than the codes that fp32 does not reach
 };
 
-// Groups of a chunk that may hold the best code of each lane of a panel, and their screened maxima.
+// Groups of a chunk that may hold one of the best codes of each lane of a panel, and their screened maxima.
 struct Candidates {
   int32_t group[PANEL][CHUNK];
   float screened[PANEL][CHUNK];
@@ -64,13 +65,15 @@ struct Kernels {
   float (*pack_group)(const Codes&, int64_t group);
   // A panel of rows [16, dim] in fp32 -> scaled rows in place, panel, Row[16].
   void (*pack_rows)(float* rows, const Codes&, float scale, bool bytes, void* panel, Row* info);
+  // Raises top [k, 16], the k best of each lane, best first, to those of more groups.
+  void (*raise_top)(const float* group_max, int64_t groups, int64_t k, float* top);
   // Adds the groups whose maximum reaches best - 2 error.
   void (*filter)(const float* group_max, const float* best, const Row* info, int64_t begin, int64_t end, Candidates&);
-  // The codes of these groups within twice the fp32 bound of the best, in ascending order, and how many. Groups whose
-  // maximum does not reach least are passed over; adds to scored how many are not. scores: room for 8 per group and 8
-  // more; kept: for 9 per group.
+  // The codes of these groups within twice the fp32 bound of the k-th best, in ascending order, their scores, and how
+  // many. Groups whose maximum does not reach least are passed over; adds to scored how many are not. scores: room for
+  // 8 per group and 8 more; kept: for 9 per group; top: for 2 k + 16.
   int64_t (*resolve)(const Codes&, const float* row, const Row& info, const int32_t* group, const float* screened,
-                     int64_t count, float least, float* scores, int32_t* kept, int64_t* scored);
+                     int64_t count, float least, int64_t k, float* top, float* scores, int32_t* kept, int64_t* scored);
 };
 
 const Kernels& portable_kernels();

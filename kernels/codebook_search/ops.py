@@ -11,6 +11,7 @@ from ..counter_random import random_bits
 from ..native import native_ops
 from .reference import codebook_search_reference, draw_codes_reference
 
+MOST_NEAREST = 64  # codes of a vector that the GPU's kernel keeps in registers
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # indices, normalized, codes, distances
 
 
@@ -64,13 +65,33 @@ def _codebook_search_fake(
     )
 
 
-# In plain PyTorch on every device.
-nearest_codes_op = torch.library.custom_op("beitv2_fast::nearest_codes", codebook_search_reference, mutates_args=())
+def _nearest_by_definition(x: Tensor, codebook: Tensor, metric: str, k: int) -> Tensor:
+    return codebook_search_reference(x, codebook, metric, k)[0]
+
+
+nearest_codes_op = torch.library.custom_op("beitv2_fast::nearest_codes", _nearest_by_definition, mutates_args=())
+
+
+@nearest_codes_op.register_kernel("cpu")
+def _nearest_codes_cpu(x: Tensor, codebook: Tensor, metric: str, k: int) -> Tensor:
+    if torch.float64 in (x.dtype, codebook.dtype) or not native_ops():
+        return _nearest_by_definition(x, codebook, metric, k)
+    indices: Tensor = torch.ops.beitv2_fast_cpu.nearest_codes(x, codebook, metric == "cosine", k)
+    return indices
+
+
+@nearest_codes_op.register_kernel("cuda")
+def _nearest_codes_cuda(x: Tensor, codebook: Tensor, metric: str, k: int) -> Tensor:
+    if torch.float64 in (x.dtype, codebook.dtype) or k > MOST_NEAREST or find_spec("triton") is None:
+        return _nearest_by_definition(x, codebook, metric, k)
+    from .triton import nearest_codes_triton
+
+    return nearest_codes_triton(x, codebook, metric, k)
 
 
 @nearest_codes_op.register_fake
-def _nearest_codes_fake(x: Tensor, codebook: Tensor, metric: str, k: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty((x.shape[0], k), dtype=torch.int64), x.new_empty(x.shape, dtype=torch.float32)
+def _nearest_codes_fake(x: Tensor, codebook: Tensor, metric: str, k: int) -> Tensor:
+    return x.new_empty((x.shape[0], k), dtype=torch.int64)
 
 
 draw_codes_op = torch.library.custom_op("beitv2_fast::draw_codes", draw_codes_reference, mutates_args=())

@@ -1,4 +1,4 @@
-"""codebook_search on NVIDIA and AMD GPUs: the launches of triton_screen, triton_resolve and triton_scan."""
+"""codebook_search on NVIDIA and AMD GPUs: launches of triton_screen, triton_resolve, triton_scan and triton_nearest."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from ..gpu import cdiv, device_of, next_power_of_2, target_name
+from .triton_nearest import nearest
 from .triton_resolve import resolve
 from .triton_scan import draw, scan
 from .triton_screen import pack_codebook, screen
@@ -43,7 +44,7 @@ class ScreenPlan:
     wide: tuple[Config, ...] = ()  # in place of ``configs`` where D > 32, if given
     resolve_rows: int = 8  # BLOCK_R of ``resolve``
     scan_rows: int = 32  # BLOCK_R of ``scan``, not less
-    # Without a limit of its own, ptxas spills registers of ``resolve`` to reach the next occupancy.
+    # Without a limit of its own, ptxas spills registers of ``resolve`` and ``nearest`` to reach the next occupancy.
     resolve_options: dict[str, int] = field(default_factory=lambda: {"maxnreg": 255})
 
     def configs_for(self, d: int) -> tuple[Config, ...]:
@@ -186,6 +187,23 @@ def draw_codes_triton(x: Tensor, codebook: Tensor, metric: str, temperature: flo
                 x, codebook, keys, indices, n, k, d, bits, *x.stride(), *codebook.stride(),
                 EUCLIDEAN=metric == "euclidean", BLOCK_R=rows, BLOCK_C=BLOCK_SCAN, BLOCK_D=block_d, NUM_D=num_d,
                 num_warps=SCAN_WARPS,
+            )  # fmt: skip
+    return indices
+
+
+def nearest_codes_triton(x: Tensor, codebook: Tensor, metric: str, k: int) -> Tensor:
+    """indices [N, k] as ``beitv2_fast::nearest_codes``; fp32, fp16 and bf16."""
+    (n, d), plan = x.shape, PLANS[target_name()]
+    indices = x.new_empty((n, k), dtype=torch.int64)
+    block_d, num_d = row_chunks(d)
+    x, codebook = x.float(), codebook.float()  # Triton does not compile float64 products of 16-bit operands
+    if n:
+        with device_of(x):
+            nearest[(cdiv(n, plan.scan_rows),)](
+                x, codebook, indices, n, len(codebook), d, *x.stride(), *codebook.stride(),
+                EUCLIDEAN=metric == "euclidean", TOP=k, SLOTS=next_power_of_2(k),
+                BLOCK_R=plan.scan_rows, BLOCK_C=BLOCK_SCAN, BLOCK_D=block_d, NUM_D=num_d, num_warps=SCAN_WARPS,
+                **plan.resolve_options,
             )  # fmt: skip
     return indices
 

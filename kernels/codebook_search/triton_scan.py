@@ -33,6 +33,28 @@ def noisy(scores, row_squares, keys, ids, temperature, EUCLIDEAN: tl.constexpr):
 
 
 @triton.jit
+def block_scores(
+    rows, mask_rows, x, codebook, ids, mask_codes, D, x_stride_d, codebook_stride_k, codebook_stride_d,
+    EUCLIDEAN: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
+):  # fmt: skip
+    """Float64 scores of the rows, whose first chunk is x, and the codes ``ids``.
+
+    Equal codes have equal scores: every column of a product adds in the same order.
+    """
+    codes = codebook + ids.to(tl.int64) * codebook_stride_k
+    scores = tl.zeros((mask_rows.shape[0], ids.shape[0]), tl.float64)
+    squares = tl.zeros(ids.shape, tl.float64)
+    for chunk in range(NUM_D):
+        if NUM_D > 1:
+            x = load_rows(rows, mask_rows, chunk * BLOCK_D, D, x_stride_d, BLOCK_D).to(tl.float64)
+        values = load_rows(codes, mask_codes, chunk * BLOCK_D, D, codebook_stride_d, BLOCK_D).to(tl.float64)
+        scores = tl.dot(x, values.T, scores, out_dtype=tl.float64)
+        if EUCLIDEAN:
+            squares += tl.sum(values * values, axis=1)
+    return 2 * scores - squares[None, :] if EUCLIDEAN else scores
+
+
+@triton.jit
 def best_of_part(
     rows, mask_rows, codebook, first, last, D, x_stride_d, codebook_stride_k, codebook_stride_d,
     row_squares, keys, temperature,
@@ -41,33 +63,17 @@ def best_of_part(
     """(float64 score, index) [R] of the best of the codes first .. last - 1; -Inf and 0 if none is finite.
 
     The scores are those of the search, or if DRAW those of ``noisy``, whose arguments are None otherwise.
-
-    Equal codes have equal scores: every column of a product adds in the same order.
     """
-    in_block, offs_d = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D).to(tl.int64)
+    in_block = tl.arange(0, BLOCK_C)
     best = tl.full((mask_rows.shape[0], BLOCK_C), -float("inf"), tl.float64)
     found = tl.zeros((mask_rows.shape[0], BLOCK_C), tl.int32)
-    if NUM_D == 1:
-        row_at = rows[:, None] + offs_d[None, :] * x_stride_d
-        x = tl.load(row_at, mask=mask_rows[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float64)
+    x = load_rows(rows, mask_rows, 0, D, x_stride_d, BLOCK_D).to(tl.float64)
     for start in range(first, last, BLOCK_C):
         ids = start + in_block
-        pointers = codebook + ids.to(tl.int64)[:, None] * codebook_stride_k
-        scores = tl.zeros((mask_rows.shape[0], BLOCK_C), tl.float64)
-        squares = tl.zeros((BLOCK_C,), tl.float64)
-        for chunk in range(NUM_D):
-            columns = chunk * BLOCK_D + offs_d
-            mask_d = (columns < D)[None, :]
-            if NUM_D > 1:
-                row_at = rows[:, None] + columns[None, :] * x_stride_d
-                x = tl.load(row_at, mask=mask_rows[:, None] & mask_d, other=0.0).to(tl.float64)
-            code_at = pointers + columns[None, :] * codebook_stride_d
-            values = tl.load(code_at, mask=(ids < last)[:, None] & mask_d, other=0.0).to(tl.float64)
-            scores = tl.dot(x, values.T, scores, out_dtype=tl.float64)
-            if EUCLIDEAN:
-                squares += tl.sum(values * values, axis=1)
-        if EUCLIDEAN:
-            scores = 2 * scores - squares[None, :]
+        scores = block_scores(
+            rows, mask_rows, x, codebook, ids, ids < last, D, x_stride_d, codebook_stride_k, codebook_stride_d,
+            EUCLIDEAN, BLOCK_D, NUM_D,
+        )  # fmt: skip
         if DRAW:
             scores = noisy(scores, row_squares, keys, ids, temperature, EUCLIDEAN)
         wins = (finite_or_least(scores) > best) & (ids < last)[None, :]

@@ -16,7 +16,9 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+CAPABILITIES = ("portable", "avx2", "avx512", "avx512_vnni")
 CHILD = os.environ.get("TRITON_INTERPRET") == "1"
 REPORTS = "BEITV2_FAST_INTERPRETED_REPORTS"  # file descriptor on which the child writes one report per line
 
@@ -119,3 +121,23 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if _CHILD_KEY in session.stash:
         session.stash[_CHILD_KEY].close()
+
+
+@pytest.fixture(params=(*CAPABILITIES, "reference"))
+def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each version of the search that runs on a CPU: the C++ op on each instruction set of this machine, and the
+    reference."""
+    from beitv2_fast.kernels.codebook_search import ops
+
+    if request.param == "reference":
+        monkeypatch.setattr(ops, "native_ops", lambda: False)
+        yield request.param
+        return
+    if not ops.native_ops():
+        pytest.skip("the C++ ops are not compiled")
+    available = torch.ops.beitv2_fast_cpu.available_capabilities()
+    if request.param not in available:
+        pytest.skip(f"this machine has only {', '.join(available)}")
+    torch.ops.beitv2_fast_cpu.use_capability(request.param)
+    yield request.param
+    torch.ops.beitv2_fast_cpu.use_capability("")

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beitv2_fast.kernels import codebook_search, native
-from beitv2_fast.kernels.codebook_search import ops, reference
+from beitv2_fast.kernels.codebook_search import reference
 from beitv2_fast.kernels.native import native_ops
 from bench.harness import peak_memory
 
@@ -21,25 +21,7 @@ from ..support.counting import allocations
 from ..support.search_oracle import PROBLEMS, exact_indices, exact_score
 
 METRICS = ("cosine", "euclidean")
-CAPABILITIES = ("portable", "avx2", "avx512", "avx512_vnni")
 INF, NAN = torch.inf, torch.nan
-
-
-@pytest.fixture(params=(*CAPABILITIES, "reference"))
-def version(request, monkeypatch):
-    """Each version that runs on a CPU: the C++ op on each instruction set of this machine, and the reference."""
-    if request.param == "reference":
-        monkeypatch.setattr(ops, "native_ops", lambda: False)
-        yield request.param
-        return
-    if not native_ops():
-        pytest.skip("the C++ ops are not compiled")
-    available = torch.ops.beitv2_fast_cpu.available_capabilities()
-    if request.param not in available:
-        pytest.skip(f"this machine has only {', '.join(available)}")
-    torch.ops.beitv2_fast_cpu.use_capability(request.param)
-    yield request.param
-    torch.ops.beitv2_fast_cpu.use_capability("")
 
 
 def seeded(seed: int = 0) -> torch.Generator:

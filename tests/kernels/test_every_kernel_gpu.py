@@ -58,6 +58,9 @@ def search_codes(monkeypatch) -> None:
             key, numbers = torch.tensor(5, device=HERE), torch.arange(n, device=HERE)
             drawn = search.draw_codes_triton(x, codebook, metric, 0.3, random_bits(key, numbers))
             assert torch.equal(drawn, draw_codes_reference(x, codebook, metric, 0.3, key, numbers))
+            few = min(k, 5)
+            order = codebook_search_reference(x, codebook, metric, few)[0]
+            assert torch.equal(search.nearest_codes_triton(x, codebook, metric, few), order)
 
 
 def update_codebook() -> None:

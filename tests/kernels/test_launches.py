@@ -78,6 +78,11 @@ def test_the_search_fits_whatever_is_one_or_strided(launches) -> None:
     find(torch.empty(1, 2048).expand(5, -1), torch.empty(30, 2049, dtype=BF16)[:, 1:], "euclidean")
 
 
+@pytest.mark.parametrize(("k", "d", "dtype", "metric"), [(1, 1, FP32, "cosine"), (64, 1000, BF16, "euclidean")])
+def test_the_k_nearest_fit(k: int, d: int, dtype: torch.dtype, metric: str, launches) -> None:
+    search.nearest_codes_triton(torch.empty(70, 2 * d, dtype=dtype)[:, ::2], torch.empty(d, 300).T, metric, k)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(("n", "k", "d", "dtype"), [(1, 1, 1, FP32), (77, 300, 33, FP16), (12_544, 8192, 768, FP32)])
 def test_the_draws_fit(n: int, k: int, d: int, dtype: torch.dtype, metric: str, launches) -> None:

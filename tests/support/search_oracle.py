@@ -18,23 +18,29 @@ def exact_score(x: list[float], code: list[float], metric: str) -> Fraction:
 
 
 def exact_indices(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    """The nearest codes of finite vectors: float64 where it settles the answer, rational numbers where it does not."""
+    """The nearest codes of finite vectors."""
+    return exact_nearest(x, codebook, metric, 1)[:, 0]
+
+
+def exact_nearest(x: Tensor, codebook: Tensor, metric: str, k: int) -> Tensor:
+    """The k nearest codes, nearest first: float64 where it settles the answer, rational numbers where it does not."""
     rows, codes = x.double(), codebook.double()
     scores = rows @ codes.T
     slack = 1e-12 * rows.norm(dim=-1) * codes.norm(dim=-1).max() + 1e-300
     if metric == "euclidean":
         scores -= codes.square().sum(-1) / 2
         slack += 1e-12 * codes.square().sum(-1).max()
-    close = scores >= (scores.max(-1).values - slack)[:, None]
-    answer = scores.argmax(-1)
-    for i in (close.sum(-1) > 1).nonzero()[:, 0].tolist():
-        candidates = close[i].nonzero()[:, 0].tolist()
+    best, answer = scores.topk(min(k + 1, len(codes)))
+    apart = best[:, :-1] - best[:, 1:] > slack[:, None]
+    for i in (~apart.all(-1)).nonzero()[:, 0].tolist():
+        candidates = (scores[i] >= best[i, k - 1] - slack[i]).nonzero()[:, 0].tolist()
         row = rows[i].tolist()
-        seen: dict[tuple[float, ...], int] = {}  # duplicates: the first is enough
-        for j in candidates:
-            seen.setdefault(tuple(codes[j].tolist()), j)
-        answer[i] = max(seen.items(), key=lambda item: (exact_score(row, list(item[0]), metric), -item[1]))[1]
-    return answer
+        known: dict[tuple[float, ...], Fraction] = {}  # of duplicates the same
+        for code in {tuple(codes[j].tolist()) for j in candidates}:
+            known[code] = exact_score(row, list(code), metric)
+        order = sorted(candidates, key=lambda j: (-known[tuple(codes[j].tolist())], j))
+        answer[i, :k] = torch.tensor(order[:k])
+    return answer[:, :k]
 
 
 def random(generator: torch.Generator) -> tuple[Tensor, Tensor]:
