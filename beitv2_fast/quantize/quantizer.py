@@ -191,13 +191,14 @@ class FusedVectorQuantizer(QuantizerState):
         changed = [f"{o.name}={getattr(self, o.name)!r}" for o in options if getattr(self, o.name) != o.default]
         return ", ".join([*changed, *["frozen"] * self.frozen])
 
-    def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
+    def forward(self, z: Tensor, mask: Tensor | None = None, chosen: Tensor | None = None) -> Quantized:
         """Quantize vectors; in training mode also move the codebook.
 
         Args:
             z: [..., dim], or [B, dim, ...] with ``channel_last=False``, e.g. image maps [B, C, H, W]. Any float dtype.
             mask: bool, the shape of z without the channels: True for the vectors that count. The others influence
                 nothing and come out as zeros with index -1.
+            chosen: int64 [N], with one head and in eval mode: the codes to take in place of the nearest.
 
         Raises:
             ValueError: z or mask of another shape, z on another device. TypeError: z or mask of another dtype.
@@ -224,6 +225,7 @@ class FusedVectorQuantizer(QuantizerState):
                     snapshot = self.snapshots.keep(x, self.codebook)
             codebooks = self._codebooks(snapshot)
             drawn = self._drawn(x, codebooks, snapshot) if self._draws else [None] * self.groups
+            drawn = drawn if chosen is None else [chosen]
             rows = (x.squeeze(0),) if self.groups == 1 else x.unbind(0)  # whose backward is no copy, and one copy
             parts = [self._quantize(rows[g], codebooks[g], keep, drawn[g]) for g in range(self.groups)]
             quantized, indices, losses = (_stack(part) for part in zip(*parts, strict=True))  # [G, N, D], [G, N], [G]

@@ -102,15 +102,13 @@ def replace_quantizers(
 
 
 def _refuse_around(model: nn.Module, path: str) -> None:
-    """Unsupported if a module around the quantizer asks more of it than its adapter has, as ResidualVQ's beams do."""
+    """Unsupported if a module around the quantizer asks more of it than its adapter has."""
     names = path.split(".")
     for depth in range(len(names)):
         around = model.get_submodule(".".join(names[:depth]))
-        for name, harmless in (("beam_size", 1), ("eval_beam_size", 1), ("implicit_neural_codebook", 0)):
-            if (getattr(around, name, None) or 0) > harmless:
-                raise Unsupported(
-                    f"the option {name} of the {type(around).__name__} around it has no fused counterpart"
-                )
+        if getattr(around, "implicit_neural_codebook", False):
+            name = type(around).__name__
+            raise Unsupported(f"the option implicit_neural_codebook of the {name} around it has no fused counterpart")
 
 
 def _adapter(module: nn.Module, known: Mapping[type | str, Adapter]) -> Adapter | None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import codebook_search
 from .options import QuantizerOptions
 from .quantizer import FusedVectorQuantizer, Quantized
 
@@ -37,6 +38,8 @@ class ResidualVectorQuantizer(nn.Module):
             start sees the first stage's vectors only.
         dropout: in training, the share of samples (the first dimension) of which only the first 1 to Q - 1 stages take
             part, so that a decoder learns to do with fewer. The indices of the others are -1.
+        eval_beam_size: in eval mode and ``encode``, of how many sums of codes a stage looks on: those of the least
+            ``sum_i mean((r_i - q_i)^2)`` over the stages so far. 1, and in training mode: the nearest code only.
         options: of each stage, those of ``FusedVectorQuantizer``. The metric is Euclidean: a residual is no direction.
     """
 
@@ -48,12 +51,14 @@ class ResidualVectorQuantizer(nn.Module):
         *,
         share_stages: bool = False,
         dropout: float = 0.0,
+        eval_beam_size: int = 1,
         **options: Unpack[QuantizerOptions],
     ):
         super().__init__()
-        if num_quantizers < 1 or not 0 <= dropout <= 1:
+        if num_quantizers < 1 or not 0 <= dropout <= 1 or eval_beam_size < 1:
             raise ValueError(
-                f"num_quantizers must be at least 1 and dropout lie in [0, 1]; got {num_quantizers} and {dropout}"
+                "num_quantizers and eval_beam_size must be at least 1 and dropout lie in [0, 1]; "
+                f"got {num_quantizers}, {eval_beam_size} and {dropout}"
             )
         if options.setdefault("metric", "euclidean") != "euclidean":
             raise ValueError("residual stages compare vectors with their length: metric must be 'euclidean'")
@@ -63,7 +68,7 @@ class ResidualVectorQuantizer(nn.Module):
         if len(sizes) != num_quantizers or (share_stages and len({*sizes}) > 1):
             wanted = "the same for stages that share" if share_stages else f"one, or {num_quantizers}"
             raise ValueError(f"num_codes must be {wanted}; got {sizes}")
-        self.num_quantizers, self.dropout = num_quantizers, dropout
+        self.num_quantizers, self.dropout, self.eval_beam_size = num_quantizers, dropout, eval_beam_size
         seed = options.get("seed", 0)
         stages = 1 if share_stages else num_quantizers
         self.stages = nn.ModuleList(
@@ -82,9 +87,11 @@ class ResidualVectorQuantizer(nn.Module):
         depth = self.draw_depth(z) if depth is None else depth
         residual = _wide(z)
         total = torch.zeros_like(residual)
+        beam = None if self.training or self.eval_beam_size == 1 else self._search(z, depth)
         stages = []
         for i in range(self.num_quantizers):
-            out = self.stage(i)(residual, self._taking_part(z, mask, depth, i))
+            chosen = None if beam is None else beam[:, i]
+            out = self.stage(i)(residual, self._taking_part(z, mask, depth, i), chosen)
             stages.append(out)
             code = out.quantized.detach()
             # The gradient to z passes the sum once, not every stage; the losses keep theirs.
@@ -109,11 +116,34 @@ class ResidualVectorQuantizer(nn.Module):
     @torch.no_grad()
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """Vectors -> indices [..., Q], all stages, and nothing else changes."""
+        if self.eval_beam_size > 1:
+            found = self._search(z, None).unflatten(0, z.select(self.stage(0).channel_axis(z), 0).shape)
+            return found if mask is None else torch.where(mask[..., None], found, -1)
         residual, indices = _wide(z), []
         for i in range(self.num_quantizers):
             indices.append(self.stage(i).encode(residual, mask))
             residual = residual - self.stage(i).decode(indices[-1])
         return torch.stack(indices, dim=-1)
+
+    @torch.no_grad()
+    def _search(self, z: Tensor, depth: Tensor | None) -> Tensor:
+        """Indices [N, Q] of the best of ``eval_beam_size`` sums; 0 behind a sample's depth."""
+        rest = self.stage(0)._rows(_wide(z))[0].unsqueeze(1)  # [N, beam, D]
+        cost, paths = torch.zeros_like(rest[..., 0]), torch.zeros_like(rest[..., :0], dtype=torch.int64)
+        best = torch.zeros(len(rest), self.num_quantizers, dtype=torch.int64, device=z.device)
+        for i in range(self.num_quantizers):
+            codes, beam = self.stage(i)._codebooks()[0], rest.shape[1]
+            k = min(self.eval_beam_size, len(codes))
+            found = codebook_search(rest.flatten(0, 1), codes, metric="euclidean", k=k).indices
+            rest = rest.repeat_interleave(k, dim=1) - F.embedding(found.view(-1, beam * k), codes)
+            paths = torch.cat([paths.repeat_interleave(k, dim=1), found.view(-1, beam * k, 1)], dim=-1)
+            cost = cost.repeat_interleave(k, dim=1) + rest.square().mean(-1)
+            cost, kept = cost.topk(min(self.eval_beam_size, beam * k), largest=False)
+            rest, paths = (t.take_along_dim(kept[..., None], dim=1) for t in (rest, paths))
+            deep = self._taking_part(z, None, depth, i)
+            found = paths[:, 0]
+            best[:, : i + 1] = found if deep is None else torch.where(deep.reshape(-1, 1), found, best[:, : i + 1])
+        return best
 
     def decode(self, indices: Tensor) -> Tensor:
         """Indices [..., q] of the first q <= Q stages -> the sum of their codes, fp32; index -1 adds nothing."""
@@ -163,7 +193,7 @@ class GroupedResidualVectorQuantizer(nn.Module):
         num_quantizers: Q, the number of stages.
         groups: how many parts.
         share_stages: see ``ResidualVectorQuantizer``.
-        dropout: see there.
+        dropout, eval_beam_size: see there.
         options: of each stage, those of ``FusedVectorQuantizer``.
     """
 
@@ -176,13 +206,15 @@ class GroupedResidualVectorQuantizer(nn.Module):
         *,
         share_stages: bool = False,
         dropout: float = 0.0,
+        eval_beam_size: int = 1,
         **options: Unpack[QuantizerOptions],
     ):
         super().__init__()
         if groups < 1 or dim % groups:
             raise ValueError(f"dim must be a multiple of groups; got dim={dim}, groups={groups}")
         seed = options.get("seed", 0)
-        of_each: dict[str, Any] = {"share_stages": share_stages, "dropout": dropout, **options}
+        of_each: dict[str, Any] = {"share_stages": share_stages, "dropout": dropout, "eval_beam_size": eval_beam_size}
+        of_each |= options
         seeds = [seed + g * num_quantizers for g in range(groups)]
         self.stacks = nn.ModuleList(
             ResidualVectorQuantizer(num_codes, dim // groups, num_quantizers, **(copy.deepcopy(of_each) | {"seed": s}))

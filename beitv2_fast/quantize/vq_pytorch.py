@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import vector_quantize
+from ..kernels import codebook_search, vector_quantize
 from ..kernels.codebook_update.ops import apply_statistics, codebook_statistics, sum_over_ranks
 from ..kernels.codebook_update.reference import unpack_statistics
 from ..kernels.sampling import world
@@ -127,6 +127,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         mask: Tensor | None = None,
         lens: Tensor | None = None,
         *,
+        topk: int | None = None,  # as ResidualVQ's beams ask: quantized [..., k, D], indices and loss [..., k]
         sample_codebook_temp: float | None = None,  # of no effect where codes are not drawn
         freeze_codebook: bool | None = None,
         return_loss_breakdown: bool = False,
@@ -150,6 +151,8 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             self.gradient = "codes" if learnable or any(True for _ in self.project_in.parameters()) else self.gradient
         try:
             inside = self.project_in(last)
+            if topk is not None:
+                return self._nearest_few(last, inside, mask, topk)
             in_place = self._step_in_place(inside, mask)
             codes: Any = None
             if indices is not None or (self.training and (self.by_cross_entropy or self.diversity[0] > 0)):
@@ -174,6 +177,45 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         loss = sum(weight * part for weight, part in zip(weights, losses, strict=True))
         breakdown: Any = [losses] if return_loss_breakdown else []
         return quantized, out.indices, loss, *breakdown
+
+    def _nearest_few(self, z: Tensor, inside: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, ...]:
+        """The k nearest codes of every vector and what each would cost; the codebook learns in ``update_indices``."""
+        more = self.stochastic or self.by_cross_entropy or max(self.diversity[0], self.orthogonal[0]) > 0
+        more = self.training and (more or self.in_place_codebook_optimizer is not None)
+        refuse({"topk with heads": self.heads > 1, "topk with channels in dimension 1": self.channels_first})
+        refuse({"topk in training with stochastic codes, an optimizer in place or losses beside commitment": more})
+        k, shape = min(k, self.num_codes), z.shape[:-1]
+        keep = None if mask is None else mask.view(*mask.shape, *[1] * (len(shape) - mask.dim())).expand(shape)
+        x = self._rows(inside)
+        if self.training:
+            self._start(x.detach() if keep is None else x.detach().masked_fill(~keep.reshape(-1, 1), torch.nan))
+        codes = self._codebooks()[0]
+        indices = codebook_search(x[0], codes, metric=self.metric, k=k).indices.flatten()
+        with torch.autocast(z.device.type, enabled=False):
+            rows = x[0].repeat_interleave(k, dim=0)
+            quantized = self._quantize(rows, codes, None, indices)[0]
+            chosen = F.embedding(indices, codes if self._rule == "gradient" else codes.detach())
+            compared = F.normalize(rows.float(), dim=-1) if self.metric == "cosine" else rows
+            loss = (chosen - compared).square().mean(-1).view(*shape, k) * (self.commitment_weight or not self.training)
+        if self.training and self.sync_update_v:
+            quantized = quantized + self.sync_update_v * (quantized - quantized.detach())
+        elif not self.training and not isinstance(self.codebook, nn.Parameter):
+            quantized = quantized.detach()
+        quantized, indices = self.project_out(quantized.to(z.dtype)).view(*shape, k, -1), indices.view(*shape, k)
+        if keep is not None:
+            quantized = torch.where(
+                keep[..., None, None], quantized, 0.0 if self.zeros_for_padding else z[..., None, :]
+            )
+            indices, loss = (torch.where(keep[..., None], t, none) for t, none in ((indices, -1), (loss, 0.0)))
+        return quantized, indices, loss
+
+    @torch.no_grad()
+    def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
+        """Learn from vectors and the codes that a beam search chose for them."""
+        rows = self._rows(self.project_in(x))
+        keep = None if mask is None else mask.reshape(-1)
+        seen = rows if keep is None else rows.masked_fill(~keep[:, None], torch.nan)
+        self._learn(seen, indices.reshape(1, -1).clamp(min=0), keep)
 
     def _losses(self, out: Quantized, in_place: Tensor, z: Tensor, codes: Any) -> tuple[Tensor, ...]:
         """LossBreakdown, without weights; all zero in eval mode."""

@@ -99,6 +99,8 @@ def test_wrong_options_and_indices_are_refused():
         residual(heads=2)
     with pytest.raises(ValueError, match="dropout"):
         residual(dropout=2.0)
+    with pytest.raises(ValueError, match="eval_beam_size"):
+        residual(eval_beam_size=0)
     with pytest.raises(ValueError, match="1 to 4"):
         residual().decode(torch.zeros(3, 5, dtype=torch.int64))
 
@@ -151,6 +153,49 @@ def test_stages_may_have_codebooks_of_unequal_size():
     for sizes, share in (([32, 16], False), ([32, 16, 8], True)):
         with pytest.raises(ValueError, match="num_codes"):
             ResidualVectorQuantizer(sizes, 8, 3, share_stages=share)
+
+
+def best_sum(x: torch.Tensor, codebooks: list[torch.Tensor]) -> torch.Tensor:
+    """Of all sums of codes the one with the least cost, [N, Q]."""
+    paths = torch.cartesian_prod(*(torch.arange(len(codes)) for codes in codebooks)).view(-1, len(codebooks))
+    rest, cost = x[:, None], torch.zeros(len(x), len(paths))
+    for codes, path in zip(codebooks, paths.T, strict=True):
+        rest = rest - codes[path]
+        cost = cost + rest.square().mean(-1)
+    return paths[cost.argmin(1)]
+
+
+@pytest.mark.parametrize("channel_last", [True, False])
+def test_a_beam_of_all_sums_finds_the_best_one_in_eval_mode(channel_last):
+    quantizer = ResidualVectorQuantizer(
+        [5, 4, 6], 3, 3, eval_beam_size=20, kmeans_init=False, channel_last=channel_last
+    ).eval()
+    z = noise(2, 5, 3)
+    expected = best_sum(z.flatten(0, 1), [stage.codebook for stage in quantizer.stages]).view(2, 5, 3)
+    given = z if channel_last else z.movedim(-1, 1)
+    mask = torch.arange(5) < torch.tensor([[5], [2]])
+    out = quantizer(given, mask)
+    assert torch.equal(out.indices, torch.where(mask[..., None], expected, -1))
+    assert torch.equal(quantizer.encode(given, mask), out.indices) and torch.equal(quantizer.encode(given), expected)
+    torch.testing.assert_close(quantizer.decode(out.indices), out.quantized)
+    rest, loss = z[mask], 0
+    for stage, column in zip(quantizer.stages, expected[mask].T, strict=True):
+        rest = rest - stage.codebook[column]
+        loss += rest.square().mean()
+    torch.testing.assert_close(out.loss, loss)
+    greedy = ResidualVectorQuantizer([5, 4, 6], 3, 3, kmeans_init=False, channel_last=channel_last).eval()
+    assert not torch.equal(greedy.encode(given), expected)
+    quantizer.train(), greedy.train()
+    assert torch.equal(quantizer(given).indices, greedy(given).indices)
+
+
+def test_a_beam_ends_where_a_sample_s_depth_does():
+    quantizer = ResidualVectorQuantizer(6, 3, 3, eval_beam_size=6, kmeans_init=False).eval()
+    z, depth = noise(3, 4, 3), torch.tensor([1, 2, 3])
+    indices = quantizer(z, depth=depth).indices
+    for sample, d in enumerate(depth.tolist()):
+        expected = best_sum(z[sample], [stage.codebook for stage in quantizer.stages][:d]).view(4, d)
+        assert torch.equal(indices[sample, :, :d], expected) and (indices[sample, :, d:] == -1).all()
 
 
 @pytest.mark.parametrize("channel_last", [True, False])

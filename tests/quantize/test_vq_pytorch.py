@@ -280,6 +280,35 @@ def test_a_residual_stack_of_sim_vq_agrees(dropout):
     torch.testing.assert_close(codes[1], codes[0], **TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beam_size": 3},
+        {"beam_size": 1, "eval_beam_size": 4, "commitment_weight": 0.0},
+        {"beam_size": 2, "shared_codebook": True, "rotation_trick": False, "quantize_dropout": True},
+        {"beam_size": 2, "use_cosine_sim": True, "commitment_weight": 0.5},
+        {"beam_size": 2, "beam_score_quantizer_weights": [1.0, 0.5, 2.0], **LEARNABLE},
+        {"name": "GroupedResidualVQ", "groups": 2, "beam_size": 5},
+    ],
+)
+def test_a_beam_search_agrees(options):
+    theirs, ours = residual(**options)
+    assert_same_training(theirs, ours)
+    if "name" not in options:
+        x, mask = noise(2, 7, 16), torch.arange(7) < torch.tensor([[7], [3]])
+        torch.testing.assert_close(ours(x, mask=mask), theirs(x, mask=mask), **TOLERANCE)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_the_k_nearest_codes_of_a_call_agree(zeros):
+    theirs, ours = swapped(return_zeros_for_masked_padding=zeros)
+    mask = torch.arange(20) < torch.tensor([[20], [7], [1]])
+    for module in (theirs, ours):
+        module.eval()
+    for call in ({"topk": 3}, {"topk": 99}, {"topk": 3, "mask": mask}):
+        torch.testing.assert_close(ours(noise(3, 20, 16), **call), theirs(noise(3, 20, 16), **call), **TOLERANCE)
+
+
 @pytest.mark.parametrize("in_place", [{}, BY_SGD])
 def test_a_vq_bridge_agrees(in_place):
     bridge = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
