@@ -193,7 +193,8 @@ class GroupedResidualVectorQuantizer(nn.Module):
         num_quantizers: Q, the number of stages.
         groups: how many parts.
         share_stages: see ``ResidualVectorQuantizer``.
-        dropout, eval_beam_size: see there.
+        dropout: see there.
+        eval_beam_size: see there.
         options: of each stage, those of ``FusedVectorQuantizer``.
     """
 

@@ -35,12 +35,13 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
     Kept: heads with one or with separate codebooks, projections, layouts, mask and lens, commitment weight, decay, eps,
     straight-through and rotation trick, stochastic codes, diversity and cross-entropy losses, dead-code threshold,
     k-means start, loss breakdown, ``freeze_codebook`` of the module (``freeze()``) and of a call, learnable codebooks
-    with their optimizer in place, ``sync_update_v`` and vq_bridge, orthogonal regularization, manual and weighted EMA
-    updates, statistics of one rank or of all. Different: a masked cosine quantizer's commitment loss compares unit
-    vectors, as its unmasked one does; the diversity and cross-entropy losses have the gradient of the codes that were
-    searched, not of those that the EMA made of them since; with a mask the codes of padding are not among the active
-    ones of the orthogonal regularization; the codes of indices are those of ``forward``, so behind a vq_bridge; k-means
-    waits for the first batch in training mode; a vector shorter than 1e-6 passes the rotation straight through.
+    with their optimizer in place, ``sync_update_v`` and vq_bridge, the beams of ResidualVQ (``topk``), orthogonal
+    regularization, manual and weighted EMA updates, statistics of one rank or of all. Different: a masked cosine
+    quantizer's commitment loss compares unit vectors, as its unmasked one does; the diversity and cross-entropy losses
+    have the gradient of the codes that were searched, not of those that the EMA made of them since; with a mask the
+    codes of padding are not among the active ones of the orthogonal regularization; the codes of indices are those of
+    ``forward``, so behind a vq_bridge; k-means waits for the first batch in training mode; a vector shorter than 1e-6
+    passes the rotation straight through.
     """
 
     any_length = True
