@@ -29,8 +29,8 @@ COMPARED = {
     "taming.modules.vqvae.quantize.VectorQuantizer2": "20 steps of a stand-in; `legacy`",
 }
 # The arguments of VectorQuantize's forward, beside x.
-CALL = "indices mask lens sample_codebook_temp freeze_codebook return_loss_breakdown ema_update_weight"
-REFUSED_IN_A_CALL = "topk codebook_transform_fn accum_ema_update ema_update"
+CALL = "indices mask lens sample_codebook_temp freeze_codebook return_loss_breakdown ema_update_weight topk"
+REFUSED_IN_A_CALL = "codebook_transform_fn accum_ema_update ema_update"
 HEAD = """# What `replace_quantizers` swaps
 
 Written by `python -m tests.quantize.test_compatibility` from the tests that compare a module with its replacement; one
@@ -115,7 +115,7 @@ def page() -> str:
 - Without effect where their option is not used: {code(" ".join(WITHOUT_EFFECT))}.
 - Arguments of a call kept: {code(CALL)}; refused: {code(REFUSED_IN_A_CALL)}.
 - Its layers are swapped inside `ResidualVQ`, `GroupedResidualVQ`, `HierarchicalVQ` and `RandomProjectionQuantizer`;
-  beams and an implicit neural codebook around them are refused.
+  an implicit neural codebook around them is refused.
 {OWN}"""
 
 
