@@ -114,7 +114,7 @@ def search_cases(
             "EUCLIDEAN": euclidean, "x_stride_d": 1, "codebook_stride_d": 1, "BLOCK_R": plan.scan_rows,
             "BLOCK_C": host.BLOCK_SCAN, "BLOCK_D": row_block_d, "NUM_D": row_num_d,
         },
-        host.SCAN_WARPS, 3, aligned, tensor_core=True,
+        host.SCAN_WARPS, 3, aligned, tensor_core=True, options=plan.resolve_options,
     )  # fmt: skip
     yield Case(
         "codebook_search", "4 nearest", triton_nearest.nearest,

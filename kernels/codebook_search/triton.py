@@ -44,7 +44,7 @@ class ScreenPlan:
     wide: tuple[Config, ...] = ()  # in place of ``configs`` where D > 32, if given
     resolve_rows: int = 8  # BLOCK_R of ``resolve``
     scan_rows: int = 32  # BLOCK_R of ``scan``, not less
-    # Without a limit of its own, ptxas spills registers of ``resolve`` and ``nearest`` to reach the next occupancy.
+    # Without a limit of its own, ptxas spills registers of resolve, nearest and draw to reach the next occupancy.
     resolve_options: dict[str, int] = field(default_factory=lambda: {"maxnreg": 255})
 
     def configs_for(self, d: int) -> tuple[Config, ...]:
@@ -176,17 +176,17 @@ def codebook_search_triton(
 
 def draw_codes_triton(x: Tensor, codebook: Tensor, metric: str, temperature: float, keys: Tensor) -> Tensor:
     """indices as ``beitv2_fast::draw_codes``, for the rows' keys [N] int64, contiguous; fp32, fp16 and bf16."""
-    (n, d), k = x.shape, len(codebook)
+    (n, d), k, plan = x.shape, len(codebook), PLANS[target_name()]
     indices = x.new_empty(n, dtype=torch.int64)
     if n:
         with device_of(x):
-            rows, (block_d, num_d) = PLANS[target_name()].scan_rows, row_chunks(d)
+            rows, (block_d, num_d) = plan.scan_rows, row_chunks(d)
             bits = torch.tensor(temperature, dtype=torch.float64, device="cpu").view(torch.int64).item()  # not fp32
             x, codebook = x.float(), codebook.float()  # as for ``scan``
             draw[(cdiv(n, rows),)](
                 x, codebook, keys, indices, n, k, d, bits, *x.stride(), *codebook.stride(),
                 EUCLIDEAN=metric == "euclidean", BLOCK_R=rows, BLOCK_C=BLOCK_SCAN, BLOCK_D=block_d, NUM_D=num_d,
-                num_warps=SCAN_WARPS,
+                num_warps=SCAN_WARPS, **plan.resolve_options,
             )  # fmt: skip
     return indices
 
