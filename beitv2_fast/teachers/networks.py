@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from typing import Any
 
@@ -47,9 +48,9 @@ class EfficientNetLite0(Teacher):
                 raise UserError(f"efficientnet_lite0@{layer}: it has the blocks 0 to {blocks - 1}. Choose one of them.")
             net._blocks = net._blocks[: layer % blocks + 1]
         self.net: Any = _fold_batch_norms(net.eval()).to(memory_format=torch.channels_last)
-        with torch.no_grad():
-            _, self.dim, height, _ = self.features(torch.zeros(1, 3, 64, 64)).shape
-        self.patch_size = 64 // height
+        last = net._conv_head if layer is None else net._blocks[-1]._project_conv
+        self.dim = last.out_channels
+        self.patch_size = math.prod(c.stride[0] for c in (net._conv_stem, *(b._depthwise_conv for b in net._blocks)))
 
     def features(self, images: Tensor) -> Tensor:
         images = images.contiguous(memory_format=torch.channels_last)
