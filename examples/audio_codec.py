@@ -30,7 +30,7 @@ class Codec(nn.Module):
         self.encoder = nn.Sequential(
             nn.Conv1d(1, width, HOP, stride=HOP), nn.GELU(), nn.Conv1d(width, width, 3, padding=1)
         )
-        # In training every second wave has only its first 1 to 3 stages: each stage learns to be worth sending.
+        # In training a random half of the waves has only its first 1 to 3 stages: each stage learns its worth.
         self.quantizer = ResidualVectorQuantizer(
             CODES, width, STAGES, dropout=0.5, commitment_weight=0.25, dead_after=5, channel_last=False
         )
