@@ -89,7 +89,7 @@ def sample_rows(
 def row_numbers(x: Tensor, group: dist.ProcessGroup | str | None = None) -> Tensor:
     """The numbers [n] of this rank's rows x [n, D] in the batch of all ranks."""
     rank, ranks = world(group)
-    numbers = torch.arange(len(x), device=x.device)
+    numbers = torch.arange(x.shape[0], device=x.device)
     if ranks > 1:
         counts = torch.empty(ranks, dtype=torch.int64, device=x.device)
         dist.all_gather_into_tensor(counts, torch.full((1,), len(x), device=x.device), group=named_group(group))

@@ -117,8 +117,8 @@ class ResidualVectorQuantizer(nn.Module):
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """Vectors -> indices [..., Q], all stages, and nothing else changes."""
         if self.eval_beam_size > 1:
-            found = self._search(z, None).unflatten(0, z.select(self.stage(0).channel_axis(z), 0).shape)
-            return found if mask is None else torch.where(mask[..., None], found, -1)
+            first = self.stage(0).encode(z, mask)
+            return torch.where(first[..., None] < 0, -1, self._search(z, None).view(*first.shape, -1))
         residual, indices = _wide(z), []
         for i in range(self.num_quantizers):
             indices.append(self.stage(i).encode(residual, mask))
@@ -127,10 +127,14 @@ class ResidualVectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _search(self, z: Tensor, depth: Tensor | None) -> Tensor:
-        """Indices [N, Q] of the best of ``eval_beam_size`` sums; 0 behind a sample's depth."""
+        """Indices [N, Q] of the best of ``eval_beam_size`` sums; 0 behind a sample's depth, and where a vector has NaN.
+
+        For a moment there are N x beam x beam rests of width D.
+        """
         rest = self.stage(0)._rows(_wide(z))[0].unsqueeze(1)  # [N, beam, D]
         cost, paths = torch.zeros_like(rest[..., 0]), torch.zeros_like(rest[..., :0], dtype=torch.int64)
-        best = torch.zeros(len(rest), self.num_quantizers, dtype=torch.int64, device=z.device)
+        unknown = rest[:, 0].isnan().any(-1, keepdim=True)
+        best = torch.zeros(rest.shape[0], self.num_quantizers, dtype=torch.int64, device=z.device)
         for i in range(self.num_quantizers):
             codes, beam = self.stage(i)._codebooks()[0], rest.shape[1]
             k = min(self.eval_beam_size, len(codes))
@@ -139,11 +143,11 @@ class ResidualVectorQuantizer(nn.Module):
             paths = torch.cat([paths.repeat_interleave(k, dim=1), found.view(-1, beam * k, 1)], dim=-1)
             cost = cost.repeat_interleave(k, dim=1) + rest.square().mean(-1)
             cost, kept = cost.topk(min(self.eval_beam_size, beam * k), largest=False)
-            rest, paths = (t.take_along_dim(kept[..., None], dim=1) for t in (rest, paths))
+            rest, paths = (t.gather(1, kept[..., None].expand(-1, -1, t.shape[-1])) for t in (rest, paths))
             deep = self._taking_part(z, None, depth, i)
             found = paths[:, 0]
             best[:, : i + 1] = found if deep is None else torch.where(deep.reshape(-1, 1), found, best[:, : i + 1])
-        return best
+        return best.masked_fill(unknown, 0)
 
     def decode(self, indices: Tensor) -> Tensor:
         """Indices [..., q] of the first q <= Q stages -> the sum of their codes, fp32; index -1 adds nothing."""

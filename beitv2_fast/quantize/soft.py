@@ -58,7 +58,7 @@ def entropies(
 
     entropy, p = torch.zeros(2, 1, dtype=_wide(x).dtype, device=x.device)
     for of_chunk, probabilities in _in_chunks(chunk, len(codebook), _wide(x), codebook=_wide(codebook)):
-        entropy, p = entropy + of_chunk, p + probabilities / len(x)
+        entropy, p = entropy + of_chunk, p + probabilities / max(1, len(x))
     return entropy.sum() / max(1, len(x)), -(p * (p + eps).log()).sum()  # the logarithm of 0 has no gradient
 
 

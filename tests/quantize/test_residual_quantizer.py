@@ -223,3 +223,23 @@ def test_a_sample_takes_part_in_as_many_stages_in_every_group():
     grouped = GroupedResidualVectorQuantizer(32, 8, 4, groups=2, dropout=1.0, kmeans_init=False).train()
     depth = (grouped(noise(64, 5, 8)).indices >= 0).sum(-1)
     assert (depth == depth[:, :1, :1]).all() and set(depth.unique().tolist()) == {1, 2, 3}
+
+
+def test_encoding_with_beams_takes_masks_single_vectors_and_nan_as_without():
+    plain = residual(kmeans_init=False).eval()
+    beams = residual(kmeans_init=False, eval_beam_size=3).eval()
+    x, mask = noise(4, 5, 8), torch.arange(5) < torch.tensor([[5], [4], [1], [0]])
+    x[0, 2, 1] = torch.nan
+    out = beams.encode(x, mask)
+    assert torch.equal(out < 0, plain.encode(x, mask) < 0) and (out[0, 2] == 0).all()
+    assert torch.equal(beams.encode(x[0, 1]), out[0, 1])
+    for wrong in (mask[0], mask.long()):
+        with pytest.raises((TypeError, ValueError), match="mask"):
+            beams.encode(x, wrong)
+
+
+def test_a_stack_with_beams_is_exported_for_any_number_of_vectors():
+    quantizer = residual(kmeans_init=False, eval_beam_size=3).eval()
+    program = torch.export.export(quantizer, (noise(6, 8),), dynamic_shapes=({0: torch.export.Dim("n")},), strict=False)
+    x = noise(11, 8, seed=1)
+    assert torch.equal(program.module()(x).indices, quantizer(x).indices)

@@ -122,6 +122,7 @@ def test_without_vectors_or_codes_to_find_the_loss_is_0():
     x = noise(3, 8)
     assert code_cross_entropy(x, noise(5, 8), torch.full((3,), -1)) == 0
     assert code_cross_entropy(x[:0], noise(5, 8), torch.zeros(0, dtype=torch.int64)) == 0
+    assert all(part.isfinite() for part in entropies(x[:0], noise(5, 8)))
     with pytest.raises(ValueError, match=r"int64 of shape \[3\]"):
         code_cross_entropy(x, noise(5, 8), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="cosine, euclidean, dot; got 'l1'"):
