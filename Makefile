@@ -13,7 +13,7 @@ demo: $(or $(wildcard $(VENV)/.installed),$(VENV)/.demo)
 	$(VENV)/bin/python train/demo.py $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)")
 
 # Two halves side by side, a core each: nearly all of the tests keep one busy.
-HALF = tests/kernels tests/models tests/quantize tests/data tests/weights
+HALF = tests/kernels tests/models tests/quantize tests/weights
 test: $(VENV)/.installed lint
 	@mkdir -p build; export OMP_NUM_THREADS=1; \
 	$(VENV)/bin/python -m pytest $(HALF) >build/half.txt 2>&1 & half=$$!; \
