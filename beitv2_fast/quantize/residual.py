@@ -117,8 +117,9 @@ class ResidualVectorQuantizer(nn.Module):
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """Vectors -> indices [..., Q], all stages, and nothing else changes."""
         if self.eval_beam_size > 1:
-            first = self.stage(0).encode(z, mask)
-            return torch.where(first[..., None] < 0, -1, self._search(z, None).view(*first.shape, -1))
+            stage = self.stage(0)
+            keep, found = stage._row_mask(mask, z), self._search(z, None)
+            return torch.stack([stage._index_map(part[None], keep, z) for part in found.unbind(-1)], dim=-1)
         residual, indices = _wide(z), []
         for i in range(self.num_quantizers):
             indices.append(self.stage(i).encode(residual, mask))
