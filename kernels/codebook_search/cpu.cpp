@@ -1,6 +1,7 @@
-// codebook_search on the CPU. FLOPs 2 N K D in the screening. Memory: the codes once more in bytes, a quarter of the
-// codebook in fp32, for more than 16 vectors (fp16 and bf16 ones, and those with NaN, Inf or a largest element beyond
-// 2^20 or below 2^-20, in fp32, too); at most a few MB per thread; the outputs. Nothing grows with N K.
+// codebook_search on the CPU. FLOPs 2 N K D in the screening. Memory: a copy of the codes in bytes, a quarter of the
+// codebook in fp32, where bytes_pay; a copy in fp32 of fp16 and bf16 codes, of those with NaN, Inf or a largest element
+// beyond 2^20 or below 2^-20, and of those that are not contiguous; at most a few MB per thread; the outputs. Nothing
+// grows with N K.
 //
 //   cpu.cpp               the op: outputs, choice of the instruction set, threads
 //   cpu_search.h          how a search goes, its error bounds, and what its pieces hand each other

@@ -12,7 +12,7 @@
 
 namespace beitv2_fast {
 
-// What all threads share. Every pointer but indices and codebook may be null: then nobody asked.
+// What all threads share. Every pointer but indices may be null: then nobody asked.
 struct Search {
   const Kernels& kernels;
   const PackedCodebook& book;

@@ -47,16 +47,14 @@ inline void screen_tile(const Codes& codes, const float* rows, const float* bias
 
 template <class I, int WIDE>
 inline void screen_group(const Codes& codes, int64_t group, const float* panels, float* out, float* best) {
-  constexpr int CODES = I::CODES, REST = GROUP % CODES;
+  constexpr int CODES = I::CODES;
+  static_assert(GROUP % CODES == 0);
   const float* rows = group_rows(codes, group);
   const float* bias = codes.bias ? codes.bias + group * GROUP : nullptr;
   for (int w = 0; w < WIDE; ++w)
     for (int l = 0; l < PANEL; ++l) out[w * CHUNK * PANEL + l] = -__builtin_inff();
-  int c = 0;
-  for (; c + CODES <= GROUP; c += CODES)
+  for (int c = 0; c < GROUP; c += CODES)
     screen_tile<I, CODES, WIDE>(codes, rows + c * codes.dim, bias ? bias + c : nullptr, panels, out);
-  if constexpr (REST > 0)
-    screen_tile<I, REST, WIDE>(codes, rows + c * codes.dim, bias ? bias + c : nullptr, panels, out);
   for (int w = 0; w < WIDE; ++w)
     for (int l = 0; l < PANEL; l += I::LANES) {
       float* raised = best + w * PANEL + l;
