@@ -58,7 +58,7 @@ def search_cases(
     row_block_d, row_num_d = host.row_chunks(d)
     pack_d = host.pack_chunk(block_d * num_d)
     common = {"EUCLIDEAN": euclidean, "POSITIVE": plan.positive, "INDEX_BITS": bits, "SPLIT": split}
-    common |= {"LANES": plan.lanes, "BLOCK_K": host.BLOCK_K}
+    common |= {"LANES": plan.lanes, "BLOCK_K": host.BLOCK_K, "groups": 1}
     aligned = ("N", "D", "K", "num_blocks", "stride_k", "x_stride_n", "codebook_stride_k", "part_size")
     screened = {"center": "*fp32", "bounds": "*fp32", "N": "i32", "D": "i32", "num_blocks": "i32"}
     yield Case(
@@ -69,7 +69,7 @@ def search_cases(
         },
         {
             "stride_d": 1, "LANES": plan.lanes, "BLOCK_K": host.BLOCK_K, "SAMPLE": host.SAMPLE, "EUCLIDEAN": euclidean,
-            "BLOCK_D": pack_d, "NUM_D": block_d * num_d // pack_d,
+            "groups": 1, "BLOCK_D": pack_d, "NUM_D": block_d * num_d // pack_d,
         },
         host.PACK_WARPS, 3, aligned,
     )  # fmt: skip
@@ -88,7 +88,7 @@ def search_cases(
         "distances": "*fp32", "N": "i32", "K": "i32", "D": "i32", "x_stride_n": "i32", "codebook_stride_k": "i32",
     }  # fmt: skip
     wanted = {
-        "EUCLIDEAN": euclidean, "x_stride_d": 1, "codebook_stride_d": 1, "WRITE_NORMALIZED": outputs,
+        "EUCLIDEAN": euclidean, "groups": 1, "x_stride_d": 1, "codebook_stride_d": 1, "WRITE_NORMALIZED": outputs,
         "WRITE_CODES": outputs, "WRITE_DISTANCES": outputs, "BLOCK_D": row_block_d, "NUM_D": row_num_d,
     }  # fmt: skip
     yield Case(
@@ -111,7 +111,7 @@ def search_cases(
             "temperature": "i64", "x_stride_n": "i32", "codebook_stride_k": "i32",
         },
         {
-            "EUCLIDEAN": euclidean, "x_stride_d": 1, "codebook_stride_d": 1, "BLOCK_R": plan.scan_rows,
+            "EUCLIDEAN": euclidean, "groups": 1, "x_stride_d": 1, "codebook_stride_d": 1, "BLOCK_R": plan.scan_rows,
             "BLOCK_C": host.BLOCK_SCAN, "BLOCK_D": row_block_d, "NUM_D": row_num_d,
         },
         host.SCAN_WARPS, 3, aligned, tensor_core=True, options=plan.resolve_options,
@@ -210,7 +210,7 @@ def update_cases(target: str, *, d: int = 32) -> Iterator[Case]:
     yield Case(
         "codebook_update", "statistics", statistics_kernel,
         {"x": "*fp32", "indices": "*i64", "out": "*i64", "N": "i32", "K": "i32", "stride_n": "i32"},
-        {"stride_d": 1, "stride_i": 1, "D": d, "COSINE": True, "BLOCK_N": block_n, "BLOCK_D": block_d},
+        {"groups": 1, "stride_d": 1, "stride_i": 1, "D": d, "COSINE": True, "BLOCK_N": block_n, "BLOCK_D": block_d},
         4, 3, ("stride_n",),
     )  # fmt: skip
     state = {"codebook": "*fp32", "cluster_size": "*fp32"}

@@ -14,16 +14,21 @@ def check_metric(metric: str) -> None:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
 
 
-def check_vectors(op: str, x: Tensor, codebook: Tensor) -> None:
-    """x is [N, D], codebook is [K, D] with K >= 1 and D >= 1, both floating point and on one device."""
-    if x.dim() != 2 or codebook.dim() != 2 or x.shape[1] != codebook.shape[1]:
+def check_vectors(op: str, x: Tensor, codebook: Tensor, *, several: bool = False) -> None:
+    """x is [N, D], codebook is [K, D] with K >= 1 and D >= 1, both floating point and on one device; if ``several``,
+    the codebook may also be [G, K, D] with N a multiple of G >= 1."""
+    if x.dim() != 2 or codebook.dim() not in ((2, 3) if several else (2,)) or x.shape[1] != codebook.shape[-1]:
         raise ValueError(
-            f"{op}: x must be [N, D] and codebook [K, D] with the same D; "
+            f"{op}: x must be [N, D] and codebook [K, D]{' or [G, K, D]' if several else ''} with the same D; "
             f"got x {tuple(x.shape)} and codebook {tuple(codebook.shape)}. Flatten leading dimensions with "
             "x.reshape(-1, x.shape[-1])."
         )
-    if codebook.shape[0] < 1 or codebook.shape[1] < 1:
+    if min(codebook.shape) < 1:
         raise ValueError(f"{op}: the codebook must hold at least one code of width >= 1; got {tuple(codebook.shape)}")
+    if codebook.dim() == 3 and x.shape[0] % codebook.shape[0]:
+        raise ValueError(
+            f"{op}: {codebook.shape[0]} codebooks take turns, so the rows of x must be a multiple; got {x.shape[0]}"
+        )
     for name, tensor in (("x", x), ("codebook", codebook)):
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{op}: {name} must be floating point; got {tensor.dtype}. Cast it with .float().")

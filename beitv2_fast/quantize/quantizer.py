@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..kernels import codebook_search, draw_codes
 from ..kernels.checks import FLOATS
+from ..kernels.codebook_search.reference import look_up
 from ..kernels.codebook_update.ops import apply_statistics, check_state, codebook_statistics, sum_over_ranks
 from ..kernels.sampling import ALONE, salt
 from ..kernels.snapshot import Snapshot, copy_codebook, recomputing, to_be_recomputed
@@ -224,21 +225,20 @@ class FusedVectorQuantizer(QuantizerState):
                 if (self._learns or self._draws) and not compiling and to_be_recomputed():
                     snapshot = self.snapshots.keep(x, self.codebook)
             codebooks = self._codebooks(snapshot)
-            drawn = self._drawn(x, codebooks, snapshot) if self._draws else [None] * self.groups
-            drawn = drawn if chosen is None else [chosen]
-            rows = (x.squeeze(0),) if self.groups == 1 else x.unbind(0)  # whose backward is no copy, and one copy
-            parts = [self._quantize(rows[g], codebooks[g], keep, drawn[g]) for g in range(self.groups)]
-            quantized, indices, losses = (_stack(part) for part in zip(*parts, strict=True))  # [G, N, D], [G, N], [G]
+            rows = _in_turn(x)
+            drawn = self._drawn(rows, codebooks, snapshot) if self._draws else chosen
+            kept = None if keep is None else keep[:, None].expand(-1, self.groups).flatten()
+            quantized, indices, loss = self._quantize(rows, codebooks.squeeze(0), kept, drawn)
+            indices = indices.view(-1, self.groups).T  # [G, N]
             if again:
-                counted = snapshot.counts if snapshot else None
-                counts = self._count(indices, keep).view(self.idle.shape) if counted is None else counted
+                counts = snapshot.counts if snapshot else None
+                counts = self._count(indices, keep).view(self.idle.shape) if counts is None else counts
             else:
                 counts = self._learn_when_due(seen, indices, keep)
                 if snapshot is not None:
                     snapshot.counts = counts
-            loss = losses.squeeze(0) if self.groups == 1 else losses.mean()
             axis = self.channel_axis(z)
-            quantized = quantized.transpose(0, 1).reshape(z.movedim(axis, -1).shape).movedim(-1, axis).to(z.dtype)
+            quantized = quantized.reshape(z.movedim(axis, -1).shape).movedim(-1, axis).to(z.dtype)
         return Quantized(quantized, self._index_map(indices, keep, z), loss, counts)
 
     @torch.no_grad()
@@ -250,8 +250,8 @@ class FusedVectorQuantizer(QuantizerState):
         """Vectors -> indices as in ``forward``, and nothing else changes."""
         x = self._rows(z)
         with torch.autocast(z.device.type, enabled=False):
-            indices = _stack([self._nearest(*part) for part in zip(x, self._codebooks(), strict=True)])
-        return self._index_map(indices, self._row_mask(mask, z), z)
+            indices = self._nearest(_in_turn(x), self._codebooks().squeeze(0)).view(-1, self.groups)
+        return self._index_map(indices.T, self._row_mask(mask, z), z)
 
     def decode(self, indices: Tensor) -> Tensor:
         """Indices as ``forward`` returns them -> the vectors that it returned, fp32; index -1 gives zeros.
@@ -266,11 +266,7 @@ class FusedVectorQuantizer(QuantizerState):
         heads = self.heads
         if heads > 1 and (indices.dim() == 0 or indices.shape[-1] != heads):
             raise ValueError(f"decode: indices must be [..., {heads}], one for each head; got {list(indices.shape)}")
-        chosen, codebooks = indices.clamp(min=0), self._codebooks()
-        if self.groups == 1:
-            codes = F.embedding(chosen, codebooks[0])
-        else:
-            codes = torch.stack([F.embedding(chosen[..., g], codes) for g, codes in enumerate(codebooks)], dim=-2)
+        codes = look_up(self._codebooks(), indices.clamp(min=0).flatten()).view(*indices.shape, self.code_dim)
         codes = torch.where((indices >= 0)[..., None], codes, 0.0)
         codes = codes.flatten(-2) if heads > 1 else codes
         return codes.movedim(-1, self.channel_axis(codes))
@@ -325,16 +321,15 @@ class FusedVectorQuantizer(QuantizerState):
     def _draws(self) -> bool:
         return self.training and self.temperature > 0
 
-    def _drawn(self, x: Tensor, codebooks: Tensor, snapshot: Snapshot | None) -> list[Tensor]:
-        """Indices [G, N] for x [G, N, D]; a recomputation draws what its first forward drew."""
+    def _drawn(self, rows: Tensor, codebooks: Tensor, snapshot: Snapshot | None) -> Tensor:
+        """Indices [N G] for rows [N G, D]; a recomputation draws what its first forward drew."""
         key = None if snapshot is None else snapshot.draw
         if key is None:
             key = torch.as_tensor(salt(self.seed, self.steps, len(self._waiting)))
         if snapshot is not None:
             snapshot.draw = key
         options: dict[str, Any] = {"metric": self.metric, "temperature": self.temperature}
-        options["process_group"] = self._group
-        return [draw_codes(x[g], codes, seed=salt(key, g), **options) for g, codes in enumerate(codebooks)]
+        return draw_codes(rows, codebooks, seed=key, process_group=self._group, **options)
 
     def _codebooks(self, snapshot: Snapshot | None = None) -> Tensor:
         """The codebooks as they are searched, [G, K, D]; differentiable where they or a transform learn by gradient.
@@ -359,13 +354,14 @@ class FusedVectorQuantizer(QuantizerState):
         return codes
 
     def _nearest(self, x: Tensor, codes: Tensor) -> Tensor:
-        """Indices [N] of the codes [K, D] for x [N, D]."""
+        """Indices [N] of the codes [K, D], or [G, K, D] in turn, for x [N, D]."""
         return codebook_search(x, codes, metric=self.metric).indices
 
     def _quantize(
         self, x: Tensor, codebook: Tensor, keep: Tensor | None, drawn: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One codebook: x [N, D] -> (quantized [N, D], indices [N], loss); of the codes drawn, if there are any."""
+        """x [N, D], one codebook or several in turn -> (quantized [N, D], indices [N], loss); of the codes drawn, if
+        there are any."""
         by_gradient = not self.frozen and (self.learning == "gradient" or self.transform is not None)
         weights = self.commitment_weight, self.codebook_weight if by_gradient else 0.0
         if keep is None and drawn is None and self.gradient == "straight_through":
@@ -419,10 +415,8 @@ class FusedVectorQuantizer(QuantizerState):
         book, size = state["codebook"], state["cluster_size"]
         averages = [None] * self.groups if self.embed_avg is None else state["embed_avg"]
         check_state(book[0], cluster_size=size[0], embed_avg=averages[0])
-        if self.groups > 1:  # the codes of all codebooks numbered through
-            indices = indices + self.num_codes * torch.arange(self.groups, device=indices.device)[:, None]
-        rows = seen.transpose(0, 1).flatten(0, 1)  # [N G, D], as they lie in memory
-        statistics = codebook_statistics(rows, indices.T.flatten(), size.numel(), self.metric)
+        rows, chosen = _in_turn(seen), _in_turn(indices)
+        statistics = codebook_statistics(rows, chosen, self.num_codes, self.metric, self.groups)
         sum_over_ranks(statistics, self._group)
         options = self.decay, self.metric, self.eps
         if self.embed_avg is None and book.is_contiguous() and size.is_contiguous():  # a code moves by itself
@@ -464,6 +458,11 @@ class FusedVectorQuantizer(QuantizerState):
 def _floats(shape: tuple[int, ...]) -> Tensor:
     """fp32, whatever the default dtype is, and where DeepSpeed's zero.Init makes every constructor's result bf16."""
     return torch.empty(shape, dtype=torch.float32).float()
+
+
+def _in_turn(x: Tensor) -> Tensor:
+    """[G, N, ...] -> [N G, ...], as the heads of a vector lie in memory: its backward and itself are no copy."""
+    return x.transpose(0, 1).flatten(0, 1)
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from importlib.util import find_spec
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +17,29 @@ from .reference import codebook_search_reference, draw_codes_reference
 MOST_NEAREST = 64  # codes of a vector that the GPU's kernel keeps in registers
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # indices, normalized, codes, distances
 
+Search = TypeVar("Search", bound=Callable[..., Any])
 
+
+def _one_by_one(search: Search) -> Search:
+    """``search``, which knows one codebook, also for several, [G, K, D]: row i belongs to that of number i % G."""
+
+    @wraps(search)
+    def search_each(x: Tensor, codebook: Tensor, *rest: Any) -> Any:
+        if codebook.dim() == 2:
+            return search(x, codebook, *rest)
+        groups = len(codebook)
+        parts = [
+            search(x[g::groups], codes, *(r[g::groups] if isinstance(r, Tensor) else r for r in rest))
+            for g, codes in enumerate(codebook)
+        ]
+        if isinstance(parts[0], Tensor):
+            return torch.stack(parts, 1).flatten(0, 1)
+        return tuple(torch.stack(part, 1).flatten(0, 1) for part in zip(*parts, strict=True))
+
+    return cast(Search, search_each)
+
+
+@_one_by_one
 def _by_definition(
     x: Tensor, codebook: Tensor, metric: str, return_normalized: bool, return_codes: bool, return_distances: bool
 ) -> Outputs:
@@ -36,6 +61,7 @@ codebook_search_op = torch.library.custom_op("beitv2_fast::codebook_search", _by
 
 
 @codebook_search_op.register_kernel("cpu")
+@_one_by_one
 def _codebook_search_cpu(x: Tensor, codebook: Tensor, metric: str, *wanted: bool) -> Outputs:
     if torch.float64 in (x.dtype, codebook.dtype) or not native_ops():
         return _by_definition(x, codebook, metric, *wanted)
@@ -60,11 +86,12 @@ def _codebook_search_fake(
     return (
         x.new_empty(rows, dtype=torch.int64),
         x.new_empty(x.shape if return_normalized else 0, dtype=torch.float32),
-        codebook.new_empty((rows, codebook.shape[1]) if return_codes else 0),
+        codebook.new_empty((rows, codebook.shape[-1]) if return_codes else 0),
         x.new_empty(rows if return_distances else 0, dtype=torch.float32),
     )
 
 
+@_one_by_one
 def _nearest_by_definition(x: Tensor, codebook: Tensor, metric: str, k: int) -> Tensor:
     return codebook_search_reference(x, codebook, metric, k)[0]
 
@@ -73,6 +100,7 @@ nearest_codes_op = torch.library.custom_op("beitv2_fast::nearest_codes", _neares
 
 
 @nearest_codes_op.register_kernel("cpu")
+@_one_by_one
 def _nearest_codes_cpu(x: Tensor, codebook: Tensor, metric: str, k: int) -> Tensor:
     if torch.float64 in (x.dtype, codebook.dtype) or not native_ops():
         return _nearest_by_definition(x, codebook, metric, k)
@@ -94,10 +122,12 @@ def _nearest_codes_fake(x: Tensor, codebook: Tensor, metric: str, k: int) -> Ten
     return x.new_empty((x.shape[0], k), dtype=torch.int64)
 
 
-draw_codes_op = torch.library.custom_op("beitv2_fast::draw_codes", draw_codes_reference, mutates_args=())
+_draw_by_definition = _one_by_one(draw_codes_reference)
+draw_codes_op = torch.library.custom_op("beitv2_fast::draw_codes", _draw_by_definition, mutates_args=())
 
 
 @draw_codes_op.register_kernel("cpu")
+@_one_by_one
 def _draw_codes_cpu(
     x: Tensor, codebook: Tensor, metric: str, temperature: float, key: Tensor, numbers: Tensor
 ) -> Tensor:
@@ -113,7 +143,7 @@ def _draw_codes_cuda(
     x: Tensor, codebook: Tensor, metric: str, temperature: float, key: Tensor, numbers: Tensor
 ) -> Tensor:
     if torch.float64 in (x.dtype, codebook.dtype) or find_spec("triton") is None:
-        return draw_codes_reference(x, codebook, metric, temperature, key, numbers)
+        return _draw_by_definition(x, codebook, metric, temperature, key, numbers)
     from .triton import draw_codes_triton
 
     return draw_codes_triton(x, codebook, metric, temperature, random_bits(key, numbers))

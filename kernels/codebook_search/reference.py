@@ -91,6 +91,21 @@ def _scores_of(pairs: Tensor, x: Tensor, v: Tensor, minus: tuple[Tensor, Tensor]
     return torch.cat(scores)
 
 
+def numbered(indices: Tensor, groups: int, num_codes: int) -> Tensor:
+    """The indices [N, ...] of rows that belong to codebooks [G, K, D] in turn, in all their codes [G K, D]."""
+    if groups == 1:
+        return indices
+    first = torch.arange(0, groups * num_codes, num_codes, device=indices.device)
+    in_all: Tensor = indices.unflatten(0, (-1, groups)) + first.view(-1, *[1] * (indices.dim() - 1))
+    return in_all.flatten(0, 1)
+
+
+def look_up(codebook: Tensor, indices: Tensor) -> Tensor:
+    """The codes [N, ..., D] of rows that belong to the codebook [K, D], or in turn to those of [G, K, D]."""
+    codes = codebook.flatten(0, -2)
+    return F.embedding(numbered(indices, codebook.shape[:-2].numel(), codebook.shape[-2]), codes)
+
+
 def similarities(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     """[N, D], [K, D] -> [N, K], differentiable: ``<l2(x_i), v_j>`` (cosine) or ``-||x_i - v_j||`` (euclidean)."""
     if metric == "cosine":
@@ -102,7 +117,10 @@ def similarities(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
 def draw_codes_reference(
     x: Tensor, codebook: Tensor, metric: str, temperature: float, key: Tensor, numbers: Tensor
 ) -> Tensor:
-    """The code j of the largest ``s_ij / temperature - log(-log u_ij)``; u_ij is a function of (key, numbers_i, j)."""
+    """The code j of the largest ``s_ij / temperature - log(-log u_ij)``; u_ij is a function of (key, numbers_i, j).
+
+    key: [], or [N], one for each row."""
+    bits = random_bits(key, numbers)
     indices = torch.empty(len(x), dtype=torch.int64, device=x.device)
     v = codebook.double()
     unusable = ~v.isfinite().all(-1)
@@ -112,7 +130,7 @@ def draw_codes_reference(
     for start in range(0, len(x), rows):
         chunk = x[start : start + rows].double()
         scores = similarities(chunk, v, metric).div_(temperature)
-        keys = random_bits(key, numbers[start : start + rows])
+        keys = bits[start : start + rows]
         scores -= as_uniform(random_bits(keys[:, None], columns)).log_().neg_().log_()
         scores.masked_fill_(unusable, -torch.inf)
         indices[start : start + rows] = scores.argmax(-1).where(chunk.isfinite().all(-1), 0)

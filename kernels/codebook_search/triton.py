@@ -92,6 +92,11 @@ def choose_split(row_blocks: int, num_blocks: int, multiprocessors: int) -> int:
     return split
 
 
+def row_programs(n: int, groups: int, block: int) -> int:
+    """How many programs n rows take that belong to the codebooks in turn, ``block`` rows of one codebook each."""
+    return groups * cdiv(n // groups, block)
+
+
 def index_bits(num_blocks: int, split: int) -> int:
     """Low mantissa bits that hold the number of a block within its part."""
     return max(1, (cdiv(num_blocks, split) - 1).bit_length())
@@ -125,11 +130,13 @@ def codebook_search_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(indices, normalized, codes, distances) as ``beitv2_fast::codebook_search``; fp32, fp16 and bf16.
 
-    ``split`` and ``plan`` are chosen from the device; tests set them. Extra memory: 2 K D bytes for the packed
+    Several codebooks are searched in the same launches, each kernel's grid being so many times as large.
+
+    ``split`` and ``plan`` are chosen from the device; tests set them. Extra memory: 2 K D bytes for a packed
     codebook, N SPLIT (2 LANES + 1) floats and 9 N bytes, in
     16 bits also both inputs in fp32; nothing of N x K.
     """
-    (n, d), k = x.shape, codebook.shape[0]
+    (n, d), (codebook, groups, k) = x.shape, _as_rows(codebook)
     euclidean = metric == "euclidean"
     indices = x.new_empty(n, dtype=torch.int64)
     normalized = x.new_empty((n, d) if return_normalized else 0, dtype=torch.float32)
@@ -144,31 +151,32 @@ def codebook_search_triton(
         lanes, block_r = chosen.lanes, chosen.resolve_rows
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
         if split is None:
-            split = choose_split(cdiv(n, chosen.configs_for(d)[0].block_n), num_blocks, processors)
+            split = choose_split(row_programs(n, groups, chosen.configs_for(d)[0].block_n), num_blocks, processors)
         bits = index_bits(num_blocks, split)
-        hard = x.new_empty(n + 1 + cdiv(n, block_r), dtype=torch.int64)
-        packed, bias, center, bounds = _pack(codebook, hard, n, lanes, num_blocks, euclidean)
+        row_blocks = row_programs(n, groups, block_r)
+        hard = x.new_empty(n + groups + row_blocks, dtype=torch.int64)
+        packed, bias, center, bounds = _pack(codebook, groups, hard, n, lanes, num_blocks, euclidean)
         keys = x.new_empty(n, split, 2, lanes, dtype=torch.float32)
         rest = x.new_empty(n, split, dtype=torch.float32)
-        _screen(x, packed, bias, center, bounds, keys, rest, num_blocks, euclidean, bits, split, plan)
+        _screen(x, packed, bias, center, bounds, keys, rest, num_blocks, groups, euclidean, bits, split, plan)
 
         block_d, num_d = row_chunks(d)
         wanted = {
             "EUCLIDEAN": euclidean, "WRITE_NORMALIZED": return_normalized, "WRITE_CODES": return_codes,
             "WRITE_DISTANCES": return_distances, "BLOCK_D": block_d, "NUM_D": num_d,
         }  # fmt: skip
-        resolve[(cdiv(n, block_r),)](
+        resolve[(row_blocks,)](
             x, codebook, center, bounds, keys, rest, hard, indices, normalized, codes, distances,
-            n, k, d, num_blocks, *x.stride(), *codebook.stride(),
+            n, k, d, num_blocks, groups, *x.stride(), *codebook.stride(),
             POSITIVE=chosen.positive, INDEX_BITS=bits, SPLIT=split, LANES=lanes, BLOCK_R=block_r, BLOCK_K=BLOCK_K,
             **wanted, num_warps=resolve_warps(codebook), **chosen.resolve_options,
         )  # fmt: skip
         parts = scan_parts(k, split)
-        tasks = cdiv(n, chosen.scan_rows) * parts
+        programs = min(row_programs(n, groups, chosen.scan_rows) * parts, groups * SCAN_PROGRAMS * processors)
         x, codebook = x.float(), codebook.float()  # Triton does not compile float64 products of 16-bit operands
-        scan[(min(tasks, SCAN_PROGRAMS * processors),)](
+        scan[(programs,)](
             x, codebook, hard, keys.view(torch.float64), indices, normalized, codes, distances,
-            n, k, d, cdiv(k, parts), *x.stride(), *codebook.stride(),
+            n, k, d, cdiv(k, parts), groups, *x.stride(), *codebook.stride(),
             PARTS=parts, BLOCK_R=chosen.scan_rows, BLOCK_C=BLOCK_SCAN, **wanted, num_warps=SCAN_WARPS,
         )  # fmt: skip
     return indices, normalized, codes, distances
@@ -176,15 +184,15 @@ def codebook_search_triton(
 
 def draw_codes_triton(x: Tensor, codebook: Tensor, metric: str, temperature: float, keys: Tensor) -> Tensor:
     """indices as ``beitv2_fast::draw_codes``, for the rows' keys [N] int64, contiguous; fp32, fp16 and bf16."""
-    (n, d), k, plan = x.shape, len(codebook), PLANS[target_name()]
+    (n, d), (codebook, groups, k), plan = x.shape, _as_rows(codebook), PLANS[target_name()]
     indices = x.new_empty(n, dtype=torch.int64)
     if n:
         with device_of(x):
             rows, (block_d, num_d) = plan.scan_rows, row_chunks(d)
             bits = torch.tensor(temperature, dtype=torch.float64, device="cpu").view(torch.int64).item()  # not fp32
             x, codebook = x.float(), codebook.float()  # as for ``scan``
-            draw[(cdiv(n, rows),)](
-                x, codebook, keys, indices, n, k, d, bits, *x.stride(), *codebook.stride(),
+            draw[(row_programs(n, groups, rows),)](
+                x, codebook, keys, indices, n, k, d, groups, bits, *x.stride(), *codebook.stride(),
                 EUCLIDEAN=metric == "euclidean", BLOCK_R=rows, BLOCK_C=BLOCK_SCAN, BLOCK_D=block_d, NUM_D=num_d,
                 num_warps=SCAN_WARPS, **plan.resolve_options,
             )  # fmt: skip
@@ -193,14 +201,14 @@ def draw_codes_triton(x: Tensor, codebook: Tensor, metric: str, temperature: flo
 
 def nearest_codes_triton(x: Tensor, codebook: Tensor, metric: str, k: int) -> Tensor:
     """indices [N, k] as ``beitv2_fast::nearest_codes``; fp32, fp16 and bf16."""
-    (n, d), plan = x.shape, PLANS[target_name()]
+    (n, d), (codebook, groups, count), plan = x.shape, _as_rows(codebook), PLANS[target_name()]
     indices = x.new_empty((n, k), dtype=torch.int64)
     block_d, num_d = row_chunks(d)
     x, codebook = x.float(), codebook.float()  # Triton does not compile float64 products of 16-bit operands
     if n:
         with device_of(x):
-            nearest[(cdiv(n, plan.scan_rows),)](
-                x, codebook, indices, n, len(codebook), d, *x.stride(), *codebook.stride(),
+            nearest[(row_programs(n, groups, plan.scan_rows),)](
+                x, codebook, indices, n, count, d, groups, *x.stride(), *codebook.stride(),
                 EUCLIDEAN=metric == "euclidean", TOP=k, SLOTS=next_power_of_2(k),
                 BLOCK_R=plan.scan_rows, BLOCK_C=BLOCK_SCAN, BLOCK_D=block_d, NUM_D=num_d, num_warps=SCAN_WARPS,
                 **plan.resolve_options,
@@ -208,19 +216,24 @@ def nearest_codes_triton(x: Tensor, codebook: Tensor, metric: str, k: int) -> Te
     return indices
 
 
+def _as_rows(codebook: Tensor) -> tuple[Tensor, int, int]:
+    """Codebooks [K, D] or [G, K, D] -> (all codes [G K, D], G, K)."""
+    return codebook.flatten(0, -2), codebook.shape[:-2].numel(), codebook.shape[-2]
+
+
 def _pack(
-    codebook: Tensor, hard: Tensor, rows: int, lanes: int, num_blocks: int, euclidean: bool
+    codebook: Tensor, groups: int, hard: Tensor, rows: int, lanes: int, num_blocks: int, euclidean: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(packed codes, biases, center, bounds): see ``pack_codebook``."""
-    k, d = codebook.shape
+    k, d = len(codebook) // groups, codebook.shape[1]
     block_d, num_d = screen_chunks(d)
     width = block_d * num_d
-    packed = codebook.new_empty(num_blocks * BLOCK_K, width, dtype=torch.float16)
-    floats = codebook.new_empty(num_blocks * (BLOCK_K + 4) + width + 4, dtype=torch.float32)
-    bias, center, bounds = floats.split((num_blocks * BLOCK_K, width, 4 * num_blocks + 4))
+    packed = codebook.new_empty(groups * num_blocks * BLOCK_K, width, dtype=torch.float16)
+    sizes = [groups * size for size in (num_blocks * BLOCK_K, 128 * cdiv(d, 128), 4 * num_blocks + 4)]
+    bias, center, bounds = codebook.new_empty(sum(sizes), dtype=torch.float32).split(sizes)
     chunk = pack_chunk(width)
-    pack_codebook[(num_blocks,)](
-        codebook, packed, bias, center, bounds, hard, rows, k, d, num_blocks, *codebook.stride(),
+    pack_codebook[(groups * num_blocks,)](
+        codebook, packed, bias, center, bounds, hard, rows, k, d, num_blocks, groups, *codebook.stride(),
         LANES=lanes, BLOCK_K=BLOCK_K, SAMPLE=SAMPLE, EUCLIDEAN=euclidean, BLOCK_D=chunk,
         NUM_D=width // chunk, num_warps=PACK_WARPS,
     )  # fmt: skip
@@ -229,11 +242,11 @@ def _pack(
 
 def _screen(
     x: Tensor, packed: Tensor, bias: Tensor, center: Tensor, bounds: Tensor, keys: Tensor, rest: Tensor,
-    num_blocks: int, euclidean: bool, bits: int, split: int, plan: str,
+    num_blocks: int, groups: int, euclidean: bool, bits: int, split: int, plan: str,
 ) -> None:  # fmt: skip
     n, d = x.shape
     block_d, num_d = screen_chunks(d)
-    arguments = (x, packed, bias, center, bounds, keys, rest, n, d, num_blocks, *x.stride())
+    arguments = (x, packed, bias, center, bounds, keys, rest, n, d, num_blocks, groups, *x.stride())
     constants = {
         "EUCLIDEAN": euclidean, "POSITIVE": PLANS[plan].positive, "INDEX_BITS": bits, "SPLIT": split,
         "LANES": PLANS[plan].lanes, "BLOCK_K": BLOCK_K, "BLOCK_D": block_d, "NUM_D": num_d,
@@ -241,8 +254,8 @@ def _screen(
     configs = PLANS[plan].configs_for(d)
     if triton.knobs.runtime.interpret or len(configs) == 1:
         config = configs[0]
-        grid = (cdiv(n, config.block_n), split)
+        grid = (row_programs(n, groups, config.block_n), split)
         launch = {"BLOCK_N": config.block_n, "num_warps": config.num_warps, "num_stages": config.num_stages}
         screen[grid](*arguments, **constants, **launch)
     else:
-        autotuned(configs)[lambda meta: (cdiv(n, meta["BLOCK_N"]), split)](*arguments, **constants)
+        autotuned(configs)[lambda meta: (row_programs(n, groups, meta["BLOCK_N"]), split)](*arguments, **constants)

@@ -11,19 +11,21 @@ import triton
 import triton.language as tl
 
 from .triton_scan import block_scores
-from .triton_screen import load_rows
+from .triton_screen import in_turn, load_rows, rows_of
 
 LEAST = tl.constexpr(-1e300)  # below every score of fp32 values
 
 
 @triton.jit
 def nearest(
-    x, codebook, indices, N, K, D, x_stride_n, x_stride_d, codebook_stride_k, codebook_stride_d,
+    x, codebook, indices, N, K, D, groups, x_stride_n, x_stride_d, codebook_stride_k, codebook_stride_d,
     EUCLIDEAN: tl.constexpr, TOP: tl.constexpr, SLOTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
 ):  # fmt: skip
     """indices [N, TOP]: the codes of the best scores, the best first, of equal scores the lower index first."""
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    group, row_block = in_turn(groups)
+    codebook += group.to(tl.int64) * K * codebook_stride_k
+    offs_n = rows_of(group, row_block, groups, BLOCK_R)
     mask_n = offs_n < N
     rows = x + tl.where(mask_n, offs_n, 0) * x_stride_n
     slots, in_block = tl.arange(0, SLOTS)[None, :], tl.arange(0, BLOCK_C)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_screen import codebook_bound, load_centered, load_rows, row_frame
+from .triton_screen import codebook_bound, frame_of, in_turn, load_centered, load_rows, row_frame, rows_of
 
 
 @triton.jit
@@ -135,6 +135,7 @@ def resolve(
     K,
     D,
     num_blocks,
+    groups,
     x_stride_n,
     x_stride_d,
     codebook_stride_k,
@@ -152,10 +153,14 @@ def resolve(
     BLOCK_D: tl.constexpr,
     NUM_D: tl.constexpr,
 ):
-    """Everything that is asked for, except of the rows that remain for ``scan``, which ``hard`` [N + 1 + programs]
-    lists: first those rows, at N how many; behind it ``scan`` counts, from 0.
+    """Everything that is asked for, except of the rows that remain for ``scan``, which ``hard``
+    [N + groups + programs] lists: first those rows, those of the codebooks in turn; from N on how many, for each
+    codebook; behind it ``scan`` counts, from 0.
     """
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    group, row_block = in_turn(groups)
+    codebook += group.to(tl.int64) * K * codebook_stride_k
+    center, bounds = frame_of(center, bounds, group, num_blocks, D)
+    offs_n = rows_of(group, row_block, groups, BLOCK_R)
     mask_n = offs_n < N
     rows = x + tl.where(mask_n, offs_n, 0) * x_stride_n
     before, shift, scale, weight, largest = row_frame(
@@ -203,9 +208,9 @@ def resolve(
 
     number = tl.sum(undecided.to(tl.int64), axis=0)
     if number > 0:
-        place = tl.atomic_add(hard + N, number, sem="relaxed") + tl.cumsum(undecided.to(tl.int64), axis=0) - 1
-        tl.store(hard + place, offs_n, mask=undecided)
-    tl.store(hard + N + 1 + tl.program_id(0), 0)
+        place = tl.atomic_add(hard + N + group, number, sem="relaxed") + tl.cumsum(undecided.to(tl.int64), axis=0) - 1
+        tl.store(hard + place * groups + group, offs_n, mask=undecided)
+    tl.store(hard + N + groups + tl.program_id(0), 0)
     write_outputs(
         x, codebook, indices, normalized, codes, distances, offs_n, mask_n & (undecided == 0), best_index, finite, D,
         x_stride_n, x_stride_d, codebook_stride_k, codebook_stride_d,

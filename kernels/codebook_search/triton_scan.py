@@ -17,7 +17,7 @@ import triton.language as tl
 from ..triton_random import uniform
 from .reference import NEAREST
 from .triton_resolve import better, finite_or_least, write_outputs
-from .triton_screen import load_rows
+from .triton_screen import in_turn, load_rows, rows_of
 
 NEAR = tl.constexpr(NEAREST)
 
@@ -97,6 +97,7 @@ def scan(
     K,
     D,
     part_size,
+    groups,
     x_stride_n,
     x_stride_d,
     codebook_stride_k,
@@ -113,13 +114,15 @@ def scan(
 ):
     """partial [2, N, PARTS] float64: score and index of the best code of every part. Whichever program completes the
     last part of a block of rows combines the parts, in their order."""
-    count = tl.load(hard + N)
+    group, start = in_turn(groups)
+    codebook += group.to(tl.int64) * K * codebook_stride_k
+    count = tl.load(hard + N + group)
     tasks = (count + BLOCK_R - 1) // BLOCK_R * PARTS
     parts = tl.arange(0, PARTS)
-    for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
+    for task in range(start, tasks, tl.num_programs(0) // groups):
         block, part = task // PARTS, task % PARTS
-        places = (block * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-        mask_n = places < count
+        places = rows_of(group, block, groups, BLOCK_R)
+        mask_n = places < count * groups
         offs_n = tl.load(hard + places, mask=mask_n, other=0)
         first = (part * part_size).to(tl.int32)
         score, index = best_of_part(
@@ -133,7 +136,7 @@ def scan(
             tl.store(at + part, score, mask=mask_n)
             tl.store(at + N * PARTS + part, index.to(tl.float64), mask=mask_n)
             tl.debug_barrier()  # all of the block is stored before it is counted as done
-            combines = tl.atomic_add(hard + N + 1 + block, 1, sem="acq_rel") == PARTS - 1
+            combines = tl.atomic_add(hard + N + groups + block * groups + group, 1, sem="acq_rel") == PARTS - 1
         if combines:
             if PARTS > 1:
                 of_parts, mask = at[:, None] + parts[None, :], mask_n[:, None]
@@ -150,7 +153,8 @@ def scan(
 
 @triton.jit(do_not_specialize=["temperature"])
 def draw(
-    x, codebook, keys, indices, N, K, D, temperature, x_stride_n, x_stride_d, codebook_stride_k, codebook_stride_d,
+    x, codebook, keys, indices, N, K, D, groups, temperature,
+    x_stride_n, x_stride_d, codebook_stride_k, codebook_stride_d,
     EUCLIDEAN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
 ):  # fmt: skip
     """indices [N] of ``draw_codes``: BLOCK_R rows of a program against all codes. temperature: float64 as an int64.
@@ -158,7 +162,9 @@ def draw(
     Costs: 2 N K D float64 FLOPs on the tensor cores where they have float64; two float64 logarithms per row and code,
     which bound it; the codebook read N / BLOCK_R times, from L2.
     """
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    group, row_block = in_turn(groups)
+    codebook += group.to(tl.int64) * K * codebook_stride_k
+    offs_n = rows_of(group, row_block, groups, BLOCK_R)
     mask_n = offs_n < N
     rows, squares = x + offs_n * x_stride_n, tl.zeros((BLOCK_R,), tl.float64)
     for chunk in range(NUM_D):

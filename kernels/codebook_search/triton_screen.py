@@ -31,6 +31,25 @@ def magnitude(x):
 
 
 @triton.jit
+def in_turn(groups):
+    """(group, block): for which of the codebooks [groups, K, D] this program works, and on which block of it or of its
+    rows. Row r belongs to codebook r % groups: the heads of a vector lie side by side."""
+    return tl.program_id(0) % groups, tl.program_id(0) // groups
+
+
+@triton.jit
+def rows_of(group, block, groups, BLOCK: tl.constexpr):
+    """The rows of a codebook's block, int64."""
+    return (tl.full((), BLOCK, tl.int64) * block + tl.arange(0, BLOCK)) * groups + group
+
+
+@triton.jit
+def frame_of(center, bounds, group, num_blocks, D):
+    """Where the center and the bounds of a codebook lie: centers in whole chunks of 128, the widest of any kernel."""
+    return center + group * ((D + 127) // 128 * 128), bounds + group * (4 * num_blocks + 4)
+
+
+@triton.jit
 def load_rows(rows, mask_rows, start, D, stride_d, BLOCK_D: tl.constexpr):
     """Columns start .. start + BLOCK_D of some rows, zero beyond D, as fp32."""
     offs_d = start + tl.arange(0, BLOCK_D)
@@ -114,6 +133,7 @@ def pack_codebook(
     K,
     D,
     num_blocks,
+    groups,
     stride_k,
     stride_d,
     LANES: tl.constexpr,
@@ -135,9 +155,11 @@ def pack_codebook(
     center: m; for cosine m times a power of two, a. bias[k] = -||scale (c_k - m)||^2 / 2, or <a, scale (c_k - m)>.
     bounds[0 .. 2] = scale, whether this is a cone, ||a||^2; from bounds[4], for every block the maxima of
     ||scale (c - m)|| (Inf: do not screen), of what rounding took from it, of |bias|, and whether a code is not finite.
-    hard[N], the number of rows that the screening cannot decide, becomes 0.
+    hard[N + group], the number of rows that the screening cannot decide, becomes 0.
     """
-    block = tl.program_id(0)
+    group, block = in_turn(groups)
+    codebook += group.to(tl.int64) * K * stride_k
+    center, bounds = frame_of(center, bounds, group, num_blocks, D)
     ids = block * BLOCK_K + tl.arange(0, BLOCK_K)
     sampled = (tl.arange(0, SAMPLE).to(tl.int64) * K // SAMPLE).to(tl.int32)
     sample_rows, everywhere = codebook + sampled.to(tl.int64) * stride_k, sampled >= 0
@@ -164,6 +186,7 @@ def pack_codebook(
     to_axis = 1.0 if EUCLIDEAN else power_of_two_scale(tl.max(longest, axis=0))
     length = tl.zeros((1,), tl.float32)
     along = tl.zeros((BLOCK_K,), tl.float32)
+    places = group * (num_blocks * BLOCK_K) + ids
     squares = tl.zeros((BLOCK_K,), tl.float32)
     losses = tl.zeros((BLOCK_K,), tl.float32)
     largest_packed = tl.zeros((BLOCK_K,), tl.float32)
@@ -180,9 +203,9 @@ def pack_codebook(
         length += tl.sum(middle * to_axis * (middle * to_axis), axis=0)
         losses += tl.sum(loss * loss, axis=1)
         largest_packed = tl.maximum(largest_packed, tl.max(magnitude(values), axis=1))
-        tl.store(packed + ids.to(tl.int64)[:, None] * (BLOCK_D * NUM_D) + offs_d[None, :], rounded)
+        tl.store(packed + places.to(tl.int64)[:, None] * (BLOCK_D * NUM_D) + offs_d[None, :], rounded)
     biases = -0.5 * squares if EUCLIDEAN else along
-    tl.store(bias + ids, biases)
+    tl.store(bias + places, biases)
     screened = (tl.max(largest_packed, axis=0) < 65504.0) & (other < K)
     of_block = bounds + 4 + block
     tl.store(of_block, tl.where(screened, tl.sqrt(tl.max(squares, axis=0)), float("inf")))
@@ -195,7 +218,7 @@ def pack_codebook(
         tl.store(bounds, scale)
         tl.store(bounds + 1, cone.to(tl.float32))
         tl.store(bounds + 2, of_axis)
-        tl.store(hard + N, 0)
+        tl.store(hard + N + group, 0)
 
 
 @triton.jit
@@ -260,6 +283,7 @@ def screen(
     N,
     D,
     num_blocks,
+    groups,
     x_stride_n,
     x_stride_d,
     EUCLIDEAN: tl.constexpr,
@@ -278,9 +302,11 @@ def screen(
     maximum is one instruction, its float maximum three (both operands are quieted first).
     """
     part = tl.program_id(1)
-    first = num_blocks * part // SPLIT
-    last = num_blocks * (part + 1) // SPLIT
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    group, row_block = in_turn(groups)
+    first = group * num_blocks + num_blocks * part // SPLIT
+    last = group * num_blocks + num_blocks * (part + 1) // SPLIT
+    center, bounds = frame_of(center, bounds, group, num_blocks, D)
+    offs_n = rows_of(group, row_block, groups, BLOCK_N)
     mask_n = offs_n < N
     rows = x + offs_n * x_stride_n
     before, shift, scale, weight, _ = row_frame(rows, mask_n, center, bounds, D, x_stride_d, EUCLIDEAN, BLOCK_D, NUM_D)

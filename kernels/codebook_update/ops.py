@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..codebook_search.reference import numbered
 from ..native import native_ops
 from ..sampling import ALONE, named_group
 from .reference import apply_statistics_reference, codebook_statistics_reference
@@ -95,18 +96,21 @@ def _count_uses_cuda(bins: Tensor, idle: Tensor, window: Tensor | None = None, s
 
 
 @torch.library.custom_op("beitv2_fast::codebook_statistics", mutates_args=())
-def codebook_statistics(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:
-    return codebook_statistics_reference(x, indices, num_codes, metric)
+def codebook_statistics(x: Tensor, indices: Tensor, num_codes: int, metric: str, groups: int = 1) -> Tensor:
+    """Of [K, D] codes; with ``groups`` codebooks, to which the rows belong in turn, of [G K, D]."""
+    indices = numbered(indices, groups, num_codes)
+    return codebook_statistics_reference(x, indices, groups * num_codes, metric)
 
 
 @codebook_statistics.register_fake
-def _codebook_statistics_fake(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:
+def _codebook_statistics_fake(x: Tensor, indices: Tensor, num_codes: int, metric: str, groups: int = 1) -> Tensor:
     limbs = 1 if metric == "cosine" else 2
-    return x.new_empty(num_codes, 1 + limbs * x.shape[1], dtype=torch.int64)
+    return x.new_empty(groups * num_codes, 1 + limbs * x.shape[1], dtype=torch.int64)
 
 
 @codebook_statistics.register_kernel("cpu")
-def _codebook_statistics_cpu(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:
+def _codebook_statistics_cpu(x: Tensor, indices: Tensor, num_codes: int, metric: str, groups: int = 1) -> Tensor:
+    indices, num_codes = numbered(indices, groups, num_codes), groups * num_codes
     if native_ops():
         statistics: Tensor = torch.ops.beitv2_fast_cpu.codebook_statistics(x, indices, num_codes, metric == "cosine")
         return statistics
@@ -119,10 +123,10 @@ def _codebook_statistics_cpu(x: Tensor, indices: Tensor, num_codes: int, metric:
 
 
 @codebook_statistics.register_kernel("cuda")
-def _codebook_statistics_cuda(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:
+def _codebook_statistics_cuda(x: Tensor, indices: Tensor, num_codes: int, metric: str, groups: int = 1) -> Tensor:
     from .triton import codebook_statistics_triton  # only here: the package imports without Triton
 
-    return codebook_statistics_triton(x, indices, num_codes, metric)
+    return codebook_statistics_triton(x, indices, num_codes, metric, groups)
 
 
 @torch.library.custom_op(

@@ -20,10 +20,10 @@ def tile_shape(dim: int, elements: int = 1024) -> tuple[int, int]:
     return min(32, max(1, elements // block_d)), block_d
 
 
-def codebook_statistics_triton(x: Tensor, indices: Tensor, num_codes: int, metric: str) -> Tensor:
+def codebook_statistics_triton(x: Tensor, indices: Tensor, num_codes: int, metric: str, groups: int = 1) -> Tensor:
     count, dim = x.shape
     cosine = metric == "cosine"
-    out = torch.zeros(num_codes, 1 + (dim if cosine else 2 * dim), dtype=torch.int64, device=x.device)
+    out = torch.zeros(groups * num_codes, 1 + (dim if cosine else 2 * dim), dtype=torch.int64, device=x.device)
     if count == 0:
         return out
     block_n, block_d = tile_shape(dim)
@@ -34,6 +34,7 @@ def codebook_statistics_triton(x: Tensor, indices: Tensor, num_codes: int, metri
             out,
             count,
             num_codes,
+            groups,
             *x.stride(),
             indices.stride(0),
             D=dim,

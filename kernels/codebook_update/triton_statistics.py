@@ -76,6 +76,7 @@ def statistics_kernel(
     out,
     N,
     K,
+    groups,
     stride_n,
     stride_d,
     stride_i,
@@ -90,6 +91,7 @@ def statistics_kernel(
     code = tl.load(indices + offs_n * stride_i, mask=mask_n, other=-1)
     tl.device_assert((code >= -1) & (code < K), "codebook_update: an index lies outside -1..K-1")
     inside = (code >= 0) & (code < K)
+    code += offs_n % groups * K  # of codebooks to which the rows belong in turn
     pointers = x + offs_n[:, None] * stride_n + offs_d.to(tl.int64)[None, :] * stride_d
     rows = tl.load(pointers, mask=mask_n[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
     WIDTH: tl.constexpr = 1 + D if COSINE else 1 + 2 * D

@@ -41,7 +41,8 @@ def vector_quantize(
     Args:
         x: [N, D], any float dtype and strides, N >= 0; computed in fp32 (fp64 stays), also under autocast. Its gradient
             has its dtype.
-        codebook: [K, D]; cosine takes the codes as they are: keep them at unit length.
+        codebook: [K, D], or [G, K, D] as in ``codebook_search``; cosine takes the codes as they are: keep them at unit
+            length.
         commitment_weight: beta.
         codebook_weight: of VQ-VAE's codebook loss.
         return_compared: also return y, in fp32.
@@ -56,7 +57,7 @@ def vector_quantize(
     Source: arXiv 2208.06366 eq. 2 and 3 (cosine); arXiv 1711.00937 eq. 2 and 3.
     """
     check_metric(metric)
-    check_vectors("vector_quantize", x, codebook)
+    check_vectors("vector_quantize", x, codebook, several=True)
     quantized, indices, loss, compared = quantize(
         x, codebook, metric, commitment_weight, codebook_weight, return_compared
     )

@@ -101,9 +101,11 @@ def _backward(
     if ctx.trains_codebook and grad_loss is not None:
         # The sum of 2 w / (N D) (v_j - y_i) over the vectors that chose code j.
         indices, codebook = rest
-        bins, sums = unpack_statistics(codebook_statistics(x, indices, codebook.shape[0], ctx.metric), ctx.metric)
+        groups, codes = codebook.shape[:-2].numel(), codebook.flatten(0, -2)
+        statistics = codebook_statistics(x, indices, codebook.shape[-2], ctx.metric, groups)
+        bins, sums = unpack_statistics(statistics, ctx.metric)
         scale = grad_loss.double() * (2 * ctx.codebook_weight / max(1, x.numel()))
-        grad_codebook = (scale * (bins[:, None] * codebook.double() - sums)).to(codebook.dtype)
+        grad_codebook = (scale * (bins[:, None] * codes.double() - sums)).to(codebook.dtype).view(codebook.shape)
     return grad_x, grad_codebook, None, None, None, None
 
 

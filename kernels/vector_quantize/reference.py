@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..codebook_search import codebook_search
+from ..codebook_search.reference import look_up
 from ..codebook_update.reference import EPS
 
 SHORTEST = 1e-6  # the shortest vector that still has a direction
@@ -34,7 +35,7 @@ def vector_quantize_reference(
     y = F.normalize(x, dim=-1) if metric == "cosine" else x
     if indices is None:
         indices = codebook_search(x, codebook, metric=metric).indices
-    codes = F.embedding(indices, codebook).to(y.dtype)
+    codes = look_up(codebook, indices).to(y.dtype)
     loss = commitment_weight * _mean_square(codes.detach() - y, keep)
     if codebook_weight:
         loss = loss + codebook_weight * _mean_square(codes - y.detach(), keep)

@@ -18,7 +18,7 @@ from beitv2_fast.kernels.native import native_ops
 from bench.harness import peak_memory
 
 from ..support.counting import allocations
-from ..support.search_oracle import PROBLEMS, exact_indices, exact_score
+from ..support.search_oracle import PROBLEMS, exact_indices, exact_score, in_turn
 
 METRICS = ("cosine", "euclidean")
 INF, NAN = torch.inf, torch.nan
@@ -185,6 +185,24 @@ def test_no_vectors(version, metric):
     wanted = {"return_normalized": True, "return_codes": True, "return_distances": True}
     found = codebook_search(torch.empty(0, 4), torch.randn(3, 4), metric=metric, **wanted)
     assert [tuple(t.shape) for t in found] == [(0,), (0, 4), (0, 4), (0,)]
+
+
+@pytest.mark.parametrize("k", (None, 3))
+@pytest.mark.parametrize("metric", METRICS)
+def test_codebooks_in_turn_give_the_bits_of_each_alone(version, metric, k):
+    x, codebook = in_turn()
+    options = {"metric": metric, "k": k, "return_normalized": True, "return_codes": True, "return_distances": True}
+    together = codebook_search(x, codebook, **options)
+    for g, codes in enumerate(codebook):
+        for found, expected in zip(together, codebook_search(x[g::4], codes, **options), strict=True):
+            torch.testing.assert_close(found[g::4], expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_rows_that_codebooks_cannot_share_are_refused():
+    with pytest.raises(ValueError, match=r"4 codebooks take turns, so the rows of x must be a multiple; got 39"):
+        codebook_search(torch.randn(39, 6), torch.randn(4, 5, 6))
+    with pytest.raises(ValueError, match=r"codebook \[K, D\] or \[G, K, D\] with the same D"):
+        codebook_search(torch.randn(4, 10, 6), torch.randn(4, 5, 6))
 
 
 @pytest.mark.parametrize("wanted", ("normalized", "codes", "distances"))

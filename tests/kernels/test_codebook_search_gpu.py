@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from beitv2_fast.kernels import codebook_search
 
 from ..support.gpu import DRY, HERE, cuda_only, launches, no_waiting, pick
-from ..support.search_oracle import PROBLEMS, exact_indices
+from ..support.search_oracle import PROBLEMS, exact_indices, in_turn
 from .test_codebook_search_triton import METRICS, assert_lowest_of_equals, assert_nearest, host
 
 pytestmark = pytest.mark.gpu
@@ -60,6 +60,18 @@ def test_the_index_is_the_one_of_exact_arithmetic(name: str, metric: str) -> Non
     x, codebook = PROBLEMS[name](torch.Generator().manual_seed(0))
     found = codebook_search(x.to(HERE), codebook.to(HERE), metric=metric)
     assert torch.equal(found.indices.cpu(), exact_indices(x, codebook, metric))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_codebooks_in_turn_give_the_bits_of_each_alone(metric: str) -> None:
+    x, codebook = (t.to(HERE) for t in in_turn())
+    options = {"metric": metric, "return_codes": True, "return_distances": True}
+    together = codebook_search(x, codebook, **options)
+    for g in range(len(codebook)):
+        alone = codebook_search(x[g::4], codebook[g], **options)
+        assert torch.equal(together.indices[g::4], alone.indices)
+        for found, expected in ((together.codes, alone.codes), (together.distances, alone.distances)):
+            torch.testing.assert_close(found[g::4], expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("metric", METRICS)

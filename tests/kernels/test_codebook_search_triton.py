@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from beitv2_fast.kernels.codebook_search.reference import codebook_search_reference
 
+from ..support.search_oracle import in_turn
 from ..support.triton_tools import guarded
 
 host = pytest.importorskip(
@@ -221,14 +222,35 @@ def test_a_code_with_nan_or_inf_is_never_chosen(metric: str) -> None:
     assert (search(x, torch.full((3, 6), torch.nan), metric)[0] == 0).all()
 
 
+@pytest.mark.parametrize(("metric", "plan"), [("cosine", "sm_90"), ("euclidean", "gfx942")])
+def test_codebooks_in_turn_give_the_bits_of_each_alone(metric: str, plan: str) -> None:
+    x, codebook = in_turn()
+    together = search(x, codebook, metric, outputs=True, plan=plan, split=2)
+    for g, codes in enumerate(codebook):
+        alone = search(x[g::4], codes, metric, outputs=True, plan=plan, split=2)
+        for found, expected in zip(together, alone, strict=True):
+            torch.testing.assert_close(found[g::4], expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_codebooks_in_turn_may_be_strided_and_met_in_parts() -> None:
+    x = torch.randn(2, 16)[:, ::4].repeat(35, 1)  # [70, 4]
+    codebook = normalize(torch.randn(4, 3, 2), dim=0).repeat(1, 700, 1).permute(2, 1, 0)  # [2, 2100, 4], near ties only
+    assert host.scan_parts(2100, 2) > 1
+    indices, *_ = search(x, codebook, "cosine", split=2)
+    for g in range(2):
+        assert_nearest(x[g::2], codebook[g], "cosine", indices[g::2])
+        assert_lowest_of_equals(codebook[g], indices[g::2])
+
+
 @pytest.mark.parametrize(("n", "k", "d"), [(77, 131, 5), (3, 1, 129)])
 @pytest.mark.parametrize("metric", METRICS)
 def test_nothing_outside_the_tensors_is_touched(n: int, k: int, d: int, metric: str, monkeypatch) -> None:
     """Every tensor, the outputs too, ends at a page that kills the process when it is touched."""
-    x, codebook = guarded(torch.randn(n, d)), guarded(torch.randn(k, d))
+    x, codebook = guarded(torch.randn(2 * n, d)), guarded(torch.randn(2, k, d))
     for method in ("new_empty", "new_zeros"):
         original = getattr(Tensor, method)
         monkeypatch.setattr(Tensor, method, lambda *a, original=original, **kw: guarded(original(*a, **kw)))
     outputs = search(x, codebook, metric, outputs=True, split=2)
     monkeypatch.undo()
-    assert_nearest(x, codebook, metric, outputs[0])
+    for g in range(2):
+        assert_nearest(x[g::2], codebook[g], metric, outputs[0][g::2])

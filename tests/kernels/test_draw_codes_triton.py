@@ -29,6 +29,15 @@ def test_its_codes_are_the_references(metric, temperature):
     assert torch.equal(drawn, draw_codes_reference(x, codebook, metric, temperature, key, numbers))
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_codebooks_in_turn_give_the_draws_of_each_alone(metric):
+    x, codebook, keys = noise(99, 5), noise(3, 70, 5, seed=1), random_bits(torch.tensor(5), torch.arange(99))
+    drawn = host.draw_codes_triton(guarded(x), guarded(codebook), metric, 0.5, keys)
+    for g in range(3):
+        alone = host.draw_codes_triton(x[g::3], codebook[g], metric, 0.5, keys[g::3].contiguous())
+        assert torch.equal(drawn[g::3], alone)
+
+
 def test_vectors_may_be_strided_of_16_bits_or_missing():
     x, codebook, key, numbers = noise(8, 60).half(), noise(9, 16).bfloat16()[:, ::2], torch.tensor(5), torch.arange(60)
     drawn = host.draw_codes_triton(x.T, codebook, "cosine", 0.5, random_bits(key, numbers))

@@ -74,7 +74,7 @@ def test_the_search_fits(n: int, k: int, d: int, dtype: torch.dtype, split: int,
 def test_the_search_fits_whatever_is_one_or_strided(launches) -> None:
     find(torch.empty(70, 33), torch.empty(1, 33), "euclidean")
     find(torch.empty(70, 1, dtype=FP16), torch.empty(300, 1, dtype=FP16), "cosine", outputs=False)
-    find(torch.empty(64, 80).T[:, ::2], torch.empty(40, 200).T[:, :32], "cosine")
+    find(torch.empty(64, 80).T[:, ::2], torch.empty(40, 200).T.unflatten(0, (4, 50))[..., :32], "cosine")
     find(torch.empty(1, 2048).expand(5, -1), torch.empty(30, 2049, dtype=BF16)[:, 1:], "euclidean")
 
 
@@ -112,7 +112,7 @@ def test_an_update_without_averages_is_two_kernels(launches) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
-def test_a_training_step_of_the_quantizer_is_at_most_twelve_launches(launches, monkeypatch) -> None:
+def test_a_training_step_of_the_quantizer_is_at_most_twelve_launches_with_any_heads(launches, monkeypatch) -> None:
     """Those of kernels, and of torch's ops, also within the package's, but for the one that counts the host's clock."""
     monkeypatch.setattr(collapse, "host_waits_for", lambda x: True)
     seen = Dispatched()
@@ -120,14 +120,19 @@ def test_a_training_step_of_the_quantizer_is_at_most_twelve_launches(launches, m
                update_ops.codebook_statistics, update_ops.apply_statistics, update_ops.count_uses):  # fmt: skip
         for device, own in tuple(op._backend_fns.items()):
             monkeypatch.setitem(op._backend_fns, device, seen.within(op._backend_fns.get("cuda", own)))
-    quantizer, x = FusedVectorQuantizer(64, 8, kmeans_init=False), torch.randn(40, 8, requires_grad=True)
-    for _ in range(3):  # by then the host knows its clock, and the screening's configurations are tried
-        launches.clear()
-        seen.counts.clear()
-        with seen:
-            torch.autograd.grad(quantizer(x).loss, x, torch.ones(()))
-    of_torch = [name for name in seen.counts.elements() if not name.startswith("beitv2_fast") and name not in READS]
-    assert len(launches) >= 8 and len(launches) + len(of_torch) - 1 <= 12, (launches, of_torch)
+    x, steps = torch.randn(40, 8, requires_grad=True), []
+    for heads in (1, 4):
+        quantizer = FusedVectorQuantizer(64, 8, heads=heads, kmeans_init=False)
+        for _ in range(3):  # by then the host knows its clock, and the screening's configurations are tried
+            launches.clear()
+            seen.counts.clear()
+            with seen:
+                torch.autograd.grad(quantizer(x).loss, x, torch.ones(()))
+        names = [name for name in seen.counts.elements() if not name.startswith("beitv2_fast") and name not in READS]
+        steps.append(([launch.kernel for launch in launches], sorted(names)))
+    (of_kernels, of_torch), with_heads = steps
+    assert len(of_kernels) >= 8 and len(of_kernels) + len(of_torch) - 1 <= 12, (of_kernels, of_torch)
+    assert with_heads == (of_kernels, of_torch)
 
 
 def test_the_update_and_the_gradient_fit_with_strides(launches) -> None:

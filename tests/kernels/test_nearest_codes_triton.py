@@ -49,9 +49,10 @@ def test_what_is_not_finite_comes_last_and_finds_the_first(metric: str) -> None:
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_nothing_outside_the_tensors_is_touched(metric: str, monkeypatch) -> None:
-    x, codebook = guarded(noise(37, 5)), guarded(noise(131, 5, seed=1))
+    x, codebook = guarded(noise(74, 5)), guarded(noise(2, 131, 5, seed=1))
     original = Tensor.new_empty
     monkeypatch.setattr(Tensor, "new_empty", lambda *a, **kw: guarded(original(*a, **kw)))
     found = host.nearest_codes_triton(x, codebook, metric, 3)
     monkeypatch.undo()
-    assert torch.equal(found, exact_nearest(x, codebook, metric, 3))
+    for g in range(2):
+        assert torch.equal(found[g::2], exact_nearest(x[g::2], codebook[g], metric, 3))

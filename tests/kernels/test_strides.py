@@ -45,6 +45,7 @@ LAYOUTS = {f.__name__: f for f in (every_second, reversed_dimensions, behind_ano
 def arguments() -> dict[str, tuple[Any, ...]]:
     """Of every op: arguments that give each an output of several rows and columns."""
     x, codes, indices = noise(7, 6), noise(5, 6), torch.tensor([0, 2, 4, 1, 2, 0, 3])
+    turns, books = noise(6, 4), noise(2, 5, 4)  # of two codebooks in turn
     mask = torch.tensor([[True, False, True], [False, True, True]])
     positions, labels = torch.tensor([0, 2, 4, 5]), torch.tensor([1, 0, 4, 2])
     tokens, head = [noise(2, 3, 4), 2 * noise(2, 3, 4)], (noise(4), noise(4), noise(5, 4), noise(5))
@@ -65,9 +66,13 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "codebook_search cosine": (x, codes, "cosine", True, True, True),
         "codebook_search euclidean": (x, codes, "euclidean", True, True, True),
         "codebook_search indices": (x, codes, "cosine", False, False, False),
+        "codebook_search in turn": (turns, books, "cosine", True, True, True),
         "nearest_codes": (x, codes, "cosine", 3),
+        "nearest_codes in turn": (turns, books, "euclidean", 3),
         "draw_codes": (x, codes, "euclidean", 0.5, torch.tensor(3), torch.arange(7)),
+        "draw_codes in turn": (turns, books, "cosine", 0.5, torch.tensor([3, 4] * 3), torch.arange(6) // 2),
         "codebook_statistics cosine": (x, indices, 5, "cosine"),
+        "codebook_statistics in turn": (turns, indices[:6], 5, "cosine", 2),
         "codebook_statistics euclidean": (x, indices, 5, "euclidean"),
         "apply_codebook_statistics cosine": (statistics[0], *one[:2], None, 0.9, "cosine", 0.0),
         "apply_codebook_statistics euclidean": (statistics[1], *one, 0.9, "euclidean", 1e-5),
@@ -86,6 +91,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "gelu_and_gradient": (noise(5, 6), noise(5, 6)),
         "vector_quantize cosine": (x, codes, "cosine", 0.25, 0.5, True),
         "vector_quantize euclidean": (x, codes, "euclidean", 0.25, 0.5, True),
+        "vector_quantize in turn": (turns, books, "cosine", 0.25, 0.5, True),
         "vector_quantize_backward": (x, codes[indices], noise(7, 6), torch.tensor(0.5), 0.25, "cosine"),
         "start_codebook": (*book, started, steps, idle, recent, clock, groups, "euclidean", 2, 0, 0.0, 100),
         "replace_dead_codes": (

@@ -233,6 +233,20 @@ def test_opcheck(metric):
     torch.library.opcheck(quantize_backward, (x.bfloat16(), quantized, upstream, None, 0.25, metric))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("metric", METRICS)
+def test_codebooks_in_turn_have_the_bits_of_each_alone(metric, dtype):
+    x, codebook, upstream = make(40, 5, 8, dtype)
+    codebook = torch.stack([codebook, codebook.flip(0), codebook / 2, -codebook])
+    quantized, indices, loss, grad, of_codes = run(ours, x, codebook, upstream, 0.25, 0.5, metric=metric)
+    alone = [run(ours, x[g::4], codebook[g], upstream[g::4], 0.25 / 4, 0.5 / 4, metric=metric) for g in range(4)]
+    for g in range(4):
+        for found, expected in zip((quantized, indices, grad), (*alone[g][:2], alone[g][3]), strict=True):
+            assert torch.equal(found[g::4], expected)
+    torch.testing.assert_close(of_codes, torch.stack([one[4] for one in alone]))
+    torch.testing.assert_close(loss, torch.stack([one[2] for one in alone]).sum())
+
+
 @pytest.mark.parametrize("codebook_weight", [0.0, 0.5])
 def test_it_compiles_to_one_graph_with_the_same_gradients(codebook_weight):
     x, codebook, upstream = make(12, 5, 8)

@@ -148,10 +148,15 @@ def test_heads_learn_in_one_pass_as_quantizers_of_their_own(metric, moves):
         for name in names:
             getattr(one, name).copy_(getattr(quantizer, name)[head])
     with Dispatched() as seen:
-        counts = quantizer(z).counts
+        out = quantizer(z)
+    of_each = [one(z.chunk(3, -1)[head]) for head, one in enumerate(alone)]
+    assert torch.equal(out.quantized, torch.cat([one.quantized for one in of_each], -1))
+    assert torch.equal(out.indices, torch.stack([one.indices for one in of_each], -1))
+    torch.testing.assert_close(out.loss, torch.stack([one.loss for one in of_each]).mean())
+    assert seen.counts["beitv2_fast::vector_quantize"] == 1
     assert seen.counts["beitv2_fast::codebook_statistics"] == 1
     assert seen.counts["beitv2_fast::apply_codebook_statistics"] == moves  # euclidean: by each codebook's own total
-    assert torch.equal(counts, torch.stack([one(z.chunk(3, -1)[head]).counts for head, one in enumerate(alone)]))
+    assert torch.equal(out.counts, torch.stack([one.counts for one in of_each]))
     for name in names:
         assert torch.equal(getattr(quantizer, name), torch.stack([getattr(one, name) for one in alone])), name
 

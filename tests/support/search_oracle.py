@@ -99,6 +99,20 @@ def scaled(x_scale: float, code_scale: float):
     return problem
 
 
+def in_turn() -> tuple[Tensor, Tensor]:
+    """Rows [40, 6] of four codebooks [4, 140, 6]: a cone, one with codes that are not finite, a collapsed one that
+    rows of zeros and NaN meet too, and one far shorter than the others."""
+    generator = torch.Generator().manual_seed(0)
+    x, codebook = torch.randn(40, 6, generator=generator), torch.randn(4, 140, 6, generator=generator)
+    codebook[0] = 30 + codebook[0]
+    codebook[1, 5, 0], codebook[1, 139] = torch.nan, torch.inf
+    codebook[2] = codebook[2, :1] + 1e-7 * codebook[2]
+    codebook[3] *= 1e-6
+    x[::4] += 30
+    x[6], x[13], x[18, 3], x[23, 1] = 0, 0, torch.nan, torch.inf
+    return x, codebook
+
+
 PROBLEMS = {
     "random": random,
     "clustered": clustered,
