@@ -8,7 +8,6 @@ for dead codes (collapse.py).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -413,17 +412,13 @@ class FusedVectorQuantizer(QuantizerState):
     def _move_codebooks(self, state: dict[str, Tensor], seen: Tensor, indices: Tensor) -> Tensor:
         """The EMA step of every codebook; returns counts [G, K], over all ranks."""
         book, size = state["codebook"], state["cluster_size"]
-        averages = [None] * self.groups if self.embed_avg is None else state["embed_avg"]
-        check_state(book[0], cluster_size=size[0], embed_avg=averages[0])
+        averages = None if self.embed_avg is None else state["embed_avg"]
+        check_state(book[0], cluster_size=size[0], embed_avg=None if averages is None else averages[0])
         rows, chosen = _in_turn(seen), _in_turn(indices)
         statistics = codebook_statistics(rows, chosen, self.num_codes, self.metric, self.groups)
         sum_over_ranks(statistics, self._group)
-        options = self.decay, self.metric, self.eps
-        if self.embed_avg is None and book.is_contiguous() and size.is_contiguous():  # a code moves by itself
-            moved: Tensor = apply_statistics(statistics, book.view(-1, self.code_dim), size.view(-1), None, *options)
-            return moved.view(size.shape)
-        parts = zip(statistics.view(*size.shape, -1), book, size, averages, strict=True)
-        return _stack([apply_statistics(*part, *options) for part in parts])
+        moved: Tensor = apply_statistics(statistics, book, size, averages, self.decay, self.metric, self.eps)
+        return moved.view(size.shape)
 
     def _count(self, indices: Tensor, keep: Tensor | None) -> Tensor:
         """How often each code was chosen on this rank, [G, K]."""
@@ -463,8 +458,3 @@ def _floats(shape: tuple[int, ...]) -> Tensor:
 def _in_turn(x: Tensor) -> Tensor:
     """[G, N, ...] -> [N G, ...], as the heads of a vector lie in memory: its backward and itself are no copy."""
     return x.transpose(0, 1).flatten(0, 1)
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """torch.stack, without a copy of a single one."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))

@@ -6,6 +6,7 @@ For callers that know their vectors and indices to fit, as the quantizer does; `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -141,7 +142,24 @@ def apply_statistics(
     metric: str,
     eps: float,
 ) -> Tensor:
-    return apply_statistics_reference(statistics, codebook, cluster_size, embed_avg, decay, metric, eps)
+    """The second pass, in place; also for several codebooks [G, K, D] with the statistics of [G K, D]. Returns bins."""
+    return _one_by_one(apply_statistics_reference, statistics, codebook, cluster_size, embed_avg, decay, metric, eps)
+
+
+def _one_by_one(
+    apply: Callable[..., Tensor],
+    statistics: Tensor,
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_avg: Tensor | None,
+    *options: Any,
+) -> Tensor:
+    """``apply``, which knows one codebook."""
+    if codebook.dim() == 2:
+        return apply(statistics, codebook, cluster_size, embed_avg, *options)
+    averages = [None] * len(codebook) if embed_avg is None else embed_avg
+    parts = zip(statistics.unflatten(0, cluster_size.shape), codebook, cluster_size, averages, strict=True)
+    return torch.cat([apply(*part, *options) for part in parts])
 
 
 @apply_statistics.register_fake
@@ -153,17 +171,17 @@ def _apply_statistics_fake(statistics: Tensor, *_: Any) -> Tensor:
 def _apply_statistics_cpu(statistics: Tensor, *state_and_options: Any) -> Tensor:
     codebook, cluster_size, embed_avg, decay, metric, eps = state_and_options
     if not native_ops() or not _all_contiguous(codebook, cluster_size, embed_avg):
-        return apply_statistics_reference(statistics, *state_and_options)
-    bins: Tensor = torch.ops.beitv2_fast_cpu.move_codebook(
-        statistics.contiguous(), codebook, cluster_size, embed_avg, decay, metric == "cosine", eps
-    )
-    return bins
+        return _one_by_one(apply_statistics_reference, statistics, *state_and_options)
+    if embed_avg is None:  # a code moves by itself
+        codebook, cluster_size = codebook.flatten(0, -2), cluster_size.flatten()
+    move, options = torch.ops.beitv2_fast_cpu.move_codebook, (decay, metric == "cosine", eps)
+    return _one_by_one(move, statistics.contiguous(), codebook, cluster_size, embed_avg, *options)
 
 
 @apply_statistics.register_kernel("cuda")
 def _apply_statistics_cuda(statistics: Tensor, *state_and_options: Any) -> Tensor:
     if not _all_contiguous(*state_and_options[:3]):
-        return apply_statistics_reference(statistics, *state_and_options)
+        return _one_by_one(apply_statistics_reference, statistics, *state_and_options)
     from .triton import apply_statistics_triton
 
     return apply_statistics_triton(statistics.contiguous(), *state_and_options)

@@ -56,17 +56,17 @@ def apply_statistics_triton(
     eps: float,
 ) -> Tensor:
     """All tensors contiguous."""
-    count, dim = codebook.shape
+    (count, dim), groups = codebook.shape[-2:], codebook.shape[:-2].numel()
     decay, rest, eps = fp32(decay), fp32(1 - decay), fp32(eps)
-    bins, totals = statistics.new_empty(count), None
+    bins, totals = statistics.new_empty(groups * count), None
     block_k, block_d = tile_shape(dim, APPLY_TILE)
     with device_of(codebook):
         if embed_avg is not None:
-            totals = statistics.new_zeros(1)
-            sizes_kernel[(cdiv(count, 256),)](
+            totals = statistics.new_zeros(groups)
+            sizes_kernel[(cdiv(count, 256), groups)](
                 statistics, cluster_size, bins, totals, count, statistics.shape[1], decay, rest, BLOCK_K=256
             )
-        codes_kernel[(cdiv(count, block_k),)](
+        codes_kernel[(cdiv(count, block_k), groups)](
             statistics,
             totals,
             codebook,

@@ -33,13 +33,15 @@ def move_sizes(number, cluster_size, bins, offs_k, mask, decay, rest):
 
 @triton.jit
 def sizes_kernel(statistics, cluster_size, bins, totals, K, WIDTH, decay, rest, BLOCK_K: tl.constexpr):
-    """``move_sizes`` and their total in steps of 2^-30, before the codes that need it."""
+    """``move_sizes`` and their total in steps of 2^-30, before the codes that need it. The second axis of the grid is
+    that of several codebooks."""
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = offs_k < K
+    offs_k += tl.program_id(1) * K
     number = tl.load(statistics + offs_k.to(tl.int64) * WIDTH, mask=mask, other=0)
     steps = move_sizes(number, cluster_size, bins, offs_k, mask, decay, rest).to(tl.float64) * 1073741824.0
     steps = tl.where(steps < EXACT, (steps + INTEGER_ROUND) - INTEGER_ROUND, steps).to(tl.int64)
-    tl.atomic_add(totals, tl.sum(tl.where(mask, steps, 0), axis=0), sem="relaxed")
+    tl.atomic_add(totals + tl.program_id(1), tl.sum(tl.where(mask, steps, 0), axis=0), sem="relaxed")
 
 
 @triton.jit
@@ -72,10 +74,12 @@ def codes_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """codebook and embed_avg; without that, which needs no total, cluster_size and bins, too."""
+    """codebook and embed_avg; without that, which needs no total, cluster_size and bins, too. The second axis of the
+    grid is that of several codebooks."""
     offs_k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_d = tl.arange(0, BLOCK_D)
     mask_k = offs_k < K
+    offs_k += tl.program_id(1) * K
     mask = mask_k[:, None] & (offs_d < D)[None, :]
     WIDTH: tl.constexpr = 1 + D if COSINE else 1 + 2 * D
     number = tl.load(statistics + offs_k * WIDTH, mask=mask_k, other=0)
@@ -89,7 +93,7 @@ def codes_kernel(
     code = tl.load(codebook + at, mask=mask, other=0.0)
     if AVERAGE:
         size = tl.load(cluster_size + offs_k, mask=mask_k, other=0.0)
-        total = tl.load(totals).to(tl.float64) * (1.0 / 1073741824.0)
+        total = tl.load(totals + tl.program_id(1)).to(tl.float64) * (1.0 / 1073741824.0)
         average = mix_rows(tl.load(embed_avg + at, mask=mask, other=0.0), sums.to(tl.float32), decay, rest)
         smoothed = (size.to(tl.float64) + wide(eps)) / (total + wide(K) * wide(eps)) * total
         moved = (average.to(tl.float64) * (1.0 / smoothed)[:, None]).to(tl.float32)

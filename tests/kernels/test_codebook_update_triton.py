@@ -112,3 +112,22 @@ def test_the_second_pass_has_the_bits_of_the_reference(num_codes, dim, metric, a
     for state in (actual, expected):
         state.codebook.nan_to_num_(123)
     assert actual.same_bits(expected)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_codebooks_in_turn_learn_with_the_bits_of_each_alone(average):
+    from beitv2_fast.kernels.codebook_update.triton import apply_statistics_triton
+
+    x, indices = make_batch(99, 300, 8)
+    indices[3::19] = -1
+    states = [make_state(300, 8, average=average, seed=g) for g in range(3)]
+    together = [torch.stack([s.codebook for s in states]), torch.stack([s.cluster_size for s in states])]
+    together += [torch.stack([s.embed_avg for s in states]) if average else None]
+    sums = statistics(x, indices, 300, "cosine", 3)
+    bins = apply_statistics_triton(sums, *together, 0.97, "cosine", 1e-5)
+    for g, state in enumerate(states):
+        alone = codebook_statistics_reference(x[g::3], indices[g::3], 300, "cosine")
+        of_state = (state.codebook, state.cluster_size, state.embed_avg)
+        expected = apply_statistics_reference(alone, *of_state, 0.97, "cosine", 1e-5)
+        assert torch.equal(sums.view(3, 300, -1)[g], alone) and torch.equal(bins.view(3, 300)[g], expected)
+        assert all(a is b is None or torch.equal(a[g], b) for a, b in zip(together, of_state, strict=True))

@@ -105,10 +105,18 @@ def test_the_update_and_the_gradient_fit(n: int, k: int, d: int, dtype: torch.dt
         quantize.vector_quantize_backward_triton(x, quantized, grad, grad_loss, 1.0, metric)
 
 
-def test_an_update_without_averages_is_two_kernels(launches) -> None:
-    statistics = update.codebook_statistics_triton(torch.empty(40, 8), torch.empty(40, dtype=torch.int64), 9, "cosine")
-    update.apply_statistics_triton(statistics, torch.empty(9, 8), torch.empty(9), None, 0.99, "cosine", 1e-5)
-    assert [launch.kernel for launch in launches] == ["statistics_kernel", "codes_kernel"]
+@pytest.mark.parametrize("groups", [1, 4])
+def test_an_update_is_two_kernels_and_one_more_with_averages(groups, launches) -> None:
+    x, indices, codebook = torch.empty(40, 8), torch.empty(40, dtype=torch.int64), torch.empty(groups, 9, 8)
+    statistics = update.codebook_statistics_triton(x, indices, 9, "cosine", groups)
+    for average in (None, codebook):
+        update.apply_statistics_triton(statistics, codebook, codebook[..., 0].clone(), average, 0.99, "cosine", 1e-5)
+    assert [launch.kernel for launch in launches] == [
+        "statistics_kernel",
+        "codes_kernel",
+        "sizes_kernel",
+        "codes_kernel",
+    ]
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)

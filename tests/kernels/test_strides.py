@@ -76,6 +76,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "codebook_statistics euclidean": (x, indices, 5, "euclidean"),
         "apply_codebook_statistics cosine": (statistics[0], *one[:2], None, 0.9, "cosine", 0.0),
         "apply_codebook_statistics euclidean": (statistics[1], *one, 0.9, "euclidean", 1e-5),
+        "apply_codebook_statistics in turn": (statistics[0].repeat(2, 1), *book, 0.9, "cosine", 1e-5),
         "count_uses": (bins, idle, recent, steps),
         "masked_positions": (mask, None),
         "masked_gather": (tokens[0], positions),

@@ -138,8 +138,8 @@ def test_shapes_of_vectors_maps_and_heads(channel_last, shape, heads, share):
     torch.testing.assert_close(one.eval().decode(out.indices), one(z).quantized)
 
 
-@pytest.mark.parametrize(("metric", "moves"), [("cosine", 1), ("euclidean", 3)])
-def test_heads_learn_in_one_pass_as_quantizers_of_their_own(metric, moves):
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_heads_learn_in_one_pass_as_quantizers_of_their_own(metric):
     options = {"metric": metric, "kmeans_init": False}
     quantizer, z = FusedVectorQuantizer(6, 12, heads=3, **options), noise(40, 12)
     alone = [FusedVectorQuantizer(6, 4, **options) for _ in range(3)]
@@ -155,7 +155,7 @@ def test_heads_learn_in_one_pass_as_quantizers_of_their_own(metric, moves):
     torch.testing.assert_close(out.loss, torch.stack([one.loss for one in of_each]).mean())
     assert seen.counts["beitv2_fast::vector_quantize"] == 1
     assert seen.counts["beitv2_fast::codebook_statistics"] == 1
-    assert seen.counts["beitv2_fast::apply_codebook_statistics"] == moves  # euclidean: by each codebook's own total
+    assert seen.counts["beitv2_fast::apply_codebook_statistics"] == 1
     assert torch.equal(out.counts, torch.stack([one.counts for one in of_each]))
     for name in names:
         assert torch.equal(getattr(quantizer, name), torch.stack([getattr(one, name) for one in alone])), name
