@@ -128,10 +128,7 @@ class ResidualVectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _search(self, z: Tensor, depth: Tensor | None) -> Tensor:
-        """Indices [N, Q] of the best of ``eval_beam_size`` sums; 0 behind a sample's depth, and where a vector has NaN.
-
-        For a moment there are N x beam x beam rests of width D.
-        """
+        """Indices [N, Q] of the best of ``eval_beam_size`` sums; 0 behind a sample's depth, and of vectors with NaN."""
         rest = self.stage(0)._rows(_wide(z))[0].unsqueeze(1)  # [N, beam, D]
         cost, paths = torch.zeros_like(rest[..., 0]), torch.zeros_like(rest[..., :0], dtype=torch.int64)
         unknown = rest[:, 0].isnan().any(-1, keepdim=True)
@@ -139,12 +136,14 @@ class ResidualVectorQuantizer(nn.Module):
         for i in range(self.num_quantizers):
             codes, beam = self.stage(i)._codebooks()[0], rest.shape[1]
             k = min(self.eval_beam_size, len(codes))
-            found = codebook_search(rest.flatten(0, 1), codes, metric="euclidean", k=k).indices
-            rest = rest.repeat_interleave(k, dim=1) - F.embedding(found.view(-1, beam * k), codes)
-            paths = torch.cat([paths.repeat_interleave(k, dim=1), found.view(-1, beam * k, 1)], dim=-1)
-            cost = cost.repeat_interleave(k, dim=1) + rest.square().mean(-1)
+            found = codebook_search(rest.flatten(0, 1), codes, metric="euclidean", k=k).indices.view(-1, beam, k)
+            # One code per beam at a time: all rests at once would be [N, beam, k, D].
+            more = [(rest - F.embedding(code, codes)).square().mean(-1) for code in found.unbind(-1)]
+            cost = (cost[..., None] + torch.stack(more, dim=-1)).flatten(1)
             cost, kept = cost.topk(min(self.eval_beam_size, beam * k), largest=False)
-            rest, paths = (t.gather(1, kept[..., None].expand(-1, -1, t.shape[-1])) for t in (rest, paths))
+            found, parent = found.flatten(1).gather(1, kept), (kept // k)[..., None]
+            rest = rest.gather(1, parent.expand(-1, -1, rest.shape[-1])) - F.embedding(found, codes)
+            paths = torch.cat([paths.gather(1, parent.expand(-1, -1, i)), found[..., None]], dim=-1)
             deep = self._taking_part(z, None, depth, i)
             found = paths[:, 0]
             best[:, : i + 1] = found if deep is None else torch.where(deep.reshape(-1, 1), found, best[:, : i + 1])

@@ -83,6 +83,12 @@ def test_a_function_allocates_no_matrix_of_vectors_times_codes(function):
     assert N * D < largest_allocation(lambda: FUNCTIONS[function](x, codes)) < N * K
 
 
+def test_beams_hold_the_rests_of_the_sums_that_they_look_on_and_no_more():
+    quantizer, beam, width = ResidualVectorQuantizer(64, 64, 3, eval_beam_size=4, kmeans_init=False).eval(), 4, 64
+    z = torch.randn(N, width)
+    assert largest_allocation(lambda: quantizer.encode(z)) == N * beam * width * z.itemsize
+
+
 def test_a_matrix_of_one_byte_for_each_pair_would_be_seen():
     x, codes = vectors().flatten(0, 1), torch.randn(K, D)
     assert largest_allocation(lambda: (x[:, None, 0] > codes[:, 0]).any()) == N * K
