@@ -5,7 +5,7 @@
 //
 //   cpu.cpp               the op: outputs, choice of the instruction set, threads
 //   cpu_search.h          how a search goes, its error bounds, and what its pieces hand each other
-//   cpu_codes.h, .cpp     measures the codebook and packs it into bytes, once per call
+//   cpu_codes.h, .cpp     measures the codebook and packs it into bytes, once per call; screens few vectors meanwhile
 //   cpu_block.h, .cpp     one thread's part: blocks of vectors, screened, then resolved
 //   cpu_draw.cpp, cpu_draw_kernels.h  draw_codes, from the screening's bounds
 //   cpu_exact.h           near ties in twice double precision
@@ -53,7 +53,7 @@ Outputs search(const at::Tensor& x, const at::Tensor& codebook, bool cosine, int
   at::Tensor distances = at::empty({return_distances ? rows : 0}, floats);
   if (rows == 0) return {indices, normalized, codes, distances};
 
-  const PackedCodebook book = pack_codebook(contiguous, cosine, bytes_pay(rows, codebook.size(0), k), kernels);
+  const PackedCodebook book = pack_codebook(contiguous, cosine, bytes_pay(rows, codebook.size(0), k), kernels, x);
   const Search shared = {kernels,
                          book,
                          x,

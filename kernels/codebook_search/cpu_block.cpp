@@ -1,15 +1,11 @@
 // See cpu_block.h.
 #include "cpu_block.h"
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <numeric>
 
 #include "cpu_exact.h"
 
@@ -19,15 +15,6 @@ namespace {
 // Bytes screen about four times as many codes per second as fp32, but a group that they leave costs a read of its fp32
 // codes, mostly from beyond the caches: at K = 8192 that is even when about a sixteenth of the groups is left.
 constexpr int64_t GROUPS_PER_CANDIDATE = 16;
-constexpr int64_t FEW_VECTORS = 3;  // a panel has 16: screening would score 13 zeros
-
-template <class T>
-void convert(const T* source, int64_t stride, int64_t dim, float* out) {
-  if (stride == 1)
-    for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<float>(source[d]);
-  else
-    for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<float>(source[d * stride]);
-}
 
 // What F.normalize yields in double: x / max(|x|, 1e-12).
 void normalize(const float* x, int64_t dim, float* out) {
@@ -65,15 +52,14 @@ int32_t position_of(uint64_t ranked) { return static_cast<int32_t>(ranked); }
 Block::Block(const Search& search)
     : search_(search),
       codes_(search.book.codes),
-      few_(search.x.size(0) <= FEW_VECTORS),
       bytes_(codes_.bytes),
       tops_(std::min(search.k, codes_.groups + 1)),
+      reader_(search.x),
       rows_(new float[ROWS * codes_.dim]),
       panels_(new float[ROWS * std::max(codes_.dim, codes_.depth / 4 + 1)]),
       group_max_(new float[ROWS * CHUNK]),
       top_(new float[ROWS * tops_]),
       row_top_(new float[2 * search.k + PANEL]),
-      row_(new float[codes_.dim]),
       compared_(new float[codes_.dim]) {}
 
 void Block::run(int64_t first, int64_t count) {
@@ -88,46 +74,32 @@ void Block::run(int64_t first, int64_t count) {
   if (resolved_ > (search_.k + 1 + codes_.groups / GROUPS_PER_CANDIDATE) * count) bytes_ = false;
 }
 
-// A row as it was given, in fp32.
-void Block::read(int64_t row, float* out) const {
-  const at::Tensor& x = search_.x;
-  const int64_t start = row * x.stride(0), stride = x.stride(1);
-  switch (x.scalar_type()) {
-    case at::kHalf: return convert(x.const_data_ptr<c10::Half>() + start, stride, codes_.dim, out);
-    case at::kBFloat16: return convert(x.const_data_ptr<c10::BFloat16>() + start, stride, codes_.dim, out);
-    default: return convert(x.const_data_ptr<float>() + start, stride, codes_.dim, out);
-  }
-}
-
 void Block::pack(int64_t first, int64_t count) {
   const int64_t panels = (count + PANEL - 1) / PANEL, dim = codes_.dim;
-  for (int64_t i = 0; i < count; ++i) read(first + i, &rows_[i * dim]);
+  for (int64_t i = 0; i < count; ++i) std::copy_n(reader_.row(first + i), dim, &rows_[i * dim]);
   std::fill(&rows_[count * dim], &rows_[0] + panels * PANEL * dim, 0.0f);
   for (int64_t p = 0; p < panels; ++p)
-    search_.kernels.pack_rows(&rows_[p * PANEL * dim], codes_, search_.book.scale, bytes_, panel(p), info_ + p * PANEL);
+    search_.kernels.pack_rows(&rows_[p * PANEL * dim], codes_, search_.book.scale, bytes_,
+                              search_.book.screened ? nullptr : panel(p), info_ + p * PANEL);
+  std::fill_n(best_, ROWS, -std::numeric_limits<float>::infinity());
+  // Lanes without a vector: no group reaches best + Inf.
+  for (int64_t i = count; i < panels * PANEL; ++i) info_[i].screen_error = -std::numeric_limits<float>::infinity();
 }
 
 // Fills the candidates of every row.
 void Block::screen(int64_t count) {
   const int64_t panels = (count + PANEL - 1) / PANEL;
   const Screen run = bytes_ ? search_.kernels.screen_bytes : search_.kernels.screen_fp32;
-  std::fill_n(best_, ROWS, -std::numeric_limits<float>::infinity());
   std::fill_n(top_.get(), ROWS * tops_, -std::numeric_limits<float>::infinity());
   for (int64_t i = 0; i < count; ++i) candidates_[i].group.clear(), candidates_[i].screened.clear();
-  if (few_) {
-    for (int64_t i = 0; i < count; ++i) {
-      candidates_[i].group.resize(codes_.groups);
-      std::iota(candidates_[i].group.begin(), candidates_[i].group.end(), 0);
-      candidates_[i].screened.assign(codes_.groups, std::numeric_limits<float>::infinity());
-    }
-    return;
-  }
   for (int64_t begin = 0; begin < codes_.groups; begin += CHUNK) {
     const int64_t end = std::min(begin + CHUNK, codes_.groups);
-    run(codes_, panels_.get(), panels, begin, end, group_max_.get(), best_);
+    const float* all = search_.book.screened ? &search_.book.screened[begin * PANEL] : group_max_.get();
+    if (search_.book.screened) search_.kernels.raise_top(all, end - begin, 1, best_);
+    else run(codes_, panels_.get(), panels, begin, end, group_max_.get(), best_);
     for (int64_t p = 0; p < panels; ++p) {
       std::fill_n(chunk_.count, PANEL, 0);
-      const float* maxima = &group_max_[p * CHUNK * PANEL];
+      const float* maxima = all + p * CHUNK * PANEL;
       if (search_.k > 1) search_.kernels.raise_top(maxima, end - begin, tops_, &top_[p * tops_ * PANEL]);
       search_.kernels.filter(maxima, last_best(p), info_ + p * PANEL, begin, end, chunk_);
       for (int64_t lane = 0; lane < PANEL && p * PANEL + lane < count; ++lane) {
@@ -145,9 +117,8 @@ void Block::screen(int64_t count) {
 int64_t Block::settle(int64_t row, const int32_t* kept, int64_t count) {
   const PackedCodebook& book = search_.book;
   const auto position = [kept](int64_t n) { return kept ? static_cast<int64_t>(kept[n]) : n; };
-  read(row, row_.get());
   return book.original(position(exact_best(
-      row_.get(), count, [&](int64_t n) { return book.code(position(n)); }, codes_.dim, search_.cosine)));
+      reader_.row(row), count, [&](int64_t n) { return book.code(position(n)); }, codes_.dim, search_.cosine)));
 }
 
 // Fills kept_ and scores_ with the codes that may be among the k nearest; returns how many there are.
@@ -192,13 +163,13 @@ void Block::sort(int64_t row, float error, int64_t k) {
 // The same by exact scores only.
 void Block::settle_order(int64_t row, uint64_t* near, int64_t count, int64_t k) {
   const int64_t bytes = codes_.dim * static_cast<int64_t>(sizeof(float));
-  read(row, row_.get());
+  const float* x = reader_.row(row);
   exact_.resize(count);
   for (int64_t n = 0; n < count; ++n) {
     const int32_t position = position_of(near[n]);
     const float* code = search_.book.code(position);
     const bool copy = n && std::memcmp(code, search_.book.code(exact_[n - 1].position), bytes) == 0;
-    exact_[n] = {copy ? exact_[n - 1].score : exact_score(row_.get(), code, codes_.dim, search_.cosine), position};
+    exact_[n] = {copy ? exact_[n - 1].score : exact_score(x, code, codes_.dim, search_.cosine), position};
   }
   std::partial_sort(exact_.begin(), exact_.begin() + k, exact_.end(), [](const Exact& a, const Exact& b) {
     return a.score > b.score || (!(b.score > a.score) && a.position < b.position);
@@ -237,11 +208,10 @@ void Block::finish(int64_t row, int64_t index) {
                 search_.code_bytes);
   if (!search_.normalized && !search_.distances) return;
   float* compared = search_.normalized ? search_.normalized + row * dim : compared_.get();
-  read(row, row_.get());
   if (search_.cosine)
-    normalize(row_.get(), dim, compared);
+    normalize(reader_.row(row), dim, compared);
   else
-    std::copy_n(row_.get(), dim, compared);
+    std::copy_n(reader_.row(row), dim, compared);
   if (!search_.distances) return;
   float distance = squared_distance(compared, search_.book.values.const_data_ptr<float>() + index * dim, dim);
   // Infinite: because it overflows, or because the vector was.

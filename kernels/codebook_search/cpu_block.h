@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "../cpu_row_reader.h"
 #include "cpu_codes.h"
 #include "cpu_exact.h"
 
@@ -43,7 +44,6 @@ class Block {
     std::vector<float> screened;
   };
 
-  void read(int64_t row, float* out) const;
   void pack(int64_t first, int64_t count);
   void screen(int64_t count);
   int64_t resolve(int64_t i);
@@ -60,10 +60,10 @@ class Block {
 
   const Search& search_;
   const Codes& codes_;
-  bool few_;    // whether every vector takes all groups to resolve, without screening
-  bool bytes_;  // whether bytes screen; otherwise fp32
+  bool bytes_;    // whether bytes screen; otherwise fp32
   int64_t tops_;  // groups whose maxima bound the k-th best score from below; one more than there are bounds nothing
-  std::unique_ptr<float[]> rows_, panels_, group_max_, top_, row_top_, row_, compared_;
+  RowReader reader_;
+  std::unique_ptr<float[]> rows_, panels_, group_max_, top_, row_top_, compared_;
   std::vector<float> scores_;
   std::vector<int32_t> kept_;
   std::vector<uint64_t> near_;  // scores in fp32 and positions: see ranked()

@@ -63,8 +63,8 @@ class DrawBlock : public Block {
   void run(int64_t first, int64_t count) {
     pack(first, count);
     for (int64_t i = 0; i < count; ++i) {
-      read(first + i, row_.get());
-      const double length = std::sqrt(draw_.kernels.compare(row_.get(), row_.get(), codes_.dim, true));
+      const float* x = reader_.row(first + i);
+      const double length = std::sqrt(draw_.kernels.compare(x, x, codes_.dim, true));
       drawn_[i] = {std::max(length, 1e-12), -INFINITE, 0};
     }
     const int64_t panels = (count + PANEL - 1) / PANEL;
@@ -118,7 +118,7 @@ class DrawBlock : public Block {
     const uint64_t* counters = draw_.counters.data() + begin * GROUP;
     int64_t scored = 0, uniform[GROUP];
     float factor = factor_of(top, drawn.score);
-    read(row, row_.get());
+    const float* x = reader_.row(row);
     const auto run = [&](int64_t from, int64_t to) {
       for (int64_t g = from; g < to; ++g) {
         g = draw_.kernels.scan(counters, draw_.keys[row], weight, factor, g, to, uniform);
@@ -126,7 +126,7 @@ class DrawBlock : public Block {
         for (int64_t c = 0; g < to && c < last; ++c) {
           if (uniform[c] < least_uniform(weight[g * PANEL], factor)) continue;
           ++scored;
-          if (raise(drawn, (begin + g) * GROUP + c, uniform[c])) factor = factor_of(top, drawn.score);
+          if (raise(x, drawn, (begin + g) * GROUP + c, uniform[c])) factor = factor_of(top, drawn.score);
         }
       }
     };
@@ -145,9 +145,9 @@ class DrawBlock : public Block {
     return top - best < 40 ? static_cast<float>(std::exp(top - best) * 1.0001 * ONE) : static_cast<float>(INFINITE);
   }
 
-  bool raise(Drawn& drawn, int64_t position, int64_t uniform) {
+  bool raise(const float* x, Drawn& drawn, int64_t position, int64_t uniform) {
     const float* code = search_.book.code(position);
-    double s = draw_.kernels.compare(row_.get(), code, codes_.dim, search_.cosine);
+    double s = draw_.kernels.compare(x, code, codes_.dim, search_.cosine);
     s = search_.cosine ? s / drawn.length : -std::sqrt(std::max(s, 1e-8));
     const double score = s / draw_.temperature - std::log(-std::log(static_cast<double>(uniform) / ONE));
     const int64_t index = search_.book.original(position);

@@ -36,20 +36,18 @@ static int64_t scan(const uint64_t* counters, uint64_t key, const float* weight,
   for (int64_t g = begin; g < end; ++g) {
     const int64_t least = least_uniform(weight[g * LANES], factor);
     if (least == ONE) continue;
-    Bits below = ~Bits{};  // the upper bits of uniform - least, of all codes together
-    for (int64_t c = 0; c < GROUP; c += 8) {
-      Bits z;
-      __builtin_memcpy(&z, counters + g * GROUP + c, sizeof z);
-      z += key;
-      z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
-      z = (z ^ z >> 27) * 0x94D049BB133111EB;
-      z = (z ^ z >> 31) >> 11;
-      __builtin_memcpy(uniform + c, &z, sizeof z);
-      below &= z - least;
-    }
-    uint64_t all = ~uint64_t{0};
-    for (int l = 0; l < 8; ++l) all &= below[l];
-    if (!(all >> 63)) return g;
+    Bits z;
+    static_assert(sizeof z == GROUP * sizeof *counters);
+    __builtin_memcpy(&z, counters + g * GROUP, sizeof z);
+    z += key;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
+    z = (z ^ z >> 27) * 0x94D049BB133111EB;
+    z = (z ^ z >> 31) >> 11;
+    __builtin_memcpy(uniform, &z, sizeof z);
+    z -= least;
+    uint64_t below = ~uint64_t{0};  // whose highest bit says that every code's u is
+    for (int64_t c = 0; c < GROUP; ++c) below &= z[c];
+    if (!(below >> 63)) return g;
   }
   return end;
 }

@@ -153,6 +153,7 @@ inline void pack_bytes(const float* rows, const Codes& codes, void* panel, Row* 
 void pack_rows(float* rows, const Codes& codes, float scale, bool bytes, void* panel, Row* info) {
   const int64_t dim = codes.dim;
   for (int64_t lane = 0; lane < PANEL; ++lane) info[lane] = scale_row(rows + lane * dim, codes, scale);
+  if (!panel) return;
   if (bytes) return pack_bytes(rows, codes, panel, info);
   float* out = static_cast<float*>(panel);
   for (int64_t d = 0; d < dim; ++d)

@@ -17,6 +17,7 @@ constexpr int64_t PANEL = 16;    // vectors side by side in the lanes
 constexpr int64_t GROUP = 8;     // codes of which the screening keeps the maximum
 constexpr int64_t CHUNK = 256;   // groups screened before their maxima are looked at
 constexpr int64_t PANELS = 12;   // panels of a block: the vectors that share a pass over the codes
+constexpr int64_t FEW = 8;       // vectors that are screened while the codes are measured: more are faster in the lanes
 constexpr float SMALL = 1e-30f;  // more than underflow can take away
 
 // The codes, finite ones only, scaled to a largest element near 1, in whole groups: the last is filled with copies.
@@ -32,7 +33,7 @@ struct Codes {
 };
 
 struct GroupBounds {
-  float square;     // the largest |v|^2
+  float square;     // the largest |v|^2; Inf instead of NaN
   int32_t largest;  // the largest magnitude as bits: NaN and Inf are above every finite number
 };
 
@@ -61,9 +62,12 @@ struct Kernels {
   Screen screen_fp32;
   // Writes the bias of a group, if codes have one.
   GroupBounds (*measure_group)(const Codes&, int64_t group);
+  // The same without `largest`, and the maxima [16] of the group's scores of count <= FEW vectors [FEW, dim], zeros
+  // behind them: one read of the codes for both.
+  GroupBounds (*screen_few)(const Codes&, int64_t group, const float* vectors, int64_t count, float* maxima);
   // Writes the bytes and offsets of a group; returns the largest norm of what rounding took away.
   float (*pack_group)(const Codes&, int64_t group);
-  // A panel of rows [16, dim] in fp32 -> scaled rows in place, panel, Row[16].
+  // A panel of rows [16, dim] in fp32 -> scaled rows in place, panel unless null, Row[16].
   void (*pack_rows)(float* rows, const Codes&, float scale, bool bytes, void* panel, Row* info);
   // Raises top [k, 16], the k best of each lane, best first, to those of more groups.
   void (*raise_top)(const float* group_max, int64_t groups, int64_t k, float* top);

@@ -42,16 +42,18 @@ def test_the_index_is_the_one_of_exact_arithmetic(version, name, metric):
 @pytest.mark.parametrize("width", (1, 2, 3, 5, 17, 63, 64, 65, 257, 1024))
 def test_every_width(version, metric, width):
     x, codebook = torch.randn(50, width, generator=seeded()), torch.randn(200, width, generator=seeded(1))
-    assert torch.equal(codebook_search(x, codebook, metric=metric).indices, exact_indices(x, codebook, metric))
+    want = exact_indices(x, codebook, metric)
+    for rows in (50, 6, 1):
+        assert torch.equal(codebook_search(x[:rows], codebook, metric=metric).indices, want[:rows])
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("name", ("random", "clustered", "duplicated", "integers", "one code"))
+@pytest.mark.parametrize("name", ("random", "clustered", "duplicated", "integers", "one code", "unequal lengths"))
 def test_every_number_of_vectors(version, name, metric):
-    """Few are scored against all codes, more are screened in fp32, many in bytes where the CPU multiplies them."""
+    """Few are screened as the codes are measured, more in fp32, many in bytes where the CPU multiplies them."""
     x, codebook = PROBLEMS[name](seeded())
     want = exact_indices(x, codebook, metric)
-    for rows in (1, 3, 4, 16, 17, 33):
+    for rows in (1, 2, 4, 5, 8, 9, 16, 17, 33):
         strided = x[-rows:].T.contiguous().T
         assert torch.equal(codebook_search(strided, codebook, metric=metric).indices, want[-rows:]), rows
 
