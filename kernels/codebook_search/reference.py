@@ -114,6 +114,16 @@ def similarities(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     return -squares.clamp(min=NEAREST).sqrt()
 
 
+def _distances(x: Tensor, v: Tensor) -> Tensor:
+    """||x_i - v_j||, from the differences: squares that are expanded lose what vectors far from zero differ by."""
+    scale = (torch.maximum(_exponent(x), _exponent(v.reshape(-1))) - EXPONENTS[1]).clamp(min=0)
+    distances = x.new_empty(len(x), len(v))
+    for s in scale.unique():  # 0 where no square overflows
+        pair = torch.ldexp(x[scale == s], -s), torch.ldexp(v, -s)
+        distances[scale == s] = torch.ldexp(torch.cdist(*pair, compute_mode="donot_use_mm_for_euclid_dist"), s)
+    return distances
+
+
 def draw_codes_reference(
     x: Tensor, codebook: Tensor, metric: str, temperature: float, key: Tensor, numbers: Tensor
 ) -> Tensor:
@@ -129,7 +139,12 @@ def draw_codes_reference(
     rows = max(1, CHUNK_SCORES // len(v))
     for start in range(0, len(x), rows):
         chunk = x[start : start + rows].double()
-        scores = similarities(chunk, v, metric).div_(temperature)
+        if metric == "cosine":  # rows so long that their squares overflow, divided by a power of two
+            scale = (_exponent(chunk) - EXPONENTS[1]).clamp(min=0)
+            scores = similarities(torch.ldexp(chunk, -scale[:, None]), v, metric)
+        else:
+            scores = -_distances(chunk, v).clamp(min=NEAREST**0.5)
+        scores.div_(temperature)
         keys = bits[start : start + rows]
         scores -= as_uniform(random_bits(keys[:, None], columns)).log_().neg_().log_()
         scores.masked_fill_(unusable, -torch.inf)

@@ -20,15 +20,15 @@ from .triton_resolve import better, finite_or_least, write_outputs
 from .triton_screen import in_turn, load_rows, rows_of
 
 NEAR = tl.constexpr(NEAREST)
+CLOSE = tl.constexpr(2.0**-10)  # of a row's square; a shorter distance is rounded by more than D 2^-43 of itself
 
 
 @triton.jit
 def noisy(scores, row_squares, keys, ids, temperature, EUCLIDEAN: tl.constexpr):
-    """The search's scores -> s / temperature + Gumbel noise as ``draw_codes_reference``: [R, C] float64."""
+    """Products or squared distances -> s / temperature + Gumbel noise as ``draw_codes_reference``: [R, C] float64."""
     s = scores / tl.maximum(tl.sqrt(row_squares), 1e-12)[:, None]
     if EUCLIDEAN:
-        squares = row_squares[:, None] - scores
-        s = -tl.sqrt(tl.where(squares < NEAR, NEAR, squares))  # NaN stays
+        s = -tl.sqrt(tl.where(scores < NEAR, NEAR, scores))  # NaN stays
     return s / temperature - tl.log(-tl.log(uniform(keys[:, None], ids[None, :])))
 
 
@@ -55,6 +55,26 @@ def block_scores(
 
 
 @triton.jit
+def squared_distances(scores, row_squares, rows, mask_rows, codebook, ids, mask_codes, D, x_stride_d, codebook_stride_k,
+                      codebook_stride_d):  # fmt: skip
+    """Of the search's scores, [R, C] float64; from the differences in blocks with distances so short beside a row's
+    length that its square hides them."""
+    squares = row_squares[:, None] - scores
+    close = tl.max((squares < row_squares[:, None] * CLOSE).to(tl.int32), axis=1)
+    if tl.max(close, axis=0) > 0:
+        codes = codebook + ids.to(tl.int64) * codebook_stride_k
+        squares = tl.zeros(squares.shape, tl.float64)
+        for _ in range(D):
+            x = tl.load(rows, mask=mask_rows, other=0.0).to(tl.float64)
+            v = tl.load(codes, mask=mask_codes, other=0.0).to(tl.float64)
+            apart = x[:, None] - v[None, :]
+            squares += apart * apart
+            rows += x_stride_d
+            codes += codebook_stride_d
+    return squares
+
+
+@triton.jit
 def best_of_part(
     rows, mask_rows, codebook, first, last, D, x_stride_d, codebook_stride_k, codebook_stride_d,
     row_squares, keys, temperature,
@@ -74,6 +94,11 @@ def best_of_part(
             rows, mask_rows, x, codebook, ids, ids < last, D, x_stride_d, codebook_stride_k, codebook_stride_d,
             EUCLIDEAN, BLOCK_D, NUM_D,
         )  # fmt: skip
+        if DRAW and EUCLIDEAN:
+            scores = squared_distances(
+                scores, row_squares, rows, mask_rows, codebook, ids, ids < last, D, x_stride_d, codebook_stride_k,
+                codebook_stride_d,
+            )  # fmt: skip
         if DRAW:
             scores = noisy(scores, row_squares, keys, ids, temperature, EUCLIDEAN)
         wins = (finite_or_least(scores) > best) & (ids < last)[None, :]
@@ -160,7 +185,8 @@ def draw(
     """indices [N] of ``draw_codes``: BLOCK_R rows of a program against all codes. temperature: float64 as an int64.
 
     Costs: 2 N K D float64 FLOPs on the tensor cores where they have float64; two float64 logarithms per row and code,
-    which bound it; the codebook read N / BLOCK_R times, from L2.
+    which bound it; the codebook read N / BLOCK_R times, from L2. Of blocks with close codes the distances again,
+    2 D float64 operations each without tensor cores.
     """
     group, row_block = in_turn(groups)
     codebook += group.to(tl.int64) * K * codebook_stride_k

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from beitv2_fast.kernels import codebook_search, draw_codes
 from beitv2_fast.kernels.codebook_search import ops, reference
+from beitv2_fast.kernels.counter_random import as_uniform, random_bits
 
 from ..support.codebook_states import METRICS
 from ..support.quantizers import noise
@@ -56,6 +57,25 @@ def test_every_instruction_set_draws_the_references_codes(name, metric):
             drawn = draw_codes(x, codebook, metric=metric, temperature=temperature, seed=3)
             torch.ops.beitv2_fast_cpu.use_capability("")
             assert torch.equal(drawn, expected), (temperature, capability)
+
+
+def test_vectors_far_from_zero_draw_by_their_differences(version):
+    far = torch.tensor([1e9, 0.0]).repeat(20)
+    x, codebook = (30 * noise(n, 40, seed=n) + far for n in (150, 100))
+    apart = (x.double()[:, None] - codebook.double()).square().sum(-1).sqrt()
+    keys = random_bits(torch.tensor(3), torch.arange(150))
+    gumbel = -(-as_uniform(random_bits(keys[:, None], torch.arange(100))).log()).log()
+    drawn = draw_codes(x, codebook, temperature=30.0, seed=3, metric="euclidean")
+    assert torch.equal(drawn, (gumbel - apart / 30).argmax(-1)) and len(drawn.unique()) > 20
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("power", [664, 1000])
+def test_float64_whose_squares_overflow_draws_as_near_1(metric, power):
+    x, codebook, scale = noise(60, 8).double() * 1e5, noise(40, 8, seed=1).double() * 1e5, 2.0**power
+    want = draw_codes(x, codebook, temperature=2e5, seed=3, metric=metric)
+    drawn = draw_codes(x * scale, codebook * scale, temperature=2e5 * scale, seed=3, metric=metric)
+    assert torch.equal(drawn, want) and len(want.unique()) > 10
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -38,6 +38,14 @@ def test_codebooks_in_turn_give_the_draws_of_each_alone(metric):
         assert torch.equal(drawn[g::3], alone)
 
 
+def test_vectors_far_from_zero_draw_by_their_differences():
+    far = torch.tensor([1e9, 0.0]).repeat(20)
+    x, codebook = (30 * noise(n, 40, seed=n) + far for n in (70, 100))
+    key, numbers = torch.tensor(5), torch.arange(70)
+    drawn = host.draw_codes_triton(guarded(x), guarded(codebook), "euclidean", 30.0, random_bits(key, numbers))
+    assert torch.equal(drawn, draw_codes_reference(x, codebook, "euclidean", 30.0, key, numbers))
+
+
 def test_vectors_may_be_strided_of_16_bits_or_missing():
     x, codebook, key, numbers = noise(8, 60).half(), noise(9, 16).bfloat16()[:, ::2], torch.tensor(5), torch.arange(60)
     drawn = host.draw_codes_triton(x.T, codebook, "cosine", 0.5, random_bits(key, numbers))
