@@ -18,6 +18,9 @@ constexpr int64_t WIDEST_BYTES = 32768;  // 255 * 127 * D stays an int32
 constexpr int FARTHEST_EXPONENT = 20;    // of the largest magnitude that is searched without a scaled copy
 constexpr float LEAST_SQUARE = 0x1p-40f;  // of the longest code that is searched without one; the greatest: its inverse
 
+// Beyond that, vectors side by side in the lanes are faster: a sum across the lanes costs as much as 128 dimensions.
+bool few_pay(int64_t rows, int64_t dim) { return rows <= FEW && rows * (dim + 128) <= PANEL * dim; }
+
 void bound(Codes& codes, float largest_square) {
   codes.max_norm = std::sqrt(largest_square);
   codes.max_bias = codes.bias ? 0.5f * largest_square : 0;
@@ -118,7 +121,7 @@ PackedCodebook pack_codebook(const at::Tensor& codebook, bool cosine, bool bytes
   codes.dim = codebook.size(1);
   codes.depth = (codes.dim + 3) / 4 * 4;
   if (!cosine) book.bias.reset(codes.bias = new float[codes.groups * GROUP]);
-  if (few.defined() && few.size(0) <= FEW && screen_few(book, few, kernels)) return book;
+  if (few.defined() && few_pay(few.size(0), codes.dim) && screen_few(book, few, kernels)) return book;
   GroupBounds bounds = measure(book, kernels);
   if (bounds.largest >= INFINITE) {
     keep_finite(book);
