@@ -36,6 +36,8 @@ def pairs() -> Iterator[tuple[str, Run, Run]]:
     x, codebook = search.problem()
     peer = "torch normalize + matmul + argmax"
     yield f"search / {peer}", search.ours(x, codebook), search.IMPLEMENTATIONS[peer](x, codebook)
+    one = search.problem(1, d=1024)
+    yield f"search of one wide vector / {peer}", search.ours(*one), search.IMPLEMENTATIONS[peer](*one)
 
     indices, peer = codebook_search(x, codebook).indices, "torch bincount + index_add_"
     state = (codebook.clone(), torch.zeros(len(codebook)), x, indices)

@@ -17,7 +17,6 @@ struct Avx2 {
   static inline V load(const float* p) { return _mm256_loadu_ps(p); }
   static inline void store(float* p, V a) { _mm256_storeu_ps(p, a); }
   static inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
-  static inline V add(V a, V b) { return _mm256_add_ps(a, b); }
   static inline V max(V a, V b) { return _mm256_max_ps(a, b); }
   static inline V min(V a, V b) { return _mm256_min_ps(a, b); }
   static inline float sum(V a) {

@@ -13,7 +13,6 @@ struct Avx512 {
   static inline V load(const float* p) { return _mm512_loadu_ps(p); }
   static inline void store(float* p, V a) { _mm512_storeu_ps(p, a); }
   static inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-  static inline V add(V a, V b) { return _mm512_add_ps(a, b); }
   static inline V max(V a, V b) { return _mm512_max_ps(a, b); }
   static inline V min(V a, V b) { return _mm512_min_ps(a, b); }
   static inline float sum(V a) { return _mm512_reduce_add_ps(a); }

@@ -16,17 +16,16 @@ namespace {
 // Sums as int32 rather than __m512i, of int64: GCC keeps a copy of each in either type, half of them on the stack.
 typedef int32_t Ints __attribute__((vector_size(64)));
 
-constexpr int TILE = 8;  // codes of a register tile: 24 sums, 3 vectors and a code in 32 registers
-
-// Raises out [WIDE, 16] to the maximum of 8 codes.
+// The maxima of a group [WIDE, 16], to out; raises best to them. 24 sums, 3 vectors and a code in 32 registers.
 template <int WIDE, bool BIAS>
-inline void tile_bytes(const Codes& codes, int64_t code, const char* panels, int64_t stride, float* out) {
-  const int8_t* rows = codes.bytes + code * codes.depth;
-  const int64_t depth = codes.depth;
-  Ints sums[TILE][WIDE];
+inline void group_bytes(const Codes& codes, int64_t group, const char* panels, int64_t stride, float* out,
+                        float* best) {
+  const int64_t code = group * GROUP, depth = codes.depth;
+  const int8_t* rows = codes.bytes + code * depth;
+  Ints sums[GROUP][WIDE];
   __m512i four[WIDE];
 #pragma GCC unroll 16
-  for (int c = 0; c < TILE; ++c) {
+  for (int c = 0; c < GROUP; ++c) {
     const Ints offset = (Ints)_mm512_set1_epi32(codes.offset[code + c]);
 #pragma GCC unroll 16
     for (int w = 0; w < WIDE; ++w) {
@@ -43,7 +42,7 @@ inline void tile_bytes(const Codes& codes, int64_t code, const char* panels, int
 #pragma GCC unroll 16
     for (int w = 0; w < WIDE; ++w) four[w] = _mm512_loadu_si512(x + w * stride + d * PANEL);
 #pragma GCC unroll 16
-    for (int c = 0; c < TILE; ++c) {
+    for (int c = 0; c < GROUP; ++c) {
       int32_t bytes;
       memcpy(&bytes, rows + c * depth + d, 4);
       const __m512i code_bytes = _mm512_set1_epi32(bytes);
@@ -56,20 +55,9 @@ inline void tile_bytes(const Codes& codes, int64_t code, const char* panels, int
   for (int w = 0; w < WIDE; ++w) {
     Ints highest = sums[0][w];
 #pragma GCC unroll 16
-    for (int c = 1; c < TILE; ++c) highest = (Ints)_mm512_max_epi32((__m512i)highest, (__m512i)sums[c][w]);
-    float* raised = out + w * CHUNK * PANEL;
-    _mm512_storeu_ps(raised, _mm512_max_ps(_mm512_loadu_ps(raised), _mm512_cvtepi32_ps((__m512i)highest)));
-  }
-}
-
-template <int WIDE, bool BIAS>
-inline void group_bytes(const Codes& codes, int64_t group, const char* panels, int64_t stride, float* out, float* best) {
-#pragma GCC unroll 16
-  for (int w = 0; w < WIDE; ++w) _mm512_storeu_ps(out + w * CHUNK * PANEL, _mm512_set1_ps(-__builtin_inff()));
-  for (int c = 0; c < GROUP; c += TILE) tile_bytes<WIDE, BIAS>(codes, group * GROUP + c, panels, stride, out);
-#pragma GCC unroll 16
-  for (int w = 0; w < WIDE; ++w) {
-    const __m512 score = _mm512_loadu_ps(out + w * CHUNK * PANEL);
+    for (int c = 1; c < GROUP; ++c) highest = (Ints)_mm512_max_epi32((__m512i)highest, (__m512i)sums[c][w]);
+    const __m512 score = _mm512_cvtepi32_ps((__m512i)highest);
+    _mm512_storeu_ps(out + w * CHUNK * PANEL, score);
     _mm512_storeu_ps(best + w * PANEL, _mm512_max_ps(_mm512_loadu_ps(best + w * PANEL), score));
   }
 }

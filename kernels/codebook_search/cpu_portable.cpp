@@ -20,7 +20,6 @@ struct Portable {
   }
   static inline void store(float* p, V a) { memcpy(p, &a, sizeof a); }
   static inline V fma(V a, V b, V c) { return a * b + c; }
-  static inline V add(V a, V b) { return a + b; }
   static inline V max(V a, V b) { return a > b ? a : b; }
   static inline V min(V a, V b) { return a < b ? a : b; }
   static inline float sum(V a) { return (a[0] + a[1]) + (a[2] + a[3]); }
