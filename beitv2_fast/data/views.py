@@ -11,10 +11,11 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from ..errors import require
@@ -263,9 +264,18 @@ def timm_policy(policy: str, size: int) -> Callable[[Image.Image], Image.Image]:
     mean = tuple(min(255, round(255 * value)) for value in IMAGENET_MEAN)
     settings = {"translate_const": int(size * 0.45), "img_mean": mean, "interpolation": RESAMPLING["bicubic"]}
     try:
-        return library.rand_augment_transform(policy, settings)
+        transform = library.rand_augment_transform(policy, settings)
     except (AssertionError, ValueError) as error:
         raise ValueError(f"augment_policy is {policy!r}; expected one of timm's, as rand-m9-mstd0.5-inc1") from error
+    for op in transform.ops:
+        if op.aug_fn is library.posterize:
+            op.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's strongest one keeps no bit, which Pillow refuses from 13 on; before, that was black."""
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 @contextmanager

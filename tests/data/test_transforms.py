@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional
 
 from beitv2_fast.data.draws import image_keys, random_crops
 from beitv2_fast.data.loaders import choose_loader
-from beitv2_fast.data.views import EvalView, FinetuneView, PretrainView, TokenizerView
+from beitv2_fast.data.views import EvalView, FinetuneView, PretrainView, TokenizerView, timm_policy
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
@@ -180,6 +180,20 @@ def test_a_policy_is_timm_s_with_the_reference_s_settings():
         changed += not np.array_equal(found, crop.permute(1, 2, 0).numpy())
     assert 4 < changed < 12  # an operation is left out in half of the cases, both in a quarter
     assert random.getstate() == states[0] and np.array_equal(np.random.get_state()[1], states[1])
+
+
+def test_every_operation_of_a_policy_works_at_its_strongest():
+    pytest.importorskip("timm")
+    image = Image.fromarray(np.random.default_rng(0).integers(1, 256, (24, 24, 3), dtype=np.uint8))
+    results = {}
+    for op in timm_policy("rand-m10-inc1", 24).ops:
+        op.prob = 1.0
+        results[op.name] = np.asarray(op(image))
+    assert len(results) == 15 and all(result.shape == (24, 24, 3) for result in results.values())
+    assert not results["PosterizeIncreasing"].any()  # 0 bits are kept
+    weaker = next(op for op in timm_policy("rand-m9-inc1", 24).ops if op.name == "PosterizeIncreasing")
+    weaker.prob = 1.0
+    assert np.array_equal(np.asarray(weaker(image)), np.asarray(image) & 128)  # 1 bit: 4 - int(0.9 * 4)
 
 
 def test_a_policy_that_timm_does_not_know_is_refused():
