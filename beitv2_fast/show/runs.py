@@ -138,9 +138,10 @@ def _find(run: Path) -> tuple[Path, PretrainConfig | None, Student | None, str |
             raise UserError(f"nothing says whose codes the student {run} predicts. Name its run folder.")
         return tokenizer_of(run, config), config, model, None
     if not (run / "tokenizer" / CONFIG).is_file():
+        found = f"has neither a {CONFIG} nor a folder tokenizer with one" if run.exists() else "does not exist"
         raise UserError(
-            f"{run} is no run: it has neither a {CONFIG} nor a folder tokenizer with one. Name the folder in which "
-            "`make demo` worked (runs/demo), or the run folder of a tokenizer or a pre-training."
+            f"{run} is no run: it {found}. Name the folder in which `make demo` worked (runs/demo), or the run folder "
+            "of a tokenizer or a pre-training."
         )
     if not (run / "pretrain" / CONFIG).is_file():
         return run / "tokenizer", None, None, NO_STUDENT

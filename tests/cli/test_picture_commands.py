@@ -208,7 +208,8 @@ def test_heat_rises_from_black_to_pale():
         (["tokens", "RUN", "--images", "RUN/nobody.png"], "cannot be read as an image"),
         (["tokens", "RUN", "RUN"], "is of one run"),
         (["curves", "RUN/data"], "no training log"),
-        (["tokens", "RUN/data"], "is no run"),
+        (["tokens", "RUN/data"], "is no run: it has neither"),
+        (["tokens", "RUN/nobody"], "is no run: it does not exist"),
     ],
 )
 def test_a_mistake_says_what_can_be_done(root, tmp_path, words, what):
