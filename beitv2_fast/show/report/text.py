@@ -137,9 +137,9 @@ def _codebook(found: Findings, figure: Draw) -> list[str]:
         return [*_state(found.tokenizer), *figure("codebook", caption)]
     usage = found.usage
     patches = int(usage.counts.sum())
-    part = "" if len(found.images) == found.total_images else f" (a sample of {found.total_images:,})"
+    whole = "" if len(found.images) == found.total_images else f" of {found.total_images:,}"
     sentence = (
-        f"Codes of the {patches:,} patches of {len(found.images):,} training photographs{part}, whole center squares. "
+        f"Codes of the {patches:,} patches of {len(found.images):,}{whole} training photographs, whole center squares. "
         "Perplexity is the number of equally frequent codes that would be as varied: the larger, the more the codebook "
         "tells apart."
     )
