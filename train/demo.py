@@ -5,7 +5,6 @@ Interrupted and started again, it goes on where it was: every stage resumes from
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -20,7 +19,7 @@ from types import FrameType
 
 import torch
 
-from beitv2_fast.config.options import path
+from beitv2_fast.config.options import VERSION, Parser, path
 from beitv2_fast.data.find import find_images
 from beitv2_fast.distributed import run_main
 from beitv2_fast.show.report.page import probe_cells, sampling_error
@@ -142,7 +141,8 @@ def next_commands(root: Path, data: Path, *, classes: bool) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
+    parser.add_argument("--version", action="version", version=VERSION)
     parser.add_argument(
         "--data", type=path, help="your images instead of solar cells: train/CLASS/* and test/CLASS/*; or CLASS/*, or "
         "images without classes, of which a quarter is held out"

@@ -132,6 +132,13 @@ def test_a_seed_is_that_of_both_trainings_and_of_the_probe(tmp_path):
     assert seeds == ["7", "7", "7", None]
 
 
+def test_a_mistyped_option_gets_a_suggestion(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo", "--dta", "photos"])
+    with pytest.raises(SystemExit) as ended:
+        demo.main()
+    assert ended.value.code == 2 and "(did you mean --data?)" in capsys.readouterr().err
+
+
 def test_threads_of_the_stages_sleep_while_they_wait_unless_told_otherwise(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     assert demo.environment()["OMP_WAIT_POLICY"] == "passive"
