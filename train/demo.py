@@ -166,7 +166,7 @@ def main() -> int:
         if code:
             if code != USER_ERROR:
                 print("stopped; the same command goes on from here", file=sys.stderr)
-            return code
+            return code if code > 0 else 128 - code  # as shells tell a signal, of which a launcher dies
     for name in probes:
         print_table(root / name / "results.json")
     print(f"\n{MEANING}" * bool(probes))
