@@ -77,7 +77,8 @@ def make_runs(
     tokenizers: dict[str, tuple],
 ) -> Folder:
     """The folder of a run by (stage, name): micro, one_VARIANT (one process); torch, configs, variants (two ranks, the
-    variants and further tokenizers under torch); CONFIG_still (tokenizer, if that is a variant); A_to_B (moved)."""
+    variants and further tokenizers under torch); CONFIG_still (if that is a variant; like it of the tokenizer only);
+    A_to_B (moved)."""
     data = ["--data", write_images(root / "images", STEPS)]
     given = {"tokenizer": data, "pretrain": [*data, "--tokenizer", root / "tokenizer_micro"]}
     zero = {name: settings(name, root) for name in configs}
@@ -89,9 +90,12 @@ def make_runs(
     def options(stage: str, name: str, *more: object) -> list[object]:
         return [*OPTIONS[stage], *given[stage], "--out", folder(stage, name), *more]
 
+    def variants_of(stage: str) -> list[tuple[str, tuple]]:
+        return [(name, more) for name, more in variants.items() if stage == "tokenizer" or name != "still"]
+
     for stage in OPTIONS:
         assert call(stage, *options(stage, "micro", *micro)) == 0
-        for name, more in variants.items():
+        for name, more in variants_of(stage):
             assert call(stage, *options(stage, f"one_{name}", *more)) == 0
     jobs: list[tuple[str, list]] = []
     for stage in OPTIONS:
@@ -99,7 +103,7 @@ def make_runs(
             jobs.append((stage, options(stage, name, "--batch-size", 2, *zero.get(name, []))))
             if "still" in variants and name in zero and stage == "tokenizer":
                 jobs.append((stage, options(stage, f"{name}_still", "--batch-size", 2, *zero[name], *STILL)))
-        for name, more in variants.items():
+        for name, more in variants_of(stage):
             jobs.append((stage, options(stage, name, "--batch-size", 2, *more)))
         for name, more in tokenizers.items() if stage == "tokenizer" else ():
             jobs.append((stage, options(stage, name, "--batch-size", 2, *more)))

@@ -22,7 +22,17 @@ from beitv2_fast.runs.checkpoints import Checkpoints
 from beitv2_fast.training import resume
 from beitv2_fast.training.optim import TorchBackend
 
-from ..support.training import PRETRAIN, TINY, TOKENIZER, Halted, assert_same_bits, call, checkpoints, run, write_images
+from ..support.training import (
+    PRETRAIN,
+    TINY,
+    TOKENIZER,
+    Halted,
+    assert_same_bits,
+    call,
+    checkpoints,
+    run_jobs,
+    write_images,
+)
 
 pytestmark = pytest.mark.slow
 STAGES = ("tokenizer", "pretrain")
@@ -83,17 +93,15 @@ def test_stopped_and_killed_again_and_again_it_ends_with_the_same_bits(runs, tmp
 def test_under_the_deepspeed_launcher_a_signal_to_the_group_saves_and_the_run_resumes_to_the_same_bits(runs, tmp_path):
     pytest.importorskip("deepspeed")
     _, options = runs["pretrain"]
-    rank = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-    whole = run("pretrain", *options, "--local_rank", 0, "--out", tmp_path / "whole", MASTER_PORT=free_port(), **rank)
-    assert whole.returncode == 0, whole.stderr
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "1", "--master_port", free_port()]
     stopped = Halted("pretrain", 5, *options, "--workers", 2, "--out", tmp_path / "run", launcher=launcher)
     os.killpg(stopped.pid, signal.SIGTERM)
     assert stopped.go_on() != 0
     assert "DeepSpeed ZeRO 0, " in stopped.output and "stopped at step 5, saved" in stopped.output
-    resumed = run("pretrain", *options, "--local_rank", 0, "--out", tmp_path / "run", MASTER_PORT=free_port(), **rank)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resumed at step 5 of 12" in resumed.stdout
+    rank = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    both = [("pretrain", [*options, "--local_rank", 0, "--out", tmp_path / name]) for name in ("run", "whole")]
+    run_jobs(tmp_path, both, launcher=(sys.executable,), **rank)
+    assert "resumed at step 5 of 12" in (tmp_path / "run" / "log.txt").read_text()
     assert_same_bits(tmp_path / "run", tmp_path / "whole")
 
 
