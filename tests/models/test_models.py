@@ -26,7 +26,7 @@ def student(seed: int = 0, **options) -> Student:
     names = {f.name for f in dataclasses.fields(ViTConfig)}
     vit = dataclasses.replace(TINY, **{name: v for name, v in options.items() if name in names})
     rest = {name: v for name, v in options.items() if name not in names}
-    return Student(StudentConfig(vit, num_codes=16, early_layer=2, **rest)).train()
+    return Student(StudentConfig(vit, **{"num_codes": 16, "early_layer": 2, **rest})).train()
 
 
 def tokenizer(**options) -> Tokenizer:
@@ -160,7 +160,8 @@ def test_a_students_training_step_with_checkpointing_compiles_without_a_graph_br
 
 def test_a_student_compiles_where_the_number_of_masked_patches_differs_between_images(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    model, (images, mask, labels, _) = student(depth=2, aggregation_depth=1), masked_batch()
+    model = student(depth=1, early_layer=1, aggregation_depth=1)  # inductor takes seconds for each block
+    images, mask, labels, _ = masked_batch()
     mask = mask.clone()
     mask[0, :4] = False
     compiled = torch.compile(model, fullgraph=True)
