@@ -82,7 +82,7 @@ def run_command(argv: Sequence[str] | None = None) -> int:
         images = given.pop("images")
         config = given_options(EncodeConfig(), given)
         count, left_out = encode_folder(images, config)
-        print(f"{config.out}: the codes of {count} images; {len(left_out)} left out")
+        print(f"{config.out}: the codes of {count:,} images; {len(left_out):,} left out")
     else:
         _list_models()
     return 0
