@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import codebook_search, vector_quantize
-from ..kernels.codebook_update.ops import apply_statistics, codebook_statistics, sum_over_ranks
+from ..kernels.codebook_update.ops import ema_step, sum_over_ranks
 from ..kernels.codebook_update.reference import unpack_statistics
-from ..kernels.sampling import world
+from ..kernels.sampling import ALONE, world
 from ..kernels.snapshot import copy_codebook, recomputing
 from ..kernels.vector_quantize.reference import rotate_to
 from .adapters import refuse
@@ -27,6 +27,9 @@ from .soft import code_cross_entropy, diversity_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+# Of each code, [K] or [heads, K]: a number, a tensor, or a function of the batch's sums [..., K, D] and counts.
+Weight = float | Tensor | Callable[[Tensor, Tensor], Tensor]
 
 
 class VectorQuantizeAdapter(FusedVectorQuantizer):
@@ -98,7 +101,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         self.channels_first = not module.channel_last or module.accept_image_fmap or module.accept_3d_fmap
         self.zeros_for_padding = module.return_zeros_for_masked_padding
         self.manual_ema_update: bool = book.manual_ema_update
-        self.ema_update_weight: Tensor | Callable[[Tensor, Tensor], Tensor] | None = None
+        self.ema_update_weight: Weight | None = None
         self.stochastic = bool(gumbel.get("stochastic"))
         self.routes_gradients = module.route_gradients_to_input
         self.orthogonal = (
@@ -132,7 +135,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         sample_codebook_temp: float | None = None,  # of no effect where codes are not drawn
         freeze_codebook: bool | None = None,
         return_loss_breakdown: bool = False,
-        ema_update_weight: Tensor | Callable[[Tensor, Tensor], Tensor] | None = None,  # of each code, [K] or [heads, K]
+        ema_update_weight: Weight | None = None,
         accum_ema_update: bool = False,
         **unsupported: Any,
     ) -> tuple[Tensor, ...]:
@@ -296,27 +299,23 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         weight = self.ema_update_weight
         if self.embed_avg is None or (weight is None and not self.manual_ema_update):
             return super()._move_codebooks(state, seen, indices)
-        pairs = zip(seen, indices, strict=True)
-        statistics = torch.stack([codebook_statistics(x, i, self.num_codes, self.metric) for x, i in pairs])
-        sum_over_ranks(statistics, self._group)
-        bins, sums = map(torch.stack, zip(*(unpack_statistics(s, self.metric) for s in statistics), strict=True))
-        sizes, sums = bins.float(), sums.float()
-        weight = weight(sums, sizes) if callable(weight) else torch.ones_like(sizes) if weight is None else weight
-        step = (1 - self.decay) * weight.expand_as(sizes)
+        bins, sums = unpack_statistics(self._statistics(seen, indices).flatten(0, 1), self.metric)
+        sizes, sums = bins.float().view(self.groups, -1), sums.float().view(state["embed_avg"].shape)
+        weight = weight(sums, sizes) if callable(weight) else 1.0 if weight is None else weight
+        step = (1 - self.decay) * weight * torch.ones_like(sizes)
         state["cluster_size"].lerp_(sizes, step)
         state["embed_avg"].lerp_(sums, step[..., None])
         if not self.manual_ema_update:
             self.update_ema()
-        return bins
+        return bins.view(self.groups, -1)
 
     @torch.no_grad()
     def update_ema(self) -> None:
         """The codes become those of the moving averages: for manual_ema_update."""
         state = self._state()
-        none = state["idle"].new_empty(0)
         for book, size, average in zip(state["codebook"], state["cluster_size"], state["embed_avg"], strict=True):
-            statistics = codebook_statistics(book.new_empty(0, self.code_dim), none, self.num_codes, self.metric)
-            apply_statistics(statistics, book, size, average, 1.0, self.metric, self.eps)  # decay 1: averages stay
+            none = book.new_empty(0, self.code_dim), state["idle"].new_empty(0)
+            ema_step(book, size, average, *none, 1.0, self.metric, self.eps, ALONE)  # decay 1: averages stay
 
     def expire_codes_(self, x: Tensor) -> None:
         """Nothing: dead codes restart in ``forward``."""

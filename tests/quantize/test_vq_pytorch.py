@@ -173,14 +173,22 @@ def test_codes_of_zeros_count_as_wrong_in_orthogonal_regularization():
     torch.testing.assert_close(ours(noise(3, 20, 16))[2], torch.tensor(16 / 32**2))
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("weight", [torch.linspace(0, 1, 32), lambda sums, sizes: (sizes > 1).float()])
-def test_weights_of_the_ema_update_agree(weight, masked):
+@pytest.mark.parametrize(
+    ("weight", "options", "masked"),
+    [
+        (torch.linspace(0, 1, 32), {}, True),
+        (lambda sums, sizes: (sizes > 1).float(), {}, True),
+        (0.5, {"use_cosine_sim": True}, False),
+        (torch.rand(2, 32), {"heads": 2, "codebook_dim": 8, "separate_codebook_per_head": True}, False),
+        (lambda sums, sizes: sums[..., 0].sigmoid(), {"use_cosine_sim": True}, False),
+    ],
+)
+def test_weights_of_the_ema_update_agree(weight, options, masked):
     call = {"mask": torch.arange(20) < torch.tensor([[20], [7], [1]])} if masked else {}
-    theirs, ours = swapped()
+    theirs, ours = swapped(**options)
     assert_same_training(theirs, ours, ema_update_weight=weight, **call)
     torch.testing.assert_close(ours._codebook.embed, theirs._codebook.embed, **TOLERANCE)
-    torch.testing.assert_close(ours.cluster_size, theirs._codebook.cluster_size[0], **TOLERANCE)
+    torch.testing.assert_close(ours.cluster_size.view(-1, 32), theirs._codebook.cluster_size, **TOLERANCE)
 
 
 def test_a_manual_ema_update_keeps_the_codes_until_it_is_called():
