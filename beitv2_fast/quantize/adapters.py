@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +50,7 @@ def refuse_unknown(module: nn.Module, known: str, of: str = "") -> None:
 def with_methods(known: str = "", **methods: Callable[..., Any]) -> Callable[..., nn.Module]:
     """An adapter that gives a module ``methods`` instead of its own, each called with the module before its arguments.
 
-    The rest of it stays: class, parameters, names in state dicts, its other methods.
+    The rest of it stays: parameters, names in state dicts, its other methods. Its class becomes a subclass of its own.
 
         def forward(module, z):  # z [B, C, H, W]
             rows = z.movedim(1, -1).flatten(0, -2)
@@ -67,13 +67,34 @@ def with_methods(known: str = "", **methods: Callable[..., Any]) -> Callable[...
 
     def adapter(module: nn.Module, **options: Any) -> nn.Module:
         if known:
-            refuse_unknown(module, " ".join([known, *methods]))
+            refuse_unknown(module, known)
+        cls: Any = type(module)
         new = copy.copy(module)
-        for name, method in methods.items():
-            setattr(new, name, partial(method, new))
+        new.__class__ = _subclass(cls, tuple(methods.items()))
         return new
 
     return adapter
+
+
+@cache
+def _subclass(cls: Any, methods: tuple[tuple[str, Callable[..., Any]], ...]) -> Any:
+    """The class with ``methods`` of its own. As no import finds it, a module's pickles and deep copies make it anew."""
+
+    def reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
+        _, _, *state = super(made, module).__reduce_ex__(protocol)
+        return _empty, (cls, methods), *state
+
+    def bound(method: Callable[..., Any]) -> Callable[..., Any]:  # which partial functions are not by themselves
+        return lambda module, *args, **kwargs: method(module, *args, **kwargs)
+
+    names = {name: bound(method) for name, method in methods}
+    made: Any = type(cls.__name__, (cls,), {**names, "__reduce_ex__": reduce})
+    return made
+
+
+def _empty(*args: Any) -> Any:
+    made = _subclass(*args)
+    return made.__new__(made)
 
 
 def quantize_map(

@@ -39,9 +39,10 @@ caller, by the class that it is a copy of:
 
     replace_quantizers(model, {TheirQuantizer: "tokenizer.tokenizer_image.vq_model.VectorQuantizer"})
 
-Where methods are replaced, the module's class, weights, state dict and other methods stay. An attribute, parameter or
-submodule that is in use and not in the third column is refused by its name, before anything is changed; with
-`unsupported="keep"` that quantizer stays as it is. What searches no codebook (FSQ, LFQ, BSQ, Gumbel) is left alone.
+Where methods are replaced, the module's weights, state dict and other methods stay, and its class becomes a subclass.
+An attribute, parameter or submodule that is in use and not in the third column is refused by its name, before anything
+is changed; with `unsupported="keep"` that quantizer stays as it is. What searches no codebook (FSQ, LFQ, BSQ, Gumbel)
+is left alone.
 
 | their class | ours | reckons with | compared: values, gradients, state |
 |---|---|---|---|
