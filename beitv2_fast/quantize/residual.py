@@ -18,7 +18,29 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class ResidualVectorQuantizer(nn.Module):
+class _Quantizers(nn.Module):
+    """What is done to all quantizers inside."""
+
+    def _quantizers(self) -> list[FusedVectorQuantizer]:
+        return [module for module in self.modules() if isinstance(module, FusedVectorQuantizer)]
+
+    def freeze(self) -> None:
+        """Keep all codebooks as they are until ``thaw``: see ``FusedVectorQuantizer.freeze``."""
+        for quantizer in self._quantizers():
+            quantizer.freeze()
+
+    def thaw(self) -> None:
+        """Let all codebooks learn again."""
+        for quantizer in self._quantizers():
+            quantizer.thaw()
+
+    def usage(self, reset: bool = False) -> dict[str, float]:
+        """Means over the codebooks of their ``usage``."""
+        each = [quantizer.usage(reset) for quantizer in self._quantizers()]
+        return {name: sum(usage[name] for usage in each) / len(each) for name in each[0]}
+
+
+class ResidualVectorQuantizer(_Quantizers):
     """A vector as a sum of codes (SoundStream, arXiv 2107.03312 section III.C).
 
     ``r_1 = z``; stage i finds the code ``q_i`` nearest to ``r_i``; ``r_{i+1} = r_i - q_i``. The output is
@@ -155,21 +177,6 @@ class ResidualVectorQuantizer(nn.Module):
             raise ValueError(f"decode: indices must be [..., 1 to {self.num_quantizers}]; got {list(indices.shape)}")
         return torch.stack([self.stage(i).decode(part) for i, part in enumerate(indices.unbind(-1))]).sum(0)
 
-    def freeze(self) -> None:
-        """Keep all codebooks as they are until ``thaw``: see ``FusedVectorQuantizer.freeze``."""
-        for i in range(len(self.stages)):
-            self.stage(i).freeze()
-
-    def thaw(self) -> None:
-        """Let all codebooks learn again."""
-        for i in range(len(self.stages)):
-            self.stage(i).thaw()
-
-    def usage(self, reset: bool = False) -> dict[str, float]:
-        """Means over the stages of their ``usage``."""
-        stages = [self.stage(i).usage(reset) for i in range(len(self.stages))]
-        return {name: sum(stage[name] for stage in stages) / len(stages) for name in stages[0]}
-
     def draw_depth(self, z: Tensor) -> Tensor | None:
         """How many stages each sample takes part in by ``dropout``, [B]; None: all in all."""
         if not self.training or not self.dropout or self.num_quantizers == 1:
@@ -186,7 +193,7 @@ class ResidualVectorQuantizer(nn.Module):
         return deep if mask is None else deep & mask
 
 
-class GroupedResidualVectorQuantizer(nn.Module):
+class GroupedResidualVectorQuantizer(_Quantizers):
     """The width cut into ``groups`` parts, each with a stack of its own (HiFi-Codec, arXiv 2305.02765 section 3.1).
 
     A sample takes part in as many stages in one group as in another.

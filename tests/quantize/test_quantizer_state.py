@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beitv2_fast import FusedVectorQuantizer, ResidualVectorQuantizer
+from beitv2_fast import FusedVectorQuantizer, GroupedResidualVectorQuantizer, ResidualVectorQuantizer
 
 from ..support.quantizers import assert_same, noise, state
 
@@ -105,17 +105,21 @@ def test_copies_are_frozen_and_state_dicts_are_not():
     assert not loaded.frozen
 
 
-def test_a_residual_quantizer_is_frozen_and_thawed_with_all_its_stages():
-    quantizer = ResidualVectorQuantizer(16, 8, 3).train()
+@pytest.mark.parametrize("groups", [{}, {"groups": 2}])
+def test_a_residual_quantizer_is_frozen_thawed_and_counted_with_all_its_stages(groups):
+    kind = GroupedResidualVectorQuantizer if groups else ResidualVectorQuantizer
+    quantizer = kind(16, 8, 3, **groups).train()
     quantizer(noise(60, 8))
     before = state(quantizer)
     quantizer.freeze()
     quantizer(noise(60, 8, seed=1))
     assert_same(state(quantizer), before)
     quantizer.thaw()
-    quantizer(noise(60, 8, seed=1))
-    for i, stage in enumerate(quantizer.stages):
-        assert not torch.equal(stage.codebook, before[f"stages.{i}.codebook"])
+    quantizer.usage(reset=True)
+    counts = quantizer(noise(60, 8, seed=1)).counts
+    assert quantizer.usage()["used_codes"] == pytest.approx((counts > 0).float().mean().item())
+    for name, value in quantizer.state_dict().items():
+        assert not (name.endswith("codebook") and torch.equal(value, before[name]))
 
 
 def test_a_compiled_quantizer_is_frozen_and_thawed(tmp_path, monkeypatch):
