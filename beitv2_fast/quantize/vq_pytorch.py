@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import codebook_search, vector_quantize
-from ..kernels.codebook_update.ops import ema_step, sum_over_ranks
+from ..kernels.codebook_update.ops import codebook_statistics, ema_step, sum_over_ranks
 from ..kernels.codebook_update.reference import unpack_statistics
 from ..kernels.sampling import ALONE, world
 from ..kernels.snapshot import copy_codebook, recomputing
@@ -299,7 +299,10 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         weight = self.ema_update_weight
         if self.embed_avg is None or (weight is None and not self.manual_ema_update):
             return super()._move_codebooks(state, seen, indices)
-        bins, sums = unpack_statistics(self._statistics(seen, indices).flatten(0, 1), self.metric)
+        pairs = zip(seen, indices, strict=True)
+        statistics = torch.stack([codebook_statistics(x, i, self.num_codes, self.metric) for x, i in pairs])
+        sum_over_ranks(statistics, self._group)
+        bins, sums = unpack_statistics(statistics.flatten(0, 1), self.metric)
         sizes, sums = bins.float().view(self.groups, -1), sums.float().view(state["embed_avg"].shape)
         weight = weight(sums, sizes) if callable(weight) else 1.0 if weight is None else weight
         step = (1 - self.decay) * weight * torch.ones_like(sizes)

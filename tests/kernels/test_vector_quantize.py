@@ -15,6 +15,7 @@ from beitv2_fast.kernels.vector_quantize.ops import quantize, quantize_backward
 from beitv2_fast.kernels.vector_quantize.reference import vector_quantize_backward_reference, vector_quantize_reference
 
 from ..support.counting import allocations
+from ..support.dispatched import Dispatched
 
 METRICS = ["cosine", "euclidean"]
 # Of the gradient, relative to its largest value: rounding of fp32 sums over D, then of the gradient to x's dtype.
@@ -137,6 +138,17 @@ def test_output_and_loss_may_be_used_alone(metric):
             ((quantized * upstream).sum() if use == "quantized" else loss).backward()
             gradients.append(leaf.grad)
         assert_near(gradients[0], gradients[1], 2e-6)
+
+
+@pytest.mark.parametrize(("of_x", "of_codebook"), [(True, True), (True, False), (False, True)])
+def test_only_gradients_that_somebody_needs_are_computed(of_x, of_codebook):
+    x, codebook, _ = make(12, 5, 20)
+    loss = ours(x.requires_grad_(of_x), codebook.requires_grad_(of_codebook), "cosine", 1.0, 0.7)[2]
+    with Dispatched() as dispatched:
+        loss.backward()
+    counts = dispatched.counts
+    assert counts["beitv2_fast::vector_quantize_backward"] == of_x == (x.grad is not None)
+    assert counts["beitv2_fast::codebook_statistics"] == of_codebook == (codebook.grad is not None)
 
 
 def test_vectors_shorter_than_eps_get_the_gradient_of_a_division_by_a_constant():
