@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import codebook_search
+from ..kernels import codebook_search, vector_quantize
 from ..kernels.codebook_update.ops import ema_step
 from ..kernels.sampling import ALONE
+from ..kernels.vector_quantize.reference import rotate_to
 from .adapters import EmbeddingAdapter, embed_code, quantize_map, with_methods
 from .soft import entropies, index_backpropagation
 
@@ -107,6 +108,25 @@ def dac(module: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     return module.codebook(indices).mT, indices
 
 
+def sim_vq(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of vector-quantize-pytorch, also inside its ResidualSimVQ."""
+    last = x.movedim(1, -1) if module.channel_first else x
+    rows, weight = last.reshape(-1, last.shape[-1]), module.commitment_weight
+    options = {"commitment_weight": weight * module.input_to_quantize_commit_loss_weight, "codebook_weight": weight}
+    with torch.autocast(x.device.type, enabled=False):
+        out = vector_quantize(rows, module.codebook, metric="euclidean", **options)
+        quantized = rotate_to(rows, out.quantized.detach()) if module.rotation_trick else out.quantized
+    quantized = quantized.view(last.shape).to(x.dtype)
+    quantized = quantized.movedim(-1, 1) if module.channel_first else quantized
+    return quantized, out.indices.view(last.shape[:-1]), out.loss
+
+
+def sim_vq_codes(module: Any, indices: Tensor) -> Tensor:
+    """The codes of indices [B, ...], as ``forward`` finds them: a transform may see all codes at once."""
+    codes = F.embedding(indices, module.codebook)
+    return codes.movedim(-1, 1) if module.channel_first else codes
+
+
 # The attributes that the methods above, and those of the classes themselves, reckon with.
 CHAMELEON = "num_embeddings embedding_dim beta embedding quant_state_dims"
 TAMING = "n_e e_dim beta embedding"
@@ -149,6 +169,12 @@ METHODS: dict[type | str, Callable[..., nn.Module]] = {
     "taming.modules.vqvae.quantize.VectorQuantizer": with_methods(TAMING, forward=taming, embed_code=embed_code),
     "tokenizer.tokenizer_image.vq_model.VectorQuantizer": with_methods(  # LlamaGen
         f"{TAMING} l2_norm show_usage codebook_used entropy_loss_ratio", forward=llamagen
+    ),
+    "vector_quantize_pytorch.sim_vq.SimVQ": with_methods(
+        "codebook_size code_transform frozen_codebook channel_first rotation_trick commitment_weight"
+        " input_to_quantize_commit_loss_weight",
+        forward=sim_vq,
+        indices_to_codes=sim_vq_codes,
     ),
     **{"transformers.models.{0}.modeling_{0}.{1}".format(*name.split(".")): a for name, a in TRANSFORMERS.items()},
 }

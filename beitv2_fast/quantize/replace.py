@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .adapters import EmbeddingAdapter, NormEMAAdapter, Unsupported
+from .adapters import EmbeddingAdapter, NormEMAAdapter, Unsupported, refuse
 from .methods import METHODS
 from .options import QuantizerOptions
-from .vq_pytorch import SimVQAdapter, VectorQuantizeAdapter
+from .vq_pytorch import VectorQuantizeAdapter
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -22,7 +22,6 @@ Adapter = Callable[..., nn.Module]
 # By class, or by a class's full name, so that nothing needs to be imported here. To teach it a class for good, add it.
 ADAPTERS: dict[type | str, Adapter] = {
     "vector_quantize_pytorch.vector_quantize_pytorch.VectorQuantize": VectorQuantizeAdapter,
-    "vector_quantize_pytorch.sim_vq.SimVQ": SimVQAdapter,
     "diffusers.models.autoencoders.vae.VectorQuantizer": EmbeddingAdapter,
     "norm_ema_quantizer.NormEMAVectorQuantizer": NormEMAAdapter,
     "taming.modules.vqvae.quantize.VectorQuantizer2": EmbeddingAdapter,
@@ -82,7 +81,7 @@ def replace_quantizers(
     of_codebook: dict[nn.Module, nn.Module] = {}  # the layers of a ResidualVQ may share one
     for path, (module, make) in found.items():
         try:
-            _refuse_around(model, path)
+            _refuse_around(model, module)
             codebook = getattr(module, "_codebook", module)
             if codebook not in of_codebook:
                 of_codebook[codebook] = make(module, **options).train(module.training)
@@ -101,14 +100,11 @@ def replace_quantizers(
     return model
 
 
-def _refuse_around(model: nn.Module, path: str) -> None:
+def _refuse_around(model: nn.Module, quantizer: nn.Module) -> None:
     """Unsupported if a module around the quantizer asks more of it than its adapter has."""
-    names = path.split(".")
-    for depth in range(len(names)):
-        around = model.get_submodule(".".join(names[:depth]))
-        if getattr(around, "implicit_neural_codebook", False):
-            name = type(around).__name__
-            raise Unsupported(f"the option implicit_neural_codebook of the {name} around it has no fused counterpart")
+    for around in model.modules():
+        if getattr(around, "implicit_neural_codebook", False) and quantizer in around.modules():
+            refuse({f"implicit_neural_codebook of the {type(around).__name__} around it": True})
 
 
 def _adapter(module: nn.Module, known: Mapping[type | str, Adapter]) -> Adapter | None:

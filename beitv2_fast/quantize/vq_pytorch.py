@@ -19,7 +19,6 @@ from ..kernels.codebook_update.ops import codebook_statistics, ema_step, sum_ove
 from ..kernels.codebook_update.reference import unpack_statistics
 from ..kernels.sampling import ALONE, world
 from ..kernels.snapshot import copy_codebook, recomputing
-from ..kernels.vector_quantize.reference import rotate_to
 from .adapters import refuse
 from .options import QuantizerOptions
 from .quantizer import FusedVectorQuantizer, Quantized
@@ -161,20 +160,15 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             codes: Any = None
             if indices is not None or (self.training and (self.by_cross_entropy or self.diversity[0] > 0)):
                 if self.training:
-                    self._start(self._rows(inside).detach())
+                    self.start(inside)
                 codes = self._codebooks().clone()  # as they are searched, before they learn
             out = super().forward(inside, mask)
             losses = self._losses(out, in_place, inside, codes)
         finally:
             self.frozen, self.gradient, self.ema_update_weight, self.temperature = kept
-        quantized = out.quantized if self.training or learnable else out.quantized.detach()
-        if self.training and self.sync_update_v:
-            quantized = quantized + self.sync_update_v * (quantized - quantized.detach())
-        quantized = self.project_out(quantized)
         if indices is not None:
-            return quantized, self._cross_entropy(inside, codes, indices)
-        if mask is not None:
-            quantized = torch.where(mask[..., None], quantized, 0.0 if self.zeros_for_padding else last)
+            return self._outside(out.quantized, None, last), self._cross_entropy(inside, codes, indices)
+        quantized = self._outside(out.quantized, mask, last)
         if last is not x:
             quantized = quantized.movedim(-1, 1)
         weights = self.breakdown(self.commitment_weight, self.diversity[0], self.orthogonal[0], 0.0)
@@ -201,17 +195,23 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             chosen = F.embedding(indices, codes if self._rule == "gradient" else codes.detach())
             compared = F.normalize(rows.float(), dim=-1) if self.metric == "cosine" else rows
             loss = (chosen - compared).square().mean(-1).view(*shape, k) * (self.commitment_weight or not self.training)
+        quantized, indices = quantized.to(z.dtype).view(*shape, k, -1), indices.view(*shape, k)
+        if keep is not None:
+            keep = keep.unsqueeze(-1)
+            indices, loss = torch.where(keep, indices, -1), torch.where(keep, loss, 0.0)
+        quantized = self._outside(quantized, keep, z.unsqueeze(-2))
+        return quantized, indices, loss
+
+    def _outside(self, quantized: Tensor, mask: Tensor | None, z: Tensor) -> Tensor:
+        """What comes out for what was found inside, [..., D], for vectors z."""
+        if not self.training and not isinstance(self.codebook, nn.Parameter):
+            quantized = quantized.detach()
         if self.training and self.sync_update_v:
             quantized = quantized + self.sync_update_v * (quantized - quantized.detach())
-        elif not self.training and not isinstance(self.codebook, nn.Parameter):
-            quantized = quantized.detach()
-        quantized, indices = self.project_out(quantized.to(z.dtype)).view(*shape, k, -1), indices.view(*shape, k)
-        if keep is not None:
-            quantized = torch.where(
-                keep[..., None, None], quantized, 0.0 if self.zeros_for_padding else z[..., None, :]
-            )
-            indices, loss = (torch.where(keep[..., None], t, none) for t, none in ((indices, -1), (loss, 0.0)))
-        return quantized, indices, loss
+        quantized = self.project_out(quantized)
+        if mask is None:
+            return quantized
+        return torch.where(mask[..., None], quantized, 0.0 if self.zeros_for_padding else z)
 
     @torch.no_grad()
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
@@ -251,8 +251,8 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
     def _orthogonal_loss(self, indices: Tensor) -> Tensor:
         """Eq. 2 of arXiv 2112.00384 over the codes, those of the batch, or at most so many drawn at random."""
         _, active, most = self.orthogonal
-        codes = copy_codebook(self.codebook, self.codebook.detach())
-        codes = codes.unsqueeze(0) if self.groups == 1 else codes
+        codes = self._codebook.embed
+        codes = copy_codebook(codes, codes.detach())
         if active:
             codes = codes[:, indices[indices >= 0].unique()]
         if most is not None and codes.shape[1] > most:
@@ -348,46 +348,6 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
 
     def _outward(self, codes: Tensor) -> Tensor:
         return codes.movedim(-1, 1) if self.channels_first and codes.dim() > 2 else codes
-
-
-class SimVQAdapter(nn.Module):
-    """For SimVQ of vector-quantize-pytorch, also inside ResidualSimVQ; names in checkpoints and optimizers stay."""
-
-    def __init__(self, module: Any, **options: Unpack[QuantizerOptions]):
-        super().__init__()
-        self.codebook_size, self.channel_first, self.rotation_trick = (
-            module.codebook_size,
-            module.channel_first,
-            module.rotation_trick,
-        )
-        self.code_transform = module.code_transform
-        self.frozen_codebook: Tensor
-        self.register_buffer("frozen_codebook", module.frozen_codebook)
-        self.commitment_weight = module.commitment_weight
-        self.input_to_quantize_commit_loss_weight = module.input_to_quantize_commit_loss_weight
-
-    @property
-    def codebook(self) -> Tensor:
-        """The codes as they are searched, [K, D]."""
-        codes: Tensor = self.code_transform(self.frozen_codebook)
-        return codes
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        last = x.movedim(1, -1) if self.channel_first else x
-        rows, weight = last.reshape(-1, last.shape[-1]), self.commitment_weight
-        options = {"commitment_weight": weight * self.input_to_quantize_commit_loss_weight, "codebook_weight": weight}
-        with torch.autocast(x.device.type, enabled=False):
-            out = vector_quantize(rows, self.codebook, metric="euclidean", **options)
-            quantized = rotate_to(rows, out.quantized.detach()) if self.rotation_trick else out.quantized
-        quantized = quantized.view(last.shape)
-        return self._outward(quantized).to(x.dtype), out.indices.view(last.shape[:-1]), out.loss
-
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """The codes of indices [B, ...], as ``forward`` finds them: a transform may see all codes at once."""
-        return self._outward(F.embedding(indices, self.codebook))
-
-    def _outward(self, codes: Tensor) -> Tensor:
-        return codes.movedim(-1, 1) if self.channel_first else codes
 
 
 def _moved(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor) -> torch.optim.Optimizer:
