@@ -18,29 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class _Quantizers(nn.Module):
-    """What is done to all quantizers inside."""
-
-    def _quantizers(self) -> list[FusedVectorQuantizer]:
-        return [module for module in self.modules() if isinstance(module, FusedVectorQuantizer)]
-
-    def freeze(self) -> None:
-        """Keep all codebooks as they are until ``thaw``: see ``FusedVectorQuantizer.freeze``."""
-        for quantizer in self._quantizers():
-            quantizer.freeze()
-
-    def thaw(self) -> None:
-        """Let all codebooks learn again."""
-        for quantizer in self._quantizers():
-            quantizer.thaw()
-
-    def usage(self, reset: bool = False) -> dict[str, float]:
-        """Means over the codebooks of their ``usage``."""
-        each = [quantizer.usage(reset) for quantizer in self._quantizers()]
-        return {name: sum(usage[name] for usage in each) / len(each) for name in each[0]}
-
-
-class ResidualVectorQuantizer(_Quantizers):
+class ResidualVectorQuantizer(nn.Module):
     """A vector as a sum of codes (SoundStream, arXiv 2107.03312 section III.C).
 
     ``r_1 = z``; stage i finds the code ``q_i`` nearest to ``r_i``; ``r_{i+1} = r_i - q_i``. The output is
@@ -63,6 +41,7 @@ class ResidualVectorQuantizer(_Quantizers):
         eval_beam_size: in eval mode and ``encode``, of how many sums of codes a stage looks on: those of the least
             ``sum_i mean((r_i - q_i)^2)`` over the stages so far. 1, and in training mode: the nearest code only.
         options: of each stage, those of ``FusedVectorQuantizer``. The metric is Euclidean: a residual is no direction.
+            With ``heads`` every part of the width has a stack, and beams, of its own.
     """
 
     def __init__(
@@ -84,8 +63,6 @@ class ResidualVectorQuantizer(_Quantizers):
             )
         if options.setdefault("metric", "euclidean") != "euclidean":
             raise ValueError("residual stages compare vectors with their length: metric must be 'euclidean'")
-        if options.get("heads", 1) != 1:
-            raise ValueError("residual stages have one head each; cut the width before, or use FusedVectorQuantizer")
         sizes = [num_codes] * num_quantizers if isinstance(num_codes, int) else [*num_codes]
         if len(sizes) != num_quantizers or (share_stages and len({*sizes}) > 1):
             wanted = "the same for stages that share" if share_stages else f"one, or {num_quantizers}"
@@ -103,16 +80,16 @@ class ResidualVectorQuantizer(_Quantizers):
         return cast(FusedVectorQuantizer, self.stages[i % len(self.stages)])
 
     def forward(self, z: Tensor, mask: Tensor | None = None, depth: Tensor | None = None) -> Quantized:
-        """As ``FusedVectorQuantizer.forward``; indices have the stages last, [..., Q], and counts first, [Q, K] with
-        the largest K, or [1, K] of a codebook that all share. depth: int [B], how many stages each sample takes part
-        in; by default as ``dropout`` says."""
+        """As ``FusedVectorQuantizer.forward``; indices have the stages last, [..., Q] or [..., heads, Q], and counts
+        before the codes, [..., Q, K] with the largest K, or [..., 1, K] of a codebook that all stages share. depth:
+        int [B], how many stages each sample takes part in; by default as ``dropout`` says."""
         depth = self.draw_depth(z) if depth is None else depth
         residual = _wide(z)
         total = torch.zeros_like(residual)
         beam = None if self.training or self.eval_beam_size == 1 else self._search(z, depth)
         stages = []
         for i in range(self.num_quantizers):
-            chosen = None if beam is None else beam[:, i]
+            chosen = None if beam is None else beam[..., i]
             out = self.stage(i)(residual, self._taking_part(z, mask, depth, i), chosen)
             stages.append(out)
             code = out.quantized.detach()
@@ -131,9 +108,9 @@ class ResidualVectorQuantizer(_Quantizers):
 
     def _counts(self, counts: list[Tensor]) -> Tensor:
         if len(self.stages) < self.num_quantizers:
-            return torch.stack(counts).sum(0, keepdim=True)  # in training they come with the last stage
-        widest = max(map(len, counts))
-        return torch.stack([F.pad(c, (0, widest - len(c))) for c in counts])
+            return torch.stack(counts, dim=-2).sum(-2, keepdim=True)  # in training they come with the last stage
+        widest = max(c.shape[-1] for c in counts)
+        return torch.stack([F.pad(c, (0, widest - c.shape[-1])) for c in counts], dim=-2)
 
     @torch.no_grad()
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -141,22 +118,26 @@ class ResidualVectorQuantizer(_Quantizers):
         if self.eval_beam_size > 1:
             stage = self.stage(0)
             keep, found = stage._row_mask(mask, z), self._search(z, None)
-            return torch.stack([stage._index_map(part[None], keep, z) for part in found.unbind(-1)], dim=-1)
+            return torch.stack([stage._index_map(part, keep, z) for part in found.unbind(-1)], dim=-1)
         residual, indices = _wide(z), []
         for i in range(self.num_quantizers):
             indices.append(self.stage(i).encode(residual, mask))
             residual = residual - self.stage(i).decode(indices[-1])
         return torch.stack(indices, dim=-1)
 
-    @torch.no_grad()
     def _search(self, z: Tensor, depth: Tensor | None) -> Tensor:
+        """``_search_head`` with every codebook, [G, N, Q]."""
+        return torch.stack([self._search_head(z, depth, g) for g in range(self.stage(0).groups)])
+
+    @torch.no_grad()
+    def _search_head(self, z: Tensor, depth: Tensor | None, g: int) -> Tensor:
         """Indices [N, Q] of the best of ``eval_beam_size`` sums; 0 behind a sample's depth, and of vectors with NaN."""
-        rest = self.stage(0)._rows(_wide(z))[0].unsqueeze(1)  # [N, beam, D]
+        rest = self.stage(0)._rows(_wide(z))[g].unsqueeze(1)  # [N, beam, D]
         cost, paths = torch.zeros_like(rest[..., 0]), torch.zeros_like(rest[..., :0], dtype=torch.int64)
         unknown = rest[:, 0].isnan().any(-1, keepdim=True)
         best = torch.zeros(rest.shape[0], self.num_quantizers, dtype=torch.int64, device=z.device)
         for i in range(self.num_quantizers):
-            codes, beam = self.stage(i)._codebooks()[0], rest.shape[1]
+            codes, beam = self.stage(i)._codebooks()[g], rest.shape[1]
             k = min(self.eval_beam_size, len(codes))
             found = codebook_search(rest.flatten(0, 1), codes, metric="euclidean", k=k).indices.view(-1, beam, k)
             # One code per beam at a time: all rests at once would be [N, beam, k, D].
@@ -166,9 +147,9 @@ class ResidualVectorQuantizer(_Quantizers):
             found, parent = found.flatten(1).gather(1, kept), (kept // k)[..., None]
             rest = rest.gather(1, parent.expand(-1, -1, rest.shape[-1])) - F.embedding(found, codes)
             paths = torch.cat([paths.gather(1, parent.expand(-1, -1, i)), found[..., None]], dim=-1)
-            deep = self._taking_part(z, None, depth, i)
+            deep = self.stage(i)._row_mask(self._taking_part(z, None, depth, i), z)
             found = paths[:, 0]
-            best[:, : i + 1] = found if deep is None else torch.where(deep.reshape(-1, 1), found, best[:, : i + 1])
+            best[:, : i + 1] = found if deep is None else torch.where(deep[:, None], found, best[:, : i + 1])
         return best.masked_fill(unknown, 0)
 
     def decode(self, indices: Tensor) -> Tensor:
@@ -176,6 +157,21 @@ class ResidualVectorQuantizer(_Quantizers):
         if indices.dim() == 0 or not 1 <= indices.shape[-1] <= self.num_quantizers:
             raise ValueError(f"decode: indices must be [..., 1 to {self.num_quantizers}]; got {list(indices.shape)}")
         return torch.stack([self.stage(i).decode(part) for i, part in enumerate(indices.unbind(-1))]).sum(0)
+
+    def freeze(self) -> None:
+        """Keep all codebooks as they are until ``thaw``: see ``FusedVectorQuantizer.freeze``."""
+        for i in range(len(self.stages)):
+            self.stage(i).freeze()
+
+    def thaw(self) -> None:
+        """Let all codebooks learn again."""
+        for i in range(len(self.stages)):
+            self.stage(i).thaw()
+
+    def usage(self, reset: bool = False) -> dict[str, float]:
+        """Means over the stages of their ``usage``."""
+        stages = [self.stage(i).usage(reset) for i in range(len(self.stages))]
+        return {name: sum(stage[name] for stage in stages) / len(stages) for name in stages[0]}
 
     def draw_depth(self, z: Tensor) -> Tensor | None:
         """How many stages each sample takes part in by ``dropout``, [B]; None: all in all."""
@@ -193,80 +189,20 @@ class ResidualVectorQuantizer(_Quantizers):
         return deep if mask is None else deep & mask
 
 
-class GroupedResidualVectorQuantizer(_Quantizers):
+class GroupedResidualVectorQuantizer(ResidualVectorQuantizer):
     """The width cut into ``groups`` parts, each with a stack of its own (HiFi-Codec, arXiv 2305.02765 section 3.1).
 
-    A sample takes part in as many stages in one group as in another.
+    A ResidualVectorQuantizer of as many ``heads``: indices [..., groups, Q], counts [groups, Q, K], and the mean of the
+    groups' losses. A sample takes part in as many stages in one group as in another.
 
     Args:
-        num_codes: K, or one for each stage.
-        dim: D, a multiple of groups.
-        num_quantizers: Q, the number of stages.
-        groups: how many parts.
-        share_stages: see ``ResidualVectorQuantizer``.
-        dropout: see there.
-        eval_beam_size: see there.
-        options: of each stage, those of ``FusedVectorQuantizer``.
+        num_codes, dim, num_quantizers: see ``ResidualVectorQuantizer``.
+        groups: how many parts; dim is a multiple of it.
+        options: all others of ``ResidualVectorQuantizer``.
     """
 
-    def __init__(
-        self,
-        num_codes: int | Sequence[int],
-        dim: int,
-        num_quantizers: int,
-        groups: int,
-        *,
-        share_stages: bool = False,
-        dropout: float = 0.0,
-        eval_beam_size: int = 1,
-        **options: Unpack[QuantizerOptions],
-    ):
-        super().__init__()
-        if groups < 1 or dim % groups:
-            raise ValueError(f"dim must be a multiple of groups; got dim={dim}, groups={groups}")
-        seed = options.get("seed", 0)
-        of_each: dict[str, Any] = {"share_stages": share_stages, "dropout": dropout, "eval_beam_size": eval_beam_size}
-        of_each |= options
-        seeds = [seed + g * num_quantizers for g in range(groups)]
-        self.stacks = nn.ModuleList(
-            ResidualVectorQuantizer(num_codes, dim // groups, num_quantizers, **(copy.deepcopy(of_each) | {"seed": s}))
-            for s in seeds
-        )
-
-    def _stacks(self) -> list[ResidualVectorQuantizer]:
-        return [cast(ResidualVectorQuantizer, stack) for stack in self.stacks]
-
-    def forward(self, z: Tensor, mask: Tensor | None = None, depth: Tensor | None = None) -> Quantized:
-        """As ``ResidualVectorQuantizer.forward``: indices [..., groups, Q], counts [groups, Q, K], loss the mean."""
-        depth = self._stacks()[0].draw_depth(z) if depth is None else depth
-        parts = [stack(part, mask, depth) for stack, part in zip(self._stacks(), self._parts(z), strict=True)]
-        return Quantized(
-            torch.cat([part.quantized for part in parts], dim=self._axis(z)),
-            torch.stack([part.indices for part in parts], dim=-2),
-            torch.stack([part.loss for part in parts]).mean(),
-            torch.stack([part.counts for part in parts]),
-        )
-
-    def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Vectors -> indices [..., groups, Q], and nothing else changes."""
-        pairs = zip(self._stacks(), self._parts(z), strict=True)
-        return torch.stack([stack.encode(part, mask) for stack, part in pairs], dim=-2)
-
-    def decode(self, indices: Tensor) -> Tensor:
-        """Indices [..., groups, q] of the first q <= Q stages -> the vectors, fp32; index -1 adds nothing."""
-        if indices.dim() < 2 or indices.shape[-2] != len(self.stacks):
-            raise ValueError(f"decode: indices must be [..., {len(self.stacks)}, stages]; got {list(indices.shape)}")
-        parts = [stack.decode(part) for stack, part in zip(self._stacks(), indices.unbind(-2), strict=True)]
-        return torch.cat(parts, dim=self._axis(parts[0]))
-
-    def _axis(self, z: Tensor) -> int:
-        return self._stacks()[0].stage(0).channel_axis(z)
-
-    def _parts(self, z: Tensor) -> Sequence[Tensor]:
-        width = sum(stack.stage(0).dim for stack in self._stacks())
-        if z.dim() == 0 or z.shape[self._axis(z)] != width:
-            raise ValueError(f"expected vectors of width {width}; got {list(z.shape)}")
-        return z.chunk(len(self.stacks), dim=self._axis(z))
+    def __init__(self, num_codes: int | Sequence[int], dim: int, num_quantizers: int, groups: int, **options: Any):
+        super().__init__(num_codes, dim, num_quantizers, heads=groups, **options)
 
 
 def _wide(z: Tensor) -> Tensor:

@@ -95,8 +95,6 @@ def test_low_precision_comes_back_in_its_dtype():
 def test_wrong_options_and_indices_are_refused():
     with pytest.raises(ValueError, match="euclidean"):
         residual(metric="cosine")
-    with pytest.raises(ValueError, match="one head"):
-        residual(heads=2)
     with pytest.raises(ValueError, match="dropout"):
         residual(dropout=2.0)
     with pytest.raises(ValueError, match="eval_beam_size"):
@@ -200,22 +198,35 @@ def test_a_beam_ends_where_a_sample_s_depth_does():
 
 @pytest.mark.parametrize("channel_last", [True, False])
 def test_groups_are_stacks_of_their_own_on_parts_of_the_width(channel_last):
-    options = {"channel_last": channel_last, "kmeans_init": False}
-    grouped = GroupedResidualVectorQuantizer(32, 8, 3, groups=2, seed=7, **options).train()
-    alone = [ResidualVectorQuantizer(32, 4, 3, seed=7 + 3 * g, **options).train() for g in range(2)]
+    options = {"channel_last": channel_last, "kmeans_init": False, "eval_beam_size": 3}
+    grouped = GroupedResidualVectorQuantizer(32, 8, 3, groups=2, **options).train()
+    alone = [ResidualVectorQuantizer(32, 4, 3, **options).train() for _ in range(2)]
+    for g, stack in enumerate(alone):
+        stack.load_state_dict({name: t[g] if t.dim() else t for name, t in grouped.state_dict().items()})
     z, axis = (noise(5, 6, 8), -1) if channel_last else (noise(5, 8, 6), 1)
-    out, parts = grouped(z), [stack(part) for stack, part in zip(alone, z.chunk(2, axis), strict=True)]
-    assert torch.equal(out.quantized, torch.cat([part.quantized for part in parts], axis))
-    assert torch.equal(out.indices, torch.stack([part.indices for part in parts], -2)) and out.counts.shape == (
-        2,
-        3,
-        32,
-    )
-    torch.testing.assert_close(out.loss, (parts[0].loss + parts[1].loss) / 2)
-    indices = grouped.encode(z)
-    torch.testing.assert_close(grouped.eval()(z).quantized, grouped.decode(indices))
+    mask = torch.arange(6) < torch.tensor([[6], [2], [1], [5], [0]])
+    for call in ({}, {"mask": mask, "depth": torch.tensor([1, 2, 3, 1, 2])}):
+        for training in (True, False):
+            parts = [stack.train(training)(p, **call) for stack, p in zip(alone, z.chunk(2, axis), strict=True)]
+            out = grouped.train(training)(z, **call)
+            assert torch.equal(out.quantized, torch.cat([part.quantized for part in parts], axis))
+            assert torch.equal(out.indices, torch.stack([part.indices for part in parts], -2))
+            assert torch.equal(out.counts, torch.stack([part.counts for part in parts]))
+            torch.testing.assert_close(out.loss, (parts[0].loss + parts[1].loss) / 2)
+    torch.testing.assert_close(grouped(z).quantized, grouped.decode(grouped.encode(z)))
     with pytest.raises(ValueError, match="width 8"):
         grouped(noise(5, 9, 9))
+    with pytest.raises(ValueError, match="multiple of heads"):
+        GroupedResidualVectorQuantizer(32, 8, 3, groups=3)
+
+
+def test_groups_that_share_a_codebook_are_one_stack_for_all_parts():
+    options = {"kmeans_init": False, "eval_beam_size": 3}
+    shared = ResidualVectorQuantizer(32, 8, 3, heads=2, share_codebook=True, **options).eval()
+    alone = ResidualVectorQuantizer(32, 4, 3, **options).eval()
+    alone.load_state_dict(shared.state_dict())
+    z, depth = noise(5, 6, 8), torch.tensor([1, 2, 3, 1, 2])
+    assert torch.equal(shared(z, depth=depth).indices, alone(z.unflatten(-1, (2, 4)), depth=depth).indices)
 
 
 def test_a_sample_takes_part_in_as_many_stages_in_every_group():
