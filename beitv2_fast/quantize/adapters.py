@@ -41,10 +41,9 @@ def refuse_unknown(module: nn.Module, known: str, of: str = "") -> None:
     refuse({of + name: not isinstance(value, bool | int | float | None) or value for name, value in unknown.items()})
     for name, table in module.named_children():
         if isinstance(table, nn.Embedding):
-            refuse(
-                {f"{name}.{option}": getattr(table, option) for option in ("max_norm", "scale_grad_by_freq", "sparse")}
-            )
-            refuse({f"{name}.padding_idx": table.padding_idx is not None})
+            options = {option: getattr(table, option) for option in ("max_norm", "scale_grad_by_freq", "sparse")}
+            options["padding_idx"] = table.padding_idx is not None
+            refuse({f"{name}.{option}": value for option, value in options.items()})
 
 
 def with_methods(known: str = "", **methods: Callable[..., Any]) -> Callable[..., nn.Module]:
@@ -97,19 +96,11 @@ def _empty(*args: Any) -> Any:
     return made.__new__(made)
 
 
-def quantize_map(
-    z: Tensor, codes: Tensor, metric: str = "euclidean", commitment_weight: float = 1.0, codebook_weight: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_map(z: Tensor, codes: Tensor, metric: str = "euclidean", **weights: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``vector_quantize`` of z [B, C, ...]: what comes out for z, the loss, and indices [N] of all vectors."""
     last = z.movedim(1, -1)
     with torch.autocast(z.device.type, enabled=False):
-        out = vector_quantize(
-            last.reshape(-1, last.shape[-1]),
-            codes,
-            metric=metric,
-            commitment_weight=commitment_weight,
-            codebook_weight=codebook_weight,
-        )
+        out = vector_quantize(last.reshape(-1, last.shape[-1]), codes, metric=metric, **weights)
     quantized = out.quantized.view(last.shape).movedim(-1, 1).to(z.dtype).contiguous()
     return quantized, out.loss.to(z.dtype), out.indices
 
@@ -212,8 +203,8 @@ def embedding_forward(
 ) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
     refuse({"temp": temp not in (None, 1.0), "rescale_logits": rescale_logits, "return_logits": return_logits})
     # legacy: the published models were trained with beta on the other term.
-    weights = (1.0, module.beta) if module.legacy else (module.beta, 1.0)
-    quantized, loss, indices = quantize_map(z, module.embedding.weight, "euclidean", *weights)
+    weights = {"codebook_weight" if module.legacy else "commitment_weight": module.beta}
+    quantized, loss, indices = quantize_map(z, module.embedding.weight, **{"codebook_weight": 1.0, **weights})
     if module.remap is not None:
         indices = _to_used(module, indices)[:, None]
     if module.sane_index_shape:
