@@ -50,11 +50,11 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
 
     def __init__(self, module: Any, **options: Unpack[QuantizerOptions]):
         book = module._codebook
-        gumbel = getattr(book.gumbel_sample, "keywords", {})
+        stochastic = getattr(book.gumbel_sample, "keywords", {}).get("stochastic", False)
         refuse(
             {
                 "stochastic_sample_codes with in_place_codebook_optimizer": (
-                    gumbel.get("stochastic") and module.in_place_codebook_optimizer
+                    stochastic and module.in_place_codebook_optimizer
                 ),
                 "directional_reparam": module.directional_reparam,
                 "in_place_codebook_optimizer without learnable_codebook": (
@@ -79,7 +79,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             "commitment_weight": commitment,
             "codebook_weight": commitment,
             "gradient": "rotation" if module.rotation_trick else "straight_through",
-            "temperature": max(float(book.sample_codebook_temp), 0.0) if gumbel.get("stochastic") else 0.0,
+            "temperature": max(float(book.sample_codebook_temp), 0.0) if stochastic else 0.0,
             "heads": module.heads,
             "share_codebook": not module.separate_codebook_per_head,
             "kmeans_init": not bool(book.initted),
@@ -101,7 +101,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         self.zeros_for_padding = module.return_zeros_for_masked_padding
         self.manual_ema_update: bool = book.manual_ema_update
         self.ema_update_weight: Weight | None = None
-        self.stochastic = bool(gumbel.get("stochastic"))
+        self.stochastic = stochastic
         self.routes_gradients = module.route_gradients_to_input
         self.orthogonal = (
             module.orthogonal_reg_weight,
@@ -116,10 +116,9 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             for name, value in self._state().items():
                 if value.numel() and name in ("codebook", "cluster_size", "embed_avg"):
                     value.copy_(book.embed if name == "codebook" else getattr(book, name))
-        self.in_place_codebook_optimizer = self.manual_in_place_optimizer_update = None
-        if module.in_place_codebook_optimizer is not None:
-            self.in_place_codebook_optimizer = _moved(module.in_place_codebook_optimizer, book.embed, self.codebook)
-            self.manual_in_place_optimizer_update = module.manual_in_place_optimizer_update
+        optimizer = module.in_place_codebook_optimizer
+        self.in_place_codebook_optimizer = None if optimizer is None else _moved(optimizer, book.embed, self.codebook)
+        self.manual_in_place_optimizer_update = module.manual_in_place_optimizer_update
         if module.freeze_codebook:
             self.freeze()
 
