@@ -198,8 +198,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         if keep is not None:
             keep = keep.unsqueeze(-1)
             indices, loss = torch.where(keep, indices, -1), torch.where(keep, loss, 0.0)
-        quantized = self._outside(quantized, keep, z.unsqueeze(-2))
-        return quantized, indices, loss
+        return self._outside(quantized, keep, z.unsqueeze(-2)), indices, loss
 
     def _outside(self, quantized: Tensor, mask: Tensor | None, z: Tensor) -> Tensor:
         """What comes out for what was found inside, [..., D], for vectors z."""
