@@ -198,7 +198,7 @@ class FusedVectorQuantizer(QuantizerState):
             z: [..., dim], or [B, dim, ...] with ``channel_last=False``, e.g. image maps [B, C, H, W]. Any float dtype.
             mask: bool, the shape of z without the channels: True for the vectors that count. The others influence
                 nothing and come out as zeros with index -1.
-            chosen: int64 [N], with one head and in eval mode: the codes to take in place of the nearest.
+            chosen: int64 [codebooks, N], in eval mode: the codes to take in place of the nearest.
 
         Raises:
             ValueError: z or mask of another shape, z on another device. TypeError: z or mask of another dtype.
@@ -225,7 +225,8 @@ class FusedVectorQuantizer(QuantizerState):
                     snapshot = self.snapshots.keep(x, self.codebook)
             codebooks = self._codebooks(snapshot)
             rows = _in_turn(x)
-            drawn = self._drawn(rows, codebooks, snapshot) if self._draws else chosen
+            drawn = None if chosen is None else _in_turn(chosen)
+            drawn = self._drawn(rows, codebooks, snapshot) if self._draws else drawn
             kept = None if keep is None else keep[:, None].expand(-1, self.groups).flatten()
             quantized, indices, loss = self._quantize(rows, codebooks.squeeze(0), kept, drawn)
             indices = indices.view(-1, self.groups).T  # [G, N]

@@ -21,7 +21,7 @@ from ..kernels.sampling import ALONE, world
 from ..kernels.snapshot import copy_codebook, recomputing
 from .adapters import refuse
 from .options import QuantizerOptions
-from .quantizer import FusedVectorQuantizer, Quantized
+from .quantizer import FusedVectorQuantizer, Quantized, _in_turn
 from .soft import code_cross_entropy, diversity_loss
 
 if TYPE_CHECKING:
@@ -273,8 +273,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         options: dict[str, Any] = {"metric": self.metric, "commitment_weight": 0.0, "codebook_weight": 1.0}
         with torch.autocast(z.device.type, enabled=False):
             rows = x if keep is None else x[:, keep]
-            losses = [vector_quantize(*part, **options).loss for part in zip(rows, self._codebooks(), strict=True)]
-            loss = torch.stack(losses).mean()
+            loss = vector_quantize(_in_turn(rows), self._codebooks(), **options).loss
             loss.backward()
         if not self.manual_in_place_optimizer_update:
             self.update_in_place_optimizer()
@@ -297,10 +296,10 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         weight = self.ema_update_weight
         if self.embed_avg is None or (weight is None and not self.manual_ema_update):
             return super()._move_codebooks(state, seen, indices)
-        pairs = zip(seen, indices, strict=True)
-        statistics = torch.stack([codebook_statistics(x, i, self.num_codes, self.metric) for x, i in pairs])
+        rows, chosen = _in_turn(seen), _in_turn(indices)
+        statistics = codebook_statistics(rows, chosen, self.num_codes, self.metric, self.groups)
         sum_over_ranks(statistics, self._group)
-        bins, sums = unpack_statistics(statistics.flatten(0, 1), self.metric)
+        bins, sums = unpack_statistics(statistics, self.metric)
         sizes, sums = bins.float().view(self.groups, -1), sums.float().view(state["embed_avg"].shape)
         weight = weight(sums, sizes) if callable(weight) else 1.0 if weight is None else weight
         step = (1 - self.decay) * weight * torch.ones_like(sizes)
