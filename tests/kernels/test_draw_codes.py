@@ -120,3 +120,17 @@ def test_bad_input_is_refused():
         draw_codes(noise(3, 4), noise(5, 4), temperature=0, seed=0)
     with pytest.raises(ValueError, match="same D"):
         draw_codes(noise(3, 4), noise(5, 3), temperature=1, seed=0)
+
+
+class Draws(torch.nn.Module):
+    def forward(self, x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+        return draw_codes(x, codebook, temperature=0.5, seed=3)
+
+
+def test_draws_are_exported_for_any_number_of_vectors():
+    codebook, n = noise(9, 4, seed=1), torch.export.Dim("n")
+    shapes = {"x": {0: n}, "codebook": None}
+    program = torch.export.export(Draws(), (noise(6, 4), codebook), dynamic_shapes=shapes, strict=False).module()
+    for count in (2, 6, 50):
+        x = noise(count, 4, seed=count)
+        assert torch.equal(program(x, codebook), draw_codes(x, codebook, temperature=0.5, seed=3))
