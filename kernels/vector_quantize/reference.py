@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,22 +57,37 @@ def _mean_square(difference: Tensor, keep: Tensor | None) -> Tensor:
     return torch.where(keep[:, None], difference, 0.0).square().sum() / count.clamp(min=1)
 
 
+class _Rotation(torch.autograd.Function):
+    """See ``rotate_to``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, target: Tensor, shortest: float) -> Tensor:
+        ctx.save_for_backward(x, target)
+        ctx.shortest = shortest
+        return target.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        with torch.no_grad():
+            x, target = ctx.saved_tensors
+            norm, target_norm = (t.norm(dim=-1, keepdim=True) for t in (x, target))
+            u, q = x / norm.clamp(min=SHORTEST), target / target_norm.clamp(min=SHORTEST)
+            half = F.normalize(u + q, dim=-1, eps=SHORTEST)
+            scale = target_norm / norm.clamp(min=SHORTEST)
+        along_half, along_q = ((grad * t).sum(-1, keepdim=True) for t in (half, q))
+        rotated = (grad - 2 * along_half * half + 2 * along_q * u) * scale
+        return torch.where(norm < ctx.shortest, grad, rotated), None, None
+
+
 def rotate_to(x: Tensor, target: Tensor, shortest: float = SHORTEST) -> Tensor:
     """The target as a rotation and scaling of x that are constant for the gradient: [N, D], [N, D] -> [N, D].
 
-    ``R x |target| / |x|`` with the R of section 4.2 that rotates x onto the target in their common plane; a gradient g
-    reaches x as ``R^T g |target| / |x|``. An x shorter than ``shortest`` has no direction to rotate: it passes straight
-    through.
+    ``R x |target| / |x|``, which is the target, with the R of section 4.2 that rotates x onto the target in their
+    common plane; a gradient g reaches x as ``R^T g |target| / |x|``. An x shorter than ``shortest`` has no direction to
+    rotate: its gradient passes straight through.
     """
-    with torch.no_grad():
-        norm, target_norm = (t.norm(dim=-1, keepdim=True) for t in (x, target))
-        u, q = x / norm.clamp(min=SHORTEST), target / target_norm.clamp(min=SHORTEST)
-        half = F.normalize(u + q, dim=-1, eps=SHORTEST)
-        scale = target_norm / norm.clamp(min=SHORTEST)
-    along_half = (x * half).sum(-1, keepdim=True)
-    along_u = (x * u).sum(-1, keepdim=True)
-    rotated = (x - 2 * along_half * half + 2 * along_u * q) * scale
-    return torch.where(norm < shortest, x + (target - x).detach(), rotated)
+    rotated: Tensor = _Rotation.apply(x, target, shortest)
+    return rotated
 
 
 def vector_quantize_backward_reference(

@@ -12,7 +12,11 @@ from torch import Tensor
 from beitv2_fast.kernels import codebook_search, vector_quantize
 from beitv2_fast.kernels.native import native_ops
 from beitv2_fast.kernels.vector_quantize.ops import quantize, quantize_backward
-from beitv2_fast.kernels.vector_quantize.reference import vector_quantize_backward_reference, vector_quantize_reference
+from beitv2_fast.kernels.vector_quantize.reference import (
+    rotate_to,
+    vector_quantize_backward_reference,
+    vector_quantize_reference,
+)
 
 from ..support.counting import allocations
 from ..support.dispatched import Dispatched
@@ -281,3 +285,17 @@ def test_memory_does_not_grow_with_vectors_times_codes():
     step()
     # Codes, indices, distances and the gradient are 76 bytes per vector; an N x K matrix would be 1024.
     assert allocations(step)[0] < 100 * 200_000
+
+
+def test_a_rotation_returns_the_target_and_the_gradient_of_its_matrix():
+    x, target, upstream = torch.randn(3, 20, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, q = F.normalize(x, dim=-1), F.normalize(target, dim=-1)
+    half = F.normalize(u + q, dim=-1)
+    matrix = torch.eye(5) - 2 * half[:, :, None] * half[:, None] + 2 * q[:, :, None] * u[:, None]
+    matrix = matrix * (target.norm(dim=-1) / x.norm(dim=-1))[:, None, None]
+    torch.testing.assert_close((matrix @ x[:, :, None]).squeeze(-1), target)
+    x.requires_grad_()
+    rotated = rotate_to(x, target)
+    assert torch.equal(rotated, target)
+    (gradient,) = torch.autograd.grad(rotated, x, upstream)
+    torch.testing.assert_close(gradient, (matrix.mT @ upstream[:, :, None]).squeeze(-1))
