@@ -13,7 +13,13 @@ from beitv2_fast import FusedVectorQuantizer, GroupedResidualVectorQuantizer, Re
 from beitv2_fast.kernels import codebook_search, codebook_update
 from beitv2_fast.kernels.codebook_search import reference
 from beitv2_fast.quantize import soft
-from beitv2_fast.quantize.soft import code_cross_entropy, diversity_loss, soft_assignment
+from beitv2_fast.quantize.soft import (
+    code_cross_entropy,
+    diversity_loss,
+    entropies,
+    index_backpropagation,
+    soft_assignment,
+)
 
 N, K, D = 512, 2048, 16
 MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -31,6 +37,8 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 FUNCTIONS: dict[str, Callable[[Tensor, Tensor], object]] = {
     "4 nearest": lambda x, codes: codebook_search(x, codes, k=4),
     "soft assignment": lambda x, codes: soft_assignment(x, codes)[1].square().sum().backward(),
+    "entropies": lambda x, codes: sum(entropies(x, codes)).backward(),
+    "index backpropagation": lambda x, codes: index_backpropagation(x, codes)[0].sin().sum().backward(),
     "cross entropy": lambda x, codes: code_cross_entropy(x, codes, torch.arange(N)).backward(),
     "diversity": lambda x, codes: diversity_loss(
         x.view(8, 1, -1, D), codes[None], metric="euclidean", temperature=1.0

@@ -11,8 +11,15 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from beitv2_fast import replace_quantizers
+from beitv2_fast.kernels.codebook_search.reference import similarities
 from beitv2_fast.quantize import soft
-from beitv2_fast.quantize.soft import code_cross_entropy, entropies, index_backpropagation, soft_assignment
+from beitv2_fast.quantize.soft import (
+    code_cross_entropy,
+    diversity_loss,
+    entropies,
+    index_backpropagation,
+    soft_assignment,
+)
 
 from ..support.codebook_states import METRICS
 from ..support.quantizers import noise
@@ -98,16 +105,72 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_no_tensor_is_as_large_as_the_matrix_in_the_backward_either(monkeypatch):
-    monkeypatch.setattr(soft, "CHUNK_SCORES", 5000)
-    x, codebook = noise(100, 8).requires_grad_(), noise(500, 8, seed=1).requires_grad_()
-    codes = torch.arange(100)
-    with Largest() as largest:
-        _, p = soft_assignment(x, codebook)
-        quantized, _ = index_backpropagation(x, codebook)
-        losses = code_cross_entropy(x, codebook, codes) + sum(entropies(x, codebook)) + quantized.sin().sum()
-        (losses + p.square().sum()).backward()
-    assert 0 < largest.elements <= 5000
+def everything_soft(x: torch.Tensor, codebook: torch.Tensor, metric: str) -> torch.Tensor:
+    """One number of all that is soft, at a temperature of 0.5."""
+    options = {"metric": metric, "temperature": 0.5}
+    log_sum_exp, p = soft_assignment(x, codebook, **options)
+    of_each, of_mean = entropies(x, codebook, **options)
+    loss = code_cross_entropy(x, codebook, torch.arange(len(x)) % len(codebook) - 1, **options)
+    loss = loss + diversity_loss(x.view(2, 2, -1, x.shape[1]), torch.stack([codebook, codebook.sin()]), **options)
+    return loss + log_sum_exp.sin().sum() + p.square().sum() + of_each - 0.3 * of_mean
+
+
+@pytest.mark.parametrize("metric", [*METRICS, "dot"])
+@pytest.mark.parametrize("of", [(True, True), (True, False), (False, True)], ids=str)
+def test_gradients_are_those_of_finite_differences(metric, of, monkeypatch):
+    monkeypatch.setattr(soft, "CHUNK_SCORES", 1)
+    x, codebook = (noise(n, 2, seed=n).double().requires_grad_(wanted) for n, wanted in zip((12, 5), of, strict=True))
+    assert torch.autograd.gradcheck(lambda x, codebook: everything_soft(x, codebook, metric), (x, codebook))
+
+
+def test_a_vector_that_is_a_code_has_the_gradient_of_the_clamped_distance():
+    codebook, results = noise(5, 3, seed=1).double(), []
+    for scores in (lambda x: similarities(x, codebook, "euclidean").logsumexp(-1),
+                   lambda x: soft_assignment(x, codebook, metric="euclidean")[0]):  # fmt: skip
+        x = codebook[2:3].clone().requires_grad_()
+        scores(x).sum().backward()
+        results.append(x.grad)
+    assert results[0].abs().max() > 0.01
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_differentiating_twice_is_refused():
+    x, codebook = noise(6, 3).requires_grad_(), noise(5, 3, seed=1)
+    codes = torch.arange(6) % 5
+    for value in (
+        soft_assignment(x, codebook)[0].sum(),
+        entropies(x, codebook)[0],
+        code_cross_entropy(x, codebook, codes),
+        index_backpropagation(x, codebook)[0].sum(),
+    ):
+        (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no autograd formula"):
+            gradient.square().sum().backward()
+
+
+def test_autocast_changes_no_bit():
+    results = []
+    for on in (False, True):
+        x, codebook = noise(8, 4).requires_grad_(), noise(5, 4, seed=1).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            value = everything_soft(x, codebook, "cosine") + index_backpropagation(x, codebook)[0].sin().sum()
+        value.backward()
+        results.append((value, x.grad, codebook.grad))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_what_is_registered_keeps_torchs_rules():
+    x, codebook = noise(6, 3).requires_grad_(), noise(5, 3, seed=1).requires_grad_()
+    torch.library.opcheck(soft._assign, (x, codebook, 0.0))
+    torch.library.opcheck(soft._assign, (x, codebook, 1e-8))
+    x, codebook, ones = x.detach(), codebook.detach(), torch.ones(6)
+    torch.library.opcheck(soft._assign_backward, (x, codebook, 0.0, ones, ones, torch.ones(5), None, True))
+    torch.library.opcheck(soft._assign_backward, (x, codebook, 0.0, None, None, None, x, False))
+    both = x[None].clone().requires_grad_(), codebook[None].clone().requires_grad_()
+    torch.library.opcheck(soft._losses, (*both, torch.arange(6) % 5, 1, 0.0, True, True))
+    torch.library.opcheck(soft._losses, (x.view(2, 3, 3), codebook.expand(2, 5, 3), None, 3, 0.0, True, False))
+    torch.library.opcheck(soft._losses, (x[None], codebook[None], torch.arange(6) % 5, 1, 0.0, False, False))
+    torch.library.opcheck(soft._losses_backward, (torch.ones(1), x, x))
 
 
 def test_entropies_of_codes_that_no_vector_wants_have_finite_gradients():
@@ -172,6 +235,17 @@ def test_they_agree_with_shared_heads_and_on_maps(options):
         losses.pop("commitment_use_cross_entropy_loss")  # the original takes indices of another shape than its own
     shape = (2, 16, 4, 5) if "accept_image_fmap" in options else (3, 20, 16)
     assert_same_training(*swapped(**losses, **options), shape, freeze_codebook=True)
+
+
+def test_vectors_without_a_code_leave_no_trace_even_of_nan():
+    codebook, codes = noise(5, 4, seed=1).requires_grad_(), torch.tensor([3, -1, 0])
+    for metric in (*METRICS, "dot"):
+        results = []
+        for rows in ([0, 2], [0, 1, 2]):
+            x = noise(3, 4).index_fill_(0, torch.tensor(1), torch.nan).requires_grad_()
+            loss = code_cross_entropy(x[rows], codebook, codes[rows], metric=metric)
+            results.append((loss, *torch.autograd.grad(loss, (x, codebook))))
+        torch.testing.assert_close(*results)
 
 
 def test_padding_takes_no_part_in_the_cross_entropy():
