@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from beitv2_fast import replace_quantizers
 from beitv2_fast.kernels.codebook_search.reference import similarities
@@ -91,18 +90,6 @@ def test_index_backpropagation_has_the_gradients_of_finite_differences_of_what_i
         with torch.no_grad():
             slope = (soft_value(x + moved, codebook) - soft_value(x - moved, codebook)) / (2 * step)
         torch.testing.assert_close(x.grad[i, d], slope, rtol=1e-6, atol=1e-8)
-
-
-class Largest(TorchDispatchMode):
-    """The elements of the largest tensor that any op returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, tuple | list) else [out]:
-            self.elements = max(self.elements, t.numel() if isinstance(t, torch.Tensor) else 0)
-        return out
 
 
 def everything_soft(x: torch.Tensor, codebook: torch.Tensor, metric: str) -> torch.Tensor:
