@@ -259,6 +259,7 @@ class FusedVectorQuantizer(QuantizerState):
         Raises:
             ValueError: with several heads, a last dimension that is not ``heads``.
             TypeError: indices that are not integers.
+            IndexError: indices from ``num_codes`` on; of CUDA tensors, an error of the device.
         """
         if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
             raise TypeError(f"decode: indices must be integers; got {indices.dtype}")
@@ -266,7 +267,10 @@ class FusedVectorQuantizer(QuantizerState):
         heads = self.heads
         if heads > 1 and (indices.dim() == 0 or indices.shape[-1] != heads):
             raise ValueError(f"decode: indices must be [..., {heads}], one for each head; got {list(indices.shape)}")
-        codes = look_up(self._codebooks(), indices.clamp(min=0).flatten()).view(*indices.shape, self.code_dim)
+        codebooks = self._codebooks()
+        # Too large for its codebook is too large for all of them: it must not be a code of the next.
+        rows = indices.clamp(min=0).masked_fill(indices >= self.num_codes, codebooks[..., 0].numel()).flatten()
+        codes = look_up(codebooks, rows).view(*indices.shape, self.code_dim)
         codes = torch.where((indices >= 0)[..., None], codes, 0.0)
         codes = codes.flatten(-2) if heads > 1 else codes
         return codes.movedim(-1, self.channel_axis(codes))

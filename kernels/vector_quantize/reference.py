@@ -104,7 +104,7 @@ def vector_quantize_backward_reference(
     x = x if dtype == torch.float64 else x.float()
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)  # squares overflow fp32
     y = (x / norm.clamp(min=EPS)).to(x.dtype) if metric == "cosine" else x
-    g = torch.zeros_like(x) if grad_quantized is None else grad_quantized.to(x.dtype)
+    g = torch.zeros_like(x) if grad_quantized is None else grad_quantized.to(x.dtype, copy=True)  # no op's result
     if grad_loss is not None:
         g = g + grad_loss.to(x.dtype) * (2 * commitment_weight / max(1, x.numel())) * (y - quantized)
     if metric == "cosine":

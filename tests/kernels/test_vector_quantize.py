@@ -132,8 +132,9 @@ def test_gradients_of_any_strides_and_dtype_are_taken_as_they_are(metric, dtype)
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_output_and_loss_may_be_used_alone(metric):
-    x, codebook, upstream = make(12, 5, 20)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_output_and_loss_may_be_used_alone(metric, dtype):
+    x, codebook, upstream = (t.to(dtype) for t in make(12, 5, 20))
     for use in ("quantized", "loss"):
         gradients = []
         for op in (ours, vector_quantize_reference):

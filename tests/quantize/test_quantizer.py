@@ -118,6 +118,15 @@ def test_indices_of_any_integer_type_are_decoded(options, dtype):
         quantizer.decode(indices.float())
 
 
+@pytest.mark.parametrize("options", [{}, {"heads": 2}, {"heads": 2, "share_codebook": True}, {"num_quantizers": 4}])
+def test_an_index_too_large_for_its_codebook_is_no_code_of_the_next(options):
+    quantizer = make(kmeans_init=False, **options).eval()
+    indices = quantizer.encode(noise(5, 8))
+    indices.view(-1)[0] = 16
+    with pytest.raises(IndexError):
+        quantizer.decode(indices)
+
+
 @pytest.mark.parametrize(("channel_last", "shape"), [(True, (2, 5, 8)), (False, (2, 8, 3, 4)), (False, (6, 8))])
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("share", [False, True])
