@@ -225,8 +225,8 @@ class FusedVectorQuantizer(QuantizerState):
                     snapshot = self.snapshots.keep(x, self.codebook)
             codebooks = self._codebooks(snapshot)
             rows = _in_turn(x)
-            drawn = None if chosen is None else _in_turn(chosen)
-            drawn = self._drawn(rows, codebooks, snapshot) if self._draws else drawn
+            chosen = None if chosen is None else _in_turn(chosen)
+            drawn = self._drawn(rows, codebooks, snapshot) if self._draws else chosen
             kept = None if keep is None else keep[:, None].expand(-1, self.groups).flatten()
             quantized, indices, loss = self._quantize(rows, codebooks.squeeze(0), kept, drawn)
             indices = indices.view(-1, self.groups).T  # [G, N]
@@ -267,10 +267,7 @@ class FusedVectorQuantizer(QuantizerState):
         heads = self.heads
         if heads > 1 and (indices.dim() == 0 or indices.shape[-1] != heads):
             raise ValueError(f"decode: indices must be [..., {heads}], one for each head; got {list(indices.shape)}")
-        codebooks = self._codebooks()
-        # Too large for its codebook is too large for all of them: it must not be a code of the next.
-        rows = indices.clamp(min=0).masked_fill(indices >= self.num_codes, codebooks[..., 0].numel()).flatten()
-        codes = look_up(codebooks, rows).view(*indices.shape, self.code_dim)
+        codes = look_up(self._codebooks(), indices.clamp(min=0).flatten()).view(*indices.shape, self.code_dim)
         codes = torch.where((indices >= 0)[..., None], codes, 0.0)
         codes = codes.flatten(-2) if heads > 1 else codes
         return codes.movedim(-1, self.channel_axis(codes))

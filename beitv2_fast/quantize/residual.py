@@ -192,12 +192,15 @@ class ResidualVectorQuantizer(nn.Module):
 class GroupedResidualVectorQuantizer(ResidualVectorQuantizer):
     """The width cut into ``groups`` parts, each with a stack of its own (HiFi-Codec, arXiv 2305.02765 section 3.1).
 
-    A ResidualVectorQuantizer of as many ``heads``: indices [..., groups, Q] (with one group [..., Q]), counts [groups, Q,
-    K] (with one group or ``share_codebook`` [Q, K]), and the mean of the groups' losses. A sample takes part in as many stages in one group as in another.
+    A ResidualVectorQuantizer of as many ``heads``. Indices are [..., groups, Q], with one group [..., Q]; counts are
+    [groups, Q, K], with one codebook for all groups [Q, K]; the loss is the mean of the groups' losses. A sample takes
+    part in as many stages in one group as in another.
 
     Args:
-        num_codes, dim, num_quantizers: see ``ResidualVectorQuantizer``.
-        groups: how many parts; dim is a multiple of it.
+        num_codes: as of ``ResidualVectorQuantizer``.
+        dim: D, a multiple of ``groups``.
+        num_quantizers: Q.
+        groups: how many parts.
         options: all others of ``ResidualVectorQuantizer``.
     """
 

@@ -117,7 +117,8 @@ def draw_codes(
 
     Args:
         x: [N, D], this rank's vectors, any float dtype.
-        codebook: [K, D], or [G, K, D] as in ``codebook_search``: each codebook then has a seed of its own.
+        codebook: [K, D], or [G, K, D] as in ``codebook_search``: each codebook then has a seed of its own,
+            and the vectors of all with the same i // G have the same number.
         temperature: > 0; the lower, the nearer to the nearest code.
         seed: an int, or an int64 scalar on the vectors' device; another one draws other codes.
         process_group: the ranks that hold the batch, as in ``codebook_update``.
@@ -140,6 +141,7 @@ def draw_codes(
     else:
         groups = len(codebook)
         numbers = row_numbers(x[::groups], process_group)[:, None].expand(-1, groups).flatten()
-        key = torch.as_tensor(salt(key, torch.arange(groups, device=x.device))).expand(len(x) // groups, -1).flatten()
+        keys = torch.as_tensor(salt(key, torch.arange(groups, device=x.device)))
+        key = keys.expand(x.shape[0] // groups, -1).flatten()
     indices: Tensor = draw_codes_op(x.detach(), codebook.detach(), metric, float(temperature), key, numbers)
     return indices

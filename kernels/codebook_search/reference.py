@@ -21,7 +21,7 @@ def codebook_search_reference(x: Tensor, codebook: Tensor, metric: str, k: int =
     """
     compared = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     indices = torch.empty((len(x), k) if k else len(x), dtype=torch.int64, device=x.device)
-    v = codebook.double()
+    v = codebook.double().contiguous()  # sums of strided rows are added in another order, row by row
     unusable = ~v.isfinite().all(-1)  # [K]
     # Powers of two divide the codebook, and each row, where their squares would overflow or vanish: exact, and no score
     # changes its place.
@@ -76,7 +76,7 @@ def _first(scores: Tensor, slack: Tensor, x: Tensor, v: Tensor, minus: tuple[Ten
     row, code = pairs.unbind(1)
     again = _scores_of(pairs, x, v, minus).where(scores[row, code].isfinite(), -torch.inf)
     place = torch.arange(len(row), device=x.device) - (counts.cumsum(0) - counts)[row]
-    candidates = scores.new_full((len(scores), int(counts.max())), -torch.inf)  # [rows, with ties more than k]
+    candidates = scores.new_full((len(scores), max(k, int(counts.max()))), -torch.inf)  # with ties more than k
     columns = torch.zeros_like(candidates, dtype=torch.int64)
     candidates[row, place], columns[row, place] = again, code
     return columns.gather(1, candidates.sort(dim=-1, descending=True, stable=True).indices[:, :k])
@@ -92,12 +92,14 @@ def _scores_of(pairs: Tensor, x: Tensor, v: Tensor, minus: tuple[Tensor, Tensor]
 
 
 def numbered(indices: Tensor, groups: int, num_codes: int) -> Tensor:
-    """The indices [N, ...] of rows that belong to codebooks [G, K, D] in turn, in all their codes [G K, D]."""
+    """The indices [N, ...] of rows that belong to codebooks [G, K, D] in turn, in all their codes [G K, D]; what is no
+    index of its own codebook is none of all."""
     if groups == 1:
         return indices
     first = torch.arange(0, groups * num_codes, num_codes, device=indices.device)
     in_all: Tensor = indices.unflatten(0, (-1, groups)) + first.view(-1, *[1] * (indices.dim() - 1))
-    return in_all.flatten(0, 1)
+    too_large = indices + groups * num_codes
+    return indices.where(indices < 0, in_all.flatten(0, 1).where(indices < num_codes, too_large))
 
 
 def look_up(codebook: Tensor, indices: Tensor) -> Tensor:

@@ -132,9 +132,8 @@ def codebook_search_triton(
 
     Several codebooks are searched in the same launches, each kernel's grid being so many times as large.
 
-    ``split`` and ``plan`` are chosen from the device; tests set them. Extra memory: 2 K D bytes for a packed
-    codebook, N SPLIT (2 LANES + 1) floats and 9 N bytes, in
-    16 bits also both inputs in fp32; nothing of N x K.
+    ``split`` and ``plan`` are chosen from the device; tests set them. Extra memory: 2 K D bytes per packed codebook,
+    N SPLIT (2 LANES + 1) floats and 9 N bytes, in 16 bits also both inputs in fp32; nothing of N x K.
     """
     (n, d), (codebook, groups, k) = x.shape, _as_rows(codebook)
     euclidean = metric == "euclidean"

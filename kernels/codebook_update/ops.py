@@ -111,16 +111,18 @@ def _codebook_statistics_fake(x: Tensor, indices: Tensor, num_codes: int, metric
 
 @codebook_statistics.register_kernel("cpu")
 def _codebook_statistics_cpu(x: Tensor, indices: Tensor, num_codes: int, metric: str, groups: int = 1) -> Tensor:
-    indices, num_codes = numbered(indices, groups, num_codes), groups * num_codes
     if native_ops():
-        statistics: Tensor = torch.ops.beitv2_fast_cpu.codebook_statistics(x, indices, num_codes, metric == "cosine")
+        chosen = numbered(indices, groups, num_codes)
+        native = torch.ops.beitv2_fast_cpu.codebook_statistics
+        statistics: Tensor = native(x, chosen, groups * num_codes, metric == "cosine")
         return statistics
     if len(indices) and (indices.min() < -1 or indices.max() >= num_codes):
         raise IndexError(
             f"codebook_update: indices must lie in 0..{num_codes - 1}, or be -1 for vectors not to be counted; "
             f"got {indices.min().item()}..{indices.max().item()}"
         )
-    return codebook_statistics_reference(x, indices, num_codes, metric)
+    by_definition: Tensor = codebook_statistics._init_fn(x, indices, num_codes, metric, groups)
+    return by_definition
 
 
 @codebook_statistics.register_kernel("cuda")
@@ -143,10 +145,10 @@ def apply_statistics(
     eps: float,
 ) -> Tensor:
     """The second pass, in place; also for several codebooks [G, K, D] with the statistics of [G K, D]. Returns bins."""
-    return _one_by_one(apply_statistics_reference, statistics, codebook, cluster_size, embed_avg, decay, metric, eps)
+    return _of_each(apply_statistics_reference, statistics, codebook, cluster_size, embed_avg, decay, metric, eps)
 
 
-def _one_by_one(
+def _of_each(
     apply: Callable[..., Tensor],
     statistics: Tensor,
     codebook: Tensor,
@@ -171,17 +173,17 @@ def _apply_statistics_fake(statistics: Tensor, *_: Any) -> Tensor:
 def _apply_statistics_cpu(statistics: Tensor, *state_and_options: Any) -> Tensor:
     codebook, cluster_size, embed_avg, decay, metric, eps = state_and_options
     if not native_ops() or not _all_contiguous(codebook, cluster_size, embed_avg):
-        return _one_by_one(apply_statistics_reference, statistics, *state_and_options)
+        return _of_each(apply_statistics_reference, statistics, *state_and_options)
     if embed_avg is None:  # a code moves by itself
         codebook, cluster_size = codebook.flatten(0, -2), cluster_size.flatten()
     move, options = torch.ops.beitv2_fast_cpu.move_codebook, (decay, metric == "cosine", eps)
-    return _one_by_one(move, statistics.contiguous(), codebook, cluster_size, embed_avg, *options)
+    return _of_each(move, statistics.contiguous(), codebook, cluster_size, embed_avg, *options)
 
 
 @apply_statistics.register_kernel("cuda")
 def _apply_statistics_cuda(statistics: Tensor, *state_and_options: Any) -> Tensor:
     if not _all_contiguous(*state_and_options[:3]):
-        return _one_by_one(apply_statistics_reference, statistics, *state_and_options)
+        return _of_each(apply_statistics_reference, statistics, *state_and_options)
     from .triton import apply_statistics_triton
 
     return apply_statistics_triton(statistics.contiguous(), *state_and_options)

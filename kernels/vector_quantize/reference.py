@@ -60,11 +60,16 @@ def _mean_square(difference: Tensor, keep: Tensor | None) -> Tensor:
 class _Rotation(torch.autograd.Function):
     """See ``rotate_to``."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, target: Tensor, shortest: float) -> Tensor:
-        ctx.save_for_backward(x, target)
-        ctx.shortest = shortest
+    def forward(x: Tensor, target: Tensor, shortest: float) -> Tensor:
         return target.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.shortest = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from beitv2_fast.kernels import codebook_update
+from beitv2_fast.kernels.codebook_update import ops
 from beitv2_fast.kernels.codebook_update.dead_codes import restart_dead_codes
 from beitv2_fast.kernels.codebook_update.ops import codebook_statistics
 from beitv2_fast.kernels.codebook_update.reference import unpack_statistics
@@ -176,6 +177,17 @@ def test_an_index_outside_the_codebook_is_named(wrong):
     state = make_state(6, 5)
     with pytest.raises(IndexError, match=r"0\.\.5.*" + str(wrong)):
         update(state, torch.zeros(3, 5), torch.tensor([0, wrong, 1]))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_an_index_outside_its_codebook_is_not_one_of_the_codebook_beside_it(native, monkeypatch):
+    monkeypatch.setattr(ops, "native_ops", lambda: native and native_ops())
+    x = torch.ones(6, 4)
+    bins = codebook_statistics(x, torch.tensor([0, -1, 1, 2, -1, -1]), 5, "cosine", 2).view(2, 5, -1)[..., 0]
+    assert bins.tolist() == [[1, 1, 0, 0, 0], [0, 0, 1, 0, 0]]
+    for wrong in (5, -2):
+        with pytest.raises(IndexError):
+            codebook_statistics(x, torch.tensor([wrong, 0, 1, 2, 3, 4]), 5, "cosine", 2)
 
 
 @pytest.mark.parametrize(

@@ -127,10 +127,11 @@ class Draws(torch.nn.Module):
         return draw_codes(x, codebook, temperature=0.5, seed=3)
 
 
-def test_draws_are_exported_for_any_number_of_vectors():
-    codebook, n = noise(9, 4, seed=1), torch.export.Dim("n")
-    shapes = {"x": {0: n}, "codebook": None}
+@pytest.mark.parametrize("codebooks", [(), (2,)])
+def test_draws_are_exported_for_any_number_of_vectors(codebooks):
+    codebook, n = noise(*codebooks, 9, 4, seed=1), torch.export.Dim("n")
+    shapes = {"x": {0: 2 * n}, "codebook": None}
     program = torch.export.export(Draws(), (noise(6, 4), codebook), dynamic_shapes=shapes, strict=False).module()
-    for count in (2, 6, 50):
+    for count in (4, 6, 50):
         x = noise(count, 4, seed=count)
         assert torch.equal(program(x, codebook), draw_codes(x, codebook, temperature=0.5, seed=3))

@@ -84,6 +84,16 @@ def test_equally_near_codes_come_by_their_index(version, metric):
         assert indices[0, :4].tolist() == [0, 2, 5, 7][:k]
 
 
+def test_equal_codes_of_a_transposed_float64_codebook_come_by_their_index():
+    copies = torch.randint(33, (300,), generator=torch.Generator().manual_seed(0))
+    base = torch.randn(33, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x, codebook = base[copies[:40]] + 0.01 * noise(40, 64, seed=1), base[copies].T.contiguous().T
+    first = [(copies == copy).nonzero()[0].item() for copy in copies[:40]]
+    for k in (None, 2):
+        indices = codebook_search(x, codebook, metric="euclidean", k=k).indices
+        assert indices.view(40, -1)[:, 0].tolist() == first
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_what_is_not_finite_comes_last_and_finds_the_first(version, metric):
     x, codebook = noise(6, 8), noise(5, 8, seed=1)
@@ -95,6 +105,7 @@ def test_what_is_not_finite_comes_last_and_finds_the_first(version, metric):
     nothing = codebook_search(torch.zeros(1, 8), codebook, k=4).indices
     assert nothing.tolist() == [[0, 2, 4, 1]]
     assert codebook_search(x, codebook * torch.nan, metric=metric, k=3).indices.unique(dim=0).tolist() == [[0, 1, 2]]
+    assert codebook_search(x[2:3], codebook, metric=metric, k=3).indices.tolist() == [[0, 1, 2]]
 
 
 def test_no_vectors_and_impossible_k(version):

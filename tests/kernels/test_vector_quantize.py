@@ -300,3 +300,5 @@ def test_a_rotation_returns_the_target_and_the_gradient_of_its_matrix():
     assert torch.equal(rotated, target)
     (gradient,) = torch.autograd.grad(rotated, x, upstream)
     torch.testing.assert_close(gradient, (matrix.mT @ upstream[:, :, None]).squeeze(-1))
+    assert torch.equal(torch.func.grad(lambda x: (rotate_to(x, target) * upstream).sum())(x.detach()), gradient)
+    assert torch.equal(torch.func.vmap(rotate_to)(x, target), target)
