@@ -105,7 +105,7 @@ def numbered(indices: Tensor, groups: int, num_codes: int) -> Tensor:
 def look_up(codebook: Tensor, indices: Tensor) -> Tensor:
     """The codes [N, ..., D] of rows that belong to the codebook [K, D], or in turn to those of [G, K, D]."""
     codes = codebook.flatten(0, -2)
-    return F.embedding(numbered(indices, codebook.shape[:-2].numel(), codebook.shape[-2]), codes)
+    return F.embedding(numbered(indices, len(codes) // codebook.shape[-2], codebook.shape[-2]), codes)
 
 
 def similarities(x: Tensor, codebook: Tensor, metric: str) -> Tensor:

@@ -101,7 +101,8 @@ def _backward(
     if ctx.trains_codebook and grad_loss is not None:
         # The sum of 2 w / (N D) (v_j - y_i) over the vectors that chose code j.
         indices, codebook = rest
-        groups, codes = codebook.shape[:-2].numel(), codebook.flatten(0, -2)
+        codes = codebook.flatten(0, -2)
+        groups = len(codes) // codebook.shape[-2]
         statistics = codebook_statistics(x, indices, codebook.shape[-2], ctx.metric, groups)
         bins, sums = unpack_statistics(statistics, ctx.metric)
         scale = grad_loss.double() * (2 * ctx.codebook_weight / max(1, x.numel()))
