@@ -82,8 +82,16 @@ class ResidualVectorQuantizer(nn.Module):
     def forward(self, z: Tensor, mask: Tensor | None = None, depth: Tensor | None = None) -> Quantized:
         """As ``FusedVectorQuantizer.forward``; indices have the stages last, [..., Q] or [..., heads, Q], and counts
         before the codes, [..., Q, K] with the largest K, or [..., 1, K] of a codebook that all stages share. depth:
-        int [B], how many stages each sample takes part in; by default as ``dropout`` says."""
-        depth = self.draw_depth(z) if depth is None else depth
+        int [B], how many stages each sample takes part in; by default as ``dropout`` says.
+
+        Raises:
+            As ``FusedVectorQuantizer.forward``; ValueError: a depth that is not [B].
+        """
+        if depth is None:
+            depth = self.draw_depth(z)
+        elif not isinstance(depth, Tensor) or depth.shape != z.shape[:1]:
+            got = list(depth.shape) if isinstance(depth, Tensor) else repr(depth)
+            raise ValueError(f"depth must be a tensor {list(z.shape[:1])}, stages for each sample; got {got}")
         residual = _wide(z)
         total = torch.zeros_like(residual)
         beam = None if self.training or self.eval_beam_size == 1 else self._search(z, depth)
@@ -209,4 +217,5 @@ class GroupedResidualVectorQuantizer(ResidualVectorQuantizer):
 
 
 def _wide(z: Tensor) -> Tensor:
-    return z if z.dtype == torch.float64 else z.float()
+    """Half precision in fp32; what no quantizer takes is left for the stages to refuse."""
+    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z

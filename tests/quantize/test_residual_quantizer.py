@@ -103,6 +103,21 @@ def test_wrong_options_and_indices_are_refused():
         residual().decode(torch.zeros(3, 5, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("beam", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_vectors_that_are_no_numbers_of_floating_point_are_refused_as_by_one_quantizer(dtype, beam):
+    quantizer = residual(eval_beam_size=beam)
+    for called in (quantizer, quantizer.eval(), quantizer.encode):
+        with pytest.raises(TypeError, match=f"floating-point dtype; got {dtype}".replace(".", r"\.")):
+            called(torch.ones(5, 8, dtype=dtype))
+
+
+@pytest.mark.parametrize("depth", [2, torch.tensor(2), torch.ones(4, dtype=torch.int64), torch.ones(5, 1).long()])
+def test_a_depth_that_is_not_one_number_for_each_sample_is_refused(depth):
+    with pytest.raises(ValueError, match=r"depth must be a tensor \[5\].*got"):
+        residual()(noise(5, 3, 8), depth=depth)
+
+
 def test_fp64_is_computed_in_fp64():
     quantizer = ResidualVectorQuantizer(2, 1, 2, kmeans_init=False).eval()
     for stage, codes in zip(quantizer.stages, ([0.0, 1.0], [-0.25, 0.25]), strict=True):
