@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,16 @@ def refuse_unknown(module: nn.Module, known: str, of: str = "") -> None:
             refuse({f"{name}.{option}": value for option, value in options.items()})
 
 
+def refuse_hidden(module: nn.Module, *methods: str) -> None:
+    """Refuse a module with attributes of its own in place of ``methods`` of its class."""
+    hidden = [name for name in methods if name in vars(module)]
+    if hidden:
+        raise Unsupported(
+            f"{', '.join(hidden)} is set on the module itself, as some hooks do: "
+            "replace quantizers before such hooks are added, or remove them first"
+        )
+
+
 def with_methods(known: str = "", **methods: Callable[..., Any]) -> Callable[..., nn.Module]:
     """An adapter that gives a module ``methods`` instead of its own, each called with the module before its arguments.
 
@@ -62,38 +72,61 @@ def with_methods(known: str = "", **methods: Callable[..., Any]) -> Callable[...
         known: names, with spaces between them, of all attributes, parameters, buffers and submodules that the methods
             reckon with: a module that uses others is refused by their names. By default nothing is refused.
         methods: functions of a module (not lambdas, if the model is to be pickled), by the names of its methods.
-    """
 
-    def adapter(module: nn.Module, **options: Any) -> nn.Module:
+    Raises:
+        TypeError: a method that is no function. The adapter raises Unsupported for what is not ``known``, for a module
+            with an attribute of its own in place of a method, and for one whose methods are replaced already.
+    """
+    for name, method in methods.items():
+        if not isinstance(method, FunctionType):  # others are not bound, or are copied with the module
+            raise TypeError(f"{name} must be a function; got {method!r}: call it in a `def {name}(module, ...)`")
+
+    def adapter(module: nn.Module, **options: Any) -> Any:
+        if isinstance(module, Replaced):
+            raise Unsupported("its methods are replaced already: name all of them in one call of with_methods")
+        refuse_hidden(module, *methods)
         if known:
             refuse_unknown(module, known)
-        cls: Any = type(module)
-        new = copy.copy(module)
-        new.__class__ = _subclass(cls, tuple(methods.items()))
-        return new
+        return _replace(module, tuple(methods.items()))
 
     return adapter
 
 
+class Replaced:
+    """What modules with replaced methods are too. As no import finds their class, their copies and pickles are those of
+    a module of the original class, which is given the methods again."""
+
+    replaced: ClassVar[tuple[Any, Any]]
+
+    def __init_subclass__(cls) -> None:
+        """Not that of the original class, to which this is no further one."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        cls, methods = self.replaced
+        make, args, *state = _of_class(cls, self).__reduce_ex__(protocol)
+        return _replace_again, (methods, make, args), *state
+
+
+def _replace(module: Any, methods: tuple[tuple[str, Callable[..., Any]], ...]) -> Any:
+    cls: Any = type(module)
+    return _of_class(_subclass(cls, methods), module)
+
+
+def _replace_again(methods: Any, make: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return _replace(make(*args), methods)
+
+
 @cache
 def _subclass(cls: Any, methods: tuple[tuple[str, Callable[..., Any]], ...]) -> Any:
-    """The class with ``methods`` of its own. As no import finds it, a module's pickles and deep copies make it anew."""
-
-    def reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
-        _, _, *state = super(made, module).__reduce_ex__(protocol)
-        return _empty, (cls, methods), *state
-
-    def bound(method: Callable[..., Any]) -> Callable[..., Any]:  # which partial functions are not by themselves
-        return lambda module, *args, **kwargs: method(module, *args, **kwargs)
-
-    names = {name: bound(method) for name, method in methods}
-    made: Any = type(cls.__name__, (cls,), {**names, "__reduce_ex__": reduce})
-    return made
+    names = {name: getattr(cls, name) for name in ("__doc__", "__module__", "__qualname__")}
+    return type(cls.__name__, (Replaced, cls), {**names, **dict(methods), "replaced": (cls, methods)})
 
 
-def _empty(*args: Any) -> Any:
-    made = _subclass(*args)
-    return made.__new__(made)
+def _of_class(cls: Any, module: Any) -> Any:
+    """A module of another class with the same attributes."""
+    new: Any = object.__new__(cls)
+    vars(new).update(nn.Module.__getstate__(module))
+    return new
 
 
 def quantize_map(z: Tensor, codes: Tensor, metric: str = "euclidean", **weights: Any) -> tuple[Tensor, Tensor, Tensor]:

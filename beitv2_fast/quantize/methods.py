@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +22,21 @@ def chameleon(module: Any, z: Tensor, metric: str = "euclidean") -> tuple[Tensor
     return quantize_map(z, codes, metric, codebook_weight=module.beta)
 
 
+def glm_image(module: Any, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return chameleon(module, z, metric="cosine")
+
+
 def indices_only(module: Any, z: Tensor, axis: int = 1, metric: str = "euclidean") -> Tensor:
     rows = z.movedim(axis, -1)
     return codebook_search(rows.flatten(0, -2), module.embedding.weight, metric=metric).indices.view(rows.shape[:-1])
+
+
+def apertus1p5(module: Any, z: Tensor) -> Tensor:
+    return indices_only(module, z, metric="cosine")
+
+
+def emu3(module: Any, z: Tensor) -> Tensor:
+    return indices_only(module, z, axis=2)
 
 
 def taming(module: Any, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
@@ -137,14 +148,12 @@ EUCLIDEAN_CODEBOOK = with_methods(
 SEARCHED_CODEBOOK = with_methods(CODEBOOK, quantize=nearest)
 DAC = with_methods("codebook_size codebook_dim in_proj out_proj codebook", decode_latents=dac)
 TRANSFORMERS = {
-    "apertus1p5.Apertus1p5VisionTokenizerVectorQuantizer": with_methods(
-        "embedding", forward=partial(indices_only, metric="cosine")
-    ),
+    "apertus1p5.Apertus1p5VisionTokenizerVectorQuantizer": with_methods("embedding", forward=apertus1p5),
     "chameleon.ChameleonVQVAEVectorQuantizer": with_methods(CHAMELEON, forward=chameleon),
     "dac.DacVectorQuantize": DAC,
-    "emu3.Emu3VQVAEVectorQuantizer": with_methods("embedding", forward=partial(indices_only, axis=2)),
+    "emu3.Emu3VQVAEVectorQuantizer": with_methods("embedding", forward=emu3),
     "encodec.EncodecEuclideanCodebook": SEARCHED_CODEBOOK,
-    "glm_image.GlmImageVQVAEVectorQuantizer": with_methods(CHAMELEON, forward=partial(chameleon, metric="cosine")),
+    "glm_image.GlmImageVQVAEVectorQuantizer": with_methods(CHAMELEON, forward=glm_image),
     "janus.JanusVQVAEVectorQuantizer": with_methods(CHAMELEON, forward=chameleon),
     "mimi.MimiEuclideanCodebook": with_methods(
         "codebook_size initialized cluster_usage embed_sum epsilon", quantize=nearest

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .adapters import EmbeddingAdapter, NormEMAAdapter, Unsupported, refuse
+from .adapters import EmbeddingAdapter, NormEMAAdapter, Replaced, Unsupported, refuse
 from .methods import METHODS
 from .options import QuantizerOptions
+from .quantizer import FusedVectorQuantizer
 from .vq_pytorch import VectorQuantizeAdapter
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def replace_quantizers(
         The model; or its replacement if the model is a quantizer.
 
     Raises:
-        Unsupported (a ValueError): naming the option and the module. ValueError: there is no quantizer in the model.
+        Unsupported (a ValueError): naming the option and the module. ValueError: the model has no quantizer that is not
+            fused already.
     """
     if unsupported not in ("error", "keep"):
         raise ValueError(f"unsupported must be 'error' or 'keep'; got {unsupported!r}")
@@ -74,6 +76,9 @@ def replace_quantizers(
         known[cls] = ADAPTERS[adapter] if isinstance(adapter, str) else adapter
     found = {path: (module, make) for path, module in model.named_modules() if (make := _adapter(module, known))}
     if not found:
+        if any(isinstance(module, Replaced | FusedVectorQuantizer) for module in model.modules()):
+            fused = f"the quantizers of {type(model).__name__} are replaced already, or were fused from the start"
+            raise ValueError(f"{fused}: name the class of any other")
         names = ", ".join(key if isinstance(key, str) else key.__qualname__ for key in known)
         raise ValueError(f"{type(model).__name__} holds no quantizer of a known class ({names}): name its class")
     # All replacements are made before the first is put in, so that an error leaves the model as it was.
@@ -109,4 +114,6 @@ def _refuse_around(model: nn.Module, quantizer: nn.Module) -> None:
 
 def _adapter(module: nn.Module, known: Mapping[type | str, Adapter]) -> Adapter | None:
     cls = type(module)
+    if issubclass(cls, Replaced):  # which has the name of the original
+        return None
     return known.get(cls) or known.get(f"{cls.__module__}.{cls.__qualname__}")

@@ -19,7 +19,7 @@ from ..kernels.codebook_update.ops import codebook_statistics, ema_step, sum_ove
 from ..kernels.codebook_update.reference import unpack_statistics
 from ..kernels.sampling import ALONE, world
 from ..kernels.snapshot import copy_codebook, recomputing
-from .adapters import refuse
+from .adapters import refuse, refuse_hidden
 from .options import QuantizerOptions
 from .quantizer import FusedVectorQuantizer, Quantized, _in_turn
 from .soft import code_cross_entropy, diversity_loss
@@ -49,6 +49,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
     any_length = True
 
     def __init__(self, module: Any, **options: Unpack[QuantizerOptions]):
+        refuse_hidden(module, "forward")
         book = module._codebook
         stochastic = getattr(book.gumbel_sample, "keywords", {}).get("stochastic", False)
         refuse(
@@ -230,7 +231,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             commitment = (out.loss - out.loss.detach() * (own / (weight + own))) / weight
         if self.training and self.diversity[0] > 0:
             # [G, N, D] -> [places, G, batch and heads, D]
-            rows = self._rows(z).unflatten(1, (z.shape[0] if z.dim() > 2 else len(z), -1, self.heads // self.groups))
+            rows = self._rows(z).unflatten(1, (z.shape[0], -1, self.heads // self.groups))
             rows = rows.permute(2, 0, 1, 3, 4).flatten(2, 3)
             options = {"metric": self.metric, "temperature": 1 / self.diversity[1]}
             diversity = diversity_loss(rows, codes, **options)

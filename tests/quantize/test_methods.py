@@ -6,8 +6,9 @@ import copy
 import importlib
 import io
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -232,16 +233,17 @@ def loaded(module: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, loaded, replicated], ids=lambda copied: copied.__name__)
-@pytest.mark.parametrize("case", [TRAINED[-1], SEARCHED[1]], ids=str)  # a plain function and a partial one
+@pytest.mark.parametrize("case", [TRAINED[-2], SEARCHED[0], SEARCHED[1]], ids=str)
 def test_a_copy_searches_its_own_codes(case, copied):
     theirs = case.make()
-    again = copied(copied(case.swap(theirs)))
-    theirs.embedding = again.embedding = nn.Embedding.from_pretrained(noise(32, 8, seed=5))
+    ours = case.swap(theirs)
+    again = copied(copied(ours))
+    theirs.embedding.weight = again.embedding.weight = nn.Parameter(noise(32, 8, seed=5))
     torch.testing.assert_close(again(noise(*case.shape)), theirs(noise(*case.shape)), **TOLERANCE)
-    assert isinstance(again, type(theirs))
+    assert type(again) is type(ours) and isinstance(again, type(theirs))
 
 
-def test_a_method_is_traced_also_if_it_is_a_partial_function():
+def test_a_method_is_traced():
     theirs, z = SEARCHED[1].make(), noise(*SEARCHED[1].shape)
     traced = torch.export.export(SEARCHED[1].swap(theirs), (z,), strict=True)
     assert torch.equal(traced.module()(z), theirs(z))
@@ -278,6 +280,97 @@ def test_a_class_of_ones_own_takes_methods_of_ones_own():
         replace_quantizers(nn.Linear(3, 2), {nn.Linear: with_methods("weight in_features", forward=nearest_of_two)})
     z = noise(5, 3)
     assert torch.equal(model[1](z), torch.cdist(z, model[1].weight).argmin(1))
+
+
+class Pickled(nn.Module):
+    """A class of ones own with all that a class may have."""
+
+    subclasses: ClassVar[list[type]] = []
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        assert args or kwargs, "made without the arguments of its constructor"
+        return super().__new__(cls)
+
+    def __init__(self, codes: int, width: int = 3):
+        super().__init__()
+        self.weight = nn.Parameter(noise(codes, width))
+
+    def __init_subclass__(cls, *, of: str = "") -> None:
+        Pickled.subclasses.append(cls)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.cdist(z, self.weight).argmin(1)
+
+
+class ByArguments(Pickled, of="__getnewargs__"):
+    def __getnewargs__(self) -> tuple[int]:
+        return (len(self.weight),)
+
+
+class ByNamedArguments(Pickled, of="__getnewargs_ex__"):
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, int]]:
+        return (), {"codes": len(self.weight)}
+
+
+class ByConstructor(Pickled, of="__reduce__"):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(self.weight.shape), {"weight": self.weight.data}
+
+    def __setstate__(self, state: dict[str, Tensor]) -> None:
+        self.weight.data = state["weight"]
+
+
+class ByConstructorOnly(Pickled, of="__reduce__ without weights"):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(self.weight.shape)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, loaded], ids=lambda copied: copied.__name__)
+@pytest.mark.parametrize("cls", [ByArguments, ByNamedArguments, ByConstructor, ByConstructorOnly])
+def test_a_copy_is_made_as_the_class_says(cls, copied):
+    theirs = cls(7)
+    with torch.no_grad():
+        theirs.weight.copy_(noise(7, 3, seed=1))
+    ours = with_methods(forward=nearest_of_two)(theirs)
+    assert ours.weight is theirs.weight
+    again, expected = copied(copied(ours)), copied(copied(theirs))
+    assert type(again) is type(ours) and type(ours) is not cls
+    assert torch.equal(again.weight, expected.weight) and torch.equal(again(noise(5, 3)), expected(noise(5, 3)))
+    assert vars(again).keys() == vars(expected).keys()
+
+
+def test_a_class_keeps_its_name_and_its_description_and_hears_of_no_subclass():
+    known = [*Pickled.subclasses]
+    made = type(with_methods(forward=nearest_of_two)(ByArguments(7)))
+    assert made is not ByArguments and Pickled.subclasses == known
+    for name in ("__doc__", "__module__", "__name__", "__qualname__"):
+        assert getattr(made, name) == getattr(ByArguments, name)
+    assert type(with_methods(forward=nearest_of_two)(Pickled(7))).__doc__ == Pickled.__doc__ is not None
+
+
+@pytest.mark.parametrize("method", [partial(nearest_of_two), nn.Identity()], ids=["partial", "module"])
+def test_a_method_that_is_no_function_is_refused(method):
+    with pytest.raises(TypeError, match=r"forward must be a function.*got .*def forward\(module"):
+        with_methods(forward=method)
+
+
+@pytest.mark.parametrize("known", ["", "weight in_features out_features bias"])
+def test_an_attribute_that_hides_a_method_is_refused(known):
+    model = nn.Sequential(nn.Linear(3, 2))
+    model[0].forward = model[0].forward  # as the hooks of accelerate do
+    adapters = {nn.Linear: with_methods(known, forward=nearest_of_two)}
+    with pytest.raises(Unsupported, match=r"0 \(Linear\): forward is set on the module itself.*hooks.*replace"):
+        replace_quantizers(model, adapters)
+    del model[0].forward
+    replace_quantizers(model, adapters)
+    z = noise(5, 3)
+    assert torch.equal(model(z), torch.cdist(z, model[0].weight).argmin(1))
+
+
+def test_methods_are_replaced_once():
+    ours = with_methods(forward=nearest_of_two)(nn.Linear(3, 2))
+    with pytest.raises(Unsupported, match=r"replaced already.*in one call"):
+        with_methods(extra_repr=nn.Linear.extra_repr)(ours)
 
 
 def test_the_name_of_a_class_that_is_not_there_is_an_error_that_tells_those_that_are():

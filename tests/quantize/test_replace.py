@@ -210,6 +210,13 @@ def test_options_without_a_counterpart_are_named_with_the_module_and_nothing_cha
     assert type(model[0]) is VectorQuantizeAdapter and model[1]["vq"] in before
 
 
+def test_a_module_of_vector_quantize_pytorch_with_a_forward_of_its_own_is_refused():
+    theirs = vector_quantize()
+    theirs.forward = theirs.forward  # as the hooks of accelerate do
+    with pytest.raises(Unsupported, match="forward is set on the module itself"):
+        replace_quantizers(theirs)
+
+
 def test_arguments_of_forward_without_a_counterpart_are_refused():
     ours = replace_quantizers(vector_quantize())
     with pytest.raises(Unsupported, match="topk with heads"):
@@ -445,6 +452,20 @@ def test_a_shared_quantizer_stays_shared_and_subclasses_are_left_alone():
     replace_quantizers(model, {VectorQuantizer2: EmbeddingAdapter})
     assert model[0] is not shared and model[1][0] is model[0] and type(model[2]) is Subclass
     assert not model[0].training
+
+
+@pytest.mark.parametrize(
+    ("cls", "adapter"), [(VectorQuantizer2, EmbeddingAdapter), (NormEMAVectorQuantizer, NormEMAAdapter)]
+)
+def test_what_is_replaced_already_is_left_alone(cls, adapter):
+    model = nn.Sequential(cls(32, 4, 0.25))
+    adapters = {cls: adapter}
+    ours = replace_quantizers(model, adapters)[0]
+    with pytest.raises(ValueError, match="replaced already"):
+        replace_quantizers(model, adapters)
+    model.append(cls(32, 4, 0.25))
+    replace_quantizers(model, adapters)
+    assert model[0] is ours and type(model[1]) is type(ours)
 
 
 def test_a_model_without_quantizers_and_a_wrong_policy_are_errors():
