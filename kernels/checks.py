@@ -14,6 +14,11 @@ def check_metric(metric: str) -> None:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
 
 
+def check_temperature(op: str, temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"{op}: temperature must be positive; got {temperature}. codebook_search is its limit 0.")
+
+
 def check_vectors(op: str, x: Tensor, codebook: Tensor, *, several: bool = False) -> None:
     """x is [N, D], codebook is [K, D] with K >= 1 and D >= 1, both floating point and on one device; if ``several``,
     the codebook may also be [G, K, D] with N a multiple of G >= 1."""
@@ -40,4 +45,13 @@ def check_indices(op: str, indices: Tensor, count: int) -> None:
     if indices.dtype != torch.int64 or indices.shape != (count,):
         raise ValueError(
             f"{op}: indices must be int64 of shape [{count}]; got {indices.dtype} of shape {list(indices.shape)}"
+        )
+
+
+def check_range(op: str, indices: Tensor, num_codes: int) -> None:
+    """On a GPU it would make the host wait."""
+    if len(indices) and (indices.min() < -1 or indices.max() >= num_codes):
+        raise IndexError(
+            f"{op}: indices must lie in 0..{num_codes - 1}, or be -1 for vectors not to be counted; "
+            f"got {indices.min().item()}..{indices.max().item()}"
         )

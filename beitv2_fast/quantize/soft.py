@@ -1,8 +1,9 @@
 """Soft assignment of vectors to codes, ``p_ij = softmax_j(s_ij / temperature)``, in memory that N x K does not enter.
 
 ``s_ij = <l2(x_i), v_j>`` (cosine), ``-||x_i - v_j||`` (euclidean) or ``<x_i, v_j>`` (dot). All results have gradients
-for the vectors and for the codebook, once. Scores exist a chunk of rows at a time, one that stays in the CPU's cache;
-what is no loss by itself computes them in the backward once more: 8 N K D FLOPs in all, a loss 6 N K D.
+for the vectors and for the codebook; these have none of their own, and asking for one is an error. Scores exist a chunk
+of rows at a time. ``code_cross_entropy`` and ``diversity_loss`` compute their gradients with their values, in 6 N K D
+FLOPs; what else there is, and the diversity of places of more rows than a chunk, computes scores twice, in 8 N K D.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import codebook_search
-from ..kernels.checks import METRICS, check_indices, check_vectors
+from ..kernels.checks import METRICS, check_indices, check_range, check_temperature, check_vectors
 from ..kernels.codebook_search.reference import CHUNK_SCORES, NEAREST
 
-IN_CACHE = 1 << 18  # scores of a chunk on the CPU
+IN_CACHE = 1 << 18  # scores of a chunk on the CPU, or K D if those are more
 LEAST = 1e-5  # probability of which the logarithm is taken
 
 
@@ -28,7 +29,7 @@ def soft_assignment(
 
     The entropy of the mean is a loss against collapse; the cross entropy to codes is ``code_cross_entropy``.
     """
-    _check("soft_assignment", x, codebook, metric)
+    _check("soft_assignment", x, codebook, metric, temperature)
     log_sum_exp, _, p = _assign(*_operands(x, codebook, metric, temperature))
     return log_sum_exp, p
 
@@ -40,9 +41,9 @@ def entropies(
 
     The first less the second is the entropy loss of MAGVIT-v2 and IBQ: sure of each vector, all codes in use.
     """
-    _check("entropies", x, codebook, metric)
+    _check("entropies", x, codebook, metric, temperature)
     _, entropy, p = _assign(*_operands(x, codebook, metric, temperature))
-    return entropy.sum() / max(1, len(x)), -(p * (p + eps).log()).sum()  # the logarithm of 0 has no gradient
+    return entropy.sum() / max(1, x.shape[0]), -(p * (p + eps).log()).sum()  # the logarithm of 0 has no gradient
 
 
 class _Backpropagation(torch.autograd.Function):
@@ -67,7 +68,7 @@ def index_backpropagation(x: Tensor, codebook: Tensor, *, temperature: float = 1
     temperature)``: every code gets one, not only those that were chosen (IBQ, arXiv 2412.02692 section 3). For cosine
     normalize both.
     """
-    _check("index_backpropagation", x, codebook, "dot")
+    _check("index_backpropagation", x, codebook, "dot", temperature)
     indices = codebook_search(x, codebook).indices
     rows, codes, _ = _operands(x, codebook, "dot", temperature)
     quantized: Tensor = _Backpropagation.apply(rows, codes, indices)
@@ -77,28 +78,34 @@ def index_backpropagation(x: Tensor, codebook: Tensor, *, temperature: float = 1
 def code_cross_entropy(
     x: Tensor, codebook: Tensor, codes: Tensor, *, metric: str = "cosine", temperature: float = 1.0
 ) -> Tensor:
-    """``mean_i -log p_i,codes_i`` over the vectors whose code [N] int64 is not -1; 0 if there is none."""
-    _check("code_cross_entropy", x, codebook, metric)
-    check_indices("code_cross_entropy", codes, len(x))
+    """``mean_i -log p_i,codes_i`` over the vectors whose code [N] int64 is not -1; 0 if there is none.
+
+    Any other code outside 0..K-1 is an IndexError on the CPU; on a GPU, for which nobody waits, a failed assertion.
+    """
+    _check("code_cross_entropy", x, codebook, metric, temperature)
+    check_indices("code_cross_entropy", codes, x.shape[0])
     none = (codes < 0)[:, None]
-    rows, book, floor = _operands(x.masked_fill(none, 0)[None], codebook[None], metric, temperature)
+    rows, book, floor = _operands(x.masked_fill(none, 0), codebook, metric, temperature)
     rows = rows.masked_fill(none, 0)  # the codes' gradient is a product with these
-    return _loss(rows, book, floor, codes) / (codes >= 0).sum().clamp(min=1)
+    return _loss(_cross_entropy, rows, book, codes, floor) / (codes >= 0).sum().clamp(min=1)
 
 
 def diversity_loss(x: Tensor, codebooks: Tensor, *, metric: str, temperature: float) -> Tensor:
     """Minus the entropy of the mean ``p`` over heads and batch, averaged over places: x [P, G, B, D], codes [G, K, D].
 
-    As vector-quantize-pytorch's, whose logarithm is of at least 1e-5.
+    As vector-quantize-pytorch's, whose logarithm is of at least 1e-5. Of nothing it is 0.
     """
+    check_temperature("diversity_loss", temperature)
     rows = x.transpose(0, 1).flatten(1, 2)  # [G, P B, D]
-    return _loss(*_operands(rows, codebooks, metric, temperature), batch=x.shape[2]) / x.shape[0]
+    a, b, floor = _operands(rows, codebooks, metric, temperature)
+    return _loss(_diversity, a, b, x.shape[2], floor) / max(1, x.shape[0])
 
 
-def _check(op: str, x: Tensor, codebook: Tensor, metric: str) -> None:
+def _check(op: str, x: Tensor, codebook: Tensor, metric: str, temperature: float) -> None:
     if metric not in (*METRICS, "dot"):
         raise ValueError(f"{op}: metric must be one of {', '.join(METRICS)}, dot; got {metric!r}")
     check_vectors(op, x, codebook)
+    check_temperature(op, temperature)
 
 
 def _operands(x: Tensor, codebook: Tensor, metric: str, temperature: float) -> tuple[Tensor, Tensor, float]:
@@ -114,7 +121,7 @@ def _operands(x: Tensor, codebook: Tensor, metric: str, temperature: float) -> t
 
 
 def _chunk(codes: int, width: int, device: torch.device) -> int:
-    """How many rows have their scores computed at a time: as fit into the cache, or into what the codebook takes."""
+    """How many rows have their scores computed at a time: as many as fit, or as take what the codebook takes."""
     most = min(CHUNK_SCORES, IN_CACHE) if device.type == "cpu" else CHUNK_SCORES
     return max(1, width, most // codes)
 
@@ -135,6 +142,7 @@ def _softmax(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _softmax_backward_(upstream: Tensor, p: Tensor) -> None:
+    """Of contiguous tensors; in place in others torch writes wrong numbers."""
     torch.ops.aten._softmax_backward_data(upstream, p, -1, p.dtype, grad_input=upstream)
 
 
@@ -225,41 +233,67 @@ def _gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
 _assign.register_autograd(_gradients, setup_context=_save)
 
 
-@torch.library.custom_op("beitv2_fast::soft_losses", mutates_args=())
-def _losses(
-    a: Tensor, b: Tensor, codes: Tensor | None, batch: int, floor: float, gradients: bool, of_b: bool
+@torch.library.custom_op("beitv2_fast::soft_cross_entropy", mutates_args=())
+def _cross_entropy(
+    a: Tensor, b: Tensor, codes: Tensor, floor: float, gradients: bool, of_b: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A loss [1] of rows a [G, N, E] and books b [G, K, E], and its gradients by both, empty if not wanted.
-
-    With codes [N], of one book, ``sum_i -log p_codes_i``; without, the sum of ``p log p``, p the means over the groups
-    and every ``batch`` rows.
-    """
-    (groups, n, _), count = a.shape, b.shape[1]
+    """``sum_i -log p_codes_i`` [1] and its gradients by rows a [N, E] and codebook b [K, E], empty if not wanted."""
+    if codes.device.type == "cpu":
+        check_range("code_cross_entropy", codes, len(b))
     loss, by_a, by_b = b.new_zeros(1), _like(a, gradients), _like(b, of_b).zero_()
-    size = max(1, _chunk(groups * count, b.shape[2], b.device) // batch) * batch
-    buffers = [b.new_empty(groups, min(size, n), count) for _ in range(3)]
-    for start in range(0, n, size):
+    size = _chunk(len(b), b.shape[1], b.device)
+    buffers = [b.new_empty(min(size, len(a)), len(b)) for _ in range(2)]
+    for start in range(0, len(a), size):
         part = slice(start, start + size)
-        logits, p, by = (buffer[:, : len(a[0, part])] for buffer in buffers)
-        for g in range(groups):
-            top, above = _softmax(_logits(a[g, part], b[g], floor, logits[g]), p[g])
-        if codes is None:
-            mean = p.unflatten(1, (-1, batch)).mean((0, 2))
-            logarithms = mean.clamp(min=LEAST).log()
-            loss += (mean * logarithms).sum()
-            upstream = (logarithms + (mean >= LEAST)) / (groups * batch)
-            _softmax_backward_(by.copy_(upstream.repeat_interleave(batch, 0)), p)
-        else:
-            wanted = codes[None, part, None].clamp(min=0)
-            each = top - logits.gather(2, wanted) + above
-            loss += each.masked_fill(codes[part, None] < 0, 0).sum()
-            by = p.scatter_(2, wanted, p.gather(2, wanted) - 1)
-        for g in range(groups if gradients else 0):
-            _add_gradients(by[g], logits[g], a[g, part], b[g], floor, by_a[g, part], by_b[g] if of_b else by_b)
+        logits, p = (buffer[: len(a[part])] for buffer in buffers)
+        top, above = _softmax(_logits(a[part], b, floor, logits), p)
+        wanted = codes[part, None].clamp(min=0)
+        loss += (top - logits.gather(1, wanted) + above).masked_fill(codes[part, None] < 0, 0).sum()
+        if gradients:
+            by = p.scatter_(1, wanted, p.gather(1, wanted) - 1)
+            _add_gradients(by, logits, a[part], b, floor, by_a[part], by_b)
     return loss, by_a, by_b
 
 
-@_losses.register_fake
+@torch.library.custom_op("beitv2_fast::soft_diversity", mutates_args=())
+def _diversity(
+    a: Tensor, b: Tensor, batch: int, floor: float, gradients: bool, of_b: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum [1] of ``p log p``, p the means over G and every ``batch`` rows (a place) of a [G, N, E] and b [G, K, E],
+    and its gradients by both, empty if not wanted. A chunk holds whole places; where not even one fits, its gradient
+    comes after its last chunk, of softmaxes computed once more."""
+    (groups, n, _), count = a.shape, b.shape[1]
+    loss, by_a, by_b = b.new_zeros(1), _like(a, gradients), _like(b, of_b).zero_()
+    size = _chunk(groups * count, b.shape[2], b.device)
+    most = max(1, size // max(1, batch)) * batch  # rows of the places at a time
+    buffers = [b.new_empty(groups, min(size, most, n), count) for _ in range(3)]
+
+    def softmax(part: slice) -> list[Tensor]:
+        logits, p, by = (buffer[:, : part.stop - part.start] for buffer in buffers)
+        for g in range(groups):
+            torch.softmax(_logits(a[g, part], b[g], floor, logits[g]), -1, out=p[g])
+        return [logits, p, by]
+
+    for first in range(0, n, max(1, most)):
+        last = min(first + most, n)
+        parts = [slice(start, min(start + size, last)) for start in range(first, last, size)]
+        mean = b.new_zeros((last - first) // batch, count)
+        for part in parts:
+            logits, p, by = softmax(part)
+            mean += p.unflatten(1, (len(mean), -1)).sum((0, 2)) / (groups * batch)
+        logarithms = mean.clamp(min=LEAST).log()
+        loss += (mean * logarithms).sum()
+        upstream = (logarithms + (mean >= LEAST)) / (groups * batch)
+        for part in parts if gradients else ():
+            if len(parts) > 1:
+                logits, p, by = softmax(part)
+            by.unflatten(1, (len(mean), -1)).copy_(upstream[:, None])
+            for g in range(groups):
+                _softmax_backward_(by[g], p[g])
+                _add_gradients(by[g], logits[g], a[g, part], b[g], floor, by_a[g, part], by_b[g] if of_b else by_b)
+    return loss, by_a, by_b
+
+
 def _losses_fake(a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, gradients, of_b = rest
     return b.new_empty(1), _like(a, gradients), _like(b, of_b)
@@ -284,13 +318,15 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _known_gradients(ctx: Any, upstream: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     a, b, *known = ctx.saved_tensors
     wanted = zip(ctx.needs_input_grad, known, (a, b), strict=False)
-    return *(_losses_backward(upstream, by, of) if needed else None for needed, by, of in wanted), *[None] * 5
+    return *(_losses_backward(upstream, by, of) if needed else None for needed, by, of in wanted), *[None] * 4
 
 
-_losses.register_autograd(_known_gradients, setup_context=_save_gradients)
+for _op in (_cross_entropy, _diversity):
+    _op.register_fake(_losses_fake)
+    _op.register_autograd(_known_gradients, setup_context=_save_gradients)
 
 
-def _loss(a: Tensor, b: Tensor, floor: float, codes: Tensor | None = None, batch: int = 1) -> Tensor:
+def _loss(op: Any, a: Tensor, b: Tensor, of: Tensor | int, floor: float) -> Tensor:
     of_a, of_b = (torch.is_grad_enabled() and t.requires_grad for t in (a, b))
-    loss: Tensor = _losses(a, b, codes, batch, floor, of_a or of_b, of_b)[0]
+    loss: Tensor = op(a, b, of, floor, of_a or of_b, of_b)[0]
     return loss.squeeze(0)

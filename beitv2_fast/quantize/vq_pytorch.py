@@ -231,7 +231,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             commitment = (out.loss - out.loss.detach() * (own / (weight + own))) / weight
         if self.training and self.diversity[0] > 0:
             # [G, N, D] -> [places, G, batch and heads, D]
-            rows = self._rows(z).unflatten(1, (z.shape[0], -1, self.heads // self.groups))
+            rows = self._rows(z).unflatten(1, (z.shape[0], z.shape[1:-1].numel(), self.heads // self.groups))
             rows = rows.permute(2, 0, 1, 3, 4).flatten(2, 3)
             options = {"metric": self.metric, "temperature": 1 / self.diversity[1]}
             diversity = diversity_loss(rows, codes, **options)

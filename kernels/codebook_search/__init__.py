@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_metric, check_vectors
+from ..checks import check_metric, check_temperature, check_vectors
 from ..sampling import row_numbers, salt
 from .ops import codebook_search_op, draw_codes_op, nearest_codes_op
 from .reference import look_up
@@ -131,10 +131,7 @@ def draw_codes(
     """
     check_metric(metric)
     check_vectors("draw_codes", x, codebook, several=True)
-    if not temperature > 0:
-        raise ValueError(
-            f"draw_codes: temperature must be positive; got {temperature}. codebook_search is its limit 0."
-        )
+    check_temperature("draw_codes", temperature)
     key = seed if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64, device=x.device)
     if codebook.dim() == 2:
         numbers = row_numbers(x, process_group)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..checks import check_range
 from ..codebook_search.reference import numbered
 from ..native import native_ops
 from ..sampling import ALONE, named_group
@@ -116,11 +117,7 @@ def _codebook_statistics_cpu(x: Tensor, indices: Tensor, num_codes: int, metric:
         native = torch.ops.beitv2_fast_cpu.codebook_statistics
         statistics: Tensor = native(x, chosen, groups * num_codes, metric == "cosine")
         return statistics
-    if len(indices) and (indices.min() < -1 or indices.max() >= num_codes):
-        raise IndexError(
-            f"codebook_update: indices must lie in 0..{num_codes - 1}, or be -1 for vectors not to be counted; "
-            f"got {indices.min().item()}..{indices.max().item()}"
-        )
+    check_range("codebook_update", indices, num_codes)
     by_definition: Tensor = codebook_statistics._init_fn(x, indices, num_codes, metric, groups)
     return by_definition
 

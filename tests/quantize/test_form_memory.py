@@ -43,6 +43,9 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], object]] = {
     "diversity": lambda x, codes: diversity_loss(
         x.view(8, 1, -1, D), codes[None], metric="euclidean", temperature=1.0
     ).backward(),
+    "diversity of one place": lambda x, codes: diversity_loss(
+        x[None, None], codes[None], metric="euclidean", temperature=1.0
+    ).backward(),
     "one-off update": lambda x, codes: codebook_update(codes.detach(), torch.ones(K), x.detach(), torch.arange(N)),
 }
 

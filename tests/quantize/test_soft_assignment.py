@@ -53,6 +53,26 @@ def test_values_and_gradients_are_those_of_the_whole_matrix(metric, monkeypatch)
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("metric", [*METRICS, "dot"])
+@pytest.mark.parametrize("shape", [(1, 1, 50), (5, 2, 7), (50, 1, 1)], ids=str)
+@pytest.mark.parametrize("rows", [4, 15, 1000])
+def test_the_diversity_is_that_of_the_whole_matrix_wherever_chunks_end(shape, rows, metric, monkeypatch):
+    groups = shape[1]
+    monkeypatch.setattr(soft, "CHUNK_SCORES", rows * groups * 20)
+    results = []
+    for chunked in (False, True):
+        x, codes = noise(*shape, 3).requires_grad_(), noise(groups, 20, 3, seed=1).requires_grad_()
+        if chunked:
+            loss = diversity_loss(x, codes, metric=metric, temperature=0.1)
+        else:
+            p = torch.stack([(logits(x[:, g], codes[g], metric) / 0.1).softmax(-1) for g in range(groups)]).mean((0, 2))
+            loss = (p * p.clamp(min=1e-5).log()).sum(-1).mean()
+        loss.backward()
+        results.append((loss, x.grad, codes.grad))
+    assert results[0][1].abs().max() > 1e-3
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.2])
 def test_index_backpropagation_has_the_value_and_gradients_of_the_one_hot_matrix(temperature, monkeypatch):
     monkeypatch.setattr(soft, "CHUNK_SCORES", 20 * 7)
@@ -129,6 +149,7 @@ def test_differentiating_twice_is_refused():
         entropies(x, codebook)[0],
         code_cross_entropy(x, codebook, codes),
         index_backpropagation(x, codebook)[0].sum(),
+        diversity_loss(x[None, None], codebook[None], metric="cosine", temperature=1.0),
     ):
         (gradient,) = torch.autograd.grad(value, x, create_graph=True)
         with pytest.raises(RuntimeError, match="no autograd formula"):
@@ -153,10 +174,12 @@ def test_what_is_registered_keeps_torchs_rules():
     x, codebook, ones = x.detach(), codebook.detach(), torch.ones(6)
     torch.library.opcheck(soft._assign_backward, (x, codebook, 0.0, ones, ones, torch.ones(5), None, True))
     torch.library.opcheck(soft._assign_backward, (x, codebook, 0.0, None, None, None, x, False))
-    both = x[None].clone().requires_grad_(), codebook[None].clone().requires_grad_()
-    torch.library.opcheck(soft._losses, (*both, torch.arange(6) % 5, 1, 0.0, True, True))
-    torch.library.opcheck(soft._losses, (x.view(2, 3, 3), codebook.expand(2, 5, 3), None, 3, 0.0, True, False))
-    torch.library.opcheck(soft._losses, (x[None], codebook[None], torch.arange(6) % 5, 1, 0.0, False, False))
+    x, codebook, codes = x.requires_grad_(), codebook.requires_grad_(), torch.arange(6) % 5
+    torch.library.opcheck(soft._cross_entropy, (x, codebook, codes, 0.0, True, True))
+    torch.library.opcheck(soft._cross_entropy, (x.detach(), codebook.detach(), codes, 0.0, False, False))
+    torch.library.opcheck(soft._diversity, (x.view(2, 3, 3), codebook.expand(2, 5, 3), 3, 1e-8, True, True))
+    torch.library.opcheck(soft._diversity, (x.view(2, 3, 3), codebook.detach().expand(2, 5, 3), 3, 0.0, True, False))
+    x = x.detach()
     torch.library.opcheck(soft._losses_backward, (torch.ones(1), x, x))
 
 
@@ -166,6 +189,62 @@ def test_entropies_of_codes_that_no_vector_wants_have_finite_gradients():
     assert of_each < 1e-3 and abs(of_mean - math.log(3)) < 1e-3
     (of_each - of_mean).backward()
     assert x.grad.isfinite().all() and codebook.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 0, 8), (0, 1, 3, 8)], ids=str)
+def test_the_diversity_of_nothing_is_0(shape):
+    x, codes = noise(*shape).requires_grad_(), noise(1, 5, 8).requires_grad_()
+    loss = diversity_loss(x, codes, metric="euclidean", temperature=1.0)
+    loss.backward()
+    assert loss == 0 and not codes.grad.any() and x.grad.shape == shape
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 16), (2, 0, 16), (0, 16)], ids=str)
+def test_an_empty_batch_has_losses_of_0(shape):
+    _, ours = swapped(codebook_diversity_loss_weight=2.0, commitment_use_cross_entropy_loss=True, **LEARNABLE)
+    _, indices, loss = ours(noise(*shape).requires_grad_())
+    loss.sum().backward()
+    assert indices.shape == shape[:-1] and loss == 0 and not any(p.grad.any() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_a_temperature_that_is_not_positive_is_refused(temperature):
+    x, codebook, options = noise(6, 3), noise(5, 3), {"temperature": temperature}
+    for name, run in {
+        "soft_assignment": lambda: soft_assignment(x, codebook, **options),
+        "entropies": lambda: entropies(x, codebook, metric="euclidean", **options),
+        "index_backpropagation": lambda: index_backpropagation(x, codebook, **options),
+        "code_cross_entropy": lambda: code_cross_entropy(x, codebook, torch.arange(6) % 5, **options),
+        "diversity_loss": lambda: diversity_loss(x[None, None], codebook[None], metric="cosine", **options),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}: temperature must be positive; got {temperature}"):
+            run()
+
+
+@pytest.mark.parametrize("wrong", [5, -2])
+def test_a_code_outside_the_codebook_is_named(wrong):
+    with pytest.raises(IndexError, match=rf"code_cross_entropy: indices must lie in 0\.\.4.*{wrong}"):
+        code_cross_entropy(noise(3, 8), noise(5, 8), torch.tensor([1, wrong, 4]))
+
+
+class Everything(torch.nn.Module):
+    def forward(self, x: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (
+            *soft_assignment(x, codebook),
+            *entropies(x, codebook, metric="euclidean"),
+            *index_backpropagation(x, codebook),
+            code_cross_entropy(x, codebook, codes),
+            diversity_loss(x[None, None], codebook[None], metric="dot", temperature=0.5),
+        )
+
+
+def test_it_is_exported_for_any_number_of_vectors():
+    codebook, n = noise(5, 4, seed=1), torch.export.Dim("n")
+    shapes, example = {"x": {0: n}, "codebook": None, "codes": {0: n}}, (noise(6, 4), codebook, torch.arange(6) % 5)
+    program = torch.export.export(Everything(), example, dynamic_shapes=shapes, strict=False).module()
+    for count in (2, 6, 50):
+        inputs = noise(count, 4, seed=count), codebook, torch.arange(count) % 5
+        torch.testing.assert_close(program(*inputs), Everything()(*inputs), rtol=0, atol=0)
 
 
 def test_without_vectors_or_codes_to_find_the_loss_is_0():
