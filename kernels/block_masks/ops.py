@@ -74,4 +74,4 @@ def _block_masks_cuda(keys: Tensor, height: int, width: int, *settings: Any) -> 
 
 @block_masks_op.register_fake
 def _block_masks_fake(keys: Tensor, height: int, width: int, *_: Any) -> Tensor:
-    return keys.new_empty(len(keys), height, width, dtype=torch.bool)
+    return keys.new_empty(keys.shape[0], height, width, dtype=torch.bool)

@@ -76,3 +76,15 @@ def test_no_keys_give_no_masks():
 def test_keys_of_another_type_or_shape_are_refused(keys):
     with pytest.raises(ValueError, match=r"keys must be int64 \[B\]"):
         block_masks(keys, (14, 14), 75)
+
+
+class Masks(torch.nn.Module):
+    def forward(self, keys: torch.Tensor) -> torch.Tensor:
+        return block_masks(keys, (14, 14), 75)
+
+
+def test_masks_are_exported_for_any_number_of_keys():
+    dim = torch.export.Dim("n")
+    program = torch.export.export(Masks(), (KEYS[:6],), dynamic_shapes=({0: dim},), strict=False).module()
+    for count in (2, 6, 50):
+        assert torch.equal(program(KEYS[:count]), block_masks(KEYS[:count], (14, 14), 75))
