@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-import beitv2_fast  # noqa: F401 (registers the ops)
+import beitv2_fast.quantize.soft  # noqa: F401 (registers the last of the ops)
 
 OPS = torch.ops.beitv2_fast
 
@@ -94,6 +94,11 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "vector_quantize euclidean": (x, codes, "euclidean", 0.25, 0.5, True),
         "vector_quantize in turn": (turns, books, "cosine", 0.25, 0.5, True),
         "vector_quantize_backward": (x, codes[indices], noise(7, 6), torch.tensor(0.5), 0.25, "cosine"),
+        "soft_assignment": (x, codes, 0.0),
+        "soft_assignment_backward": (x, codes, 0.0, noise(7), noise(7), noise(5), None, True),
+        "soft_cross_entropy": (x, codes, indices, 0.0, True, True),
+        "soft_diversity": (noise(2, 6, 4), books, 3, 0.0, True, True),
+        "soft_losses_backward": (noise(1)[0], x, x),
         "start_codebook": (*book, started, steps, idle, recent, clock, groups, "euclidean", 2, 0, 0.0, 100),
         "replace_dead_codes": (
             *book, idle, recent, bins + 1, steps - 7, steps, clock, groups, bins, "euclidean", 0, 1.0, 0.0,
