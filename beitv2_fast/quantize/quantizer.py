@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..kernels import codebook_search, draw_codes
 from ..kernels.checks import FLOATS
 from ..kernels.codebook_search.reference import look_up
-from ..kernels.codebook_update.ops import apply_statistics, check_state, codebook_statistics, sum_over_ranks
+from ..kernels.codebook_update.ops import ema_step, sum_over_ranks
 from ..kernels.sampling import ALONE, salt
 from ..kernels.snapshot import Snapshot, copy_codebook, recomputing, to_be_recomputed
 from ..kernels.vector_quantize.ops import quantize
@@ -413,14 +413,9 @@ class FusedVectorQuantizer(QuantizerState):
 
     def _move_codebooks(self, state: dict[str, Tensor], seen: Tensor, indices: Tensor) -> Tensor:
         """The EMA step of every codebook; returns counts [G, K], over all ranks."""
-        book, size = state["codebook"], state["cluster_size"]
         averages = None if self.embed_avg is None else state["embed_avg"]
-        check_state(book[0], cluster_size=size[0], embed_avg=None if averages is None else averages[0])
-        rows, chosen = _in_turn(seen), _in_turn(indices)
-        statistics = codebook_statistics(rows, chosen, self.num_codes, self.metric, self.groups)
-        sum_over_ranks(statistics, self._group)
-        moved: Tensor = apply_statistics(statistics, book, size, averages, self.decay, self.metric, self.eps)
-        return moved.view(size.shape)
+        options = self.decay, self.metric, self.eps, self._group
+        return ema_step(state["codebook"], state["cluster_size"], averages, _in_turn(seen), _in_turn(indices), *options)
 
     def _count(self, indices: Tensor, keep: Tensor | None) -> Tensor:
         """How often each code was chosen on this rank, [G, K]."""

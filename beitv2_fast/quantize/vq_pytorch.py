@@ -314,9 +314,9 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
     def update_ema(self) -> None:
         """The codes become those of the moving averages: for manual_ema_update."""
         state = self._state()
-        for book, size, average in zip(state["codebook"], state["cluster_size"], state["embed_avg"], strict=True):
-            none = book.new_empty(0, self.code_dim), state["idle"].new_empty(0)
-            ema_step(book, size, average, *none, 1.0, self.metric, self.eps, ALONE)  # decay 1: averages stay
+        moved = state["codebook"], state["cluster_size"], state["embed_avg"]
+        none = moved[0].new_empty(0, self.code_dim), state["idle"].new_empty(0)
+        ema_step(*moved, *none, 1.0, self.metric, self.eps, ALONE)  # decay 1: averages stay
 
     def expire_codes_(self, x: Tensor) -> None:
         """Nothing: dead codes restart in ``forward``."""

@@ -33,24 +33,25 @@ def ema_step(
     eps: float,
     group: dist.ProcessGroup | str | None = None,
 ) -> Tensor:
-    """``codebook_update`` without dead codes, in place on its first three arguments; returns bins [K]."""
+    """``codebook_update`` without dead codes, in place on its first three arguments; returns bins [K]. Also of several
+    codebooks [G, K, D], to which the rows belong in turn; then bins [G, K]."""
     check_state(codebook, cluster_size=cluster_size, embed_avg=embed_avg)
-    statistics = codebook_statistics(x, indices, codebook.shape[0], metric)
+    groups = 1 if codebook.dim() == 2 else codebook.shape[0]
+    statistics = codebook_statistics(x, indices, codebook.shape[-2], metric, groups)
     sum_over_ranks(statistics, group)
     bins: Tensor = apply_statistics(statistics, codebook, cluster_size, embed_avg, decay, metric, eps)
-    return bins
+    return bins.view(cluster_size.shape)
 
 
 def check_state(codebook: Tensor, **state: Tensor | None) -> None:
-    """Raise if the codebook [K, D], or cluster_size, embed_avg or idle beside it, is not what an update writes to."""
-    count, dim = codebook.shape
-    if dim > MAX_DIM:
-        raise ValueError(f"codebook_update: D must be at most {MAX_DIM}; got {dim}")
+    """Raise if a codebook [..., K, D], or cluster_size, embed_avg or idle beside it, is not what updates write to."""
+    if codebook.shape[-1] > MAX_DIM:
+        raise ValueError(f"codebook_update: D must be at most {MAX_DIM}; got {codebook.shape[-1]}")
     for name, tensor in (("codebook", codebook), *state.items()):
         if tensor is None:
             continue
         dtype = torch.int64 if name == "idle" else torch.float32
-        shape = (count, dim) if name in ("codebook", "embed_avg") else (count,)
+        shape = codebook.shape if name in ("codebook", "embed_avg") else codebook.shape[:-1]
         if tensor.dtype != dtype:
             raise TypeError(
                 f"codebook_update: {name} must be {dtype}; got {tensor.dtype}. The steps of a moving average vanish in "
