@@ -78,7 +78,7 @@ def residual_norm_backward_triton(
     partial = torch.empty(programs, parameters, width, dtype=torch.float32, device=device)
     with device_of(given):
         residual_norm_rows_backward[(programs,)](
-            _dense(grad_sum), _dense(grad_norm), total, mean, rstd, _dense(branch), _dense(gamma), _dense(keep),
+            _dense(grad_sum), _dense(grad_norm), _dense(total), mean, rstd, _dense(branch), _dense(gamma), _dense(keep),
             _dense(weight), grad_x, grad_branch, partial,
             rows, cdiv(rows, programs), width, rows // shape[0], 1 / keep_rate,
             HAS_SUM=grad_sum is not None, HAS_NORM=grad_norm is not None, HAS_BRANCH=branch_dtype is not None,

@@ -53,10 +53,11 @@ def test_every_size(images, tokens, width):
             assert distance(a, b) < (1e-5 if width > 1 else 1e-3), name
 
 
-def test_gradients_of_any_strides_are_taken_as_they_are():
-    arguments = here(problem(("branch", "gamma", "norm"), torch.float32))
+@pytest.mark.parametrize("parts", [("branch", "gamma", "norm"), ("norm",)], ids=" ".join)
+def test_inputs_and_gradients_of_any_strides_are_taken_as_they_are(parts):
+    arguments = here(problem(parts, torch.float32))
     leaves = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
-    transposed = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in arguments[:2]]
+    transposed = [t if t is None else t.transpose(0, 1).contiguous().transpose(0, 1) for t in arguments[:2]]
     total, norm = residual_norm(*transposed, *arguments[2:])
     found = torch.autograd.grad(total.sum() + norm.sum(), leaves)
     dense = [torch.ones_like(total), torch.ones_like(norm)]

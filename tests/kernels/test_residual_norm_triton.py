@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -36,11 +38,13 @@ def problem(images: int, tokens: int, width: int, dtypes: tuple[torch.dtype, tor
     return given
 
 
-def ours(given: dict, grad_sum: Tensor | None, grad_norm: Tensor | None, dtypes: tuple) -> dict[str, Tensor]:
-    x, branch, gamma, keep, weight, bias = (None if given[n] is None else guarded(given[n]) for n in NAMES)
+def ours(
+    given: dict, grad_sum: Tensor | None, grad_norm: Tensor | None, dtypes: tuple, place: Callable = guarded
+) -> dict[str, Tensor]:
+    x, branch, gamma, keep, weight, bias = (None if given[n] is None else place(given[n]) for n in NAMES)
     total, norm, mean, rstd = gpu.residual_norm_triton(x, branch, gamma, keep, 0.5, weight, bias, 1e-6, *dtypes)
     stream, branch_dtype = (x if branch is None else total), None if branch is None else branch.dtype
-    gradients = [None if g is None else guarded(g) for g in (grad_sum, grad_norm)]
+    gradients = [None if g is None else place(g) for g in (grad_sum, grad_norm)]
     grad_x, grad_branch, of_parameters = gpu.residual_norm_backward_triton(
         *gradients, stream, mean, rstd, branch, gamma, keep, 0.5, weight, x.dtype, branch_dtype
     )
@@ -106,6 +110,20 @@ def test_every_size(images, tokens, width, monkeypatch):
     if width == 1:  # a norm of one value has no gradient but rounding
         found.pop("weight"), expected.pop("weight")
     assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("parts", [EVERY, "norm"])
+def test_inputs_of_any_strides_have_the_values_of_dense_ones(parts):
+    given, gradients = problem(3, 5, 24, (FP32, FP32), parts), noise(2, 3, 5, 24)
+    dense = ours(given, *gradients, (FP32, FP32))
+    for name in ("x", "branch"):
+        given[name] = None if given[name] is None else turned(given[name])
+    found = ours(given, *map(turned, gradients), (FP32, FP32), place=lambda t: t)
+    assert all(torch.equal(value, dense[name]) for name, value in found.items())
+
+
+def turned(t: Tensor) -> Tensor:
+    return t.mT.contiguous().mT
 
 
 @pytest.mark.parametrize("absent", ["sum", "norm"])
