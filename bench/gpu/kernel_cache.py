@@ -7,6 +7,7 @@ package's own host code runs on CPU tensors, as in the tests: each kernel is com
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -23,13 +24,12 @@ Case = tuple[str, Callable[[], object]]
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}  # of A100, H100, B200, MI300X
 
 
-def search_cases(processors: int, tiny: bool) -> Iterator[Case]:
+def search_cases(processors: int) -> Iterator[Case]:
     from beitv2_fast.kernels.codebook_search import triton as host
 
-    dtypes, widths = ((torch.float32,), (32,)) if tiny else ((torch.float32, torch.bfloat16), (32, 8, 64, 256))
-    n, k = (300, 64) if tiny else (12_544, 8192)
-    for dtype in dtypes:
-        for d in widths:
+    n, k = 12_544, 8192
+    for dtype in (torch.float32, torch.bfloat16):
+        for d in (32, 8, 64, 256):
             x, codebook = torch.zeros(n, d, dtype=dtype), torch.zeros(k, d)
             blocks = -(-k // host.BLOCK_K)
             plan = host.PLANS[host.target_name()]
@@ -39,11 +39,11 @@ def search_cases(processors: int, tiny: bool) -> Iterator[Case]:
                 yield f"search {dtype} D={d} {outputs[0]}", call
             yield f"4 nearest {dtype} D={d}", partial(host.nearest_codes_triton, x, codebook, "euclidean", 4)
     keys = torch.zeros(n, dtype=torch.int64)
-    for metric in ("cosine",) if tiny else ("cosine", "euclidean"):
+    for metric in ("cosine", "euclidean"):
         yield f"draw {metric}", partial(host.draw_codes_triton, x.float(), codebook, metric, 1.0, keys)
 
 
-def quantizer_cases(tiny: bool) -> Iterator[Case]:
+def quantizer_cases() -> Iterator[Case]:
     from beitv2_fast.kernels.codebook_update.triton import (
         apply_statistics_triton,
         codebook_statistics_triton,
@@ -51,7 +51,7 @@ def quantizer_cases(tiny: bool) -> Iterator[Case]:
     )
     from beitv2_fast.kernels.vector_quantize.triton import vector_quantize_backward_triton
 
-    n, k, d = (300, 64, 32) if tiny else (12_544, 8192, 32)
+    n, k, d = 12_544, 8192, 32
     x, codebook = torch.zeros(n, d), torch.zeros(k, d)
     statistics, sizes = torch.zeros(k, 1 + d, dtype=torch.int64), torch.zeros(k)
     indices = torch.zeros(n, dtype=torch.int64)
@@ -66,15 +66,15 @@ def quantizer_cases(tiny: bool) -> Iterator[Case]:
         yield f"vector_quantize backward, loss {loss is not None}", backward
 
 
-def head_cases(tiny: bool) -> Iterator[Case]:
+def head_cases() -> Iterator[Case]:
     from beitv2_fast.kernels.masked_cross_entropy import triton as host
     from beitv2_fast.kernels.masked_cross_entropy.chunked import Head, Wanted
 
     # Of images a quarter: a kernel is the same for every multiple of 16, and the products run here on the CPU.
-    images, patches, masked, width, vocabulary = (2, 16, 5, 64, 128) if tiny else (16, 196, 75, 768, 8192)
+    images, patches, masked, width, vocabulary = 16, 196, 75, 768, 8192
     positions = torch.arange(images * masked)
     labels = torch.zeros(images * masked, dtype=torch.int64)
-    for dtype in (torch.bfloat16,) if tiny else (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32):
         tokens = [torch.zeros(images, 1 + patches, width)[:, 1:] for _ in range(2)]
         head = Head(
             torch.zeros(width),
@@ -89,11 +89,11 @@ def head_cases(tiny: bool) -> Iterator[Case]:
             yield f"head {dtype}, gradients {gradients}", call
 
 
-def attention_cases(tiny: bool) -> Iterator[Case]:
+def attention_cases() -> Iterator[Case]:
     from beitv2_fast.kernels.attention import triton as host
 
     # The kernels are the same for any number of images. Base at 224, large at 384, and what learns in minutes.
-    for tokens, heads, width in ((17, 2, 16),) if tiny else ((197, 12, 64), (577, 16, 64), (65, 6, 64)):
+    for tokens, heads, width in (197, 12, 64), (577, 16, 64), (65, 6, 64):
         qkv, grad = (torch.zeros(2, tokens, *shape).bfloat16() for shape in ((3, heads, width), (heads, width)))
         lse, table = torch.zeros(2, heads, tokens), torch.zeros(heads, tokens, tokens)
         for bias, of_bias in ((table, True), (table, False), (None, False)):
@@ -103,10 +103,10 @@ def attention_cases(tiny: bool) -> Iterator[Case]:
             yield f"attention backward {name}, its gradient {of_bias}", backward
 
 
-def gradient_cases(tiny: bool) -> Iterator[Case]:
+def gradient_cases() -> Iterator[Case]:
     from beitv2_fast.kernels.masked_cross_entropy import triton as host
 
-    images, patches, masked, width, vocabulary = (2, 16, 5, 64, 128) if tiny else (64, 196, 75, 768, 8192)
+    images, patches, masked, width, vocabulary = 64, 196, 75, 768, 8192
     rows, upstream = torch.zeros(images * masked, width), torch.ones(1).expand(2)
     positions = torch.arange(images * masked)
     yield "masked scatter", partial(host.scatter_rows_triton, rows, positions, images, patches)
@@ -117,11 +117,11 @@ def gradient_cases(tiny: bool) -> Iterator[Case]:
         )
 
 
-def residual_norm_cases(tiny: bool) -> Iterator[Case]:
+def residual_norm_cases() -> Iterator[Case]:
     from beitv2_fast.kernels.residual_norm import triton as host
 
     fp32, bf16 = torch.float32, torch.bfloat16
-    for width in (32,) if tiny else (384, 768, 1024):
+    for width in (384, 768, 1024):
         x, row, keep = torch.zeros(2, 17, width), torch.zeros(width), torch.zeros(2)
         narrow, statistics = x.to(bf16), torch.zeros(34)
         # The three calls of a block with layer scale, with and without drop path, and those of one without.
@@ -138,14 +138,14 @@ def residual_norm_cases(tiny: bool) -> Iterator[Case]:
             yield f"{name}, backward", partial(host.residual_norm_backward_triton, *backward)
 
 
-def gelu_cases(tiny: bool) -> Iterator[Case]:
+def gelu_cases() -> Iterator[Case]:
     from beitv2_fast.kernels.gelu.triton import gelu_and_gradient_triton
 
-    x = torch.zeros(2, 64 if tiny else 1536, dtype=torch.bfloat16)
+    x = torch.zeros(2, 1536, dtype=torch.bfloat16)
     yield "gelu_and_gradient", partial(gelu_and_gradient_triton, x, x)
 
 
-def mask_cases(tiny: bool) -> Iterator[Case]:
+def mask_cases() -> Iterator[Case]:
     from beitv2_fast.kernels.block_masks.triton import block_masks_triton
 
     keys = torch.zeros(256, dtype=torch.int64)
@@ -153,36 +153,27 @@ def mask_cases(tiny: bool) -> Iterator[Case]:
         yield f"block_masks {side}x{side}", partial(block_masks_triton, keys, side, side, masked, 4, 0.3, masked)
 
 
-def cases(target: str, tiny: bool) -> Iterator[Case]:
+PARTS = (
+    quantizer_cases, head_cases, gradient_cases, attention_cases, residual_norm_cases, gelu_cases, mask_cases,
+)  # fmt: skip
+
+
+def cases(target: str, each: int | None) -> list[Case]:
+    """Of each part so many; None: all."""
     with launching(target):  # the host code asks for the target here, too
-        parts = (
-            search_cases(PROCESSORS[target], tiny),
-            *(
-                part(tiny)
-                for part in (
-                    quantizer_cases,
-                    head_cases,
-                    gradient_cases,
-                    attention_cases,
-                    residual_norm_cases,
-                    gelu_cases,
-                    mask_cases,
-                )
-            ),
-        )
-        found = [case for part in parts for case in part]
-    yield from found
+        parts = (search_cases(PROCESSORS[target]), *(part() for part in PARTS))
+        return [case for part in parts for case in itertools.islice(part, each)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", choices=TARGETS, default="sm_90")
-    parser.add_argument("--tiny", action="store_true", help="a few small kernels")
+    parser.add_argument("--tiny", action="store_true", help="two cases of each op")
     options = parser.parse_args()
     if "TRITON_CACHE_DIR" not in os.environ:
         parser.error("set TRITON_CACHE_DIR to the folder that is to be filled")
     failed = 0
-    for name, call in cases(options.target, options.tiny):
+    for name, call in cases(options.target, 2 if options.tiny else None):
         started = time.perf_counter()
         try:
             with launching(options.target):
