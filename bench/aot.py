@@ -183,6 +183,12 @@ def _compile(
         target=GPUTarget(target.backend, target.arch, target.warp),
         options=dict(options),
     )
+    return read_binary(compiled, target)
+
+
+@cache
+def read_binary(compiled: Any, target: Target) -> Binary:
+    """What is in a kernel that Triton compiled for the target."""
     spills, assembly = (_read_amdgcn if target.backend == "hip" else _read_cubin)(compiled.asm)
     metadata = compiled.metadata
     return Binary(

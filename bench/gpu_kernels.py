@@ -1,12 +1,10 @@
-"""The Triton kernels of the package as they are launched, one ``Case`` each: compiled ahead of time by tests."""
+"""The Triton kernels of codebook_search as they are launched, one ``Case`` each: compiled ahead of time by tests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from bench.aot import Binary, compile_kernel
 
@@ -125,107 +123,4 @@ def search_cases(
             "BLOCK_R": plan.scan_rows, "BLOCK_C": host.BLOCK_SCAN,
         },
         host.SCAN_WARPS, 3, aligned, tensor_core=True, options=plan.resolve_options,
-    )  # fmt: skip
-
-
-def head_cases(target: str, *, c: int = 768) -> Iterator[Case]:
-    """masked_cross_entropy in bf16: the loss alone, then the kernels around the library's products with gradients."""
-    from beitv2_fast.kernels.masked_cross_entropy import triton as host
-    from beitv2_fast.kernels.masked_cross_entropy import triton_loss, triton_norm
-
-    config, norm = host.LOSS_CONFIGS[target], host.norm_launch(c)
-    row = host.softmax_launch(8192, torch.bfloat16, target)
-    labels = {"labels": "*i64", "losses": "*fp32", "correct": "*i1", "V": "i32"}
-    rows = {"tokens": "*bf16", "positions": "*i64", "weight": "*fp32", "means": "*fp32", "rstds": "*fp32"}
-    rows |= {"images": "i32", "patches": "i32", "C": "i32", "stride_b": "i64", "stride_n": "i32"}
-    columns, aligned = {"stride_c": 1, "BLOCK_C": norm["BLOCK_C"]}, ("M", "V", "C", "stride_b", "stride_n")
-    op, warps = "masked_cross_entropy", norm["num_warps"]
-    yield Case(
-        op, "linear_loss (no gradient)", triton_loss.linear_loss,
-        {
-            "hidden": "*bf16", "weight": "*bf16", "bias": "*fp32", "labels": "*i64", "tops": "*fp32",
-            "indices": "*i32", "sums": "*fp32", "targets": "*fp32", "M": "i32", "V": "i32", "C": "i32",
-            "parts": "i32", "blocks_of_part": "i32",
-        },
-        {"HAS_BIAS": True, "EVEN_C": c % config.block_c == 0, "BLOCK_M": config.block_m, "BLOCK_V": config.block_v,
-         "BLOCK_C": config.block_c},
-        config.num_warps, config.num_stages, aligned, tensor_core=True,
-    )  # fmt: skip
-    yield Case(
-        op, "normalize_rows", triton_norm.normalize_rows, {**rows, "bias": "*fp32", "hidden": "*bf16", "eps": "fp32"},
-        columns, warps, 3, aligned,
-    )  # fmt: skip
-    yield Case(
-        op, "softmax_rows", triton_loss.softmax_rows,
-        {**labels, "logits": "*bf16", "bias": "*fp32", "sums": "*fp32", "R": "i32", "start": "i32"},
-        {"HAS_BIAS": True, "GRADIENT": True, "SUMS": True, "BLOCK_V": row.pop("BLOCK_V")}, row.pop("num_warps"), 3,
-        aligned, options=row,
-    )  # fmt: skip
-    yield Case(
-        op, "softmax_gradient", triton_loss.softmax_gradient, {**labels, "logits": "*bf16", "bias": "*fp32"},
-        {"HAS_BIAS": True, "GRADIENT": True, "BLOCK_V": host.SOFTMAX_BLOCK}, host.SOFTMAX_WARPS, 3, aligned,
-    )  # fmt: skip
-    yield Case(
-        op, "normalize_rows_backward", triton_norm.normalize_rows_backward,
-        {**rows, "grad_hidden": "*bf16", "grad_rows": "*fp32", "partial": "*fp32", "rows": "i32"},
-        {**columns, "ROWS": host.NORM_ROWS, "WRITE_ROWS": True, "WRITE_NORM": True}, warps, 3, aligned,
-    )  # fmt: skip
-
-
-def residual_norm_cases(*, c: int = 768) -> Iterator[Case]:
-    """residual_norm as a student's block has it: stream in fp32, branch and norm in bf16, layer scale, drop path."""
-    from beitv2_fast.kernels.residual_norm import triton_rows
-    from beitv2_fast.kernels.residual_norm.triton import backward_launch, forward_launch
-
-    op, flags, aligned = (
-        "residual_norm",
-        dict.fromkeys(("HAS_BRANCH", "HAS_GAMMA", "HAS_KEEP", "HAS_NORM"), True),
-        ("C",),
-    )
-    given = dict.fromkeys(("gamma", "keep", "weight", "means", "rstds", "total"), "*fp32") | {"branch": "*bf16"}
-    given |= {"C": "i32", "rows_per_image": "i32", "inverse_keep_rate": "fp32"}
-    forward, backward = forward_launch(c), backward_launch(c)
-    yield Case(
-        op, "residual_norm_rows", triton_rows.residual_norm_rows,
-        {**given, "x": "*fp32", "bias": "*fp32", "norm": "*bf16", "eps": "fp32"},
-        {**flags, "BLOCK_C": forward["BLOCK_C"]}, forward["num_warps"], 3, aligned,
-    )  # fmt: skip
-    gradients = {"grad_sum": "*fp32", "grad_norm": "*bf16", "grad_x": "*fp32", "grad_branch": "*bf16"}
-    yield Case(
-        op, "residual_norm_rows_backward", triton_rows.residual_norm_rows_backward,
-        {**given, **gradients, "partial": "*fp32", "rows": "i32", "rows_per_program": "i32"},
-        {**flags, "HAS_SUM": True, "BLOCK_R": backward["BLOCK_R"], "BLOCK_C": backward["BLOCK_C"]},
-        backward["num_warps"], 3, aligned,
-    )  # fmt: skip
-
-
-def update_cases(target: str, *, d: int = 32) -> Iterator[Case]:
-    """codebook_update (cosine, as the tokenizer uses it) and the backward of vector_quantize, in fp32."""
-    from beitv2_fast.kernels.codebook_update.triton import APPLY_TILE, tile_shape
-    from beitv2_fast.kernels.codebook_update.triton_apply import codes_kernel
-    from beitv2_fast.kernels.codebook_update.triton_statistics import statistics_kernel
-    from beitv2_fast.kernels.vector_quantize.triton_backward import backward_kernel
-
-    (block_n, block_d), (block_k, _) = tile_shape(d), tile_shape(d, APPLY_TILE)
-    yield Case(
-        "codebook_update", "statistics", statistics_kernel,
-        {"x": "*fp32", "indices": "*i64", "out": "*i64", "N": "i32", "K": "i32", "stride_n": "i32"},
-        {"groups": 1, "stride_d": 1, "stride_i": 1, "D": d, "COSINE": True, "BLOCK_N": block_n, "BLOCK_D": block_d},
-        4, 3, ("stride_n",),
-    )  # fmt: skip
-    state = {"codebook": "*fp32", "cluster_size": "*fp32"}
-    yield Case(
-        "codebook_update", "codes", codes_kernel,
-        {**state, "statistics": "*i64", "bins": "*i64", "K": "i32", "decay": "fp32", "rest": "fp32", "eps": "fp32"},
-        {"totals": None, "embed_avg": None, "D": d, "COSINE": True, "AVERAGE": False, "BLOCK_K": block_k,
-         "BLOCK_D": block_d},
-        2 if target == "gfx942" else 4, 3,
-    )  # fmt: skip
-    yield Case(
-        "vector_quantize", "backward", backward_kernel,
-        {"x": "*fp32", "quantized": "*fp32", "grad": "*fp32", "grad_loss": "*fp32", "out": "*fp32", "N": "i32",
-         "weight": "fp32", "stride_xn": "i32", "stride_gn": "i32"},
-        {"stride_xd": 1, "stride_gd": 1, "D": d, "COSINE": True, "HAS_GRAD": True, "HAS_LOSS": True,
-         "BLOCK_N": block_n, "BLOCK_D": block_d},
-        4, 3, ("stride_xn", "stride_gn"),
     )  # fmt: skip

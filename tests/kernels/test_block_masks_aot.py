@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from bench.aot import TARGETS, compile_kernel
+from bench.aot import TARGETS
+
+from ..support.launches import binaries
 
 pytest.importorskip("triton")
-from beitv2_fast.kernels.block_masks.triton_paint import paint_masks
+from beitv2_fast.kernels.block_masks.triton import block_masks_triton
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("side", "num_warps"), [(16, 1), (64, 16)])
-def test_it_fits(side, num_warps, target):
-    signature = {"keys": "*i64", "masks": "*u8"} | dict.fromkeys(("num_masked", "min_patches", "max_patches"), "i32")
-    constants = {"HEIGHT": side - 2, "WIDTH": side - 2, "LOG_ASPECT": -1.2, "BLOCK_H": side, "BLOCK_W": side}
-    binary = compile_kernel(paint_masks, signature, constants, target, num_warps=num_warps)
+@pytest.mark.parametrize("side", [14, 62])
+def test_it_fits(side, target):
+    keys = torch.zeros(3, dtype=torch.int64)
+    (binary,) = binaries(target, lambda: block_masks_triton(keys, side, side, 75, 16, 0.3, 75)).values()
     assert binary.fits, binary.summary()

@@ -42,9 +42,8 @@ def target(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def launches(target: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
+def launches(target: str) -> Iterator[list[Launch]]:
     search.autotuned.cache_clear()
-    monkeypatch.setattr(update, "NUM_WARPS", 2 if target == "gfx942" else 4)
     with launching(target) as launches:
         yield launches
     search.autotuned.cache_clear()  # what it timed here is nothing

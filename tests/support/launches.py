@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
 
-from bench.aot import TARGETS, read_resources
+from bench.aot import TARGETS, Binary, read_binary, read_resources
 
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_THREADS = 1024
@@ -24,13 +24,15 @@ FIRST_DEVICE = 1000  # the JIT keeps compiled kernels by device: these numbers a
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch. ``registers`` and ``stack`` (in bytes, where registers are spilled to) are those of a lane."""
+    """One launch. ``registers`` and ``stack`` (in bytes, where registers are spilled to) are those of a lane; ``read``:
+    what the kernel is made of, which takes a disassembler."""
 
     kernel: str
     num_warps: int
     grid: tuple[int, int, int]
     registers: int
     stack: int
+    read: Callable[[], Binary]
 
     @property
     def fits(self) -> bool:
@@ -92,6 +94,8 @@ def launching(target: str) -> Iterator[list[Launch]]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from beitv2_fast.kernels.codebook_update import triton as update  # which looks at torch for the kind of GPU
+
     device, launches, run = _driver(target), [], JITFunction.run
     resources = cache(lambda hash: read_resources(kernels[hash].asm))
     kernels: dict[str, Any] = {}
@@ -102,8 +106,18 @@ def launching(target: str) -> Iterator[list[Launch]]:
         except TritonError as error:
             raise AssertionError(f"{self.__name__} for {target}: {error}") from error
         kernels[kernel.hash] = kernel
-        launches.append(Launch(self.__name__, kernel.metadata.num_warps, device.grid, *resources(kernel.hash)))
+        read = partial(read_binary, kernel, TARGETS[target])
+        launches.append(Launch(self.__name__, kernel.metadata.num_warps, device.grid, *resources(kernel.hash), read))
         return kernel
 
-    with patch.object(driver, "_active", device), patch.object(JITFunction, "run", run_and_note):
+    warps = patch.object(update, "NUM_WARPS", 2 if target == "gfx942" else 4)
+    with patch.object(driver, "_active", device), patch.object(JITFunction, "run", run_and_note), warps:
         yield launches
+
+
+def binaries(target: str, *calls: Callable[[], object]) -> dict[str, Binary]:
+    """What the calls' kernels are made of, by name; of those launched several times the last."""
+    with launching(target) as launches:
+        for call in calls:
+            call()
+    return {launch.kernel: launch.read() for launch in launches}

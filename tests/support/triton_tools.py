@@ -1,7 +1,7 @@
 """What tests of Triton kernels need without a GPU: a bf16 that the interpreter computes right, and guard pages.
 
 Interpreted tests: put ``pytestmark = pytest.mark.interpreted`` in a module of this folder; see conftest.py. There,
-kernels run on CPU tensors, launched as on a GPU. Kernels that are compiled for a GPU: ``bench.aot.compile_kernel``.
+kernels run on CPU tensors, launched as on a GPU. Kernels that are compiled for a GPU: ``launches``.
 """
 
 from __future__ import annotations
