@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-FILES = "test_docs or test_model_options or test_result_tables or test_segmentation_evaluation"  # of what is collected
+FILES = "test_docs or test_stored_loading or test_result_tables or test_segmentation_evaluation"  # of what is collected
 PLUGINS = "-p tests.support.without_extras -p no:cacheprovider -p no:benchmark".split()
 
 

@@ -59,16 +59,22 @@ def write_images(data: Path) -> Path:
     return data
 
 
+def small_tokenizer(out: Path, **options: object) -> Path:
+    """Its run folder, for what needs a tokenizer and not its training."""
+    torch.manual_seed(0)
+    config = TokenizerConfig(
+        **SHAPE, num_codes=CODES, code_dim=4, decoder_depth=1, teacher="efficientnet_lite0", init_std=0.5, **options
+    )
+    write_run(out, config, build_tokenizer(config, 12), lines_of(config))
+    return out
+
+
 def small_runs(root: Path) -> Path:
     """root/data, root/tokenizer and root/pretrain."""
     data = write_images(root / "data")
-    torch.manual_seed(0)
-    tokenizer = TokenizerConfig(
-        **SHAPE, data=data, num_codes=CODES, code_dim=4, decoder_depth=1, teacher="efficientnet_lite0", init_std=0.5
-    )
-    write_run(root / "tokenizer", tokenizer, build_tokenizer(tokenizer, 12), lines_of(tokenizer))
     pretrain = PretrainConfig(
-        **SHAPE, data=data, tokenizer=root / "tokenizer", early_layer=1, num_masked=6, min_mask_patches=2, init_std=0.5
-    )
+        **SHAPE, data=data, tokenizer=small_tokenizer(root / "tokenizer", data=data), early_layer=1, num_masked=6,
+        min_mask_patches=2, init_std=0.5,
+    )  # fmt: skip
     write_run(root / "pretrain", pretrain, build_student(pretrain, CODES), lines_of(pretrain))
     return root

@@ -19,6 +19,7 @@ from beitv2_fast.training.monitor import HostCopy
 from beitv2_fast.training.optim import Schedule
 
 from ..support.recorded_graph import RecordedGraph, pretend_graphs
+from ..support.small_runs import small_tokenizer
 from ..support.training import (
     PRETRAIN,
     TINY,
@@ -42,10 +43,9 @@ CASES = [
 def options(tmp_path_factory) -> dict[str, list]:
     """Of each stage, for nine steps."""
     folder = tmp_path_factory.mktemp("capture")
-    first = [*TINY, *TOKENIZER, "--data", write_images(folder / "images")]
-    assert call("tokenizer", *first, "--out", folder / "tokenizer") == 0
-    pretrain = [*TINY, *PRETRAIN, "--data", folder / "images", "--tokenizer", folder / "tokenizer"]
-    return {"tokenizer": first, "pretrain": pretrain}
+    data = ["--data", write_images(folder / "images")]
+    pretrain = [*TINY, *PRETRAIN, *data, "--tokenizer", small_tokenizer(folder / "tokenizer")]
+    return {"tokenizer": [*TINY, *TOKENIZER, *data], "pretrain": pretrain}
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from beitv2_fast.training.monitor import BadSteps
 from beitv2_fast.training.optim import LossScale, TorchBackend, parameter_groups
 
 from ..support.dispatched import Dispatched
+from ..support.small_runs import small_tokenizer
 from ..support.training import (
     PRETRAIN,
     TINY,
-    TOKENIZER,
     assert_resumes_to_the_same_bits,
     assert_same_bits,
     call,
@@ -94,10 +94,8 @@ def test_a_scaled_step_has_the_bits_of_one_that_is_not_and_an_overflow_changes_n
 def options(tmp_path_factory) -> list:
     """Pre-training in fp16, nine steps with a checkpoint at each third."""
     folder = tmp_path_factory.mktemp("fp16")
-    data = ["--data", write_images(folder / "images")]
-    assert call("tokenizer", *TINY, *TOKENIZER, *data, "--out", folder / "tokenizer") == 0
-    more = ["--precision", "fp16", "--log-every", 1, "--save-every", 3]
-    return [*TINY, *PRETRAIN, *data, "--tokenizer", folder / "tokenizer", *more]
+    given = ["--data", write_images(folder / "images"), "--tokenizer", small_tokenizer(folder / "tokenizer")]
+    return [*TINY, *PRETRAIN, *given, "--precision", "fp16", "--log-every", 1, "--save-every", 3]
 
 
 def scale_losses(monkeypatch, factors: dict[int, float]) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from ..support.training import PRETRAIN, TINY, TOKENIZER, assert_same_bits, call, last_weights, losses, write_images
+from ..support.small_runs import small_tokenizer
+from ..support.training import PRETRAIN, TINY, assert_same_bits, call, last_weights, losses, write_images
 
 
 @pytest.fixture(scope="module")
@@ -17,10 +17,8 @@ def images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(images, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "tokenizer"
-    assert call("tokenizer", *TINY, *TOKENIZER, "--data", images, "--out", out) == 0
-    return out
+def tokenizer(tmp_path_factory) -> Path:
+    return small_tokenizer(tmp_path_factory.mktemp("runs") / "tokenizer")
 
 
 @pytest.fixture
@@ -64,13 +62,3 @@ def test_a_student_with_other_patches_reads_the_tokenizer_at_another_size(pretra
     assert weights["rel_pos_bias.relative_position_bias_table"].shape[0] == 9 * 9 + 3
     stored = load_file(sorted((tokenizer / "checkpoints").iterdir())[-1] / "model.safetensors")
     assert stored["encoder.pos_embed"].shape[1] == 17
-
-
-@pytest.mark.slow
-def test_a_compiled_training_learns_like_an_eager_one(pretrain, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    options = ["--drop-path", 0, "--depth", 1, "--aggregation-depth", 0]
-    eager, compiled = pretrain("eager", *options), pretrain("compiled", *options, "--compile")
-    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-4)
-    assert last_weights(compiled).keys() == last_weights(eager).keys()
-    assert all(torch.isfinite(value).all() for value in last_weights(compiled).values())

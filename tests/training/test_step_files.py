@@ -11,7 +11,8 @@ import torch
 from beitv2_fast import FusedVectorQuantizer
 from beitv2_fast.training.monitor import TrainingLog
 
-from ..support.training import PRETRAIN, ROOT, TINY, TOKENIZER, call, write_images
+from ..support.small_runs import small_tokenizer
+from ..support.training import PRETRAIN, ROOT, TINY, call, write_images
 
 
 class Files:
@@ -46,8 +47,7 @@ def test_a_pre_training_step_enters_at_most_27_files(tmp_path, monkeypatch):
         if step in (4, 5):
             files.start() if step == 4 else files.stop()
 
-    images, tokenizer = write_images(tmp_path / "images"), tmp_path / "tokenizer"
-    assert call("tokenizer", *TINY, *TOKENIZER, "--data", images, "--out", tokenizer) == 0
+    images, tokenizer = write_images(tmp_path / "images"), small_tokenizer(tmp_path / "tokenizer")
     monkeypatch.setattr(TrainingLog, "add", add_and_watch)
     options = [*TINY, *PRETRAIN, "--data", images, "--tokenizer", tokenizer, "--out", tmp_path / "run"]
     options += ["--no-in-memory", "--loader", "torchvision", "--crop-scale", 0.2, 1, "--color-jitter", 0.4]
