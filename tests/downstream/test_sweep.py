@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beitv2_fast.downstream.probes.sweep import fit_sgd, shares, sweep
+from beitv2_fast.downstream.probes.sweep import fit_sgd, fit_sweep, shares
 
 CLASSES = 4
+HOW = {"learning_rates": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), "seed": 0, "device": "cpu"}
 
 
 def problem(count: int = 200, width: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +46,7 @@ def test_each_classifier_is_that_of_torch_s_own_sgd():
 
 
 def test_features_that_tell_the_classes_are_told_from_noise():
-    good, noise = sweep(["good", "noise"], problem(), problem(100, seed=1), epochs=20, batch_size=32)
+    good, noise = fit_sweep(["good", "noise"], problem(), problem(100, seed=1), epochs=20, batch_size=32, **HOW)[0]
     assert good.features == "good" and good.top1 > 0.95 and good.held_out > 0.9
     assert noise.top1 < 0.5 and noise.top5 is None  # of four classes five are always right
 
@@ -53,7 +54,7 @@ def test_features_that_tell_the_classes_are_told_from_noise():
 def test_top_5_is_told_of_more_than_five_classes_alone():
     x = torch.randn(60, 1, 8, generator=torch.Generator().manual_seed(0))
     few, many = (
-        sweep(["noise"], (x, labels), (x, labels), epochs=1)[0]
+        fit_sweep(["noise"], (x, labels), (x, labels), epochs=1, batch_size=60, **HOW)[0][0]
         for labels in (torch.arange(60) % 5, torch.arange(60) % 6)
     )
     assert few.top5 is None and many.top1 < many.top5 < 1
@@ -61,8 +62,10 @@ def test_top_5_is_told_of_more_than_five_classes_alone():
 
 def test_the_chosen_rate_does_not_depend_on_the_test_images():
     x, labels = problem(seed=2)
-    one, _ = sweep(["a", "b"], (x, labels), (x, labels), epochs=5)
-    other, _ = sweep(["a", "b"], (x, labels), (x, labels.flip(0)), epochs=5)
+    (one, _), (other, _) = (
+        fit_sweep(["a", "b"], (x, labels), (x, tested), epochs=5, batch_size=200, **HOW)[0]
+        for tested in (labels, labels.flip(0))
+    )
     assert (one.lr, one.held_out) == (other.lr, other.held_out) and one.top1 != other.top1
 
 

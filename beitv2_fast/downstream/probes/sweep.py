@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from .exact import VALIDATION_SHARE
 
-LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 MOMENTUM = 0.9
 
 
@@ -104,22 +102,6 @@ def shares(classifiers: Classifiers, features: Tensor, labels: Tensor, block: in
         right = right + torch.stack([hits[..., 0].sum(-1), hits.sum((-1, -2))]).double()
     top1, top5 = right / len(labels)
     return top1, top5
-
-
-def sweep(
-    names: Sequence[str],
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    *,
-    learning_rates: Sequence[float] = LEARNING_RATES,
-    epochs: int = 100,
-    batch_size: int = 1024,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> list[SweepResult]:
-    """The results of ``fit_sweep``."""
-    how: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "device": device}
-    return fit_sweep(names, train, test, learning_rates=learning_rates, **how)[0]
 
 
 def fit_sweep(
