@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 SHARED_RESERVED = 1024  # bytes of shared memory that CUDA keeps for itself in every block
+LEAST_SHARED = 99 * 1024  # bytes per block on 8.6, 8.9 and 12.x, which get what is chosen for sm_80
 LDS_GRANULE, SHARED_GRANULE, REGISTER_GRANULE = 512, 128, 256
 
 

@@ -52,7 +52,12 @@ class ScreenPlan:
 
 
 PLANS = {
-    "sm_80": ScreenPlan(16, False, (Config(128, 4, 3), Config(64, 4, 3)), wide=(Config(128, 8, 3), Config(64, 8, 3))),
+    "sm_80": ScreenPlan(
+        16,
+        False,
+        (Config(128, 4, 3), Config(64, 4, 3)),
+        wide=(Config(128, 8, 3), Config(64, 8, 3), Config(64, 8, 2)),  # the last for cards with less shared memory
+    ),
     "sm_90": ScreenPlan(8, False, (Config(128, 8, 3), Config(64, 4, 3)), wide=(Config(128, 8, 3), Config(64, 8, 3))),
     "sm_100": ScreenPlan(8, False, (Config(128, 4, 3),), wide=(Config(128, 8, 3),)),
     "gfx942": ScreenPlan(8, True, (Config(128, 4, 2), Config(64, 4, 2)), resolve_options={}),

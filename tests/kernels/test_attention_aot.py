@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.aot import TARGETS, Binary
+from bench.aot import LEAST_SHARED, TARGETS, Binary
 
 from ..support.launches import binaries, launching
 
@@ -38,7 +38,7 @@ def test_nothing_spills_and_products_run_on_tensor_cores(target, tokens, width):
     del found["pack_bias"]
     assert len(found) == 3 + apart
     for binary in found.values():
-        assert binary.fits, binary.summary()
+        assert binary.fits and (target != "sm_80" or binary.shared <= LEAST_SHARED), binary.summary()
         assert binary.wide_loads >= 2, binary.summary()
         products = binary.tensor_instructions
         assert products and (target != "sm_90" or any(op.startswith("HGMMA") for op in products)), binary.summary()

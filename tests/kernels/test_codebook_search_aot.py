@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.aot import TARGETS, Binary
+from bench.aot import LEAST_SHARED, TARGETS, Binary
 from bench.gpu_kernels import Case, search_cases
 
 pytest.importorskip("triton")
@@ -33,3 +33,10 @@ def test_wide_codes_and_large_codebooks(target: str, d: int, k: int, dtype: str)
     for case in search_cases(target, d=d, k=k, dtype=dtype):
         if case.tensor_core:
             _check(case, target)
+
+
+@pytest.mark.parametrize(("d", "dtype"), [(64, "fp32"), (128, "bf16"), (128, "fp32"), (768, "fp32")])
+def test_cards_with_less_shared_memory_have_a_configuration_that_fits(d: int, dtype: str) -> None:
+    """Autotuning passes over those that do not."""
+    cases = [case for case in search_cases("sm_80", d=d, dtype=dtype) if case.name.startswith("screen")]
+    assert min(case.compile("sm_80").shared for case in cases) <= LEAST_SHARED

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.aot import TARGETS, Binary
+from bench.aot import LEAST_SHARED, TARGETS, Binary
 
 from ..support.launches import binaries
 
@@ -54,7 +54,7 @@ def test_the_loss_fits_and_runs_on_tensor_cores(target, dtype):
     found = binaries(target, lambda: host.loss_triton(hidden, weight, empty(8192), *per_row()))
     assert found.keys() == {"linear_loss", "combine_parts"} and found["combine_parts"].fits
     binary = found["linear_loss"]
-    assert binary.fits, binary.summary()
+    assert binary.fits and (target != "sm_80" or binary.shared <= LEAST_SHARED), binary.summary()
     assert binary.tensor_instructions and all(op.startswith(TENSOR_CORE[target]) for op in binary.tensor_instructions)
     assert binary.wide_loads >= 2 and binary.blocks_per_sm >= 1, binary.summary()
 
