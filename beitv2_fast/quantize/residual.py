@@ -82,16 +82,16 @@ class ResidualVectorQuantizer(nn.Module):
     def forward(self, z: Tensor, mask: Tensor | None = None, depth: Tensor | None = None) -> Quantized:
         """As ``FusedVectorQuantizer.forward``; indices have the stages last, [..., Q] or [..., heads, Q], and counts
         before the codes, [..., Q, K] with the largest K, or [..., 1, K] of a codebook that all stages share. depth:
-        int [B], how many stages each sample takes part in; by default as ``dropout`` says.
+        int [B], or [] for z [D], how many stages each sample takes part in; by default as ``dropout`` says.
 
         Raises:
             As ``FusedVectorQuantizer.forward``; ValueError: a depth that is not [B].
         """
         if depth is None:
             depth = self.draw_depth(z)
-        elif not isinstance(depth, Tensor) or depth.shape != z.shape[:1]:
+        elif not isinstance(depth, Tensor) or depth.shape != self._samples(z):
             got = list(depth.shape) if isinstance(depth, Tensor) else repr(depth)
-            raise ValueError(f"depth must be a tensor {list(z.shape[:1])}, stages for each sample; got {got}")
+            raise ValueError(f"depth must be a tensor {list(self._samples(z))}, stages for each sample; got {got}")
         residual = _wide(z)
         total = torch.zeros_like(residual)
         beam = None if self.training or self.eval_beam_size == 1 else self._search(z, depth)
@@ -185,15 +185,18 @@ class ResidualVectorQuantizer(nn.Module):
         """How many stages each sample takes part in by ``dropout``, [B]; None: all in all."""
         if not self.training or not self.dropout or self.num_quantizers == 1:
             return None
-        depth = torch.randint(1, self.num_quantizers, z.shape[:1], device=z.device)
-        return torch.where(torch.rand(z.shape[:1], device=z.device) < self.dropout, depth, self.num_quantizers)
+        depth = torch.randint(1, self.num_quantizers, self._samples(z), device=z.device)
+        return torch.where(torch.rand(depth.shape, device=z.device) < self.dropout, depth, self.num_quantizers)
+
+    def _samples(self, z: Tensor) -> torch.Size:
+        return z.select(self.stage(0).channel_axis(z), 0).shape[:1]
 
     def _taking_part(self, z: Tensor, mask: Tensor | None, depth: Tensor | None, i: int) -> Tensor | None:
         """The mask of stage i."""
         if depth is None:
             return mask
         shape = z.select(self.stage(0).channel_axis(z), 0).shape
-        deep = (depth > i).view(-1, *[1] * (len(shape) - 1)).expand(shape)
+        deep = (depth > i).view((*depth.shape, *[1] * (len(shape) - depth.dim()))).expand(shape)
         return deep if mask is None else deep & mask
 
 

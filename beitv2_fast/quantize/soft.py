@@ -43,7 +43,8 @@ def entropies(
     """
     _check("entropies", x, codebook, metric, temperature)
     _, entropy, p = _assign(*_operands(x, codebook, metric, temperature))
-    return entropy.sum() / max(1, x.shape[0]), -(p * (p + eps).log()).sum()  # the logarithm of 0 has no gradient
+    # Divided before they are added: 0 of no vectors, in programs for any number of them, too. log 0 has no gradient.
+    return (entropy / x.shape[0]).sum(), -(p * (p + eps).log()).sum()
 
 
 class _Backpropagation(torch.autograd.Function):
@@ -98,7 +99,7 @@ def diversity_loss(x: Tensor, codebooks: Tensor, *, metric: str, temperature: fl
     check_temperature("diversity_loss", temperature)
     rows = x.transpose(0, 1).flatten(1, 2)  # [G, P B, D]
     a, b, floor = _operands(rows, codebooks, metric, temperature)
-    return _loss(_diversity, a, b, x.shape[2], floor) / max(1, x.shape[0])
+    return _loss(_diversity, a, b, x.shape[2], floor)
 
 
 def _check(op: str, x: Tensor, codebook: Tensor, metric: str, temperature: float) -> None:
@@ -259,9 +260,9 @@ def _cross_entropy(
 def _diversity(
     a: Tensor, b: Tensor, batch: int, floor: float, gradients: bool, of_b: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum [1] of ``p log p``, p the means over G and every ``batch`` rows (a place) of a [G, N, E] and b [G, K, E],
-    and its gradients by both, empty if not wanted. A chunk holds whole places; where not even one fits, its gradient
-    comes after its last chunk, of softmaxes computed once more."""
+    """The mean [1] over places of ``sum p log p``, p the means over G and the ``batch`` rows of a place, of a [G, N, E]
+    and b [G, K, E], and its gradients by both, empty if not wanted. A chunk holds whole places; where not even one
+    fits, its gradient comes after its last chunk, of softmaxes computed once more."""
     (groups, n, _), count = a.shape, b.shape[1]
     loss, by_a, by_b = b.new_zeros(1), _like(a, gradients), _like(b, of_b).zero_()
     size = _chunk(groups * count, b.shape[2], b.device)
@@ -282,8 +283,8 @@ def _diversity(
             logits, p, by = softmax(part)
             mean += p.unflatten(1, (len(mean), -1)).sum((0, 2)) / (groups * batch)
         logarithms = mean.clamp(min=LEAST).log()
-        loss += (mean * logarithms).sum()
-        upstream = (logarithms + (mean >= LEAST)) / (groups * batch)
+        loss += (mean * logarithms).sum() * (batch / n)
+        upstream = (logarithms + (mean >= LEAST)) / (groups * n)
         for part in parts if gradients else ():
             if len(parts) > 1:
                 logits, p, by = softmax(part)

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import codebook_search, vector_quantize
-from ..kernels.codebook_update.ops import codebook_statistics, ema_step, sum_over_ranks
-from ..kernels.codebook_update.reference import unpack_statistics
+from ..kernels.codebook_update.ops import ema_step, sum_over_ranks
 from ..kernels.sampling import ALONE, world
 from ..kernels.snapshot import copy_codebook, recomputing
 from .adapters import refuse, refuse_hidden
@@ -68,6 +67,9 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
                     not (book.ema_update or module.learnable_codebook) and book.has_dead_code_replacement
                 ),
                 "sync_kmeans=False": book.use_ddp and book.kmeans_all_reduce_fn is not dist.all_reduce,
+                "codebook_diversity_temperature of 0 or less": (
+                    module.has_codebook_diversity_loss and not module.codebook_diversity_temperature > 0
+                ),
             }
         )
         commitment = max(float(module.commitment_weight), 0.0)
@@ -297,18 +299,17 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         weight = self.ema_update_weight
         if self.embed_avg is None or (weight is None and not self.manual_ema_update):
             return super()._move_codebooks(state, seen, indices)
-        rows, chosen = _in_turn(seen), _in_turn(indices)
-        statistics = codebook_statistics(rows, chosen, self.num_codes, self.metric, self.groups)
-        sum_over_ranks(statistics, self._group)
-        bins, sums = unpack_statistics(statistics, self.metric)
-        sizes, sums = bins.float().view(self.groups, -1), sums.float().view(state["embed_avg"].shape)
+        # A step of decay 0 has the batch's own averages.
+        codes, sizes, sums = (torch.zeros_like(state[name]) for name in ("codebook", "cluster_size", "embed_avg"))
+        options = 0.0, self.metric, self.eps, self._group
+        bins = ema_step(codes, sizes, sums, _in_turn(seen), _in_turn(indices), *options)
         weight = weight(sums, sizes) if callable(weight) else 1.0 if weight is None else weight
         step = (1 - self.decay) * weight * torch.ones_like(sizes)
         state["cluster_size"].lerp_(sizes, step)
         state["embed_avg"].lerp_(sums, step[..., None])
         if not self.manual_ema_update:
             self.update_ema()
-        return bins.view(self.groups, -1)
+        return bins
 
     @torch.no_grad()
     def update_ema(self) -> None:

@@ -89,14 +89,14 @@ def _nearest_codes(
     if not 1 <= k <= codebook.shape[-2]:
         raise ValueError(f"codebook_search: k must lie between 1 and the {codebook.shape[-2]} codes there are; got {k}")
     indices: Tensor = nearest_codes_op(x, codebook, metric, k)
-    chosen = look_up(codebook, indices) if codes or distances else None
     compared = apart = None
     if normalized or distances:
         compared = F.normalize(x.double(), dim=-1).float() if metric == "cosine" else x.float()
-    if distances and compared is not None and chosen is not None:
-        apart = (compared[:, None] - chosen.float()).square().sum(-1)
-        apart = apart.masked_fill(~x.isfinite().all(-1)[:, None], torch.nan)
-    return CodebookSearch(indices, compared if normalized else None, chosen if codes else None, apart)
+    if distances and compared is not None:  # one code per vector at a time: all at once would be [N, k, D]
+        squares = [(compared - look_up(codebook, of).float()).square().sum(-1) for of in indices.unbind(-1)]
+        apart = torch.stack(squares, dim=-1).masked_fill(~x.isfinite().all(-1, keepdim=True), torch.nan)
+    chosen = look_up(codebook, indices) if codes else None
+    return CodebookSearch(indices, compared if normalized else None, chosen, apart)
 
 
 def draw_codes(

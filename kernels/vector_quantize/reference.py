@@ -50,9 +50,9 @@ def vector_quantize_reference(
 
 
 def _mean_square(difference: Tensor, keep: Tensor | None) -> Tensor:
-    """Mean of the squares over the rows that count; 0, and not NaN, over none."""
+    """Mean of the squares over the rows that count; 0, and not NaN, over none, in exported programs, too."""
     if keep is None:
-        return difference.square().sum() / max(1, difference.numel())
+        return (difference.square().mean(-1) / difference.shape[0]).sum()
     count = keep.sum() * difference.shape[-1]
     return torch.where(keep[:, None], difference, 0.0).square().sum() / count.clamp(min=1)
 

@@ -100,6 +100,11 @@ def test_beams_hold_the_rests_of_the_sums_that_they_look_on_and_no_more():
     assert largest_allocation(lambda: quantizer.encode(z)) == N * beam * width * z.itemsize
 
 
+def test_distances_of_the_k_nearest_codes_hold_no_vector_for_each_of_them():
+    x, codes, k = vectors().flatten(0, 1), torch.randn(K, D), 32
+    assert N * k <= largest_allocation(lambda: codebook_search(x, codes, k=k, return_distances=True)) < N * k * D
+
+
 def test_a_matrix_of_one_byte_for_each_pair_would_be_seen():
     x, codes = vectors().flatten(0, 1), torch.randn(K, D)
     assert largest_allocation(lambda: (x[:, None, 0] > codes[:, 0]).any()) == N * K

@@ -138,6 +138,10 @@ REFUSED = {
     "kmeans_init with vq_bridge": {"vq_bridge": nn.Linear(16, 16), "kmeans_init": True},
     "ema_update=False with threshold_ema_dead_code": {"ema_update": False, "threshold_ema_dead_code": 2},
     "sync_kmeans=False": {"sync_kmeans": False, "sync_codebook": True},
+    "codebook_diversity_temperature of 0 or less": {
+        "codebook_diversity_temperature": 0.0,
+        "codebook_diversity_loss_weight": 1.0,
+    },
 }
 
 

@@ -67,6 +67,20 @@ def test_dropout_leaves_later_stages_out_sample_by_sample():
     assert out.counts.sum(-1).tolist() == [5 * int((depth > i).sum()) for i in range(4)]
 
 
+@pytest.mark.parametrize("channel_last", [True, False])
+def test_a_single_vector_is_one_sample_of_which_stages_are_left_out(channel_last):
+    torch.manual_seed(0)
+    quantizer = residual(dropout=1.0, kmeans_init=False, channel_last=channel_last, learning="frozen").train()
+    z, all_stages = noise(8), quantizer.encode(noise(8))
+    for depth in (None, torch.tensor(3), torch.tensor(1)):
+        out = quantizer(z, depth=depth)
+        used = int((out.indices >= 0).sum()) if depth is None else int(depth)
+        assert 1 <= used < 4 and torch.equal(out.indices, torch.where(torch.arange(4) < used, all_stages, -1))
+        torch.testing.assert_close(out.quantized, quantizer.decode(all_stages[:used]))
+    masked = quantizer(z, torch.tensor(False), depth=torch.tensor(3))
+    assert masked.indices.tolist() == [-1] * 4 and not masked.quantized.any() and masked.loss == 0
+
+
 def test_masked_vectors_influence_nothing():
     a, b = residual().train(), residual().train()
     x = noise(2, 10, 8)
@@ -267,5 +281,5 @@ def test_encoding_with_beams_takes_masks_single_vectors_and_nan_as_without():
 def test_a_stack_with_beams_is_exported_for_any_number_of_vectors():
     quantizer = residual(kmeans_init=False, eval_beam_size=3).eval()
     program = torch.export.export(quantizer, (noise(6, 8),), dynamic_shapes=({0: torch.export.Dim("n")},), strict=False)
-    x = noise(11, 8, seed=1)
-    assert torch.equal(program.module()(x).indices, quantizer(x).indices)
+    for x in (noise(11, 8, seed=1), noise(0, 8)):
+        torch.testing.assert_close(program.module()(x), quantizer(x), rtol=0, atol=0)
