@@ -8,6 +8,7 @@ FLOPs; what else there is, and the diversity of places of more rows than a chunk
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -127,6 +128,16 @@ def _chunk(codes: int, width: int, device: torch.device) -> int:
     return max(1, width, most // codes)
 
 
+def _chunks(a: Tensor, b: Tensor, floor: float, others: int) -> Iterator[Any]:
+    """The rows of a chunk, their logits [n, K], and as many ``others`` of that size, not filled; all used again."""
+    size = _chunk(len(b), b.shape[1], b.device)
+    buffers = [b.new_empty(min(size, len(a)), len(b)) for _ in range(1 + others)]
+    for start in range(0, len(a), size):
+        part = slice(start, start + size)
+        logits, *rest = (buffer[: len(a[part])] for buffer in buffers)
+        yield part, _logits(a[part], b, floor, logits), *rest
+
+
 def _like(t: Tensor, wanted: bool = True) -> Tensor:
     return t.new_empty(t.shape if wanted else 0)
 
@@ -164,14 +175,11 @@ def _add_gradients(
 def _assign(a: Tensor, b: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
     """(log-sum-exp [N], entropy [N], mean p [K]) of the logits of ``_operands``."""
     log_sum_exp, entropy, total = a.new_empty(len(a)), a.new_empty(len(a)), b.new_zeros(len(b))
-    size = _chunk(len(b), b.shape[1], b.device)
-    buffers = [b.new_empty(min(size, len(a)), len(b)) for _ in range(2)]
-    for rows, out, each in zip(a.split(size), log_sum_exp.split(size), entropy.split(size), strict=True):
-        logits, p = (buffer[: len(rows)] for buffer in buffers)
-        top, above = _softmax(_logits(rows, b, floor, logits), p)
-        out.copy_((top + above)[:, 0])
+    for part, logits, p in _chunks(a, b, floor, 1):
+        top, above = _softmax(logits, p)
+        log_sum_exp[part] = (top + above)[:, 0]
         total += p.sum(0)
-        each.copy_(above[:, 0] - logits.sub_(top).mul_(p).sum(-1))
+        entropy[part] = above[:, 0] - logits.sub_(top).mul_(p).sum(-1)
     return log_sum_exp, entropy, total / max(1, len(a))
 
 
@@ -193,12 +201,8 @@ def _assign_backward(
 ) -> tuple[Tensor, Tensor]:
     by_a, by_b = _like(a), _like(b, of_b).zero_()
     by_p = None if by_p is None else by_p / max(1, len(a))
-    size = _chunk(len(b), b.shape[1], b.device)
-    buffers = [b.new_empty(min(size, len(a)), len(b)) for _ in range(3)]
-    for start in range(0, len(a), size):
-        part = slice(start, start + size)
-        logits, p, by = (buffer[: len(a[part])] for buffer in buffers)
-        torch.softmax(_logits(a[part], b, floor, logits), -1, out=p)
+    for part, logits, p, by in _chunks(a, b, floor, 2):
+        torch.softmax(logits, -1, out=p)
         if by_code is not None:
             torch.mm(by_code[part], b.T, out=by)
         elif by_entropy is not None:  # of -sum_j p_j log p_j; what all j share has no gradient
@@ -242,12 +246,8 @@ def _cross_entropy(
     if codes.device.type == "cpu":
         check_range("code_cross_entropy", codes, len(b))
     loss, by_a, by_b = b.new_zeros(1), _like(a, gradients), _like(b, of_b).zero_()
-    size = _chunk(len(b), b.shape[1], b.device)
-    buffers = [b.new_empty(min(size, len(a)), len(b)) for _ in range(2)]
-    for start in range(0, len(a), size):
-        part = slice(start, start + size)
-        logits, p = (buffer[: len(a[part])] for buffer in buffers)
-        top, above = _softmax(_logits(a[part], b, floor, logits), p)
+    for part, logits, p in _chunks(a, b, floor, 1):
+        top, above = _softmax(logits, p)
         wanted = codes[part, None].clamp(min=0)
         loss += (top - logits.gather(1, wanted) + above).masked_fill(codes[part, None] < 0, 0).sum()
         if gradients:

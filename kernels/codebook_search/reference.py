@@ -44,12 +44,9 @@ def codebook_search_reference(x: Tensor, codebook: Tensor, metric: str, k: int =
             slack = slack + SLACK * longest.square() * minus[1]
         scores.masked_fill_(unusable, -torch.inf)
         finite = chunk.isfinite().all(-1)
-        if k:
-            best = _first(scores, slack, scaled, v, minus, k).where(finite[:, None], torch.arange(k, device=x.device))
-        else:
-            _settle(scores, slack, scaled, v, minus)
-            best = scores.argmax(-1).where(finite, 0)  # argmax returns the first of equal maxima
-        indices[start : start + rows] = best
+        wanted = torch.arange(max(k, 1), device=x.device)
+        best = _first(scores, slack, scaled, v, minus, len(wanted)).where(finite[:, None], wanted)
+        indices[start : start + rows] = best if k else best[:, 0]
         compared[start : start + rows] = F.normalize(chunk, dim=-1) if metric == "cosine" else chunk
     return indices, compared
 
@@ -59,18 +56,10 @@ def _exponent(t: Tensor) -> Tensor:
     return torch.frexp(t.abs().amax(-1).nan_to_num(0, 0)).exponent
 
 
-def _settle(scores: Tensor, slack: Tensor, x: Tensor, v: Tensor, minus: tuple[Tensor, Tensor] | None) -> None:
-    """Score again, in place, what is within ``slack`` of a row's best: a matrix product rounds a column at the edge of
-    its tiles otherwise than the same column elsewhere, so equal codes have unequal scores."""
-    close = (scores >= (scores.amax(-1) - slack)[:, None]) & scores.isfinite()
-    tied = close.sum(-1) > 1
-    pairs = (close & tied[:, None]).nonzero()
-    scores[pairs[:, 0], pairs[:, 1]] = _scores_of(pairs, x, v, minus)
-
-
 def _first(scores: Tensor, slack: Tensor, x: Tensor, v: Tensor, minus: tuple[Tensor, Tensor] | None, k: int) -> Tensor:
     """The columns of every row's k largest scores, the largest first; of equal ones the lower column first. What is
-    within ``slack`` of the k-th is scored again, as in ``_settle``."""
+    within ``slack`` of the k-th is scored again: a matrix product rounds a column at the edge of its tiles otherwise
+    than the same column elsewhere, so equal codes have unequal scores."""
     close = scores >= (scores.topk(k).values[:, -1] - slack)[:, None]
     pairs, counts = close.nonzero(), close.sum(-1)
     row, code = pairs.unbind(1)
@@ -108,14 +97,6 @@ def look_up(codebook: Tensor, indices: Tensor) -> Tensor:
     return F.embedding(numbered(indices, len(codes) // codebook.shape[-2], codebook.shape[-2]), codes)
 
 
-def similarities(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    """[N, D], [K, D] -> [N, K], differentiable: ``<l2(x_i), v_j>`` (cosine) or ``-||x_i - v_j||`` (euclidean)."""
-    if metric == "cosine":
-        return F.normalize(x, dim=-1) @ codebook.T
-    squares = x.square().sum(-1)[:, None] + codebook.square().sum(-1) - 2 * x @ codebook.T
-    return -squares.clamp(min=NEAREST).sqrt()
-
-
 def _distances(x: Tensor, v: Tensor) -> Tensor:
     """||x_i - v_j||, from the differences: squares that are expanded lose what vectors far from zero differ by."""
     scale = (torch.maximum(_exponent(x), _exponent(v.reshape(-1))) - EXPONENTS[1]).clamp(min=0)
@@ -143,7 +124,7 @@ def draw_codes_reference(
         chunk = x[start : start + rows].double()
         if metric == "cosine":  # rows so long that their squares overflow, divided by a power of two
             scale = (_exponent(chunk) - EXPONENTS[1]).clamp(min=0)
-            scores = similarities(torch.ldexp(chunk, -scale[:, None]), v, metric)
+            scores = F.normalize(torch.ldexp(chunk, -scale[:, None]), dim=-1) @ v.T
         else:
             scores = -_distances(chunk, v).clamp(min=NEAREST**0.5)
         scores.div_(temperature)
