@@ -89,9 +89,9 @@ class ResidualVectorQuantizer(nn.Module):
         """
         if depth is None:
             depth = self.draw_depth(z)
-        elif not isinstance(depth, Tensor) or depth.shape != self._samples(z):
+        elif not isinstance(depth, Tensor) or depth.shape != z.shape[:-1][:1]:
             got = list(depth.shape) if isinstance(depth, Tensor) else repr(depth)
-            raise ValueError(f"depth must be a tensor {list(self._samples(z))}, stages for each sample; got {got}")
+            raise ValueError(f"depth must be a tensor {list(z.shape[:-1][:1])}, stages for each sample; got {got}")
         residual = _wide(z)
         total = torch.zeros_like(residual)
         beam = None if self.training or self.eval_beam_size == 1 else self._search(z, depth)
@@ -185,11 +185,8 @@ class ResidualVectorQuantizer(nn.Module):
         """How many stages each sample takes part in by ``dropout``, [B]; None: all in all."""
         if not self.training or not self.dropout or self.num_quantizers == 1:
             return None
-        depth = torch.randint(1, self.num_quantizers, self._samples(z), device=z.device)
+        depth = torch.randint(1, self.num_quantizers, z.shape[:-1][:1], device=z.device)
         return torch.where(torch.rand(depth.shape, device=z.device) < self.dropout, depth, self.num_quantizers)
-
-    def _samples(self, z: Tensor) -> torch.Size:
-        return z.select(self.stage(0).channel_axis(z), 0).shape[:1]
 
     def _taking_part(self, z: Tensor, mask: Tensor | None, depth: Tensor | None, i: int) -> Tensor | None:
         """The mask of stage i."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -42,7 +41,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
     have the gradient of the codes that were searched, not of those that the EMA made of them since; with a mask the
     codes of padding are not among the active ones of the orthogonal regularization; the codes of indices are those of
     ``forward``, so behind a vq_bridge; k-means waits for the first batch in training mode; a vector shorter than 1e-6
-    passes the rotation straight through.
+    passes the rotation straight through; losses of no vectors are 0.
     """
 
     any_length = True
@@ -86,9 +85,9 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             "heads": module.heads,
             "share_codebook": not module.separate_codebook_per_head,
             "kmeans_init": not bool(book.initted),
-            "kmeans_iterations": book.kmeans_iters,
+            "kmeans_iterations": max(book.kmeans_iters, 1),
             "dead_after": 0.0,
-            "dead_below": float(book.threshold_ema_dead_code),
+            "dead_below": max(float(book.threshold_ema_dead_code), 0.0),
             "track_eval_usage": False,
             "sync": bool(book.use_ddp) or world()[1] == 1,
         }
@@ -150,14 +149,14 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         self.ema_update_weight = ema_update_weight
         if self.stochastic and sample_codebook_temp is not None:
             self.temperature = max(float(sample_codebook_temp), 0.0)
-        # As in the original the codes themselves come out, with their own gradient, where the input needs none.
-        learnable = isinstance(self.codebook, nn.Parameter)
+        # As in the original the codes themselves come out, with their own gradient, where the input gets none.
         if not (self.training and self.routes_gradients and x.requires_grad):
-            self.gradient = "codes" if learnable or any(True for _ in self.project_in.parameters()) else self.gradient
+            self.gradient = "codes"
         try:
             inside = self.project_in(last)
             if topk is not None:
-                return self._nearest_few(last, inside, mask, topk)
+                quantized, few, costs = self._nearest_few(last, inside, mask, topk)
+                return quantized if last is x else quantized.movedim(-1, 1), few, costs
             in_place = self._step_in_place(inside, mask)
             codes: Any = None
             if indices is not None or (self.training and (self.by_cross_entropy or self.diversity[0] > 0)):
@@ -174,7 +173,9 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         if last is not x:
             quantized = quantized.movedim(-1, 1)
         weights = self.breakdown(self.commitment_weight, self.diversity[0], self.orthogonal[0], 0.0)
-        loss = sum(weight * part for weight, part in zip(weights, losses, strict=True))
+        loss: Any = sum(weight * part for weight, part in zip(weights, losses, strict=True))
+        if self.training and not (loss.requires_grad or torch.compiler.is_compiling()):
+            loss.requires_grad_()  # also of vectors and codes that need no gradient, as the original's
         breakdown: Any = [losses] if return_loss_breakdown else []
         return quantized, out.indices, loss, *breakdown
 
@@ -182,7 +183,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         """The k nearest codes of every vector and what each would cost; the codebook learns in ``update_indices``."""
         more = self.stochastic or self.by_cross_entropy or max(self.diversity[0], self.orthogonal[0]) > 0
         more = self.training and (more or self.in_place_codebook_optimizer is not None)
-        refuse({"topk with heads": self.heads > 1, "topk with channels in dimension 1": self.channels_first})
+        refuse({"topk with heads": self.heads > 1})
         refuse({"topk in training with stochastic codes, an optimizer in place or losses beside commitment": more})
         k, shape = min(k, self.num_codes), z.shape[:-1]
         keep = None if mask is None else mask.view(*mask.shape, *[1] * (len(shape) - mask.dim())).expand(shape)
@@ -197,7 +198,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             chosen = F.embedding(indices, codes if self._rule == "gradient" else codes.detach())
             compared = F.normalize(rows.float(), dim=-1) if self.metric == "cosine" else rows
             loss = (chosen - compared).square().mean(-1).view(*shape, k) * (self.commitment_weight or not self.training)
-        quantized, indices = quantized.to(z.dtype).view(*shape, k, -1), indices.view(*shape, k)
+        quantized, indices = quantized.to(z.dtype).view(*shape, k, self.dim), indices.view(*shape, k)
         if keep is not None:
             keep = keep.unsqueeze(-1)
             indices, loss = torch.where(keep, indices, -1), torch.where(keep, loss, 0.0)
@@ -205,8 +206,6 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
 
     def _outside(self, quantized: Tensor, mask: Tensor | None, z: Tensor) -> Tensor:
         """What comes out for what was found inside, [..., D], for vectors z."""
-        if not self.training and not isinstance(self.codebook, nn.Parameter):
-            quantized = quantized.detach()
         if self.training and self.sync_update_v:
             quantized = quantized + self.sync_update_v * (quantized - quantized.detach())
         quantized = self.project_out(quantized)
@@ -233,7 +232,8 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             commitment = (out.loss - out.loss.detach() * (own / (weight + own))) / weight
         if self.training and self.diversity[0] > 0:
             # [G, N, D] -> [places, G, batch and heads, D]
-            rows = self._rows(z).unflatten(1, (z.shape[0], z.shape[1:-1].numel(), self.heads // self.groups))
+            batch, places = z.shape[:-1][:1].numel(), z.shape[1:-1].numel()
+            rows = self._rows(z).unflatten(1, (batch, places, self.heads // self.groups))
             rows = rows.permute(2, 0, 1, 3, 4).flatten(2, 3)
             options = {"metric": self.metric, "temperature": 1 / self.diversity[1]}
             diversity = diversity_loss(rows, codes, **options)
@@ -261,8 +261,8 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         heads, count = codes.shape[:2]
         unit = F.normalize(codes, dim=-1, eps=1e-6)
         # The squares of [K, K] products add up to those of the [D, D] ones. A code of zeros stays one, so misses its 1.
-        length: Tensor = unit.square().sum() / (heads * count)
-        loss: Tensor = (unit.mT @ unit).square().sum() / (heads * count**2) + (1 - 2 * length) / count
+        squares = (unit.mT @ unit).square().sum() - 2 * unit.square().sum()
+        loss: Tensor = (squares / heads + count) / max(count, 1) ** 2
         return loss
 
     def _step_in_place(self, z: Tensor, mask: Tensor | None) -> Tensor:
@@ -351,10 +351,8 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
 
 def _moved(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor) -> torch.optim.Optimizer:
     """A copy of the optimizer that has ``new`` in the place of ``old``, with its moments."""
-    moved = copy.copy(optimizer)
-    groups = optimizer.param_groups
-    moved.param_groups = [{**g, "params": [new if p is old else p for p in g["params"]]} for g in groups]
-    moved.state = defaultdict(dict, optimizer.state)
-    moments = moved.state.pop(old, {})
-    moved.state[new] = {name: t.view_as(new).clone() if t.shape == old.shape else t for name, t in moments.items()}
+    same = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    moved = copy.deepcopy(optimizer, {**same, id(old): new})
+    moments = moved.state[new]
+    moved.state[new] = {name: t.view_as(new) if t.shape == old.shape else t for name, t in moments.items()}
     return moved

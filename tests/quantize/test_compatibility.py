@@ -11,12 +11,13 @@ import pytest
 from beitv2_fast import ADAPTERS, Unsupported, replace_quantizers
 
 from ..support.quantizers import noise
+from ..support.replaced import vector_quantize
 from .test_methods import SEARCHED, TRAINED
-from .test_replace import KEPT, REFUSED, WITHOUT_EFFECT, vector_quantize
+from .test_vq_pytorch_options import KEPT, REFUSED, WITHOUT_EFFECT
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "quantizer_compatibility.md"
 VQ = "vector_quantize_pytorch.vector_quantize_pytorch.VectorQuantize"
-# Of adapters that are classes: what test_replace.py and test_vq_pytorch.py compare them with.
+# Of adapters that are classes: what their own tests compare them with.
 COMPARED = {
     VQ: "20 steps; options below",
     "vector_quantize_pytorch.sim_vq.SimVQ": "20 steps; `rotation_trick`, `commitment_weight`, `frozen_codebook_dim`, "

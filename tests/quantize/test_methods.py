@@ -22,8 +22,9 @@ from beitv2_fast.kernels.native import native_ops
 from beitv2_fast.quantize import soft
 
 from ..support import other_quantizers as other
+from ..support.other_quantizers import VectorQuantizer2
 from ..support.quantizers import everything, noise
-from .test_replace import TOLERANCE, VectorQuantizer2
+from ..support.replaced import TOLERANCE
 
 MAP, AUDIO, ROWS = (2, 8, 5, 6), (2, 8, 20), (2, 16, 8)
 

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from beitv2_fast import replace_quantizers
-from beitv2_fast.kernels.codebook_search.reference import similarities
 from beitv2_fast.quantize import soft
 from beitv2_fast.quantize.soft import (
     code_cross_entropy,
@@ -132,7 +131,7 @@ def test_gradients_are_those_of_finite_differences(metric, of, monkeypatch):
 
 def test_a_vector_that_is_a_code_has_the_gradient_of_the_clamped_distance():
     codebook, results = noise(5, 3, seed=1).double(), []
-    for scores in (lambda x: similarities(x, codebook, "euclidean").logsumexp(-1),
+    for scores in (lambda x: (-(x - codebook).square().sum(-1).clamp(min=1e-8).sqrt()).logsumexp(-1),
                    lambda x: soft_assignment(x, codebook, metric="euclidean")[0]):  # fmt: skip
         x = codebook[2:3].clone().requires_grad_()
         scores(x).sum().backward()
@@ -205,6 +204,11 @@ def test_an_empty_batch_has_losses_of_0(shape):
     _, indices, loss = ours(noise(*shape).requires_grad_())
     loss.sum().backward()
     assert indices.shape == shape[:-1] and loss == 0 and not any(p.grad.any() for p in ours.parameters())
+
+
+def test_a_single_vector_has_the_losses_of_a_batch_of_one():
+    _, ours = swapped(codebook_diversity_loss_weight=2.0, commitment_use_cross_entropy_loss=True, **LEARNABLE)
+    torch.testing.assert_close(ours(noise(16)), tuple(t[0] if t.dim() else t for t in ours(noise(1, 16))))
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])

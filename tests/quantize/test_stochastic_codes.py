@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from beitv2_fast import FusedVectorQuantizer, replace_quantizers
 
 from ..support.quantizers import noise, quantizer
-from .test_replace import vector_quantize
+from ..support.replaced import vector_quantize
 
 OPTIONS = [
     {},

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from beitv2_fast import Unsupported, replace_quantizers
 
 from ..support.quantizers import noise
-from .test_replace import TOLERANCE, vector_quantize
+from ..support.replaced import TOLERANCE, vector_quantize
 
 LEARNABLE = {"learnable_codebook": True, "ema_update": False}
 BY_SGD = {"in_place_codebook_optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9)}
@@ -93,6 +93,20 @@ def test_where_the_input_needs_no_gradient_the_codes_get_it(options):
     assert_same_training(*swapped(**options), grad=False)
 
 
+@pytest.mark.parametrize("options", [{}, {"rotation_trick": False}, {"codebook_dim": 4}], ids=str)
+def test_an_input_to_which_no_gradient_is_routed_has_that_of_the_commitment(options):
+    assert_same_training(*swapped(route_gradients_to_input=False, **options), steps=3)
+
+
+def test_a_loss_that_depends_on_nothing_can_be_differentiated_all_the_same():
+    for theirs, ours in (swapped(), swapped(commitment_weight=0.0)):
+        losses = [module(noise(3, 20, 16))[2] for module in (theirs, ours)]
+        torch.testing.assert_close(losses[1], losses[0], **TOLERANCE)
+        for loss in losses:
+            loss.backward()
+        assert not ours.eval()(noise(3, 20, 16))[2].requires_grad
+
+
 def test_a_codebook_that_learns_by_gradient_gets_it_in_eval_mode_too():
     theirs, ours = (module.eval() for module in swapped(**LEARNABLE))
     for module in (theirs, ours):
@@ -172,6 +186,13 @@ def test_codes_of_zeros_count_as_wrong_in_orthogonal_regularization():
     with torch.no_grad():
         ours.codebook.copy_(torch.eye(32, 16))  # half of the products of codes with themselves are 0
     torch.testing.assert_close(ours(noise(3, 20, 16))[2], torch.tensor(16 / 32**2))
+
+
+def test_without_active_codes_orthogonal_regularization_is_0():
+    _, ours = swapped(orthogonal_reg_weight=1.0, orthogonal_reg_active_codes_only=True)
+    loss = ours(noise(3, 20, 16), mask=torch.zeros(3, 20, dtype=torch.bool))[2]
+    loss.backward()
+    assert loss == 0 and not ours.codebook.grad.any()
 
 
 @pytest.mark.parametrize(
@@ -306,12 +327,24 @@ def test_a_beam_search_agrees(options):
         torch.testing.assert_close(ours(x, mask=mask), theirs(x, mask=mask), **TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [({"channel_last": False}, (3, 16, 20)), ({"accept_image_fmap": True, "codebook_dim": 4}, (2, 16, 4, 5))],
+)
+def test_the_k_nearest_codes_of_maps_agree(options, shape):
+    theirs, ours = swapped(**options)
+    for training in (True, False):
+        results = [module.train(training)(noise(*shape), topk=3) for module in (theirs, ours)]
+        torch.testing.assert_close(results[1], results[0], **TOLERANCE)
+
+
 @pytest.mark.parametrize("zeros", [True, False])
 def test_the_k_nearest_codes_of_a_call_agree(zeros):
     theirs, ours = swapped(return_zeros_for_masked_padding=zeros)
     mask = torch.arange(20) < torch.tensor([[20], [7], [1]])
     for module in (theirs, ours):
         module.eval()
+    assert [t.shape for t in ours(noise(2, 0, 16), topk=3)] == [(2, 0, 3, 16), (2, 0, 3), (2, 0, 3)]
     for call in ({"topk": 3}, {"topk": 99}, {"topk": 3, "mask": mask}):
         torch.testing.assert_close(ours(noise(3, 20, 16), **call), theirs(noise(3, 20, 16), **call), **TOLERANCE)
 

@@ -191,3 +191,53 @@ class Descript(nn.Module):
         commitment = F.mse_loss(latents, codes.detach(), reduction="none").mean((1, 2))
         codebook = F.mse_loss(codes, latents.detach(), reduction="none").mean((1, 2))
         return self.out_proj(latents + (codes - latents).detach()), commitment, codebook, indices, latents
+
+
+class NormEMAVectorQuantizer(nn.Module):
+    """BEiT v2's interface and formulas."""
+
+    def __init__(self, num_tokens: int, codebook_dim: int, beta: float = 1.0, decay: float = 0.9):
+        super().__init__()
+        self.num_tokens, self.codebook_dim, self.beta, self.decay = num_tokens, codebook_dim, beta, decay
+        self.embedding = nn.Module()
+        start = F.normalize(noise(num_tokens, codebook_dim, seed=7), dim=-1)
+        self.embedding.weight = nn.Parameter(start, requires_grad=False)
+        self.embedding.register_buffer("cluster_size", torch.zeros(num_tokens))
+        self.embedding.register_buffer("embed_avg", start.clone())
+        self.embedding.register_buffer("initted", torch.ones(1))
+        self.embedding.update = True
+        self.register_buffer("cluster_size", torch.zeros(num_tokens))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = F.normalize(z.movedim(1, -1), dim=-1)
+        weight = self.embedding.weight
+        indices = (weight.square().sum(1) - 2 * y.flatten(0, -2) @ weight.T).argmin(1)
+        one_hot = F.one_hot(indices, self.num_tokens).float()
+        codes = (one_hot @ weight).view(y.shape)
+        bins = one_hot.sum(0)
+        if self.embedding.update or not self.training:
+            self.cluster_size.lerp_(bins, 1 - self.decay)
+        if self.embedding.update and self.training:
+            sums = one_hot.T @ y.detach().flatten(0, -2)
+            mean = torch.where(bins[:, None] > 0, F.normalize(sums, dim=-1), weight)
+            weight.data = F.normalize(self.decay * weight + (1 - self.decay) * mean, dim=-1)
+        loss = self.beta * F.mse_loss(codes.detach(), y)
+        return (y + (codes - y).detach()).movedim(-1, 1), loss, indices
+
+
+class VectorQuantizer2(nn.Module):
+    """taming-transformers' interface and formulas."""
+
+    def __init__(self, n_e: int, e_dim: int, beta: float, legacy: bool = True):
+        super().__init__()
+        self.n_e, self.e_dim, self.beta, self.legacy = n_e, e_dim, beta, legacy
+        self.embedding = nn.Embedding(n_e, e_dim)
+        self.remap, self.re_embed, self.sane_index_shape = None, n_e, False
+
+    def forward(self, z: Tensor, temp=None, rescale_logits=False, return_logits=False):
+        last = z.movedim(1, -1)
+        indices = torch.cdist(last.reshape(-1, self.e_dim), self.embedding.weight).argmin(1)
+        codes = self.embedding(indices).view(last.shape)
+        commitment, codebook = F.mse_loss(codes.detach(), last), F.mse_loss(codes, last.detach())
+        loss = commitment + self.beta * codebook if self.legacy else self.beta * commitment + codebook
+        return (last + (codes - last).detach()).movedim(-1, 1), loss, (None, None, indices)
