@@ -166,15 +166,14 @@ class ResidualVectorQuantizer(nn.Module):
             raise ValueError(f"decode: indices must be [..., 1 to {self.num_quantizers}]; got {list(indices.shape)}")
         return torch.stack([self.stage(i).decode(part) for i, part in enumerate(indices.unbind(-1))]).sum(0)
 
-    def freeze(self) -> None:
+    def freeze(self, frozen: bool = True) -> None:
         """Keep all codebooks as they are until ``thaw``: see ``FusedVectorQuantizer.freeze``."""
         for i in range(len(self.stages)):
-            self.stage(i).freeze()
+            self.stage(i).freeze(frozen)
 
     def thaw(self) -> None:
         """Let all codebooks learn again."""
-        for i in range(len(self.stages)):
-            self.stage(i).thaw()
+        self.freeze(False)
 
     def usage(self, reset: bool = False) -> dict[str, float]:
         """Means over the stages of their ``usage``."""
