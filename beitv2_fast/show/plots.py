@@ -14,12 +14,13 @@ from ..errors import require
 from ..models.student import BRANCHES
 from .codes import CodeUsage
 from .sheets import stack
-from .theme import WIDTH, Theme
+from .theme import WIDTH, Theme, lettering
 
 SMOOTH_FROM = 200  # points from which a moving average is drawn over the raw curve
 MORE = ("#2f9e6e", "#c2417c", "#8a63d2", "#8f8a2c", "#3aa7b8")  # after the theme's two, for both themes
 HEIGHT = 250  # CSS pixels
 FONT = 12
+NAME = 32  # characters of a name in a legend; of a longer one its beginning and end
 
 Metrics = list[dict[str, float]]
 
@@ -141,22 +142,32 @@ def _draw_curves(axes: Any, panel: Panel, theme: Theme) -> None:
     for c, color, dash in zip(panel.curves, itertools.cycle((theme.accent, theme.second, *MORE)), styles, strict=False):
         if len(c.y) >= SMOOTH_FROM:
             axes.plot(c.x, c.y, color=color, linewidth=0.8, alpha=0.3)
-            axes.plot(c.x, _smoothed(c.y), color=color, linewidth=1.8, linestyle=dash, label=c.name)
+            axes.plot(c.x, _smoothed(c.y), color=color, linewidth=1.8, linestyle=dash, label="curve")
         else:
             marker = "o" if len(c.y) == 1 else None
-            axes.plot(c.x, c.y, color=color, linewidth=1.8, linestyle=dash, marker=marker, label=c.name)
-    for y, text in panel.levels:
-        axes.axhline(y, color=theme.muted, linewidth=1, linestyle=(0, (2, 2)), label=text)
+            axes.plot(c.x, c.y, color=color, linewidth=1.8, linestyle=dash, marker=marker, label="curve")
+    for y, _ in panel.levels:
+        axes.axhline(y, color=theme.muted, linewidth=1, linestyle=(0, (2, 2)), label="level")
     if panel.zero:
         axes.set_ylim(bottom=0)
         axes.set_ylim(top=axes.get_ylim()[1] * 1.04)
     if panel.percent:
         axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}%")
-    if len(panel.curves) + len(panel.levels) > 1:
-        axes.legend(loc="best", handlelength=1.8)
+    names = [c.name for c in panel.curves] + [text for _, text in panel.levels]
+    if len(names) > 1:
+        for text, name in zip(axes.legend(loc="best", handlelength=1.8).get_texts(), names, strict=True):
+            _letter(text, name)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=panel.curves[0].x[-1] >= 4))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("epoch")
+
+
+def _letter(text: Any, name: str) -> None:
+    """A name in the legend, as it is: of labels matplotlib leaves out `_a`, and reads `$1$` as a formula."""
+    from matplotlib.font_manager import FontProperties
+
+    file, name = lettering(name if len(name) <= NAME else f"{name[: NAME // 2]}…{name[1 - NAME // 2 :]}")
+    text.set(text=name, parse_math=False, fontproperties=FontProperties(fname=file, size=text.get_size()))
 
 
 def _draw_bars(axes: Any, usage: CodeUsage, theme: Theme) -> None:

@@ -16,7 +16,7 @@ from ..data.images import ImageList
 from ..data.views import EvalView
 from ..pictures import masked_picture, token_map
 from .codes import CodeUsage, choose_patches
-from .theme import WIDTH, Theme
+from .theme import WIDTH, Theme, lettering
 
 DIMMED = 0.35
 FONT, SMALL = 13, 11.5  # CSS pixels
@@ -37,7 +37,6 @@ class Sheet:
 
     def __init__(self, theme: Theme, scale: float):
         self.theme, self.scale = theme, scale
-        self.fonts = {(size, bold): _font(round(size * scale), bold) for size in (FONT, SMALL) for bold in (0, 1)}
 
     def draw(
         self,
@@ -82,7 +81,8 @@ class Sheet:
     def _text(
         self, draw: Any, x: float, y: float, text: str, size: float, color: str, width: float, bold: bool = False
     ) -> None:
-        font = self.fonts[size, int(bold)]
+        file, text = lettering(text, bold)
+        font = ImageFont.truetype(file, self._px(size))
         if draw.textlength(text, font) > width * self.scale:
             while text and draw.textlength(text + "…", font) > width * self.scale:
                 text = text[:-1]
@@ -214,13 +214,6 @@ def _dots(picture: Image.Image, where: Tensor, cell: int) -> Image.Image:
         draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill="#ffffff", outline="#1c2128",
                      width=max(1, cell // 16))  # fmt: skip
     return picture
-
-
-def _font(size: int, bold: int) -> ImageFont.FreeTypeFont:
-    from matplotlib import get_data_path
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / name), size)
 
 
 ROWS, GAP = 3, 8

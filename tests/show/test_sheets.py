@@ -10,11 +10,15 @@ from PIL import Image, ImageDraw
 
 pytest.importorskip("matplotlib")
 
+from matplotlib import get_data_path
+from matplotlib.figure import Figure
+
 from beitv2_fast.data.find import find_images
 from beitv2_fast.pictures import HIDDEN, code_colors, heat_map, masked_picture, token_map
 from beitv2_fast.show.codes import CodeUsage, choose_codes, choose_patches
+from beitv2_fast.show.plots import Curve, Panel, _draw_curves
 from beitv2_fast.show.sheets import LABEL, Label, Sheet, code_sheet, patch_picture, token_map_sheet
-from beitv2_fast.show.theme import LIGHT
+from beitv2_fast.show.theme import LIGHT, lettering
 
 COLORS = [(220, 40, 40), (40, 200, 60), (50, 70, 230), (230, 210, 40)]
 
@@ -68,6 +72,42 @@ def test_the_labels_of_a_token_map_sheet_are_not_cut_short(monkeypatch):
     )
     assert {"photograph", "token map", "both"} <= set(drawn)
     assert not [line for line in drawn if line.endswith("…")]
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """The fonts of the system: a file that is none, and one that has a watch, which DejaVu Sans has not."""
+    fonts = [tmp_path / "a.ttf", Path(get_data_path(), "fonts", "ttf", "STIXGeneral.ttf")]
+    fonts[0].write_text("no font")
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: [str(font) for font in fonts])
+    lettering.cache_clear()
+    yield str(fonts[1])
+    lettering.cache_clear()
+
+
+@pytest.mark.parametrize("bold", [False, True])
+def test_a_name_is_drawn_with_a_font_that_has_its_letters_and_escaped_where_none_has(installed, bold):
+    usual, text = lettering("Gürtel $x_1$ 😀", bold)
+    assert Path(usual).name == ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf") and text == "Gürtel $x_1$ 😀"
+    assert lettering("⌚ watch", bold) == (installed, "⌚ watch")
+    assert lettering("⌚ 猫", bold) == (usual, r"\u231a \u732b") and lettering("a\nb", bold) == (usual, r"a\nb")
+
+
+def test_a_sheet_draws_a_name_with_the_font_that_has_its_letters(installed, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, at, line, **how: drawn.update({line: how["font"]}))
+    Sheet(LIGHT, 2.0).draw([[None]], [Label(["猫"])], ["⌚"], 100)
+    assert drawn["⌚"].path == installed and Path(drawn[r"\u732b"].path).name == "DejaVuSans-Bold.ttf"
+
+
+def test_a_legend_has_the_names_of_the_runs_as_they_are_and_long_ones_without_their_middle(installed):
+    axes = Figure().subplots()
+    names = ["_a", "cost$1$", "⌚", "run_" + "x" * 60 + "_lr_0.1"]
+    _draw_curves(axes, Panel("loss", [Curve(name, [1.0, 2.0], [1.0, 2.0]) for name in names]), LIGHT)
+    texts = axes.get_legend().get_texts()
+    assert [text.get_text() for text in texts[:3]] == names[:3]
+    assert texts[3].get_text() == "run_" + "x" * 12 + "…" + "x" * 8 + "_lr_0.1"
+    assert not any(text.get_parse_math() for text in texts) and texts[2].get_fontproperties().get_file() == installed
 
 
 def test_a_color_bar_goes_from_the_color_of_0_to_that_of_1():
