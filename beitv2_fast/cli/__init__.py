@@ -11,6 +11,7 @@ from typing import Any
 from ..config.options import SOURCE, VERSION, Parser, add_options, check_limits, path
 from ..config.show import ExploreConfig
 from ..distributed import run_main
+from ..errors import require
 from ..runs.checkpoints import compact
 from ..runs.sources import NAMED, PUBLISHED
 from ..show.explore import explore
@@ -70,7 +71,8 @@ def run_command(argv: Sequence[str] | None = None) -> int:
     if command == "convert":
         _convert(**given)
     elif command == "picture":
-        from .picture import write_picture  # brings PIL
+        require("matplotlib", "demo", "A picture")
+        from .picture import write_picture
 
         kind, runs, out = given.pop("kind"), given.pop("run"), given.pop("out")
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}

@@ -143,8 +143,9 @@ class Parser(argparse.ArgumentParser):
         return found, unknown
 
     def _near(self, unknown: Sequence[str]) -> str:
-        flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
-        near = [name for flag in flags for name in difflib.get_close_matches(flag, self._option_string_actions, 1)]
+        flags = [word[2:].partition("=")[0] for word in unknown if word.startswith("--")]
+        known = [name[2:] for name in self._option_string_actions if name.startswith("--")]
+        near = [f"--{name}" for flag in flags for name in difflib.get_close_matches(flag, known, 1)]
         return f" (did you mean {', '.join(near)}?)" if near else ""
 
 

@@ -233,6 +233,7 @@ MISTYPED = [
     ((PretrainConfig, PRETRAIN), "--early_layer 3", "did you mean --early-layer?"),
     ((TokenizerConfig, TOKENIZER), "--teachr=clip", "did you mean --teacher?"),
     (None, "encode images --tokeniser t", "did you mean --tokenizer?"),
+    ((EvaluateConfig, EVALUATE), "--run x", "unrecognized arguments: --run x\n"),  # nothing is like it
 ]
 
 

@@ -3,3 +3,7 @@
 ``model`` and ``head`` are the network, ``masks`` and ``views`` the data, ``training`` is where a training starts,
 ``evaluation`` the sliding window and the scores, ``overlays`` pictures of them.
 """
+
+from ...errors import require
+
+require("PIL", "train", "Reading images")
