@@ -185,9 +185,10 @@ def check_batch(length: int, batch_size: int, world_size: int = 1) -> None:
     if batch_size < 1 or world_size < 1:
         raise ValueError(f"batch_size is {batch_size} and world_size {world_size}; both must be at least 1")
     if batch_size * world_size > length:
+        ranks = f" ({batch_size} on each of {world_size} ranks)" if world_size > 1 else ""
         raise DataError(
-            f"A batch of {batch_size * world_size} images ({batch_size} on each of {world_size} ranks) is larger than "
-            f"the data set of {length}. Choose a smaller batch or add images."
+            f"A batch of {batch_size * world_size} images{ranks} is larger than the data set of {length}. Choose a "
+            "smaller batch or add images."
         )
 
 

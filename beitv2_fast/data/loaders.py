@@ -76,7 +76,7 @@ def _by_decoding(wanted: str, in_memory: bool) -> tuple[str, str]:
         return wanted, "as asked for"
     if wanted == "dali" and in_memory:
         raise UserError(
-            "--in-memory keeps decoded images, but DALI decodes them itself. Leave out --in-memory, or use --loader "
+            "--in-memory keeps decoded images, but DALI decodes them itself. Give --no-in-memory, or --loader "
             "torchvision."
         )
     if in_memory:

@@ -91,10 +91,11 @@ class RunFolder:
         inputs, wanted = _read_inputs(self.path), fingerprint(self.config)
         fields = {f.name: f for f in dataclasses.fields(self.config)}
         stages = stored["stage"], self.config.stage
-        different = ["stage: {} there, {} now".format(*stages)] if None not in stages and stages[0] != stages[1] else []
+        another = None not in stages and stages[0] != stages[1]
+        different = ["stage: {} there, {} now".format(*stages)] if another else []
         # An option that the version which made the run did not have yet was at its default.
         defaults = fingerprint(type(self.config)()) if stored.keys() <= {"stage", *fields} else {}
-        for name, value in wanted.items():
+        for name, value in () if another else wanted.items():
             there, holds = stored.get(name, defaults.get(name, "(absent)")), fields[name].metadata["holds"]
             stays = (
                 same_place(there, value) if isinstance(getattr(self.config, name), Path) or holds else there == value

@@ -145,6 +145,8 @@ def test_sampler_and_loader_know_their_length(dataset):
 def test_a_batch_larger_than_the_data_set_is_refused(dataset):
     with pytest.raises(DataError, match=r"A batch of 24 images \(12 on each of 2 ranks\) is larger than the data set"):
         train_loader(dataset, batch_size=12, world_size=2, total_steps=3)
+    with pytest.raises(DataError, match=r"A batch of 24 images is larger than the data set"):
+        train_loader(dataset, batch_size=24, total_steps=3)
     assert len(list(train_loader(dataset, batch_size=11, world_size=2, total_steps=1))) == 1
 
 

@@ -46,7 +46,7 @@ def test_an_option_is_read_under_its_earlier_name(tmp_path):
 def test_a_run_folder_of_another_stage_is_refused(tmp_path):
     RunFolder(PretrainConfig(out=tmp_path))
     (tmp_path / "results.json").touch()
-    with pytest.raises(UserError, match="stage: pretrain there, tokenizer now"):
+    with pytest.raises(UserError, match=r"\(stage: pretrain there, tokenizer now\)"):
         RunFolder(TokenizerConfig(out=tmp_path))
     with pytest.raises(UserError, match="a run folder of pretrain, but tokenizer's is needed"):
         read_config(TokenizerConfig, tmp_path)
