@@ -1,11 +1,12 @@
 // codebook_search on the CPU. FLOPs 2 N K D in the screening. Memory: a copy of the codes in bytes, a quarter of the
 // codebook in fp32, where bytes_pay; a copy in fp32 of fp16 and bf16 codes, of those with NaN, Inf or a largest element
 // beyond 2^20 or below 2^-20, and of those that are not contiguous; at most a few MB per thread; the outputs. Nothing
-// grows with N K.
+// grows with N K. Up to 8 vectors: no copy of ordinary contiguous codes, of fp16 and bf16 neither.
 //
 //   cpu.cpp               the op: outputs, choice of the instruction set, threads
 //   cpu_search.h          how a search goes, its error bounds, and what its pieces hand each other
-//   cpu_codes.h, .cpp     measures the codebook and packs it into bytes, once per call; screens few vectors meanwhile
+//   cpu_few.h, .cpp, cpu_few_kernels.h  up to 8 vectors: one pass over the codebook as it is
+//   cpu_codes.h, .cpp     measures the codebook and packs it into bytes, once per call
 //   cpu_block.h, .cpp     one thread's part: blocks of vectors, screened, then resolved
 //   cpu_draw.cpp, cpu_draw_kernels.h  draw_codes, from the screening's bounds
 //   cpu_exact.h           near ties in twice double precision
@@ -20,6 +21,7 @@
 
 #include "../cpu_capability.h"
 #include "cpu_block.h"
+#include "cpu_few.h"
 
 namespace beitv2_fast {
 
@@ -53,7 +55,7 @@ Outputs search(const at::Tensor& x, const at::Tensor& codebook, bool cosine, int
   at::Tensor distances = at::empty({return_distances ? rows : 0}, floats);
   if (rows == 0) return {indices, normalized, codes, distances};
 
-  const PackedCodebook book = pack_codebook(contiguous, cosine, bytes_pay(rows, codebook.size(0), k), kernels, x);
+  PackedCodebook book;
   const Search shared = {kernels,
                          book,
                          x,
@@ -63,8 +65,9 @@ Outputs search(const at::Tensor& x, const at::Tensor& codebook, bool cosine, int
                          return_normalized ? normalized.mutable_data_ptr<float>() : nullptr,
                          return_distances ? distances.mutable_data_ptr<float>() : nullptr,
                          return_codes ? static_cast<char*>(codes.mutable_data_ptr()) : nullptr,
-                         static_cast<const char*>(contiguous.const_data_ptr()),
-                         dim * static_cast<int64_t>(codebook.element_size())};
+                         contiguous};
+  if (search_few(shared)) return {indices, normalized, codes, distances};
+  book = pack_codebook(contiguous, cosine, bytes_pay(rows, codebook.size(0), k), kernels);
   run_blocks<Block>(shared);
   return {indices, normalized, codes, distances};
 }

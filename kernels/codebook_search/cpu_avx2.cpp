@@ -27,9 +27,8 @@ struct Avx2 {
   static inline uint32_t reaches(V a, V b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
 };
 
-const Kernels kernels = {nullptr, screen_fp32<Avx2>, measure_group<Avx2>, screen_few<Avx2>,
-                         pack_group, pack_rows, raise_top<Avx2>, filter<Avx2>,
-                         resolve<Avx2>};
+const Kernels kernels = {nullptr, screen_fp32<Avx2>, measure_group<Avx2>, pack_group, pack_rows,
+                         raise_top<Avx2>, filter<Avx2>, resolve<Avx2>};
 
 }  // namespace
 

@@ -9,9 +9,8 @@ BEITV2_FAST_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 
 namespace beitv2_fast {
 namespace {
-const Kernels kernels = {nullptr, screen_fp32<Avx512>, measure_group<Avx512>, screen_few<Avx512>,
-                         pack_group, pack_rows, raise_top<Avx512>, filter<Avx512>,
-                         resolve<Avx512>};
+const Kernels kernels = {nullptr, screen_fp32<Avx512>, measure_group<Avx512>, pack_group, pack_rows,
+                         raise_top<Avx512>, filter<Avx512>, resolve<Avx512>};
 }  // namespace
 
 const Kernels& avx512_kernels() { return kernels; }

@@ -88,9 +88,8 @@ void screen_bytes(const Codes& codes, const void* panels, int64_t count, int64_t
              : screen<false>(codes, x, count, begin, end, group_max, best);
 }
 
-const Kernels kernels = {screen_bytes, screen_fp32<Avx512>, measure_group<Avx512>, screen_few<Avx512>,
-                         pack_group, pack_rows, raise_top<Avx512>, filter<Avx512>,
-                         resolve<Avx512>};
+const Kernels kernels = {screen_bytes, screen_fp32<Avx512>, measure_group<Avx512>, pack_group, pack_rows,
+                         raise_top<Avx512>, filter<Avx512>, resolve<Avx512>};
 
 }  // namespace
 

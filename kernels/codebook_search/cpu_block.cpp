@@ -49,6 +49,25 @@ int32_t position_of(uint64_t ranked) { return static_cast<int32_t>(ranked); }
 
 }  // namespace
 
+void finish(const Search& search, const float* x, const float* code, int64_t row, int64_t index, float* compared) {
+  const int64_t dim = search.x.size(1);
+  search.indices[row] = index;
+  if (search.found) {
+    const int64_t bytes = dim * static_cast<int64_t>(search.codebook.element_size());
+    std::memcpy(search.found + row * bytes, static_cast<const char*>(search.codebook.const_data_ptr()) + index * bytes,
+                bytes);
+  }
+  if (!search.normalized && !search.distances) return;
+  if (search.normalized) compared = search.normalized + row * dim;
+  search.cosine ? normalize(x, dim, compared) : static_cast<void>(std::copy_n(x, dim, compared));
+  if (!search.distances) return;
+  float distance = squared_distance(compared, code, dim);
+  // Infinite: because it overflows, or because the vector was.
+  if (std::isinf(distance) && !std::all_of(compared, compared + dim, [](float y) { return std::isfinite(y); }))
+    distance = std::numeric_limits<float>::quiet_NaN();
+  search.distances[row] = distance;
+}
+
 Block::Block(const Search& search)
     : search_(search),
       codes_(search.book.codes),
@@ -68,9 +87,16 @@ void Block::run(int64_t first, int64_t count) {
     pack(first, count);
     screen(count);
   }
-  for (int64_t i = 0; i < count; ++i)
-    if (search_.k > 1) several(first + i, i);
-    else finish(first + i, codes_.groups ? nearest(first + i, i) : 0);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = first + i;
+    if (search_.k > 1) {
+      several(row, i);
+      continue;
+    }
+    const int64_t index = codes_.groups ? nearest(row, i) : 0;
+    const float* code = search_.book.values.const_data_ptr<float>() + index * codes_.dim;
+    finish(search_, reader_.row(row), code, row, index, compared_.get());
+  }
   if (resolved_ > (search_.k + 1 + codes_.groups / GROUPS_PER_CANDIDATE) * count) bytes_ = false;
 }
 
@@ -79,8 +105,8 @@ void Block::pack(int64_t first, int64_t count) {
   for (int64_t i = 0; i < count; ++i) std::copy_n(reader_.row(first + i), dim, &rows_[i * dim]);
   std::fill(&rows_[count * dim], &rows_[0] + panels * PANEL * dim, 0.0f);
   for (int64_t p = 0; p < panels; ++p)
-    search_.kernels.pack_rows(&rows_[p * PANEL * dim], codes_, search_.book.scale, bytes_,
-                              search_.book.screened ? nullptr : panel(p), info_ + p * PANEL);
+    search_.kernels.pack_rows(&rows_[p * PANEL * dim], std::min(PANEL, count - p * PANEL), codes_, search_.book.scale,
+                              bytes_, panel(p), info_ + p * PANEL);
   std::fill_n(best_, ROWS, -std::numeric_limits<float>::infinity());
   // Lanes without a vector: no group reaches best + Inf.
   for (int64_t i = count; i < panels * PANEL; ++i) info_[i].screen_error = -std::numeric_limits<float>::infinity();
@@ -94,12 +120,10 @@ void Block::screen(int64_t count) {
   for (int64_t i = 0; i < count; ++i) candidates_[i].group.clear(), candidates_[i].screened.clear();
   for (int64_t begin = 0; begin < codes_.groups; begin += CHUNK) {
     const int64_t end = std::min(begin + CHUNK, codes_.groups);
-    const float* all = search_.book.screened ? &search_.book.screened[begin * PANEL] : group_max_.get();
-    if (search_.book.screened) search_.kernels.raise_top(all, end - begin, 1, best_);
-    else run(codes_, panels_.get(), panels, begin, end, group_max_.get(), best_);
+    run(codes_, panels_.get(), panels, begin, end, group_max_.get(), best_);
     for (int64_t p = 0; p < panels; ++p) {
       std::fill_n(chunk_.count, PANEL, 0);
-      const float* maxima = all + p * CHUNK * PANEL;
+      const float* maxima = &group_max_[p * CHUNK * PANEL];
       if (search_.k > 1) search_.kernels.raise_top(maxima, end - begin, tops_, &top_[p * tops_ * PANEL]);
       search_.kernels.filter(maxima, last_best(p), info_ + p * PANEL, begin, end, chunk_);
       for (int64_t lane = 0; lane < PANEL && p * PANEL + lane < count; ++lane) {
@@ -162,19 +186,11 @@ void Block::sort(int64_t row, float error, int64_t k) {
 
 // The same by exact scores only.
 void Block::settle_order(int64_t row, uint64_t* near, int64_t count, int64_t k) {
-  const int64_t bytes = codes_.dim * static_cast<int64_t>(sizeof(float));
-  const float* x = reader_.row(row);
   exact_.resize(count);
-  for (int64_t n = 0; n < count; ++n) {
-    const int32_t position = position_of(near[n]);
-    const float* code = search_.book.code(position);
-    const bool copy = n && std::memcmp(code, search_.book.code(exact_[n - 1].position), bytes) == 0;
-    exact_[n] = {copy ? exact_[n - 1].score : exact_score(x, code, codes_.dim, search_.cosine), position};
-  }
-  std::partial_sort(exact_.begin(), exact_.begin() + k, exact_.end(), [](const Exact& a, const Exact& b) {
-    return a.score > b.score || (!(b.score > a.score) && a.position < b.position);
-  });
-  for (int64_t n = 0; n < k; ++n) near[n] = ranked(0, exact_[n].position);
+  for (int64_t n = 0; n < count; ++n) exact_[n].position = position_of(near[n]);
+  const auto code = [this](int64_t position) { return search_.book.code(position); };
+  exact_order(reader_.row(row), exact_, k, code, codes_.dim, search_.cosine);
+  for (int64_t n = 0; n < k; ++n) near[n] = ranked(0, static_cast<int32_t>(exact_[n].position));
 }
 
 // Writes the k nearest codes of a row.
@@ -197,27 +213,6 @@ void Block::several(int64_t row, int64_t i) {
     if (passed < book.positions.size() && book.positions[passed] == j) ++passed;
     else out[n++] = j;
   }
-}
-
-// Writes what was asked for of a row whose nearest code is known.
-void Block::finish(int64_t row, int64_t index) {
-  const int64_t dim = codes_.dim;
-  search_.indices[row] = index;
-  if (search_.found)
-    std::memcpy(search_.found + row * search_.code_bytes, search_.codebook + index * search_.code_bytes,
-                search_.code_bytes);
-  if (!search_.normalized && !search_.distances) return;
-  float* compared = search_.normalized ? search_.normalized + row * dim : compared_.get();
-  if (search_.cosine)
-    normalize(reader_.row(row), dim, compared);
-  else
-    std::copy_n(reader_.row(row), dim, compared);
-  if (!search_.distances) return;
-  float distance = squared_distance(compared, search_.book.values.const_data_ptr<float>() + index * dim, dim);
-  // Infinite: because it overflows, or because the vector was.
-  if (std::isinf(distance) && !std::all_of(compared, compared + dim, [](float y) { return std::isfinite(y); }))
-    distance = std::numeric_limits<float>::quiet_NaN();
-  search_.distances[row] = distance;
 }
 
 }  // namespace beitv2_fast

@@ -22,10 +22,12 @@ struct Search {
   int64_t k;
   int64_t* indices;  // [N, k]; with k > 1 nobody asks for more
   float *normalized, *distances;
-  char* found;           // the codes, in the codebook's dtype
-  const char* codebook;  // contiguous, in its own dtype
-  int64_t code_bytes;
+  char* found;          // the codes, in the codebook's dtype
+  at::Tensor codebook;  // contiguous, in its own dtype
 };
+
+// Writes what was asked for of row x, whose nearest code, in fp32, is known. compared: room for a row.
+void finish(const Search& search, const float* x, const float* code, int64_t row, int64_t index, float* compared);
 
 class Block {
  public:
@@ -35,10 +37,6 @@ class Block {
   void run(int64_t first, int64_t count);  // vectors first .. first + count, count <= ROWS
 
  protected:
-  struct Exact {
-    TwoDoubles score;
-    int32_t position;
-  };
   struct RowCandidates {
     std::vector<int32_t> group;
     std::vector<float> screened;
@@ -52,7 +50,6 @@ class Block {
   void several(int64_t row, int64_t i);
   void sort(int64_t row, float error, int64_t k);
   void settle_order(int64_t row, uint64_t* near, int64_t count, int64_t k);
-  void finish(int64_t row, int64_t index);
   const float* last_best(int64_t p) const {  // of each lane the maximum of the k-th best group
     return search_.k > 1 ? &top_[((p + 1) * tops_ - 1) * PANEL] : best_ + p * PANEL;
   }

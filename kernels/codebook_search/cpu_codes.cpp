@@ -8,23 +8,12 @@
 #include <cstring>
 #include <mutex>
 
-#include "../cpu_row_reader.h"
-
 namespace beitv2_fast {
 namespace {
 
 constexpr int32_t INFINITE = 0x7f800000;
 constexpr int64_t WIDEST_BYTES = 32768;  // 255 * 127 * D stays an int32
 constexpr int FARTHEST_EXPONENT = 20;    // of the largest magnitude that is searched without a scaled copy
-constexpr float LEAST_SQUARE = 0x1p-40f;  // of the longest code that is searched without one; the greatest: its inverse
-
-// Beyond that, vectors side by side in the lanes are faster: a sum across the lanes costs as much as 128 dimensions.
-bool few_pay(int64_t rows, int64_t dim) { return rows <= FEW && rows * (dim + 128) <= PANEL * dim; }
-
-void bound(Codes& codes, float largest_square) {
-  codes.max_norm = std::sqrt(largest_square);
-  codes.max_bias = codes.bias ? 0.5f * largest_square : 0;
-}
 
 // The group [8, dim] that is read past the last code: its codes, then copies of the last.
 void pad_last_group(PackedCodebook& book) {
@@ -35,44 +24,20 @@ void pad_last_group(PackedCodebook& book) {
   book.codes.last = book.last.data();
 }
 
-template <class Measure>
-GroupBounds measure(PackedCodebook& book, const Measure& measure_group) {
+GroupBounds measure(PackedCodebook& book, const Kernels& kernels) {
   GroupBounds bounds = {};
   std::mutex mutex;
   pad_last_group(book);
   at::parallel_for(0, book.codes.groups, std::max<int64_t>(1, 8192 / book.codes.dim), [&](int64_t begin, int64_t end) {
     GroupBounds mine = {};
     for (int64_t g = begin; g < end; ++g) {
-      const GroupBounds group = measure_group(g);
+      const GroupBounds group = kernels.measure_group(book.codes, g);
       mine = {std::max(mine.square, group.square), std::max(mine.largest, group.largest)};
     }
     std::lock_guard<std::mutex> lock(mutex);
     bounds = {std::max(bounds.square, mine.square), std::max(bounds.largest, mine.largest)};
   });
   return bounds;
-}
-
-GroupBounds measure(PackedCodebook& book, const Kernels& kernels) {
-  return measure(book, [&](int64_t group) { return kernels.measure_group(book.codes, group); });
-}
-
-// Measures the codes and screens the vectors in one pass; false if the codes first have to be copied.
-bool screen_few(PackedCodebook& book, const at::Tensor& x, const Kernels& kernels) {
-  const int64_t count = x.size(0), dim = book.codes.dim;
-  std::vector<float> vectors(PANEL * dim);
-  Row infos[PANEL];
-  RowReader reader(x);
-  for (int64_t i = 0; i < count; ++i) std::copy_n(reader.row(i), dim, &vectors[i * dim]);
-  kernels.pack_rows(vectors.data(), book.codes, 1, false, nullptr, infos);
-  book.screened.reset(new float[book.codes.groups * PANEL]);
-  const float square = measure(book, [&](int64_t group) {
-                         return kernels.screen_few(book.codes, group, vectors.data(), count,
-                                                   &book.screened[group * PANEL]);
-                       }).square;
-  const bool ordinary = square > LEAST_SQUARE && square < 1 / LEAST_SQUARE;
-  if (!ordinary) book.screened.reset();
-  bound(book.codes, square);
-  return ordinary;
 }
 
 // Searches a copy of the codes: those that are left, times a power of two.
@@ -110,8 +75,7 @@ void fill_bytes(PackedCodebook& book, const Kernels& kernels) {
 
 }  // namespace
 
-PackedCodebook pack_codebook(const at::Tensor& codebook, bool cosine, bool bytes, const Kernels& kernels,
-                             const at::Tensor& few) {
+PackedCodebook pack_codebook(const at::Tensor& codebook, bool cosine, bool bytes, const Kernels& kernels) {
   PackedCodebook book;
   Codes& codes = book.codes;
   book.values = codebook.to(at::kFloat).contiguous();
@@ -121,7 +85,6 @@ PackedCodebook pack_codebook(const at::Tensor& codebook, bool cosine, bool bytes
   codes.dim = codebook.size(1);
   codes.depth = (codes.dim + 3) / 4 * 4;
   if (!cosine) book.bias.reset(codes.bias = new float[codes.groups * GROUP]);
-  if (few.defined() && few_pay(few.size(0), codes.dim) && screen_few(book, few, kernels)) return book;
   GroupBounds bounds = measure(book, kernels);
   if (bounds.largest >= INFINITE) {
     keep_finite(book);
@@ -137,7 +100,8 @@ PackedCodebook pack_codebook(const at::Tensor& codebook, bool cosine, bool bytes
     copy_rows(book);
     bounds = measure(book, kernels);
   }
-  bound(codes, bounds.square);
+  codes.max_norm = std::sqrt(bounds.square);
+  codes.max_bias = codes.bias ? 0.5f * bounds.square : 0;
   if (bytes && kernels.screen_bytes && codes.dim <= WIDEST_BYTES) {
     codes.step = largest > 0 ? largest * book.scale / 126.99f : 1.0f;
     fill_bytes(book, kernels);

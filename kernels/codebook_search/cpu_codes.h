@@ -20,7 +20,6 @@ struct PackedCodebook {
   std::unique_ptr<float[]> bias;
   std::unique_ptr<int8_t[]> bytes;
   std::unique_ptr<int32_t[]> offset;
-  std::unique_ptr<float[]> screened;  // [groups, 16] the maxima of few vectors; null where they were not screened yet
 
   int64_t original(int64_t position) const { return positions.empty() ? position : positions[position]; }
   const float* code(int64_t position) const {
@@ -32,8 +31,6 @@ constexpr int64_t FEWEST_CODES = 128;  // per code sought; of fewer, resolving c
 
 inline bool bytes_pay(int64_t rows, int64_t codes, int64_t k) { return rows > PANEL && codes > FEWEST_CODES * k; }
 
-// few: the vectors [N, D] of the search; up to FEW of them are screened on the way.
-PackedCodebook pack_codebook(const at::Tensor& codebook, bool cosine, bool bytes, const Kernels& kernels,
-                             const at::Tensor& few = {});
+PackedCodebook pack_codebook(const at::Tensor& codebook, bool cosine, bool bytes, const Kernels& kernels);
 
 }  // namespace beitv2_fast

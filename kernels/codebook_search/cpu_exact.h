@@ -1,8 +1,10 @@
 // The last word on a near tie: scores in twice double precision (Ogita, Rump, Oishi: Accurate sum and dot product, 2005).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #if defined(__GNUC__) && !defined(__clang__)
 #define BEITV2_FAST_EXACT __attribute__((optimize("fp-contract=off")))
@@ -57,6 +59,24 @@ int64_t exact_best(const float* x, int64_t count, Code code, int64_t dim, bool c
     if (score > highest) highest = score, best = i;
   }
   return best;
+}
+
+struct Exact {
+  TwoDoubles score;
+  int64_t position;
+};
+
+// Puts the k best first, in order, equal ones by their position; code(position) is where one lies, of two at a time.
+template <class Code>
+void exact_order(const float* x, std::vector<Exact>& codes, int64_t k, Code code, int64_t dim, bool cosine) {
+  for (size_t n = 0; n < codes.size(); ++n) {
+    const float* values = code(codes[n].position);
+    const bool copy = n && std::memcmp(values, code(codes[n - 1].position), dim * sizeof(float)) == 0;
+    codes[n].score = copy ? codes[n - 1].score : exact_score(x, values, dim, cosine);
+  }
+  std::partial_sort(codes.begin(), codes.begin() + k, codes.end(), [](const Exact& a, const Exact& b) {
+    return a.score > b.score || (!(b.score > a.score) && a.position < b.position);
+  });
 }
 
 }  // namespace beitv2_fast

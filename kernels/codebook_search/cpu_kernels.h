@@ -121,42 +121,23 @@ void filter(const float* group_max, const float* best, const Row* info, int64_t 
   }
 }
 
-// <row, code> of CODES codes and ROWS rows that lie one after the other, dimensions in the lanes, with SQUARES also
-// <code, code> behind those of a code: out [CODES, ROWS + SQUARES].
-template <class I, int CODES, int ROWS, int SQUARES = 0>
-inline void dots(const float* codes, int64_t dim, const float* rows, float* out) {
-  constexpr int OUTS = ROWS + SQUARES;
-  typename I::V sums[CODES][OUTS];
-  float rest[CODES][OUTS] = {};
+// <row, code> of CODES codes that lie one after the other, dimensions in the lanes.
+template <class I, int CODES>
+inline void dots(const float* codes, int64_t dim, const float* row, float* out) {
+  typename I::V sums[CODES];
+  float rest[CODES] = {};
 #pragma GCC unroll 16
-  for (int c = 0; c < CODES; ++c)
-#pragma GCC unroll 16
-    for (int r = 0; r < OUTS; ++r) sums[c][r] = I::set(0.0f);
+  for (int c = 0; c < CODES; ++c) sums[c] = I::set(0.0f);
   int64_t d = 0;
   for (; d + I::LANES <= dim; d += I::LANES) {
-    typename I::V x[ROWS];
+    const typename I::V x = I::load(row + d);
 #pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) x[r] = I::load(rows + r * dim + d);
-#pragma GCC unroll 16
-    for (int c = 0; c < CODES; ++c) {
-      const typename I::V code = I::load(codes + c * dim + d);
-#pragma GCC unroll 16
-      for (int r = 0; r < OUTS; ++r) sums[c][r] = I::fma(r < ROWS ? x[r] : code, code, sums[c][r]);
-    }
+    for (int c = 0; c < CODES; ++c) sums[c] = I::fma(x, I::load(codes + c * dim + d), sums[c]);
   }
   for (; d < dim; ++d)
-    for (int c = 0; c < CODES; ++c)
-      for (int r = 0; r < OUTS; ++r) rest[c][r] += (r < ROWS ? rows + r * dim : codes + c * dim)[d] * codes[c * dim + d];
+    for (int c = 0; c < CODES; ++c) rest[c] += row[d] * codes[c * dim + d];
 #pragma GCC unroll 16
-  for (int c = 0; c < CODES; ++c)
-#pragma GCC unroll 16
-    for (int r = 0; r < OUTS; ++r) out[c * OUTS + r] = I::sum(sums[c][r]) + rest[c][r];
-}
-
-// Takes the code's |v|^2 into the bounds and writes its bias.
-inline void take_square(const Codes& codes, int64_t code, float square, GroupBounds& bounds) {
-  if (!(square <= bounds.square)) bounds.square = square == square ? square : __builtin_inff();
-  if (codes.bias) codes.bias[code] = -0.5f * square;
+  for (int c = 0; c < CODES; ++c) out[c] = I::sum(sums[c]) + rest[c];
 }
 
 template <class I>
@@ -165,39 +146,9 @@ GroupBounds measure_group(const Codes& codes, int64_t group) {
   GroupBounds bounds = {0, max_magnitude(rows, GROUP * codes.dim)};
   for (int64_t c = 0; c < GROUP; ++c) {
     float square;
-    dots<I, 1, 1>(rows + c * codes.dim, codes.dim, rows + c * codes.dim, &square);
-    take_square(codes, group * GROUP + c, square, bounds);
-  }
-  return bounds;
-}
-
-// Raises maxima [ROWS] to the scores of CODES codes; with SQUARES takes these into the bounds first.
-template <class I, int CODES, int ROWS, int SQUARES>
-inline void screen_few_codes(const Codes& codes, int64_t code, const float* rows, const float* vectors, float* maxima,
-                             GroupBounds& bounds) {
-  float scores[CODES][ROWS + SQUARES];
-  dots<I, CODES, ROWS, SQUARES>(rows, codes.dim, vectors, scores[0]);
-  for (int c = 0; c < CODES; ++c) {
-    if (SQUARES) take_square(codes, code + c, scores[c][ROWS], bounds);
-    const float bias = codes.bias ? codes.bias[code + c] : 0;
-    for (int r = 0; r < ROWS; ++r) maxima[r] = scores[c][r] + bias > maxima[r] ? scores[c][r] + bias : maxima[r];
-  }
-}
-
-template <class I>
-GroupBounds screen_few(const Codes& codes, int64_t group, const float* vectors, int64_t count, float* maxima) {
-  constexpr int CODES = I::LANES < 16 ? 2 : 4;  // times 5 sums, 4 vectors and a code in 16 or 32 registers
-  GroupBounds bounds = {};
-  for (int64_t n = 0; n < PANEL; ++n) maxima[n] = -__builtin_inff();
-  for (int64_t c = 0; c < GROUP; c += CODES) {
-    const float* rows = group_rows(codes, group) + c * codes.dim;
-    const int64_t code = group * GROUP + c;
-    if (count == 1) {
-      screen_few_codes<I, CODES, 1, 1>(codes, code, rows, vectors, maxima, bounds);
-      continue;
-    }
-    screen_few_codes<I, CODES, 4, 1>(codes, code, rows, vectors, maxima, bounds);
-    if (count > 4) screen_few_codes<I, CODES, 4, 0>(codes, code, rows, vectors + 4 * codes.dim, maxima + 4, bounds);
+    dots<I, 1>(rows + c * codes.dim, codes.dim, rows + c * codes.dim, &square);
+    if (!(square <= bounds.square)) bounds.square = square == square ? square : __builtin_inff();
+    if (codes.bias) codes.bias[group * GROUP + c] = -0.5f * square;
   }
   return bounds;
 }
@@ -206,7 +157,7 @@ template <class I>
 inline float score_group(const Codes& codes, int64_t group, const float* row, float* scores) {
   const float* rows = group_rows(codes, group);
   float best = -__builtin_inff();
-  dots<I, GROUP, 1>(rows, codes.dim, row, scores);
+  dots<I, GROUP>(rows, codes.dim, row, scores);
   for (int64_t c = 0; c < GROUP; ++c) {
     if (codes.bias) scores[c] += codes.bias[group * GROUP + c];
     best = scores[c] > best ? scores[c] : best;

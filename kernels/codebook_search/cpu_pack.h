@@ -115,8 +115,7 @@ inline Row scale_row(float* row, const Codes& codes, float scale) {
   }
   if (!info.finite || info.far) memset(row, 0, codes.dim * sizeof(float));  // not screened: have another answer
   info.norm = __builtin_sqrtf(sum_of_squares(row, codes.dim));
-  const float rounding = (2 * codes.dim + 40) * 6e-8f;
-  info.resolve_error = 1.01f * rounding * (info.norm * codes.max_norm + codes.max_bias) + SMALL;
+  info.resolve_error = fp32_error(codes.dim, info.norm, codes.max_norm, codes.max_bias);
   info.screen_error = info.resolve_error;
   return info;
 }
@@ -150,9 +149,10 @@ inline void pack_bytes(const float* rows, const Codes& codes, void* panel, Row* 
   }
 }
 
-void pack_rows(float* rows, const Codes& codes, float scale, bool bytes, void* panel, Row* info) {
+void pack_rows(float* rows, int64_t count, const Codes& codes, float scale, bool bytes, void* panel, Row* info) {
   const int64_t dim = codes.dim;
-  for (int64_t lane = 0; lane < PANEL; ++lane) info[lane] = scale_row(rows + lane * dim, codes, scale);
+  for (int64_t lane = 0; lane < PANEL; ++lane)
+    info[lane] = lane < count ? scale_row(rows + lane * dim, codes, scale) : Row{};
   if (!panel) return;
   if (bytes) return pack_bytes(rows, codes, panel, info);
   float* out = static_cast<float*>(panel);

@@ -33,9 +33,8 @@ struct Portable {
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static const Kernels kernels = {nullptr, screen_fp32<Portable>, measure_group<Portable>, screen_few<Portable>,
-                                  pack_group, pack_rows, raise_top<Portable>, filter<Portable>,
-                                  resolve<Portable>};
+  static const Kernels kernels = {nullptr, screen_fp32<Portable>, measure_group<Portable>, pack_group, pack_rows,
+                                  raise_top<Portable>, filter<Portable>, resolve<Portable>};
   return kernels;
 }
 

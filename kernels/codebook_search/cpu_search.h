@@ -1,9 +1,9 @@
 // What the pieces of the CPU search hand each other: plain arrays, so that every instruction set compiles the same.
 //
-// A search screens, then resolves. Screening takes every vector against every code, fast and with a known error, and
-// keeps the maximum of each group of 8 codes. Only groups within twice the error bound of the k-th best can hold one of
-// the k answers: they are scored again in fp32, and of their codes those within twice the fp32 bound of the k-th best
-// are put in order, in twice double precision where fp32 cannot.
+// A search screens, then resolves (of few vectors: cpu_few.h). Screening takes every vector against every code, fast
+// and with a known error, and keeps the maximum of each group of 8 codes. Only groups within twice the error bound of
+// the k-th best can hold one of the k answers: they are scored again in fp32, and of their codes those within twice the
+// fp32 bound of the k-th best are put in order, in twice double precision where fp32 cannot.
 // Bounds of one score (u = 2^-24; r() is what rounding to bytes took away; all codes share one bound):
 //   fp32: (2 D + 40) u (|x| max|v| + max|v|^2 / 2)       bytes: |r(x)| max|v| + (|x| + |r(x)|) max|r(v)| + fp32's
 // Vectors and codes are first multiplied by powers of two, which is exact, so that nothing overflows.
@@ -17,7 +17,6 @@ constexpr int64_t PANEL = 16;    // vectors side by side in the lanes
 constexpr int64_t GROUP = 8;     // codes of which the screening keeps the maximum
 constexpr int64_t CHUNK = 256;   // groups screened before their maxima are looked at
 constexpr int64_t PANELS = 12;   // panels of a block: the vectors that share a pass over the codes
-constexpr int64_t FEW = 8;       // vectors that are screened while the codes are measured: more are faster in the lanes
 constexpr float SMALL = 1e-30f;  // more than underflow can take away
 
 // The codes, finite ones only, scaled to a largest element near 1, in whole groups: the last is filled with copies.
@@ -62,13 +61,10 @@ struct Kernels {
   Screen screen_fp32;
   // Writes the bias of a group, if codes have one.
   GroupBounds (*measure_group)(const Codes&, int64_t group);
-  // The same without `largest`, and the maxima [16] of the group's scores of count <= FEW vectors [FEW, dim], zeros
-  // behind them: one read of the codes for both.
-  GroupBounds (*screen_few)(const Codes&, int64_t group, const float* vectors, int64_t count, float* maxima);
   // Writes the bytes and offsets of a group; returns the largest norm of what rounding took away.
   float (*pack_group)(const Codes&, int64_t group);
-  // A panel of rows [16, dim] in fp32 -> scaled rows in place, panel unless null, Row[16].
-  void (*pack_rows)(float* rows, const Codes&, float scale, bool bytes, void* panel, Row* info);
+  // count <= 16 rows [16, dim] in fp32, zeros behind them -> scaled rows in place, panel unless null, Row[16].
+  void (*pack_rows)(float* rows, int64_t count, const Codes&, float scale, bool bytes, void* panel, Row* info);
   // Raises top [k, 16], the k best of each lane, best first, to those of more groups.
   void (*raise_top)(const float* group_max, int64_t groups, int64_t k, float* top);
   // Adds the groups whose maximum reaches best - 2 error.
@@ -79,6 +75,10 @@ struct Kernels {
   int64_t (*resolve)(const Codes&, const float* row, const Row& info, const int32_t* group, const float* screened,
                      int64_t count, float least, int64_t k, float* top, float* scores, int32_t* kept, int64_t* scored);
 };
+
+inline float fp32_error(int64_t dim, float norm, float max_norm, float max_bias) {
+  return 1.01f * ((2 * dim + 40) * 6e-8f) * (norm * max_norm + max_bias) + SMALL;
+}
 
 const Kernels& portable_kernels();
 const Kernels& avx2_kernels();

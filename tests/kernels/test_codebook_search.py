@@ -18,7 +18,7 @@ from beitv2_fast.kernels.native import native_ops
 from bench.harness import peak_memory
 
 from ..support.counting import allocations
-from ..support.search_oracle import PROBLEMS, exact_indices, exact_score, in_turn
+from ..support.search_oracle import PROBLEMS, exact_indices, exact_nearest, exact_score, in_turn
 
 METRICS = ("cosine", "euclidean")
 INF, NAN = torch.inf, torch.nan
@@ -41,21 +41,48 @@ def test_the_index_is_the_one_of_exact_arithmetic(version, name, metric):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("width", (1, 2, 3, 5, 17, 63, 64, 65, 257, 1024))
 def test_every_width(version, metric, width):
-    x, codebook = torch.randn(50, width, generator=seeded()), torch.randn(200, width, generator=seeded(1))
-    want = exact_indices(x, codebook, metric)
-    for rows in (50, 8, 3, 1):
-        assert torch.equal(codebook_search(x[:rows], codebook, metric=metric).indices, want[:rows])
+    x, codebook = torch.randn(50, width, generator=seeded()), torch.randn(203, width, generator=seeded(1))
+    for codes in (codebook, codebook.half(), codebook.bfloat16()):
+        want = exact_indices(x, codes, metric)
+        for rows in (50, 8, 3, 1):
+            assert torch.equal(codebook_search(x[:rows], codes, metric=metric).indices, want[:rows])
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("name", ("random", "clustered", "duplicated", "integers", "one code", "unequal lengths"))
+@pytest.mark.parametrize(
+    "name", ("random", "clustered", "duplicated", "integers", "last bits", "one code", "unequal lengths")
+)
 def test_every_number_of_vectors(version, name, metric):
-    """A few are screened as the codes are measured, more in fp32, many in bytes where the CPU multiplies them."""
+    """Up to eight take one pass over the codes; more are screened in fp32, many in bytes where the CPU has them."""
     x, codebook = PROBLEMS[name](seeded())
     want = exact_indices(x, codebook, metric)
     for rows in (1, 2, 4, 5, 8, 9, 16, 17, 33):
         strided = x[-rows:].T.contiguous().T
         assert torch.equal(codebook_search(strided, codebook, metric=metric).indices, want[-rows:]), rows
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_few_vectors_to_which_each_code_is_nearer_than_the_one_before(version, metric):
+    x = F.normalize(torch.randn(3, 24, generator=seeded()), dim=-1)
+    codebook = torch.linspace(0.1, 1, 1500)[:, None] * x[1] + 1e-6 * torch.randn(1500, 24, generator=seeded(1))
+    for k in (1, 5):
+        assert torch.equal(
+            codebook_search(x, codebook, metric=metric, k=k).indices, exact_nearest(x, codebook, metric, k)
+        )
+
+
+def test_few_vectors_find_copies_of_their_code_in_order_whichever_threads_meet_them(version):
+    codes = torch.randn(512, 64, generator=seeded())
+    x, copies = codes[[7, 300]], 512 * torch.arange(16)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found = codebook_search(x, codes.repeat(16, 1), metric="euclidean", k=16).indices
+            assert torch.equal(found, torch.stack([copies + 7, copies + 300]))
+            assert codebook_search(x, codes.repeat(16, 1), metric="euclidean").indices.tolist() == [7, 300]
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -250,6 +277,17 @@ def test_memory_does_not_grow_with_vectors_times_codes(rows):
     if peak is None:
         pytest.skip("nobody counts this process's memory")
     assert peak < 8 * rows + 10e6  # indices, packed codes, a thread's buffers; one byte per score would be 1.6 GB
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+def test_few_vectors_make_no_copy_of_the_codebook(dtype):
+    if not native_ops():
+        pytest.skip("the C++ ops are not compiled")
+    x, codebook = torch.randn(8, 256, generator=seeded()), torch.randn(16_384, 256, generator=seeded(1)).to(dtype)
+    peak = peak_memory(lambda: codebook_search(x, codebook))
+    if peak is None:
+        pytest.skip("nobody counts this process's memory")
+    assert peak < 2e6  # the codebook in fp32 is 17 MB
 
 
 def test_the_references_memory_does_not_grow_with_vectors_times_codes():

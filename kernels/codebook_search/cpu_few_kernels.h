@@ -1,0 +1,142 @@
+// Scores of few vectors; included once for every instruction set, inside a namespace and a target region. No include
+// guard and no includes. Dimensions lie in the lanes, so that the codes are read once and as they are.
+
+template <int LANES>
+struct Registers {
+  typedef float Floats __attribute__((vector_size(4 * LANES)));
+  typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+  typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
+};
+
+template <int LANES>
+inline typename Registers<LANES>::Floats load(const float* p) {
+  typename Registers<LANES>::Floats values;
+  memcpy(&values, p, sizeof values);
+  return values;
+}
+
+template <int LANES>
+inline typename Registers<LANES>::Ints load_bits(const void* p) {
+  typename Registers<LANES>::Shorts bits;
+  memcpy(&bits, p, sizeof bits);
+  return __builtin_convertvector(bits, typename Registers<LANES>::Ints);
+}
+
+template <int LANES>
+inline typename Registers<LANES>::Floats load(const Bfloat16* p) {
+  return (typename Registers<LANES>::Floats)(load_bits<LANES>(p) << 16);
+}
+
+template <int LANES>
+inline typename Registers<LANES>::Floats load(const Half* p) {
+  typedef typename Registers<LANES>::Floats Floats;
+  typedef typename Registers<LANES>::Ints Ints;
+  const Ints bits = load_bits<LANES>(p), magnitude = (bits & 0x7fff) << 13;
+  const Ints infinite = (magnitude >= 0x0f800000) & 0x7f800000;  // NaN as well: neither is searched here
+  return (Floats)((Ints)((Floats)magnitude * 0x1p112f) | infinite | (bits & 0x8000) << 16);
+}
+
+template <int LANES>
+inline Four fold(typename Registers<LANES>::Floats lanes) {
+  if constexpr (LANES == 4) {
+    return lanes;
+  } else {
+    typename Registers<LANES / 2>::Floats halves[2];
+    memcpy(halves, &lanes, sizeof lanes);
+    return fold<LANES / 2>(halves[0] + halves[1]);
+  }
+}
+
+// The sum of the lanes of each of four.
+template <int LANES>
+inline Four sums(const typename Registers<LANES>::Floats* lanes) {
+  Four a = fold<LANES>(lanes[0]), b = fold<LANES>(lanes[1]), c = fold<LANES>(lanes[2]), d = fold<LANES>(lanes[3]);
+  const Four ab = BEITV2_FAST_SHUFFLE(a, b, 0, 4, 1, 5) + BEITV2_FAST_SHUFFLE(a, b, 2, 6, 3, 7);
+  const Four cd = BEITV2_FAST_SHUFFLE(c, d, 0, 4, 1, 5) + BEITV2_FAST_SHUFFLE(c, d, 2, 6, 3, 7);
+  return BEITV2_FAST_SHUFFLE(ab, cd, 0, 1, 4, 5) + BEITV2_FAST_SHUFFLE(ab, cd, 2, 3, 6, 7);
+}
+
+// <vector, code> of ROWS vectors and four codes, and with SQUARES <code, code> behind them. LANES <= dim. Writes the
+// codes [4, dim] in fp32 unless they are that, or widened is null.
+template <int LANES, int ROWS, bool SQUARES, class T>
+inline void dots(const T* const* codes, int64_t dim, const float* vectors, Four* out, float* widened = nullptr) {
+  typedef typename Registers<LANES>::Floats Floats;
+  typedef typename Registers<LANES>::Ints Ints;
+  constexpr int OUTS = ROWS + SQUARES;
+  Floats total[OUTS][4] = {};
+  const auto add = [&](int64_t d, Ints mask) __attribute__((always_inline)) {
+    Floats x[ROWS];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) x[r] = load<LANES>(vectors + r * dim + d);
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      Floats code = load<LANES>(codes[c] + d);
+      if (sizeof(T) < sizeof(float) && widened) memcpy(widened + c * dim + d, &code, sizeof code);
+      code = (Floats)((Ints)code & mask);
+#pragma GCC unroll 16
+      for (int o = 0; o < OUTS; ++o) total[o][c] += (o < ROWS ? x[o] : code) * code;
+    }
+  };
+  int64_t d = 0;
+  for (; d + LANES <= dim; d += LANES) add(d, ~Ints{});
+  if (d < dim) {  // the last lanes again, without those that are in the sums
+    Ints mask;
+    for (int l = 0; l < LANES; ++l) mask[l] = l < d + LANES - dim ? 0 : -1;
+    add(dim - LANES, mask);
+  }
+#pragma GCC unroll 16
+  for (int o = 0; o < OUTS; ++o) out[o] = sums<LANES>(total[o]);
+}
+
+template <int LANES, int ROWS, class T>
+void score_run(const T* codes, int64_t dim, const float* vectors, bool cosine, Run& run) {
+  Four largest = {}, total = {}, highest[FEW];
+  for (Four& score : highest) score = Four{} - __builtin_inff();
+  for (int64_t j = 0; j < run.count; j += 4) {
+    const T* four[4];
+    const float* wide[4];
+    for (int64_t c = 0; c < 4; ++c) {
+      four[c] = codes + (j + c < run.count ? j + c : run.count - 1) * dim;
+      wide[c] = sizeof(T) < sizeof(float) ? run.widened + c * dim : reinterpret_cast<const float*>(four[c]);
+    }
+    Four scores[FEW + 1];
+    dots<LANES, ROWS, true>(four, dim, vectors, scores, run.rows > ROWS ? run.widened : nullptr);
+    const Four square = scores[ROWS];
+    for (int64_t r = ROWS; r < run.rows; r += ROWS) dots<LANES, ROWS, false>(wide, dim, vectors + r * dim, scores + r);
+    largest = square > largest ? square : largest;
+    total += square;
+    for (int64_t r = 0; r < run.rows; ++r) {
+      if (!cosine) scores[r] -= 0.5f * square;
+      highest[r] = scores[r] > highest[r] ? scores[r] : highest[r];
+      memcpy(&run.scores[r][j], &scores[r], sizeof(Four));
+    }
+  }
+  const auto most = [](Four a) {
+    float found = a[0];
+    for (int l = 1; l < 4; ++l) found = a[l] > found ? a[l] : found;
+    return found;
+  };
+  run.largest = most(largest);
+  run.total = (total[0] + total[1]) + (total[2] + total[3]);
+  for (int64_t r = 0; r < run.rows; ++r) run.highest[r] = most(highest[r]);
+}
+
+template <int LANES, class T>
+void score_lanes(const void* codes, int64_t dim, const float* vectors, bool cosine, Run& run) {
+  const T* first = static_cast<const T*>(codes);
+  if (run.rows == 1) return score_run<LANES, 1>(first, dim, vectors, cosine, run);
+  if constexpr (REGISTER_FLOATS == 16)  // and 32 of them: for 4 vectors, a code, and 4 codes times 4 sums and a square
+    if (run.rows > 2) return score_run<LANES, 4>(first, dim, vectors, cosine, run);
+  score_run<LANES, 2>(first, dim, vectors, cosine, run);
+}
+
+template <class T>
+void score(const void* codes, int64_t dim, const float* vectors, bool cosine, Run& run) {
+  if constexpr (REGISTER_FLOATS >= 16)
+    if (dim >= 64) return score_lanes<16, T>(codes, dim, vectors, cosine, run);
+  if constexpr (REGISTER_FLOATS >= 8)
+    if (dim >= 8) return score_lanes<8, T>(codes, dim, vectors, cosine, run);
+  score_lanes<4, T>(codes, dim, vectors, cosine, run);
+}
+
+static const FewKernels few_kernels = {score<float>, score<Half>, score<Bfloat16>};
