@@ -34,7 +34,7 @@ PARTS: tuple[tuple[str, Part], ...] = (
     *((title, lambda records, s=section: tables.timed(records, s)) for section, title in tables.TIMED.items()),
     ("Whole steps", tables.steps),
     ("Where a step's time goes", tables.profile),
-    ("Every kernel of a call", tables.kernels),
+    ("Kernels of a call", tables.kernels),
     ("Trainings from files", tables.trainings),
     ("Does it learn", tables.learning),
     ("Left out, and failed", tables.left_out),

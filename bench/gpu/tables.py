@@ -12,6 +12,7 @@ TIMED = {
     "forms": "Other forms of the quantizer", "head": "The masked-token head", "norm": "Residual and LayerNorm",
     "masks": "Masks", "attention": "Attention",
 }  # fmt: skip
+LEAST_SHARE = 0.01  # of a call's time: kernels that take less are left out
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -40,8 +41,10 @@ def machine(records: Records) -> Iterator[str]:
 
 def goal_rows(records: Records) -> Iterator[str]:
     yield from header("what", "goal", "measured", "met")
-    marks = {True: "yes", False: "**no**", None: "not measured"}
-    yield from (row(r.what, r.goal, r.measured, marks[r.met]) for r in goals.rows(records))
+    found = goals.rows(records)
+    yield from (row(r.what, r.goal, r.measured, "yes" if r.met else "**no**") for r in found if r.met is not None)
+    if missing := "; ".join(f"{r.what} ({r.goal})" for r in found if r.met is None):
+        yield f"\nNot measured: {missing}."
 
 
 def ceilings(records: Records) -> Iterator[str]:
@@ -146,11 +149,17 @@ def profile(records: Records) -> Iterator[str]:
 
 
 def kernels(records: Records) -> Iterator[str]:
-    found = records.of("kernels")
-    if any("launches" in r for r in found):
+    calls: dict[str, list[Record]] = {}
+    for r in records.of("kernels"):
+        if "launches" in r:
+            calls.setdefault(r["op"], []).append(r)
+    if calls:
+        yield f"Those that take {LEAST_SHARE:.0%} of their call and more.\n"
         yield from header("call", "kernel", "us", "launches")
+    for op, found in calls.items():
+        least = LEAST_SHARE * sum(r["ms"] for r in found)
         yield from (
-            row(r["op"], f"`{r['what'][:80]}`", number(1e3 * r["ms"]), r["launches"]) for r in found if "launches" in r
+            row(op, f"`{r['what'][:80]}`", number(1e3 * r["ms"]), r["launches"]) for r in found if r["ms"] >= least
         )
 
 
@@ -194,9 +203,12 @@ def learning(records: Records) -> Iterator[str]:
 
 
 def left_out(records: Records) -> Iterator[str]:
+    places: dict[str, list[str]] = {}  # by reason: many are of one peer that is not there
     for r in records.all:
         if reason := r.get("skipped") or r.get("error"):
             kind = "failed" if "error" in r else "skipped"
             where = ", ".join(str(r[key]) for key in ("group", "axis", "attention", "loader", "zero") if key in r)
             text = " ".join(str(reason).split())[-200:]
-            yield f"- {r['section']}: {r['what']}{f' ({where})' if where else ''}: {kind}: {text}"
+            places.setdefault(f"{r['section']}: {r['what']}: {kind}: {text}", []).extend([where] if where else [])
+    for line, where in places.items():
+        yield f"- {line}" + (f" ({'; '.join(where)})" if where else "")
