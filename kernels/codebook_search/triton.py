@@ -117,9 +117,10 @@ def scan_parts(k: int, split: int) -> int:
 
 
 @cache
-def autotuned(configs: tuple[Config, ...]) -> Any:
+def autotuned(configs: tuple[Config, ...]) -> tuple[Any, dict[Any, Any]]:
+    """``screen`` that tries these, and what it took, which to ask in every step costs as much as a launch."""
     choices = [triton.Config({"BLOCK_N": c.block_n}, num_warps=c.num_warps, num_stages=c.num_stages) for c in configs]
-    return triton.autotune(configs=choices, key=["D", "num_blocks", "SPLIT", "EUCLIDEAN"])(screen)
+    return triton.autotune(configs=choices, key=["D", "num_blocks", "SPLIT", "EUCLIDEAN"])(screen), {}
 
 
 def codebook_search_triton(
@@ -233,8 +234,8 @@ def _pack(
     block_d, num_d = screen_chunks(d)
     width = block_d * num_d
     packed = codebook.new_empty(groups * num_blocks * BLOCK_K, width, dtype=torch.float16)
-    sizes = [groups * size for size in (num_blocks * BLOCK_K, 128 * cdiv(d, 128), 4 * num_blocks + 4)]
-    bias, center, bounds = codebook.new_empty(sum(sizes), dtype=torch.float32).split(sizes)
+    sizes = (num_blocks * BLOCK_K, 128 * cdiv(d, 128), 4 * num_blocks + 4)
+    bias, center, bounds = [codebook.new_empty(groups * size, dtype=torch.float32) for size in sizes]
     chunk = pack_chunk(width)
     pack_codebook[(groups * num_blocks,)](
         codebook, packed, bias, center, bounds, hard, rows, k, d, num_blocks, groups, *codebook.stride(),
@@ -256,10 +257,13 @@ def _screen(
         "LANES": PLANS[plan].lanes, "BLOCK_K": BLOCK_K, "BLOCK_D": block_d, "NUM_D": num_d,
     }  # fmt: skip
     configs = PLANS[plan].configs_for(d)
+    tuner, taken = autotuned(configs)
+    problem = d, num_blocks, split, euclidean, x.dtype
     if triton.knobs.runtime.interpret or len(configs) == 1:
-        config = configs[0]
-        grid = (row_programs(n, groups, config.block_n), split)
-        launch = {"BLOCK_N": config.block_n, "num_warps": config.num_warps, "num_stages": config.num_stages}
-        screen[grid](*arguments, **constants, **launch)
+        taken[problem] = tuner.configs[0]
+    if problem in taken:
+        launch = taken[problem].all_kwargs()
+        screen[(row_programs(n, groups, launch["BLOCK_N"]), split)](*arguments, **constants, **launch)
     else:
-        autotuned(configs)[lambda meta: (row_programs(n, groups, meta["BLOCK_N"]), split)](*arguments, **constants)
+        tuner[lambda meta: (row_programs(n, groups, meta["BLOCK_N"]), split)](*arguments, **constants)
+        taken[problem] = tuner.best_config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..codebook_update.triton import tile_shape
@@ -19,7 +18,7 @@ def vector_quantize_backward_triton(
     metric: str,
 ) -> Tensor:
     count, dim = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = x.new_empty(x.shape)
     if count == 0:
         return out
     block_n, block_d = tile_shape(dim)
