@@ -68,7 +68,7 @@ def steps() -> dict[str, Callable[[], object]]:
     module, ops = step(ours(codebook)), step(only_ops(codebook))
     return {
         f"{OURS}: the module": module,
-        "its ops, which custom_op and autograd call": ops,
+        "its ops and autograd": ops,
         "what these call: a launch's arguments, outputs and scratch": again(module, implementations),
         "the launches themselves": again(module, launches),
         "reference implementation's structure": step(reference_structure(codebook)),
@@ -91,13 +91,13 @@ def again(step: Callable[[], object], kept: Callable[[Calls], AbstractContextMan
 def implementations(calls: Calls) -> Iterator[None]:
     with ExitStack() as stack:
         for op in ON_GPU:
-            run = op._backend_fns["cuda"]
+            run = op.kernels["cuda"]
 
             def run_and_keep(*arguments: Any, run: Callable = run) -> Any:
                 calls.append(partial(run, *arguments))
                 return run(*arguments)
 
-            stack.enter_context(patch.dict(op._backend_fns, dict.fromkeys(op._backend_fns, run_and_keep)))
+            stack.enter_context(patch.dict(op.kernels, cpu=run_and_keep))
         yield
 
 
@@ -122,7 +122,7 @@ def pretend() -> None:
     driver._active = Loaded("sm_90")
     collapse.host_waits_for = lambda x: True
     for op in ON_GPU:
-        op._backend_fns |= dict.fromkeys(op._backend_fns, op._backend_fns["cuda"])
+        op.kernels["cpu"] = op.kernels["cuda"]
 
 
 def main() -> None:

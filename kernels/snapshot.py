@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from .registration import custom_op
+
 MOST = 32  # forwards of one quantizer whose recomputation may be outstanding
 SAME_VECTORS = 1e-3  # marks of the same vectors differ by less, relative to their size
 
 
-@torch.library.custom_op("beitv2_fast::copy_codebook", mutates_args=())
+@custom_op("beitv2_fast::copy_codebook")
 def copy_codebook(codebook: Tensor, searched: Tensor | None) -> Tensor:
     """``searched``, by default the codebook itself, copied to fp32. The gradient passes to the codebook."""
     if searched is None and recomputing():
@@ -84,7 +86,7 @@ class Snapshots:
         self.lost = False
 
     def keep(self, x: Tensor, codebook: Tensor) -> Snapshot:
-        """That of a first forward of the vectors x [G, N, D]."""
+        """That of a first forward of the vectors x [N, D]."""
         kept = [snapshot for snapshot in self.kept if not snapshot.recomputed]
         self.lost = self.lost or len(kept) >= MOST
         self.kept = [*kept[-MOST + 1 :], Snapshot(_mark(x), codebook.detach().clone())]
@@ -115,6 +117,6 @@ class Snapshots:
 
 
 def _mark(x: Tensor) -> Tensor:
-    """Sums over the rows, weighted by their place: [G, N, D] -> [G, D]."""
-    weights = torch.linspace(1, 2, x.shape[1], dtype=torch.float64, device=x.device)
-    return (x.detach().double().nan_to_num() * weights[:, None]).sum(1)
+    """The sum of the rows, weighted by their place: [N, D] -> [D]."""
+    weights = torch.linspace(1, 2, x.shape[0], dtype=torch.float64, device=x.device)
+    return (x.detach().double().nan_to_num() * weights[:, None]).sum(0)

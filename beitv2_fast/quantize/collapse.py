@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..kernels.codebook_update.dead_codes import find_dead, restart_dead_codes
 from ..kernels.codebook_update.ops import count_uses
+from ..kernels.registration import custom_op
 from ..kernels.sampling import salt
 from .kmeans import kmeans
 
@@ -24,6 +25,7 @@ ASKED_WHEN_COMPILED = torch.__version__ >= "2.14"
 # The places in ``clock``, int64 on the CPU: is it started, how many steps, and of ``initialized`` its address, its
 # version counter and by how much that last went on between two looks.
 STARTED, STEPS, ADDRESS, VERSION, STRIDE = range(CLOCK := 5)
+TICK = torch.tensor([place == STEPS for place in range(CLOCK)], dtype=torch.int64, device="cpu")
 
 
 def look(clock: Tensor, initialized: Tensor, steps: Tensor) -> bool:
@@ -34,11 +36,12 @@ def look(clock: Tensor, initialized: Tensor, steps: Tensor) -> bool:
     step (compiled code advances it in every step, by the same number each time). Writes through ``.data``, which count
     no version, are noticed on the CPU only.
     """
-    if not host_waits_for(initialized):
-        clock[STARTED], clock[STEPS] = initialized, steps
-        return bool(clock[STARTED])
-    address, version = initialized.data_ptr(), 0 if initialized.is_inference() else initialized._version
     known = clock.tolist()
+    if not host_waits_for(initialized):
+        if known[: STEPS + 1] != [int(initialized), int(steps)]:
+            clock[STARTED], clock[STEPS] = initialized, steps
+        return bool(initialized)
+    address, version = initialized.data_ptr(), 0 if initialized.is_inference() else initialized._version
     stride = version - known[VERSION]
     started_here = bool(known[STARTED]) and address == known[ADDRESS]
     if is_capturing(initialized):
@@ -51,21 +54,21 @@ def look(clock: Tensor, initialized: Tensor, steps: Tensor) -> bool:
         clock[STARTED], clock[STEPS] = initialized, steps
     if known[ADDRESS:] != [address, version, stride]:  # almost never: a write to a tensor costs more than the rest
         clock[ADDRESS], clock[VERSION], clock[STRIDE] = address, version, stride
-    return bool(clock[STARTED])
+    return bool(clock.tolist()[STARTED])
 
 
 _CHANGED = ("codebook", "cluster_size", "embed_avg", "idle", "recent", "clock")
 
 
-@torch.library.custom_op("beitv2_fast::start_codebook", mutates_args=(*_CHANGED, "initialized"))
+@custom_op("beitv2_fast::start_codebook", mutates_args=(*_CHANGED, "initialized"))
 def start_codebook(
     codebook: Tensor,
     cluster_size: Tensor,
-    embed_avg: Tensor,
+    embed_avg: Tensor | None,
+    idle: Tensor,
+    recent: Tensor | None,
     initialized: Tensor,
     steps: Tensor,
-    idle: Tensor,
-    recent: Tensor,
     clock: Tensor,
     x: Tensor,
     metric: str,
@@ -80,42 +83,43 @@ def start_codebook(
     Collapsed: in the last ``restart_after`` steps fewer than ``restart_below`` of the codes were chosen.
 
     Args:
-        codebook: [G, K, D], G codebooks. cluster_size, idle: [G, K]. embed_avg: [G, K, D], or empty.
-        recent: [G, K], how often each code was chosen since the last look for a collapse; or empty.
-        x: [G, N, D]; NaN marks rows that do not count.
+        codebook, embed_avg: [K, D], or of G codebooks [G, K, D]. cluster_size, idle: [K] or [G, K].
+        recent: as idle, how often each code was chosen since the last look for a collapse.
+        x: [N, D], rows of the codebooks in turn; NaN marks those that do not count.
         group: the name of the process group over whose ranks all is summed and drawn; by default the default one.
     """
     started, count = look(clock, initialized, steps), int(clock[STEPS])
-    due = [not started] * len(codebook)
+    books = _of_each(codebook, cluster_size, embed_avg, idle)
+    due = [not started] * len(books)
     if restart_below > 0 and is_capturing(x):
         raise RuntimeError("restart_below looks at the device, which a CUDA graph cannot: use 0 to capture this step")
-    if restart_below > 0 and count and count % restart_after == 0:
+    if recent is not None and restart_below > 0 and count and count % restart_after == 0:
         possible = recent.sum(-1).clamp(max=recent.shape[-1])
         collapsed = (recent > 0).sum(-1) < restart_below * possible
-        due = [a or b for a, b in zip(due, collapsed.tolist(), strict=True)]
+        due = [a or b for a, b in zip(due, collapsed.view(-1).tolist(), strict=True)]
         recent.zero_()
     for g in (g for g, wanted in enumerate(due) if wanted):
         options: dict[str, Any] = {"metric": metric, "iterations": iterations, "group": group}
-        codes, bins = kmeans(x[g], codebook.shape[1], seed=int(salt(seed, count, g)), **options)
+        codes, sizes, average, idle_of = books[g]
+        found, bins = kmeans(x[g :: len(books)], len(codes), seed=int(salt(seed, count, g)), **options)
         if not bins.any():
             return  # no rank has a vector: the next batch will do
-        codebook[g] = codes
-        idle[g] = 0
-        if embed_avg.numel():
-            cluster_size[g] = bins.clamp(min=1)
-            embed_avg[g] = codes * cluster_size[g][:, None]
+        codes.copy_(found)
+        idle_of.zero_()
+        if average is not None:
+            average.copy_(codes * sizes.copy_(bins.clamp(min=1))[:, None])
     if not started:
         initialized.fill_(True)
         clock[STARTED] = 1
 
 
-@torch.library.custom_op("beitv2_fast::replace_dead_codes", mutates_args=(*_CHANGED, "window", "replaced", "steps"))
+@custom_op("beitv2_fast::replace_dead_codes", mutates_args=(*_CHANGED, "window", "replaced", "steps"))
 def replace_dead_codes(
     codebook: Tensor,
     cluster_size: Tensor,
-    embed_avg: Tensor,
+    embed_avg: Tensor | None,
     idle: Tensor,
-    recent: Tensor,
+    recent: Tensor | None,
     window: Tensor,
     replaced: Tensor,
     steps: Tensor,
@@ -131,33 +135,39 @@ def replace_dead_codes(
     """Count uses, and every few steps restart the dead codes at vectors of the batch, with all of their state.
 
     Args: as in ``start_codebook``, and
-        bins: [G, K], how often each code was chosen in this step, over all ranks.
-        window: [G, K], how often each code was chosen since the last log.
+        bins: as idle, how often each code was chosen in this step, over all ranks.
+        window: as idle, how often each code was chosen since the last log.
         replaced: scalar, counts the codes that were restarted. steps: scalar, the device's copy of the clock.
         dead_after: codes that this many times K vectors did not choose are dead; 0: none.
         dead_below: codes whose cluster size fell under this are dead; 0: none.
     """
     count_uses(bins, idle, window, steps)
-    clock[STEPS].add_(1)
-    if recent.numel():
+    count: Tensor | int = clock.add_(TICK).tolist()[STEPS]
+    if recent is not None:
         recent += bins
     if dead_after <= 0 and dead_below <= 0:
         return
     captured = is_capturing(x)  # then the device decides, in every replay, and the host no longer knows what step it is
-    if not captured and int(clock[STEPS]) % REPLACE_EVERY:
+    if not captured and count % REPLACE_EVERY:
         return
     dead = find_dead(cluster_size, idle, dead_after * idle.shape[-1], dead_below)
-    count: Tensor | int = int(clock[STEPS])
     if captured:
         dead, count = dead & (steps % REPLACE_EVERY == 0), steps
         clock[STRIDE] = -1  # look again
     elif not host_waits_for(dead) and not dead.any():
         return  # the same answer on every rank; on a GPU the question would cost more than the work
-    for g in range(len(codebook)):
-        average = embed_avg[g] if embed_avg.numel() else None
-        state = (codebook[g], cluster_size[g], average, idle[g])
+    books = _of_each(codebook, cluster_size, embed_avg, idle, dead)
+    for g, (*state, dead_of) in enumerate(books):
         options: dict[str, Any] = {"metric": metric, "least_size": dead_below, "process_group": group}
-        replaced += restart_dead_codes(dead[g], x[g], *state, salt=salt(seed, count, g), **options).sum()
+        rows = x[g :: len(books)]
+        replaced += restart_dead_codes(dead_of, rows, *state, salt=salt(seed, count, g), **options).sum()
+
+
+def _of_each(codebook: Tensor, *state: Tensor | None) -> list[list[Any]]:
+    """What several codebooks [G, K, D] have in [G, ...], or one [K, D] without G -> that of each."""
+    if codebook.dim() == 2:
+        return [[codebook, *state]]
+    return [[None if t is None else t[g] for t in (codebook, *state)] for g in range(len(codebook))]
 
 
 def host_waits_for(x: Tensor) -> bool:

@@ -8,6 +8,7 @@ for dead codes (collapse.py).
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..kernels import codebook_search, draw_codes
 from ..kernels.checks import FLOATS
-from ..kernels.codebook_search.reference import look_up
+from ..kernels.codebook_search.reference import look_up, numbered
 from ..kernels.codebook_update.ops import ema_step, sum_over_ranks
 from ..kernels.sampling import ALONE, salt
 from ..kernels.snapshot import Snapshot, copy_codebook, recomputing, to_be_recomputed
@@ -205,10 +206,10 @@ class FusedVectorQuantizer(QuantizerState):
         """
         if self._made_on_meta:
             self._leave_meta()
-        compiling = torch.compiler.is_compiling()
-        x = self._rows(z)  # [G, N, D]
-        keep = self._row_mask(mask, z)
-        with torch.autocast(z.device.type, enabled=False):
+        x, keep = self._in_turn(z), self._row_mask(mask, z)
+        compiling, device = torch.compiler.is_compiling(), z.device.type
+        casts = compiling or torch.is_autocast_enabled(device)  # for a context that changes nothing costs host time
+        with torch.autocast(device, enabled=False) if casts else nullcontext():
             if keep is not None:
                 x = torch.where(keep[:, None], x, 1.0)  # padding may hold NaN, and zeros have no direction
             # The update leaves out vectors of NaN: so padding does not count.
@@ -223,35 +224,33 @@ class FusedVectorQuantizer(QuantizerState):
                 self._start(seen)
                 if (self._learns or self._draws) and not compiling and to_be_recomputed():
                     snapshot = self.snapshots.keep(x, self.codebook)
-            codebooks = self._codebooks(snapshot)
-            rows = _in_turn(x)
-            chosen = None if chosen is None else _in_turn(chosen)
-            drawn = self._drawn(rows, codebooks, snapshot) if self._draws else chosen
-            kept = None if keep is None else keep[:, None].expand(-1, self.groups).flatten()
-            quantized, indices, loss = self._quantize(rows, codebooks.squeeze(0), kept, drawn)
-            indices = indices.view(-1, self.groups).T  # [G, N]
+            codebook = self._searched(snapshot)
+            chosen = None if chosen is None else chosen.T.flatten()
+            drawn = self._drawn(x, codebook, snapshot) if self._draws else chosen
+            quantized, indices, loss = self._quantize(x, codebook, keep, drawn)
             if again:
                 counts = snapshot.counts if snapshot else None
-                counts = self._count(indices, keep).view(self.idle.shape) if counts is None else counts
+                counts = self._count(indices, keep) if counts is None else counts
             else:
                 counts = self._learn_when_due(seen, indices, keep)
                 if snapshot is not None:
                     snapshot.counts = counts
-            axis = self.channel_axis(z)
-            quantized = quantized.reshape(z.movedim(axis, -1).shape).movedim(-1, axis).to(z.dtype)
+            last = z if self.channel_axis(z) == -1 else z.movedim(1, -1)
+            quantized = quantized.reshape(last.shape).to(z.dtype)
+            quantized = quantized if last is z else quantized.movedim(-1, 1)
         return Quantized(quantized, self._index_map(indices, keep, z), loss, counts)
 
     @torch.no_grad()
     def start(self, z: Tensor) -> None:
         """k-means on these vectors [..., dim], if it is due: where several forwards make the first step."""
-        self._start(self._rows(z).detach())
+        self._start(self._in_turn(z).detach())
 
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """Vectors -> indices as in ``forward``, and nothing else changes."""
-        x = self._rows(z)
+        x = self._in_turn(z)
         with torch.autocast(z.device.type, enabled=False):
-            indices = self._nearest(_in_turn(x), self._codebooks().squeeze(0)).view(-1, self.groups)
-        return self._index_map(indices.T, self._row_mask(mask, z), z)
+            indices = self._nearest(x, self._searched())
+        return self._index_map(indices, self._row_mask(mask, z), z)
 
     def decode(self, indices: Tensor) -> Tensor:
         """Indices as ``forward`` returns them -> the vectors that it returned, fp32; index -1 gives zeros.
@@ -267,7 +266,7 @@ class FusedVectorQuantizer(QuantizerState):
         heads = self.heads
         if heads > 1 and (indices.dim() == 0 or indices.shape[-1] != heads):
             raise ValueError(f"decode: indices must be [..., {heads}], one for each head; got {list(indices.shape)}")
-        codes = look_up(self._codebooks(), indices.clamp(min=0).flatten()).view(*indices.shape, self.code_dim)
+        codes = look_up(self._searched(), indices.clamp(min=0).flatten()).view(*indices.shape, self.code_dim)
         codes = torch.where((indices >= 0)[..., None], codes, 0.0)
         codes = codes.flatten(-2) if heads > 1 else codes
         return codes.movedim(-1, self.channel_axis(codes))
@@ -278,6 +277,10 @@ class FusedVectorQuantizer(QuantizerState):
 
     def _rows(self, z: Tensor) -> Tensor:
         """What the codebooks see of z, [G, N, D]: N vectors, times the heads if these share a codebook."""
+        return self._in_turn(z).view(-1, self.groups, self.code_dim).transpose(0, 1)
+
+    def _in_turn(self, z: Tensor) -> Tensor:
+        """``_rows`` as they lie in memory, those of the codebooks in turn: [N G, D]."""
         if z.dtype not in FLOATS:
             raise TypeError(f"expected vectors of a floating-point dtype; got {z.dtype}. Cast them with .float().")
         if z.dim() == 0 or z.shape[self.channel_axis(z)] != self.dim:
@@ -285,24 +288,28 @@ class FusedVectorQuantizer(QuantizerState):
             raise ValueError(f"expected vectors of width {self.dim} {where}; got {list(z.shape)}")
         if z.device != self.codebook.device:
             raise ValueError(f"the vectors are on {z.device}, the codebook on {self.codebook.device}; move one of them")
-        return z.movedim(self.channel_axis(z), -1).reshape(-1, self.groups, self.code_dim).transpose(0, 1)
+        last = z if self.channel_axis(z) == -1 else z.movedim(1, -1)
+        return last.reshape(-1, self.code_dim)
+
+    def _places(self, z: Tensor) -> torch.Size:
+        """The shape of z without the channels."""
+        return z.shape[:-1] if self.channel_axis(z) == -1 else z.shape[:1] + z.shape[2:]
 
     def _index_map(self, indices: Tensor, keep: Tensor | None, z: Tensor) -> Tensor:
-        """[G, N] -> the shape of z without the channels, and with several heads their number last; -1 if not kept."""
+        """[N G] -> the shape of z without the channels, and with several heads their number last; -1 if not kept."""
         indices = indices if keep is None else torch.where(keep, indices, -1)
-        shape = z.select(self.channel_axis(z), 0).shape
-        return indices.transpose(0, 1).reshape(shape if self.heads == 1 else (*shape, self.heads))
+        return indices.view(self._places(z) if self.heads == 1 else (*self._places(z), self.heads))
 
     def _row_mask(self, mask: Tensor | None, z: Tensor) -> Tensor | None:
-        """The mask for the rows of each codebook, [N]."""
+        """The mask for the rows of the codebooks in turn, [N G]."""
         if mask is None:
             return None
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, True for the vectors that count; got {mask.dtype}")
-        expected = z.select(self.channel_axis(z), 0).shape
-        if mask.shape != expected:
-            raise ValueError(f"mask must be {list(expected)} for vectors {list(z.shape)}; got {list(mask.shape)}")
-        return mask.reshape(-1, 1).expand(-1, self.heads // self.groups).reshape(-1)
+        if mask.shape != self._places(z):
+            expected = list(self._places(z))
+            raise ValueError(f"mask must be {expected} for vectors {list(z.shape)}; got {list(mask.shape)}")
+        return mask.reshape(-1, 1).expand(-1, self.heads).reshape(-1)
 
     @property
     def _group(self) -> str | None:
@@ -322,7 +329,7 @@ class FusedVectorQuantizer(QuantizerState):
     def _draws(self) -> bool:
         return self.training and self.temperature > 0
 
-    def _drawn(self, rows: Tensor, codebooks: Tensor, snapshot: Snapshot | None) -> Tensor:
+    def _drawn(self, rows: Tensor, codebook: Tensor, snapshot: Snapshot | None) -> Tensor:
         """Indices [N G] for rows [N G, D]; a recomputation draws what its first forward drew."""
         key = None if snapshot is None else snapshot.draw
         if key is None:
@@ -330,10 +337,15 @@ class FusedVectorQuantizer(QuantizerState):
         if snapshot is not None:
             snapshot.draw = key
         options: dict[str, Any] = {"metric": self.metric, "temperature": self.temperature}
-        return draw_codes(rows, codebooks, seed=key, process_group=self._group, **options)
+        return draw_codes(rows, codebook, seed=key, process_group=self._group, **options)
 
-    def _codebooks(self, snapshot: Snapshot | None = None) -> Tensor:
-        """The codebooks as they are searched, [G, K, D]; differentiable where they or a transform learn by gradient.
+    def _codebooks(self) -> Tensor:
+        """``_searched`` as [G, K, D]."""
+        return self._searched().view(self.groups, self.num_codes, self.code_dim)
+
+    def _searched(self, snapshot: Snapshot | None = None) -> Tensor:
+        """The codebook as it is searched, [K, D], or several in turn, [G, K, D]; differentiable where they or a
+        transform learn by gradient.
 
         What autograd keeps is a copy: the codebook itself changes in the same step.
         """
@@ -342,14 +354,14 @@ class FusedVectorQuantizer(QuantizerState):
             codes = copy_codebook(self.codebook, None)
         elif gradient:
             codes = copy_codebook(self.codebook, codes.detach())
-        codes = codes.unsqueeze(0) if self.groups == 1 else codes
         if self.transform is not None:
             of_weights = next(self.transform.parameters(), codes).dtype
             with torch.autocast(codes.device.type, enabled=False):
-                codes = self.transform(codes.to(of_weights)).float()
+                codes = self.transform(codes.view(self.groups, self.num_codes, -1).to(of_weights)).float()
             if codes.shape != (self.groups, self.num_codes, self.code_dim):
                 expected = [self.groups, self.num_codes, self.code_dim]
                 raise ValueError(f"transform must return codes {expected}; it returned {list(codes.shape)}")
+            codes = codes.squeeze(0) if self.groups == 1 else codes
         if (gradient or self.transform is not None) and self.metric == "cosine":
             codes = F.normalize(codes, dim=-1)
         return codes
@@ -376,82 +388,65 @@ class FusedVectorQuantizer(QuantizerState):
         """``_learn`` from all vectors of a step at its last forward; the counts are zeros until then."""
         if not self.training or self.forwards_per_step == 1:
             return self._learn(seen, indices, keep)
-        counted = torch.ones_like(indices[0], dtype=torch.bool) if keep is None else keep
+        counted = torch.ones_like(indices, dtype=torch.bool) if keep is None else keep
         self._waiting.append((seen, indices, counted))
         if len(self._waiting) < self.forwards_per_step:
             return torch.zeros_like(self.window_counts)
         all_seen, found, keeps = zip(*self._waiting, strict=True)
         self._waiting = []
-        return self._learn(torch.cat(all_seen, dim=1), torch.cat(found, dim=1), torch.cat(keeps))
+        return self._learn(torch.cat(all_seen), torch.cat(found), torch.cat(keeps))
 
     def _learn(self, seen: Tensor, indices: Tensor, keep: Tensor | None) -> Tensor:
         """Move the codebook and keep the statistics; returns how often each code was chosen, over all ranks.
 
         Nothing here has a gradient. Hence no no_grad(), which torch.export would make a region that it cannot save.
         """
-        state, tracked = self._state(), self.training or self.track_eval_usage
-        if self._learns and self.learning != "gradient":
-            counts = self._move_codebooks(state, seen, indices)
+        learns, tracked = self._learns, self.training or self.track_eval_usage
+        if learns and self.learning != "gradient":
+            counts = self._move_codebooks(seen, indices)
         else:
             counts = self._count(indices, keep)
             if tracked:
                 sum_over_ranks(counts, self._group)
             if tracked and self.learning != "sum_ema" and not (self.training and self.frozen):
-                state["cluster_size"].lerp_(counts.to(torch.float32), 1 - self.decay)
-        if self._learns:
-            options: dict[str, Any] = dict(metric=self.metric, seed=self.seed, group=self._group)
-            options |= dict(dead_after=self.dead_after, dead_below=self.dead_below)
-            options |= dict(window=self.window_counts.view(counts.shape), replaced=self.window_replaced)
-            replace_dead_codes(**state, x=seen, bins=counts, **options)
-            return counts.view(self.window_counts.shape)
+                self.cluster_size.lerp_(counts.to(torch.float32), 1 - self.decay)
+        if learns:
+            window = self.window_counts, self.window_replaced, self.steps
+            options = self.metric, self.seed, self.dead_after, self.dead_below, self._group
+            replace_dead_codes(*self._state(), *window, self.clock, seen, counts, *options)
+            return counts
         if self._draws:
             self.steps.add_(1)  # the next step draws anew
-        counts = counts.view(self.window_counts.shape)
         if tracked:
             self.window_counts.add_(counts)  # += also assigns, which torch.export of a root module records
         return counts
 
-    def _move_codebooks(self, state: dict[str, Tensor], seen: Tensor, indices: Tensor) -> Tensor:
-        """The EMA step of every codebook; returns counts [G, K], over all ranks."""
-        averages = None if self.embed_avg is None else state["embed_avg"]
+    def _move_codebooks(self, seen: Tensor, indices: Tensor) -> Tensor:
+        """The EMA step of every codebook; returns counts, over all ranks."""
         options = self.decay, self.metric, self.eps, self._group
-        return ema_step(state["codebook"], state["cluster_size"], averages, _in_turn(seen), _in_turn(indices), *options)
+        return ema_step(self.codebook, self.cluster_size, self.embed_avg, seen, indices, *options)
 
     def _count(self, indices: Tensor, keep: Tensor | None) -> Tensor:
-        """How often each code was chosen on this rank, [G, K]."""
-        ones = torch.ones_like(indices) if keep is None else keep.long().expand_as(indices)
-        return torch.zeros_like(self.idle).view(self.groups, -1).scatter_add_(1, indices, ones)
+        """How often each code was chosen on this rank."""
+        ones = torch.ones_like(indices) if keep is None else keep.long()
+        counts = torch.zeros_like(self.idle)
+        counts.view(-1).scatter_add_(0, numbered(indices, self.groups, self.num_codes), ones)
+        return counts
 
-    @torch.no_grad()
     def _start(self, seen: Tensor) -> None:
-        """k-means, in the first step or after a collapse."""
+        """k-means, in the first step or after a collapse, on vectors without a gradient."""
         look_here = not self.restart_below and not torch.compiler.is_compiling()  # elsewhere the op looks
         if look_here and look(self.clock, self.initialized, self.steps):
             return
         below = 0.0 if self._rule == "frozen" else self.restart_below
-        options: dict[str, Any] = dict(seed=self.seed, iterations=self.kmeans_iterations, restart_below=below)
-        options |= dict(metric=self.metric, restart_after=self.restart_after, group=self._group)
-        start_codebook(**self._state(), initialized=self.initialized, x=seen, **options)
+        options = self.metric, self.kmeans_iterations, self.seed, below, self.restart_after, self._group
+        start_codebook(*self._state(), self.initialized, self.steps, self.clock, seen, *options)
 
-    def _state(self) -> dict[str, Tensor]:
-        """What a step changes; views with a leading dimension for the codebook, absent ones empty."""
-        empty = torch.empty(0, dtype=torch.float32, device=self.idle.device)
-        state: dict[str, Tensor | None] = {
-            "codebook": self.codebook.detach(),
-            "cluster_size": self.cluster_size,
-            "embed_avg": self.embed_avg,
-            "idle": self.idle,
-            "recent": self.recent,
-        }
-        views = {name: empty if t is None else t.unsqueeze(0) if self.groups == 1 else t for name, t in state.items()}
-        return {**views, "steps": self.steps, "clock": self.clock}
+    def _state(self) -> tuple[Tensor | None, ...]:
+        """What a restart changes of codes."""
+        return self.codebook.detach(), self.cluster_size, self.embed_avg, self.idle, self.recent
 
 
 def _floats(shape: tuple[int, ...]) -> Tensor:
     """fp32, whatever the default dtype is, and where DeepSpeed's zero.Init makes every constructor's result bf16."""
     return torch.empty(shape, dtype=torch.float32).float()
-
-
-def _in_turn(x: Tensor) -> Tensor:
-    """[G, N, ...] -> [N G, ...], as the heads of a vector lie in memory: its backward and itself are no copy."""
-    return x.transpose(0, 1).flatten(0, 1)

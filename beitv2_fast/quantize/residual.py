@@ -126,7 +126,7 @@ class ResidualVectorQuantizer(nn.Module):
         if self.eval_beam_size > 1:
             stage = self.stage(0)
             keep, found = stage._row_mask(mask, z), self._search(z, None)
-            return torch.stack([stage._index_map(part, keep, z) for part in found.unbind(-1)], dim=-1)
+            return torch.stack([stage._index_map(part.T.flatten(), keep, z) for part in found.unbind(-1)], dim=-1)
         residual, indices = _wide(z), []
         for i in range(self.num_quantizers):
             indices.append(self.stage(i).encode(residual, mask))
@@ -157,7 +157,8 @@ class ResidualVectorQuantizer(nn.Module):
             paths = torch.cat([paths.gather(1, parent.expand(-1, -1, i)), found[..., None]], dim=-1)
             deep = self.stage(i)._row_mask(self._taking_part(z, None, depth, i), z)
             found = paths[:, 0]
-            best[:, : i + 1] = found if deep is None else torch.where(deep[:, None], found, best[:, : i + 1])
+            deep = None if deep is None else deep[g :: self.stage(0).groups, None]
+            best[:, : i + 1] = found if deep is None else torch.where(deep, found, best[:, : i + 1])
         return best.masked_fill(unknown, 0)
 
     def decode(self, indices: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ..kernels.sampling import ALONE, world
 from ..kernels.snapshot import copy_codebook, recomputing
 from .adapters import refuse, refuse_hidden
 from .options import QuantizerOptions
-from .quantizer import FusedVectorQuantizer, Quantized, _in_turn
+from .quantizer import FusedVectorQuantizer, Quantized
 from .soft import code_cross_entropy, diversity_loss
 
 if TYPE_CHECKING:
@@ -115,9 +115,10 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         self.breakdown = sys.modules[type(module).__module__].LossBreakdown
         self.to(book.embed.device)
         with torch.no_grad():
-            for name, value in self._state().items():
-                if value.numel() and name in ("codebook", "cluster_size", "embed_avg"):
-                    value.copy_(book.embed if name == "codebook" else getattr(book, name))
+            self.codebook.copy_(book.embed.view_as(self.codebook))
+            self.cluster_size.copy_(book.cluster_size.view_as(self.cluster_size))
+            if self.embed_avg is not None:
+                self.embed_avg.copy_(book.embed_avg.view_as(self.embed_avg))
         optimizer = module.in_place_codebook_optimizer
         self.in_place_codebook_optimizer = None if optimizer is None else _moved(optimizer, book.embed, self.codebook)
         self.manual_in_place_optimizer_update = module.manual_in_place_optimizer_update
@@ -187,13 +188,13 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         refuse({"topk in training with stochastic codes, an optimizer in place or losses beside commitment": more})
         k, shape = min(k, self.num_codes), z.shape[:-1]
         keep = None if mask is None else mask.view(*mask.shape, *[1] * (len(shape) - mask.dim())).expand(shape)
-        x = self._rows(inside)
+        x = self._in_turn(inside)
         if self.training:
             self._start(x.detach() if keep is None else x.detach().masked_fill(~keep.reshape(-1, 1), torch.nan))
         codes = self._codebooks()[0]
-        indices = codebook_search(x[0], codes, metric=self.metric, k=k).indices.flatten()
+        indices = codebook_search(x, codes, metric=self.metric, k=k).indices.flatten()
         with torch.autocast(z.device.type, enabled=False):
-            rows = x[0].repeat_interleave(k, dim=0)
+            rows = x.repeat_interleave(k, dim=0)
             quantized = self._quantize(rows, codes, None, indices)[0]
             chosen = F.embedding(indices, codes if self._rule == "gradient" else codes.detach())
             compared = F.normalize(rows.float(), dim=-1) if self.metric == "cosine" else rows
@@ -216,10 +217,10 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
     @torch.no_grad()
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
         """Learn from vectors and the codes that a beam search chose for them."""
-        rows = self._rows(self.project_in(x))
+        rows = self._in_turn(self.project_in(x))
         keep = None if mask is None else mask.reshape(-1)
         seen = rows if keep is None else rows.masked_fill(~keep[:, None], torch.nan)
-        self._learn(seen, indices.reshape(1, -1).clamp(min=0), keep)
+        self._learn(seen, indices.reshape(-1).clamp(min=0), keep)
 
     def _losses(self, out: Quantized, in_place: Tensor, z: Tensor, codes: Any) -> tuple[Tensor, ...]:
         """LossBreakdown, without weights; all zero in eval mode."""
@@ -270,13 +271,13 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         optimizer = self.in_place_codebook_optimizer
         if optimizer is None or not self.training or self.frozen or recomputing():
             return torch.zeros((), device=z.device)
-        x = self._rows(z.detach())
+        x = self._in_turn(z.detach())
         keep = self._row_mask(mask, z)
         self._start(x if keep is None else x.masked_fill(~keep[:, None], torch.nan))
         options: dict[str, Any] = {"metric": self.metric, "commitment_weight": 0.0, "codebook_weight": 1.0}
         with torch.autocast(z.device.type, enabled=False):
-            rows = x if keep is None else x[:, keep]
-            loss = vector_quantize(_in_turn(rows), self._codebooks(), **options).loss
+            rows = x if keep is None else x[keep]
+            loss = vector_quantize(rows, self._codebooks(), **options).loss
             loss.backward()
         if not self.manual_in_place_optimizer_update:
             self.update_in_place_optimizer()
@@ -294,29 +295,29 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         optimizer.step()
         optimizer.zero_grad()
 
-    def _move_codebooks(self, state: dict[str, Tensor], seen: Tensor, indices: Tensor) -> Tensor:
+    def _move_codebooks(self, seen: Tensor, indices: Tensor) -> Tensor:
         """With weights the averages of each code move by ``(1 - decay) weight``; a manual update keeps the codes."""
         weight = self.ema_update_weight
         if self.embed_avg is None or (weight is None and not self.manual_ema_update):
-            return super()._move_codebooks(state, seen, indices)
+            return super()._move_codebooks(seen, indices)
+        codes = self.codebook.new_zeros(self.groups, self.num_codes, self.code_dim)
+        cluster_size, embed_avg = self.cluster_size.view(codes.shape[:2]), self.embed_avg.view(codes.shape)
+        sizes, sums = torch.zeros_like(cluster_size), torch.zeros_like(embed_avg)
         # A step of decay 0 has the batch's own averages.
-        codes, sizes, sums = (torch.zeros_like(state[name]) for name in ("codebook", "cluster_size", "embed_avg"))
-        options = 0.0, self.metric, self.eps, self._group
-        bins = ema_step(codes, sizes, sums, _in_turn(seen), _in_turn(indices), *options)
+        bins = ema_step(codes, sizes, sums, seen, indices, 0.0, self.metric, self.eps, self._group)
         weight = weight(sums, sizes) if callable(weight) else 1.0 if weight is None else weight
         step = (1 - self.decay) * weight * torch.ones_like(sizes)
-        state["cluster_size"].lerp_(sizes, step)
-        state["embed_avg"].lerp_(sums, step[..., None])
+        cluster_size.lerp_(sizes, step)
+        embed_avg.lerp_(sums, step[..., None])
         if not self.manual_ema_update:
             self.update_ema()
-        return bins
+        return bins.view(self.idle.shape)
 
     @torch.no_grad()
     def update_ema(self) -> None:
         """The codes become those of the moving averages: for manual_ema_update."""
-        state = self._state()
-        moved = state["codebook"], state["cluster_size"], state["embed_avg"]
-        none = moved[0].new_empty(0, self.code_dim), state["idle"].new_empty(0)
+        none = self.codebook.new_empty(0, self.code_dim), self.idle.new_empty(0)
+        moved = self.codebook, self.cluster_size, self.embed_avg
         ema_step(*moved, *none, 1.0, self.metric, self.eps, ALONE)  # decay 1: averages stay
 
     def expire_codes_(self, x: Tensor) -> None:

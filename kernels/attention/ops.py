@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..native import native_ops
+from ..registration import custom_op
 from .reference import attention_backward_reference, attention_reference
 
 WIDEST = 128  # heads on a GPU: a block of them has to fit into registers
@@ -19,7 +20,7 @@ def has_gpu_kernel(qkv: Tensor, scale: float = 1.0) -> bool:
     return qkv.device.type == "cuda" and low and qkv.shape[-1] <= WIDEST and scale > 0
 
 
-@torch.library.custom_op("beitv2_fast::attention", mutates_args=())
+@custom_op("beitv2_fast::attention")
 def attention_op(qkv: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """out, and what the backward of the same version wants to know of the sum of each row."""
     if has_gpu_kernel(qkv, scale):
@@ -41,7 +42,7 @@ def _attention_fake(qkv: Tensor, bias: Tensor | None, scale: float) -> tuple[Ten
     return qkv.new_empty(B, N, H, d), qkv.new_empty(rows, dtype=dtype)
 
 
-@torch.library.custom_op("beitv2_fast::attention_backward", mutates_args=())
+@custom_op("beitv2_fast::attention_backward")
 def attention_backward_op(
     grad: Tensor, qkv: Tensor, bias: Tensor | None, out: Tensor | None, sums: Tensor, scale: float, of_bias: bool
 ) -> tuple[Tensor, Tensor]:

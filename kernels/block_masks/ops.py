@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..counter_random import as_uniform, random_bits
 from ..native import native_ops
+from ..registration import custom_op
 from .reference import ATTEMPTS_PER_BLOCK, DRAWS_PER_ATTEMPT, FIRST_FILL, MAX_ATTEMPTS, block_masks_reference
 
 
@@ -56,7 +57,7 @@ def _filled_up(mask: Tensor, bits: Tensor, missing: Tensor) -> Tensor:
     return (flat | (place < missing[:, None])).view_as(mask)
 
 
-block_masks_op = torch.library.custom_op("beitv2_fast::block_masks", block_masks_batched, mutates_args=())
+block_masks_op = custom_op("beitv2_fast::block_masks")(block_masks_batched)
 
 
 @block_masks_op.register_kernel("cpu")

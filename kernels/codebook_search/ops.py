@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ..counter_random import random_bits
 from ..native import native_ops
+from ..registration import custom_op
 from .reference import codebook_search_reference, draw_codes_reference
 
+TRITON = find_spec("triton") is not None
 MOST_NEAREST = 64  # codes of a vector that the GPU's kernel keeps in registers
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # indices, normalized, codes, distances
 
@@ -57,7 +59,7 @@ def _by_definition(
     )
 
 
-codebook_search_op = torch.library.custom_op("beitv2_fast::codebook_search", _by_definition, mutates_args=())
+codebook_search_op = custom_op("beitv2_fast::codebook_search")(_by_definition)
 
 
 @codebook_search_op.register_kernel("cpu")
@@ -71,7 +73,7 @@ def _codebook_search_cpu(x: Tensor, codebook: Tensor, metric: str, *wanted: bool
 
 @codebook_search_op.register_kernel("cuda")
 def _codebook_search_cuda(x: Tensor, codebook: Tensor, metric: str, *wanted: bool) -> Outputs:
-    if torch.float64 in (x.dtype, codebook.dtype) or find_spec("triton") is None:
+    if torch.float64 in (x.dtype, codebook.dtype) or not TRITON:
         return _by_definition(x, codebook, metric, *wanted)
     from .triton import codebook_search_triton  # here, so that the package imports without triton
 
@@ -96,7 +98,7 @@ def _nearest_by_definition(x: Tensor, codebook: Tensor, metric: str, k: int) -> 
     return codebook_search_reference(x, codebook, metric, k)[0]
 
 
-nearest_codes_op = torch.library.custom_op("beitv2_fast::nearest_codes", _nearest_by_definition, mutates_args=())
+nearest_codes_op = custom_op("beitv2_fast::nearest_codes")(_nearest_by_definition)
 
 
 @nearest_codes_op.register_kernel("cpu")
@@ -110,7 +112,7 @@ def _nearest_codes_cpu(x: Tensor, codebook: Tensor, metric: str, k: int) -> Tens
 
 @nearest_codes_op.register_kernel("cuda")
 def _nearest_codes_cuda(x: Tensor, codebook: Tensor, metric: str, k: int) -> Tensor:
-    if torch.float64 in (x.dtype, codebook.dtype) or k > MOST_NEAREST or find_spec("triton") is None:
+    if torch.float64 in (x.dtype, codebook.dtype) or k > MOST_NEAREST or not TRITON:
         return _nearest_by_definition(x, codebook, metric, k)
     from .triton import nearest_codes_triton
 
@@ -123,7 +125,7 @@ def _nearest_codes_fake(x: Tensor, codebook: Tensor, metric: str, k: int) -> Ten
 
 
 _draw_by_definition = _one_by_one(draw_codes_reference)
-draw_codes_op = torch.library.custom_op("beitv2_fast::draw_codes", _draw_by_definition, mutates_args=())
+draw_codes_op = custom_op("beitv2_fast::draw_codes")(_draw_by_definition)
 
 
 @draw_codes_op.register_kernel("cpu")
@@ -142,7 +144,7 @@ def _draw_codes_cpu(
 def _draw_codes_cuda(
     x: Tensor, codebook: Tensor, metric: str, temperature: float, key: Tensor, numbers: Tensor
 ) -> Tensor:
-    if torch.float64 in (x.dtype, codebook.dtype) or find_spec("triton") is None:
+    if torch.float64 in (x.dtype, codebook.dtype) or not TRITON:
         return _draw_by_definition(x, codebook, metric, temperature, key, numbers)
     from .triton import draw_codes_triton
 

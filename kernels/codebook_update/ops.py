@@ -16,6 +16,7 @@ from torch import Tensor
 from ..checks import check_range
 from ..codebook_search.reference import numbered
 from ..native import native_ops
+from ..registration import custom_op
 from ..sampling import ALONE, named_group
 from .reference import apply_statistics_reference, codebook_statistics_reference
 
@@ -72,7 +73,7 @@ def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | str | None = None)
             dist.all_reduce(tensor, group=group)
 
 
-@torch.library.custom_op("beitv2_fast::count_uses", mutates_args=("idle", "window", "steps"))
+@custom_op("beitv2_fast::count_uses", mutates_args=("idle", "window", "steps"))
 def count_uses(bins: Tensor, idle: Tensor, window: Tensor | None = None, steps: Tensor | None = None) -> None:
     """A step's bins [..., K] int64, added in place to what is given: idle [..., K], how many vectors were seen since
     each code was last chosen; window [..., K], how often each was chosen; steps []."""
@@ -98,7 +99,7 @@ def _count_uses_cuda(bins: Tensor, idle: Tensor, window: Tensor | None = None, s
         count_uses._init_fn(bins, idle, window, steps)
 
 
-@torch.library.custom_op("beitv2_fast::codebook_statistics", mutates_args=())
+@custom_op("beitv2_fast::codebook_statistics")
 def codebook_statistics(x: Tensor, indices: Tensor, num_codes: int, metric: str, groups: int = 1) -> Tensor:
     """Of [K, D] codes; with ``groups`` codebooks, to which the rows belong in turn, of [G K, D]."""
     indices = numbered(indices, groups, num_codes)
@@ -114,7 +115,7 @@ def _codebook_statistics_fake(x: Tensor, indices: Tensor, num_codes: int, metric
 @codebook_statistics.register_kernel("cpu")
 def _codebook_statistics_cpu(x: Tensor, indices: Tensor, num_codes: int, metric: str, groups: int = 1) -> Tensor:
     if native_ops():
-        chosen = numbered(indices, groups, num_codes)
+        chosen = numbered(indices, groups, num_codes) if groups > 1 else indices
         native = torch.ops.beitv2_fast_cpu.codebook_statistics
         statistics: Tensor = native(x, chosen, groups * num_codes, metric == "cosine")
         return statistics
@@ -130,9 +131,7 @@ def _codebook_statistics_cuda(x: Tensor, indices: Tensor, num_codes: int, metric
     return codebook_statistics_triton(x, indices, num_codes, metric, groups)
 
 
-@torch.library.custom_op(
-    "beitv2_fast::apply_codebook_statistics", mutates_args=("codebook", "cluster_size", "embed_avg")
-)
+@custom_op("beitv2_fast::apply_codebook_statistics", mutates_args=("codebook", "cluster_size", "embed_avg"))
 def apply_statistics(
     statistics: Tensor,
     codebook: Tensor,

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ..cpu import FAST_BF16
 from ..native import native_ops
+from ..registration import custom_op
 from .chunked import Device, Head, Results, Wanted, accumulation_dtype, empty_results, head_losses, rows_at, softmax_
 
 Outputs = tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("beitv2_fast::masked_positions", mutates_args=())
+@custom_op("beitv2_fast::masked_positions")
 def masked_positions(mask: Tensor, num_masked: int | None) -> Tensor:
     """Row-major indices [M] of the True elements of mask [B, N]; with num_masked, M = B * num_masked is known before.
 
@@ -53,7 +54,7 @@ def _masked_positions_fake(mask: Tensor, num_masked: int | None) -> Tensor:
     return mask.new_empty(count, dtype=torch.int64)
 
 
-@torch.library.custom_op("beitv2_fast::masked_gather", mutates_args=())
+@custom_op("beitv2_fast::masked_gather")
 def gather_rows(tokens: Tensor, positions: Tensor) -> Tensor:
     """tokens [B, N, C] of any strides at positions [M] of the flattened [B, N]: [M, C], contiguous."""
     return rows_at(tokens, positions)
@@ -64,7 +65,7 @@ def _masked_gather_fake(tokens: Tensor, positions: Tensor) -> Tensor:
     return tokens.new_empty(positions.shape[0], tokens.shape[2])
 
 
-@torch.library.custom_op("beitv2_fast::masked_scatter", mutates_args=())
+@custom_op("beitv2_fast::masked_scatter")
 def scatter_rows(rows: Tensor, positions: Tensor, images: int, patches: int) -> Tensor:
     """Zeros [B, N, C] with rows [M, C] at the positions, which ascend: nothing is summed, so no order matters."""
     out = rows.new_zeros(images, patches, rows.shape[1])
@@ -106,7 +107,7 @@ scatter_rows.register_autograd(
 )
 
 
-@torch.library.custom_op("beitv2_fast::masked_cross_entropy", mutates_args=())
+@custom_op("beitv2_fast::masked_cross_entropy")
 def masked_cross_entropy_op(
     branches: Sequence[Tensor],
     positions: Tensor,
@@ -200,7 +201,7 @@ def softmax_native_(
         logits.copy_(wide)
 
 
-@torch.library.custom_op("beitv2_fast::with_gradients", mutates_args=())
+@custom_op("beitv2_fast::with_gradients")
 def with_gradients(
     losses: Tensor, xs: Sequence[Tensor], gradients: Sequence[Tensor], rows: int, positions: Tensor | None
 ) -> Tensor:
@@ -218,7 +219,7 @@ def _with_gradients_fake(losses: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(losses)
 
 
-@torch.library.custom_op("beitv2_fast::with_gradient_backward", mutates_args=())
+@custom_op("beitv2_fast::with_gradient_backward")
 def with_gradient_backward(upstream: Tensor, gradient: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """sum_l upstream_l / max(rows, 1) * gradient_l in fp32 (fp64 stays), then rounded to dtype; an op of its own,
     without a derivative, so that differentiating twice is an error and not a wrong number."""

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codebook_search.ops import codebook_search_op
 from ..codebook_update.ops import codebook_statistics
 from ..codebook_update.reference import unpack_statistics
 from ..native import native_ops
+from ..registration import custom_op
 from .reference import vector_quantize_backward_reference, vector_quantize_reference
 
 
-@torch.library.custom_op("beitv2_fast::vector_quantize", mutates_args=())
+@custom_op("beitv2_fast::vector_quantize")
 def quantize(
     x: Tensor, codebook: Tensor, metric: str, commitment_weight: float, codebook_weight: float, return_compared: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -23,9 +25,8 @@ def quantize(
         results = vector_quantize_reference(x, codebook, metric, commitment_weight, codebook_weight)
         return *results[:3], results[3].clone() if return_compared else x.new_empty(0)
     unit = return_compared and metric == "cosine"
-    search = torch.ops.beitv2_fast.codebook_search  # without the checks, which x and codebook have passed
-    indices, normalized, codes, distances = search(x, codebook, metric, unit, True, True)
-    loss = distances.sum() * ((commitment_weight + codebook_weight) / max(1, x.numel()))
+    indices, normalized, codes, distances = codebook_search_op(x, codebook, metric, unit, True, True)
+    loss = distances.sum().mul_((commitment_weight + codebook_weight) / max(1, x.numel()))
     compared = loss.new_empty(0)
     if return_compared:
         as_rows = torch.contiguous_format
@@ -45,7 +46,7 @@ def _quantize_fake(x: Tensor, codebook: Tensor, *rest: Any) -> tuple[Tensor, Ten
     )
 
 
-@torch.library.custom_op("beitv2_fast::vector_quantize_backward", mutates_args=())
+@custom_op("beitv2_fast::vector_quantize_backward")
 def quantize_backward(
     x: Tensor,
     quantized: Tensor,

@@ -53,7 +53,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     state = {"codebook": noise(2, 5, 3), "cluster_size": noise(2, 5).abs(), "embed_avg": noise(2, 5, 3)}
     book, one = tuple(state.values()), [t[0] for t in state.values()]
     statistics = torch.arange(20).view(5, 4) << 30, torch.arange(35).view(5, 7) << 20
-    idle, recent, groups = torch.arange(10).view(2, 5), torch.ones(2, 5, dtype=torch.int64), noise(2, 7, 3)
+    idle, recent, turns_of_two = torch.arange(10).view(2, 5), torch.ones(2, 5, dtype=torch.int64), noise(14, 3)
     started, steps = torch.tensor(False), torch.tensor(7)
     clock = torch.zeros(5, dtype=torch.int64)
     bins = torch.tensor([[3, 1, 0, 2, 1], [0, 0, 7, 0, 0]])
@@ -99,9 +99,9 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "soft_cross_entropy": (x, codes, indices, 0.0, True, True),
         "soft_diversity": (noise(2, 6, 4), books, 3, 0.0, True, True),
         "soft_losses_backward": (noise(1)[0], x, x),
-        "start_codebook": (*book, started, steps, idle, recent, clock, groups, "euclidean", 2, 0, 0.0, 100),
+        "start_codebook": (*book, idle, recent, started, steps, clock, turns_of_two, "euclidean", 2, 0, 0.0, 100),
         "replace_dead_codes": (
-            *book, idle, recent, bins + 1, steps - 7, steps, clock, groups, bins, "euclidean", 0, 1.0, 0.0,
+            *book, idle, recent, bins + 1, steps - 7, steps, clock, turns_of_two, bins, "euclidean", 0, 1.0, 0.0,
         ),
     }  # fmt: skip
 

@@ -1,0 +1,118 @@
+"""How ops are registered: by ``torch.library.custom_op``, and called past the dispatcher where nobody needs it.
+
+Between a call and its kernel lie the dispatcher and Python for autograd, aliases and dynamo: 10 to 40 us of the host,
+often more than the launch. Where the dispatcher would only pass the call on, it is not asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, reduce
+from operator import or_
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet, _is_torch_function_mode_enabled
+from torch._C import _dispatch_keys as _keys_of
+from torch._C import _dispatch_tls_local_include_set as _keys_of_thread
+from torch._C._autograd import _profiler_enabled
+from torch._library.custom_ops import CustomOpDef
+
+
+def _keys(*names: str) -> int:
+    bits: int = reduce(or_, (DispatchKeySet(getattr(DispatchKey, name)) for name in names)).raw_repr()
+    return bits
+
+
+# The dispatcher's keys of an ordinary thread and of ordinary tensors. Modes, transforms and traces change them, and so
+# do subclasses, wrappers, and tensors that are negated, zeros or inference mode's.
+THREAD = _keys("BackendSelect", "ADInplaceOrView")
+TENSORS = frozenset(_keys(d, f"Autograd{d}", f"Autocast{d}", "ADInplaceOrView") for d in ("CPU", "CUDA"))
+
+
+def _ordinary(arguments: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher would do no more than autograd and the call of the device's kernel."""
+    if (
+        _keys_of_thread().raw_repr() != THREAD
+        or _is_torch_function_mode_enabled()
+        or _profiler_enabled()  # it names the ops
+    ):
+        return False
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            if _keys_of(argument).raw_repr() not in TENSORS:
+                return False
+        elif isinstance(argument, list):
+            return False
+    return True
+
+
+class Op(CustomOpDef):
+    """A custom op that calls its kernel itself where thread and tensors are ordinary.
+
+    ``kernels``: by device; elsewhere the definition serves. That no kernel returns its inputs, which custom_op watches
+    in every call, ``torch.library.opcheck`` watches in the tests.
+    """
+
+    kernels: dict[str, Callable[..., Any]]
+    casts = False  # under autocast
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        # Dynamo reads no further than is_compiling.
+        if not torch.compiler.is_compiling() and not named and _ordinary(arguments):
+            device = arguments[0].device.type
+            if not (self.casts and torch.is_autocast_enabled(device)):
+                if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+                    return self._run(*arguments)
+                if self._backward_fn is not None:
+                    return self._function.apply(*arguments)
+        return self._opoverload(*arguments, **named)
+
+    def register_kernel(self, device: str) -> Any:  # type: ignore[override]  # of one device, and as a decorator only
+        def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+            self.kernels[device] = kernel
+            super(Op, self).register_kernel(device)(kernel)
+            return kernel
+
+        return register
+
+    def register_autocast(self, *rule: Any) -> Any:
+        self.casts = True
+        return super().register_autocast(*rule)
+
+    def _run(self, *arguments: Any) -> Any:
+        if any(self._written):
+            written = [
+                a for a, is_written in zip(arguments, self._written, strict=False) if is_written and a is not None
+            ]
+            torch.autograd.graph.increment_version(written)
+        return self.kernels.get(arguments[0].device.type, self._init_fn)(*arguments)
+
+    @cached_property
+    def _written(self) -> list[bool]:
+        """Of each argument; optional ones at the end may be left out of a call."""
+        return [argument.is_write for argument in self._opoverload._schema.arguments]
+
+    @cached_property
+    def _function(self) -> Any:
+        run, save, backward = self._run, cast(Any, self._setup_context_fn), cast(Any, self._backward_fn)
+
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = run(*arguments)
+            save(ctx, arguments, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(self._name, (torch.autograd.Function,), methods)
+
+
+def custom_op(name: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Op]:
+    """As ``torch.library.custom_op``."""
+
+    def register(definition: Callable[..., Any]) -> Op:
+        op: Any = torch.library.custom_op(name, definition, mutates_args=mutates_args)
+        op.__class__, op.kernels = Op, {}
+        return cast(Op, op)
+
+    return register
