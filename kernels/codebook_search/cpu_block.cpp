@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 
 #include "cpu_exact.h"
 
@@ -83,12 +84,10 @@ Block::Block(const Search& search)
 
 void Block::run(int64_t first, int64_t count) {
   resolved_ = 0;
-  if (codes_.groups) {
-    pack(first, count);
-    screen(count);
-  }
+  pack(first, count);
+  if (codes_.groups) screen(count);
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = first + i;
+    const int64_t row = row_[i];
     if (search_.k > 1) {
       several(row, i);
       continue;
@@ -100,13 +99,29 @@ void Block::run(int64_t first, int64_t count) {
   if (resolved_ > (search_.k + 1 + codes_.groups / GROUPS_PER_CANDIDATE) * count) bytes_ = false;
 }
 
+// Fills row_: where the codes have a bias, vectors of like magnitude side by side, to share a unit.
+void Block::order(int64_t first, int64_t count) {
+  std::iota(row_, row_ + count, first);
+  if (search_.cosine || !bytes_) return;
+  int32_t magnitude[ROWS] = {};  // as bits: in the order of the numbers
+  for (int64_t i = 0; i < count; ++i) {
+    const float* x = reader_.row(first + i);
+    for (int64_t d = 0; d < codes_.dim; ++d)
+      magnitude[i] = std::max(magnitude[i], std::bit_cast<int32_t>(x[d]) & 0x7fffffff);
+  }
+  const auto shorter = [&](int64_t a, int64_t b) { return magnitude[a - first] < magnitude[b - first]; };
+  for (int64_t* tile = row_; tile + TILE * PANEL < row_ + count; tile += TILE * PANEL)
+    std::nth_element(tile, tile + TILE * PANEL, row_ + count, shorter);
+}
+
 void Block::pack(int64_t first, int64_t count) {
   const int64_t panels = (count + PANEL - 1) / PANEL, dim = codes_.dim;
-  for (int64_t i = 0; i < count; ++i) std::copy_n(reader_.row(first + i), dim, &rows_[i * dim]);
+  order(first, count);
+  for (int64_t i = 0; i < count; ++i) std::copy_n(reader_.row(row_[i]), dim, &rows_[i * dim]);
   std::fill(&rows_[count * dim], &rows_[0] + panels * PANEL * dim, 0.0f);
-  for (int64_t p = 0; p < panels; ++p)
-    search_.kernels.pack_rows(&rows_[p * PANEL * dim], std::min(PANEL, count - p * PANEL), codes_, search_.book.scale,
-                              bytes_, panel(p), info_ + p * PANEL);
+  for (int64_t p = 0; p < panels; p += TILE)
+    search_.kernels.pack_rows(&rows_[p * PANEL * dim], std::min(TILE * PANEL, count - p * PANEL), codes_,
+                              search_.book.scale, bytes_, panel(p), info_ + p * PANEL);
   std::fill_n(best_, ROWS, -std::numeric_limits<float>::infinity());
   // Lanes without a vector: no group reaches best + Inf.
   for (int64_t i = count; i < panels * PANEL; ++i) info_[i].screen_error = -std::numeric_limits<float>::infinity();

@@ -42,6 +42,7 @@ class Block {
     std::vector<float> screened;
   };
 
+  void order(int64_t first, int64_t count);
   void pack(int64_t first, int64_t count);
   void screen(int64_t count);
   int64_t resolve(int64_t i);
@@ -67,6 +68,7 @@ class Block {
   std::vector<Exact> exact_;
   Candidates chunk_;
   RowCandidates candidates_[ROWS];
+  int64_t row_[ROWS];  // which vector of x the i-th of the block is
   Row info_[ROWS];
   float best_[ROWS];
   int64_t resolved_;  // groups of a block that were scored in fp32

@@ -63,7 +63,7 @@ class DrawBlock : public Block {
   void run(int64_t first, int64_t count) {
     pack(first, count);
     for (int64_t i = 0; i < count; ++i) {
-      const float* x = reader_.row(first + i);
+      const float* x = reader_.row(row_[i]);
       const double length = std::sqrt(draw_.kernels.compare(x, x, codes_.dim, true));
       drawn_[i] = {std::max(length, 1e-12), -INFINITE, 0};
     }
@@ -79,10 +79,10 @@ class DrawBlock : public Block {
         draw_.kernels.weigh(weights, end - begin, bounds);
         for (int64_t lane = 0; lane < PANEL && p * PANEL + lane < count; ++lane)
           if (const int64_t i = p * PANEL + lane; info_[i].finite)
-            scored += draw(first + i, drawn_[i], weights + lane, bounds.top[lane], begin, end);
+            scored += draw(row_[i], drawn_[i], weights + lane, bounds.top[lane], begin, end);
       }
     }
-    for (int64_t i = 0; i < count; ++i) search_.indices[first + i] = drawn_[i].index;
+    for (int64_t i = 0; i < count; ++i) search_.indices[row_[i]] = drawn_[i].index;
     if (scored > MANY * count) bytes_ = false;
   }
 

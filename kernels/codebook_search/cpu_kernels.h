@@ -107,16 +107,21 @@ void filter(const float* group_max, const float* best, const Row* info, int64_t 
   typename I::V least[PER];
 #pragma GCC unroll 16
   for (int v = 0; v < PER; ++v) least[v] = I::load(threshold + v * I::LANES);
-  for (int64_t g = begin; g < end; ++g, group_max += PANEL) {
-    uint32_t reached = 0;
+  constexpr int64_t SEVERAL = 4;  // groups that are asked about by one branch
+  for (int64_t from = begin; from < end; from += SEVERAL, group_max += SEVERAL * PANEL) {
+    uint64_t reached = 0;
 #pragma GCC unroll 16
-    for (int v = 0; v < PER; ++v)
-      reached |= I::reaches(I::load(group_max + v * I::LANES), least[v]) << (v * I::LANES);
+    for (int64_t g = 0; g < SEVERAL; ++g)
+      if (from + g < end)
+#pragma GCC unroll 16
+        for (int v = 0; v < PER; ++v)
+          reached |= static_cast<uint64_t>(I::reaches(I::load(group_max + g * PANEL + v * I::LANES), least[v]))
+                     << (g * PANEL + v * I::LANES);
     for (; reached; reached &= reached - 1) {
-      const int lane = __builtin_ctz(reached);
+      const int at = __builtin_ctzll(reached), lane = at % PANEL;
       const int64_t slot = candidates.count[lane]++;
-      candidates.group[lane][slot] = static_cast<int32_t>(g);
-      candidates.screened[lane][slot] = group_max[lane];
+      candidates.group[lane][slot] = static_cast<int32_t>(from + at / PANEL);
+      candidates.screened[lane][slot] = group_max[at];
     }
   }
 }
@@ -176,19 +181,21 @@ int64_t resolve(const Codes& codes, const float* row, const Row& info, const int
   if (k > 1)
     for (float* place = top; place < lanes + per_lane * PANEL; ++place) *place = best;
   int32_t* scored = kept + count * GROUP;  // behind the room for the codes themselves
-  int64_t groups = 0, codes_kept = 0;
+  int64_t groups = 0, codes_kept = 0, first = -1;
+  float of_first[GROUP];
   if (k == 1 && info.unit > 0) {
     // What the group that screened best really scores is mostly what it screened, and not one error less.
-    int64_t first = 0;
+    first = 0;
     for (int64_t i = 1; i < count; ++i) first = screened[i] > screened[first] ? i : first;
-    best = score_group<I>(codes, group[first], row, scores);
+    best = score_group<I>(codes, group[first], row, of_first);
     const float least = (best - 2 * info.resolve_error) / info.unit - info.screen_error;
     least_screened = least > least_screened ? least : least_screened;
   }
   for (int64_t i = 0; i < count; ++i) {
     if (screened[i] < least_screened) continue;
     float* of_group = scores + groups * GROUP;
-    const float highest = score_group<I>(codes, group[i], row, of_group);
+    const float highest = i == first ? best : score_group<I>(codes, group[i], row, of_group);
+    if (i == first) memcpy(of_group, of_first, sizeof of_first);
     best = highest > best ? highest : best;
     scored[groups++] = group[i];
     if (k == 1) continue;

@@ -67,6 +67,21 @@ inline float round_row(const float* row, int64_t dim, float step, int32_t zero, 
   return sum_of_lanes(lost);
 }
 
+// The same for a row of any width: its bytes four at a time, `stride` bytes apart, with zeros up to codes.depth.
+inline float spread_row(const float* row, const Codes& codes, float step, int32_t zero, void* out, int64_t stride,
+                        int32_t* sum) {
+  uint8_t rounded[64];
+  float lost = 0;
+  for (int64_t start = 0; start < codes.depth; start += 64) {
+    const int64_t depth = codes.depth - start < 64 ? codes.depth - start : 64;
+    const int64_t width = codes.dim - start < depth ? codes.dim - start : depth;
+    memset(rounded, 0, sizeof rounded);
+    lost += round_row(row + start, width, step, zero, rounded, sum);
+    for (int64_t d = 0; d < depth; d += 4) memcpy(static_cast<char*>(out) + (start + d) / 4 * stride, rounded + d, 4);
+  }
+  return lost;
+}
+
 inline const float* group_rows(const Codes& codes, int64_t group) {
   return group + 1 < codes.groups ? codes.rows + group * GROUP * codes.dim : codes.last;
 }
@@ -74,11 +89,10 @@ inline const float* group_rows(const Codes& codes, int64_t group) {
 float pack_group(const Codes& codes, int64_t group) {
   float most = 0;
   for (int64_t c = 0; c < GROUP; ++c) {
-    int8_t* bytes = codes.bytes + (group * GROUP + c) * codes.depth;
     const float* row = group_rows(codes, group) + c * codes.dim;
     int32_t sum = 0;
-    const float lost = round_row(row, codes.dim, codes.step, 0, bytes, &sum);
-    for (int64_t d = codes.dim; d < codes.depth; ++d) bytes[d] = 0;
+    const float lost = spread_row(row, codes, codes.step, 0, codes.bytes + group * GROUP * codes.depth + c * 4,
+                                  GROUP * 4, &sum);
     codes.offset[group * GROUP + c] = -128 * sum;
     most = lost > most ? lost : most;
   }
@@ -120,44 +134,42 @@ inline Row scale_row(float* row, const Codes& codes, float scale) {
   return info;
 }
 
-// The panel of bytes of 16 scaled rows; each has its own step.
-inline void pack_bytes(const float* rows, const Codes& codes, void* panel, Row* info) {
+// The panels of bytes of scaled rows. Each has its own step; all share the largest where that is at most twice as long,
+// because screening then adds the bias once per code, not once per vector and code.
+inline void pack_bytes(const float* rows, int64_t count, const Codes& codes, void* panels, Row* info) {
   const int64_t dim = codes.dim;
-  float* inverse_unit = static_cast<float*>(panel);
-  uint8_t* out = static_cast<uint8_t*>(panel) + PANEL * sizeof(float);
   // Not so small that the bias, counted in units, leaves the range of int32.
   const float least = codes.max_bias / (codes.step * 0x1p30f) + 1e-20f;
-  uint8_t rounded[64];
-  for (int64_t lane = 0; lane < PANEL; ++lane) {
-    const float* row = rows + lane * dim;
-    const float needed = float_of(static_cast<uint32_t>(max_magnitude(row, dim))) / 126.99f;
-    const float step = needed > least ? needed : least;
-    float lost = 0;
+  float steps[TILE * PANEL], longest = 0, shortest = __builtin_inff();
+  for (int64_t i = 0; i < count * PANEL; ++i) {
+    const float largest = float_of(static_cast<uint32_t>(max_magnitude(rows + i * dim, dim)));
+    steps[i] = largest / 126.99f > least ? largest / 126.99f : least;
+    longest = steps[i] > longest ? steps[i] : longest;
+    shortest = largest > 0 && steps[i] < shortest ? steps[i] : shortest;  // zeros take any step
+  }
+  const bool shared = codes.bias && longest <= 2 * shortest;
+  for (int64_t i = 0; i < count * PANEL; ++i) {
+    char* panel = static_cast<char*>(panels) + i / PANEL * (4 + codes.depth) * PANEL;
+    const float step = shared ? longest : steps[i], unit = step * codes.step, inverse = 1 / unit;
     int32_t ignored = 0;
-    for (int64_t start = 0; start < codes.depth; start += 64) {
-      const int64_t depth = codes.depth - start < 64 ? codes.depth - start : 64;
-      const int64_t width = dim - start < depth ? dim - start : depth;
-      memset(rounded, 0, sizeof rounded);  // meets zeros in the codes
-      lost += round_row(row + start, width, step, 128, rounded, &ignored);
-      for (int64_t d = 0; d < depth; d += 4) memcpy(out + ((start + d) * PANEL + lane * 4), rounded + d, 4);
-    }
-    const float residual = __builtin_sqrtf(lost), unit = step * codes.step;
-    const float quantization = residual * codes.max_norm + (info[lane].norm + residual) * codes.max_residual;
-    inverse_unit[lane] = 1 / unit;
-    info[lane].unit = unit;
-    info[lane].screen_error = 1.01f * (quantization + info[lane].resolve_error) / unit + 1;
+    const float residual = __builtin_sqrtf(spread_row(rows + i * dim, codes, step, 128,
+                                                      panel + 4 * PANEL + i % PANEL * 4, 4 * PANEL, &ignored));
+    const float quantization = residual * codes.max_norm + (info[i].norm + residual) * codes.max_residual;
+    memcpy(panel + i % PANEL * 4, &inverse, 4);
+    info[i].unit = unit;
+    info[i].screen_error = 1.01f * (quantization + info[i].resolve_error) / unit + 1;
   }
 }
 
-void pack_rows(float* rows, int64_t count, const Codes& codes, float scale, bool bytes, void* panel, Row* info) {
-  const int64_t dim = codes.dim;
-  for (int64_t lane = 0; lane < PANEL; ++lane)
-    info[lane] = lane < count ? scale_row(rows + lane * dim, codes, scale) : Row{};
-  if (!panel) return;
-  if (bytes) return pack_bytes(rows, codes, panel, info);
-  float* out = static_cast<float*>(panel);
-  for (int64_t d = 0; d < dim; ++d)
-    for (int64_t lane = 0; lane < PANEL; ++lane) out[d * PANEL + lane] = rows[lane * dim + d];
+void pack_rows(float* rows, int64_t count, const Codes& codes, float scale, bool bytes, void* panels, Row* info) {
+  const int64_t dim = codes.dim, filled = (count + PANEL - 1) / PANEL;
+  for (int64_t i = 0; i < filled * PANEL; ++i) info[i] = i < count ? scale_row(rows + i * dim, codes, scale) : Row{};
+  if (!panels) return;
+  if (bytes) return pack_bytes(rows, filled, codes, panels, info);
+  float* out = static_cast<float*>(panels);
+  for (int64_t p = 0; p < filled; ++p, rows += dim * PANEL, out += dim * PANEL)
+    for (int64_t d = 0; d < dim; ++d)
+      for (int64_t lane = 0; lane < PANEL; ++lane) out[d * PANEL + lane] = rows[lane * dim + d];
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ constexpr int64_t PANEL = 16;    // vectors side by side in the lanes
 constexpr int64_t GROUP = 8;     // codes of which the screening keeps the maximum
 constexpr int64_t CHUNK = 256;   // groups screened before their maxima are looked at
 constexpr int64_t PANELS = 12;   // panels of a block: the vectors that share a pass over the codes
+constexpr int64_t TILE = 3;      // panels that are packed together
 constexpr float SMALL = 1e-30f;  // more than underflow can take away
 
 // The codes, finite ones only, scaled to a largest element near 1, in whole groups: the last is filled with copies.
@@ -25,8 +26,8 @@ struct Codes {
   const float* rows;           // [groups - 1, 8, dim]
   const float* last;           // [8, dim], the last group
   float* bias;                 // [groups * 8] -|v|^2 / 2 (euclidean), or null (cosine)
-  int8_t* bytes;               // [groups * 8, depth] v / step, rounded; null where no screening reads it
-  int32_t* offset;             // [groups * 8] -128 * (sum of a row of bytes): panels hold x + 128, which is unsigned
+  int8_t* bytes;               // [groups, depth / 4, 8, 4] v / step, rounded; null where no screening reads it
+  int32_t* offset;             // [groups * 8] -128 * (sum of a code's bytes): panels hold x + 128, which is unsigned
   float step;
   float max_norm, max_residual, max_bias;
 };
@@ -63,8 +64,9 @@ struct Kernels {
   GroupBounds (*measure_group)(const Codes&, int64_t group);
   // Writes the bytes and offsets of a group; returns the largest norm of what rounding took away.
   float (*pack_group)(const Codes&, int64_t group);
-  // count <= 16 rows [16, dim] in fp32, zeros behind them -> scaled rows in place, panel unless null, Row[16].
-  void (*pack_rows)(float* rows, int64_t count, const Codes&, float scale, bool bytes, void* panel, Row* info);
+  // Rows [count, dim] in fp32 of up to TILE panels, zeros behind them to the last one's end -> scaled rows in place,
+  // panels unless null, a Row for each lane.
+  void (*pack_rows)(float* rows, int64_t count, const Codes&, float scale, bool bytes, void* panels, Row* info);
   // Raises top [k, 16], the k best of each lane, best first, to those of more groups.
   void (*raise_top)(const float* group_max, int64_t groups, int64_t k, float* top);
   // Adds the groups whose maximum reaches best - 2 error.

@@ -85,6 +85,13 @@ def unequal_lengths(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return 100 * torch.randn(64, 12, generator=generator), torch.randn(400, 12, generator=generator) * length
 
 
+def far_and_near(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Vectors from 1e-3 to 1e3 long, some zero, in between 150 of like length: each has its own scale or shares one."""
+    length = torch.where(torch.arange(260) % 5 < 3, 1.0, 10 ** (6 * torch.rand(260, generator=generator) - 3))
+    length = torch.where(torch.arange(260) % 50 == 7, 0.0, length)
+    return torch.randn(260, 32, generator=generator) * length[:, None], torch.randn(700, 32, generator=generator)
+
+
 def integers(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Small integers: thousands of exact ties."""
     draw = lambda *shape: torch.randint(-2, 3, shape, generator=generator).float()  # noqa: E731
@@ -121,6 +128,7 @@ PROBLEMS = {
     "beyond double": beyond_double,
     "one code": one_code,
     "unequal lengths": unequal_lengths,
+    "far and near": far_and_near,
     "integers": integers,
     "huge": scaled(1e37, 1e37),
     "tiny": scaled(1e-37, 1e-37),
