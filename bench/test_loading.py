@@ -10,6 +10,7 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,14 +178,15 @@ def _dali_cuts(dataset: ImageFolder, timed: Callable) -> Callable:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed (extra: dali)")
     from beitv2_fast.data import dali
 
-    pipeline = dali.build(VIEW, torch.device("cpu"), BATCH, 1, whole_graph=False)
+    build = partial(dali.build, VIEW, torch.device("cpu"), BATCH, 1, whole_graph=False)
+    pipeline = build()
 
     def cuts_of(keys: list) -> tuple:
         batch = timed("read, header, draws", lambda: dali.prepare(dataset, keys, whole_graph=False))
 
         def decoded() -> list:
-            dali.start(pipeline, batch)
-            (output,) = dali.result(pipeline, dataset, batch)
+            dali.submit(pipeline, batch)
+            _, (output,) = dali.fetch(pipeline, dataset, batch, False, build)
             cuts = [Image.fromarray(np.asarray(output[i])) for i in range(len(output))]
             pipeline.release_outputs()
             return cuts

@@ -13,11 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet, _is_torch_function_mode_enabled
-from torch._C import _dispatch_keys as _keys_of
-from torch._C import _dispatch_tls_local_include_set as _keys_of_thread
-from torch._C._autograd import _profiler_enabled
-from torch._library.custom_ops import CustomOpDef
+from torch.library import CustomOpDef
 
 
 def _keys(*names: str) -> int:
@@ -27,14 +23,23 @@ def _keys(*names: str) -> int:
 
 # The dispatcher's keys of an ordinary thread and of ordinary tensors. Modes, transforms and traces change them, and so
 # do subclasses, wrappers, and tensors that are negated, zeros or inference mode's.
-THREAD = _keys("BackendSelect", "ADInplaceOrView")
-TENSORS = frozenset(_keys(d, f"Autograd{d}", f"Autocast{d}", "ADInplaceOrView") for d in ("CPU", "CUDA"))
+try:
+    from torch._C import DispatchKey, DispatchKeySet, _is_torch_function_mode_enabled
+    from torch._C import _dispatch_keys as _keys_of
+    from torch._C import _dispatch_tls_local_include_set as _keys_of_thread
+    from torch._C._autograd import _profiler_enabled
+
+    THREAD = _keys("BackendSelect", "ADInplaceOrView")
+    TENSORS = frozenset(_keys(d, f"Autograd{d}", f"Autocast{d}", "ADInplaceOrView") for d in ("CPU", "CUDA"))
+except (ImportError, AttributeError):  # a torch in which these private names changed: its dispatcher is asked
+    TENSORS = frozenset()
 
 
 def _ordinary(arguments: tuple[Any, ...]) -> bool:
     """Whether the dispatcher would do no more than autograd and the call of the device's kernel."""
     if (
-        _keys_of_thread().raw_repr() != THREAD
+        not TENSORS
+        or _keys_of_thread().raw_repr() != THREAD
         or _is_torch_function_mode_enabled()
         or _profiler_enabled()  # it names the ops
     ):
