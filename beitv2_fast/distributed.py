@@ -162,7 +162,13 @@ def start(device: str) -> World:
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     if "RANK" in os.environ and not dist.is_initialized():
         end_with_launcher()
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+        try:
+            dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            taken = f"Port {os.environ['MASTER_PORT']} is taken, as by another training on this machine."
+            raise UserError(f"{taken} Give the launcher another: deepspeed --master_port PORT ...") from None
     return World(rank, size, torch.device(device, local_rank) if device == "cuda" else torch.device(device))
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -42,7 +43,10 @@ def commands(root: Path, data: Path, probes: Mapping[str, Path], *, seed: int = 
         data: the images of the trainings. probes: those that are probed, labeled, by the name of the probe's folder.
     """
     python = sys.executable
-    deepspeed = [python, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--log_level", "critical"]
+    with socket.create_server(("127.0.0.1", 0)) as free:  # the launcher's own port serves one training per machine
+        port = str(free.getsockname()[1])
+    deepspeed = [python, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", port]
+    deepspeed += ["--log_level", "critical"]
     preset = ["--preset", "demo"]
     seeded = [*preset, "--seed", str(seed)]
     common = [*seeded, "--data", str(data)]

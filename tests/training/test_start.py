@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -59,6 +60,16 @@ def by_ranks(work: Callable, count: int) -> list:
 
 def test_a_rank_0_that_is_slower_than_torch_s_patience_kills_nobody():
     assert sorted(by_ranks(wait_for_rank_0, 2)) == [(rank, "RuntimeError", [0, 1]) for rank in range(2)]
+
+
+def test_a_port_that_another_training_holds_is_named_with_the_option_that_chooses_one(monkeypatch):
+    monkeypatch.setattr(distributed, "end_with_launcher", lambda: None)
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1])
+        for name, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"^Port {port} is taken, .* --master_port"):
+            distributed.start("cpu")
 
 
 @pytest.mark.parametrize(("cores", "ranks", "own"), [(12, "4", 3), (12, "8", 1), (2, "4", 1), (3, None, 3)])
