@@ -143,10 +143,11 @@ class Parser(argparse.ArgumentParser):
         return found, unknown
 
     def _near(self, unknown: Sequence[str]) -> str:
-        flags = [word[2:].partition("=")[0] for word in unknown if word.startswith("--")]
-        known = [name[2:] for name in self._option_string_actions if name.startswith("--")]
+        flags = [word[2:].partition("=")[0].lower() for word in unknown if word.startswith("--")]
+        actions = self._option_string_actions.items()
+        known = [name[2:] for name, action in actions if name.startswith("--") and action.help != argparse.SUPPRESS]
         near = [f"--{name}" for flag in flags for name in difflib.get_close_matches(flag, known, 1)]
-        return f" (did you mean {', '.join(near)}?)" if near else ""
+        return f" (did you mean {', '.join(dict.fromkeys(near))}?)" if near else ""
 
 
 def add_options(parser: argparse.ArgumentParser, shown: Any) -> None:

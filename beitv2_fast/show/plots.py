@@ -14,7 +14,7 @@ from ..errors import require
 from ..models.student import BRANCHES
 from .codes import CodeUsage
 from .sheets import stack
-from .theme import WIDTH, Theme, lettering
+from .theme import WIDTH, Theme, lettering, shortened
 
 SMOOTH_FROM = 200  # points from which a moving average is drawn over the raw curve
 MORE = ("#2f9e6e", "#c2417c", "#8a63d2", "#8f8a2c", "#3aa7b8")  # after the theme's two, for both themes
@@ -166,8 +166,10 @@ def _letter(text: Any, name: str) -> None:
     """A name in the legend, as it is: of labels matplotlib leaves out `_a`, and reads `$1$` as a formula."""
     from matplotlib.font_manager import FontProperties
 
-    file, name = lettering(name if len(name) <= NAME else f"{name[: NAME // 2]}…{name[1 - NAME // 2 :]}")
-    text.set(text=name, parse_math=False, fontproperties=FontProperties(fname=file, size=text.get_size()))
+    file, letters = lettering(name)
+    text.set(
+        text=shortened(letters, NAME), parse_math=False, fontproperties=FontProperties(fname=file, size=text.get_size())
+    )
 
 
 def _draw_bars(axes: Any, usage: CodeUsage, theme: Theme) -> None:

@@ -16,7 +16,7 @@ from ..data.images import ImageList
 from ..data.views import EvalView
 from ..pictures import masked_picture, token_map
 from .codes import CodeUsage, choose_patches
-from .theme import WIDTH, Theme, lettering
+from .theme import WIDTH, Theme, lettering, shortened
 
 DIMMED = 0.35
 FONT, SMALL = 13, 11.5  # CSS pixels
@@ -81,12 +81,10 @@ class Sheet:
     def _text(
         self, draw: Any, x: float, y: float, text: str, size: float, color: str, width: float, bold: bool = False
     ) -> None:
-        file, text = lettering(text, bold)
-        font = ImageFont.truetype(file, self._px(size))
-        if draw.textlength(text, font) > width * self.scale:
-            while text and draw.textlength(text + "…", font) > width * self.scale:
-                text = text[:-1]
-            text += "…"
+        file, letters = lettering(text, bold)
+        font, text = ImageFont.truetype(file, self._px(size)), "".join(letters)
+        while len(text) > 3 and draw.textlength(text, font) > width * self.scale:
+            text = shortened(letters, len(text) - 1)
         draw.text((self._px(x), self._px(y)), text, fill=color, font=font)
 
     def _px(self, value: float) -> int:

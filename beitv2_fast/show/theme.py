@@ -37,29 +37,54 @@ LIGHT = Theme("light", "#f3f5f8", "#ffffff", "#1b222c", "#5d6875", "#dbe0e6", "#
 DARK = Theme("dark", "#0f1216", "#171b21", "#e4e8ee", "#97a3b2", "#2c333d", "#6ba5ff", "#ffac54")
 
 
-@functools.cache
-def lettering(text: str, bold: bool = False) -> tuple[str, str]:
-    """(A font's file, the text to draw with it): DejaVu Sans, or the first installed font that has every character.
+def lettering(text: str, bold: bool = False) -> tuple[str, list[str]]:
+    """(A font's file, what to draw with it for each character): DejaVu Sans, or an installed font that has them all.
 
-    If no font has, those that DejaVu Sans lacks are escaped (\\u732b), for boxes tell no two names apart.
+    If none has, those that DejaVu Sans lacks are escaped (\\u732b), for boxes tell no two names apart.
     """
     from matplotlib import get_data_path
-    from matplotlib.font_manager import findSystemFonts
 
     usual = str(Path(get_data_path(), "fonts", "ttf", f"DejaVuSans{'-Bold' if bold else ''}.ttf"))
-    lacking = set(text) - _characters(usual)
-    for file in sorted(findSystemFonts()) if lacking else ():
-        if set(text) <= _characters(file):
-            return file, text
-    return usual, "".join(c.encode("unicode_escape").decode() if c in lacking else c for c in text)
+    wanted = {c for c in text if c.isprintable()}
+    files = () if wanted <= _characters(usual) else _installed(bold)
+    file = next((file for file in files if wanted <= _characters(file)), usual)
+    drawn = wanted & _characters(file)
+    return file, [c if c in drawn else c.encode("unicode_escape").decode() for c in text]
 
 
-def _characters(file: str) -> set[str]:
+@functools.cache
+def _installed(bold: bool) -> list[str]:
+    """Fonts, those of the weight first and slanted ones last."""
+    from matplotlib.font_manager import findSystemFonts
+
+    def rank(file: str) -> tuple[bool, bool, str]:
+        name = Path(file).stem.lower()
+        return any(s in name for s in ("italic", "oblique", "black", "thin")), ("bold" in name) != bold, file
+
+    return sorted((file for file in findSystemFonts() if "LastResort" not in file), key=rank)
+
+
+@functools.cache
+def _characters(file: str) -> frozenset[str]:
     """Of a font; none of one that has no outlines, as some have for emoji in color."""
     from matplotlib.ft2font import FT2Font
 
     try:
         ImageFont.truetype(file, 20)
-        return set(map(chr, FT2Font(file).get_charmap()))
+        return frozenset(map(chr, FT2Font(file).get_charmap()))
     except (OSError, RuntimeError):
-        return set()
+        return frozenset()
+
+
+def shortened(letters: list[str], most: int) -> str:
+    """The characters, or of too many the beginning and the end, by which names differ."""
+    if sum(map(len, letters)) <= most:
+        return "".join(letters)
+    first: list[str] = []
+    last: list[str] = []
+    for near, far in zip(letters, reversed(letters), strict=True):
+        if sum(map(len, (*first, *last, near, far))) > most - 3:
+            break
+        first.append(near)
+        last.append(far)
+    return "".join((*first, "...", *reversed(last)))

@@ -168,7 +168,7 @@ def cases(target: str, each: int | None) -> list[Case]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", choices=TARGETS, default="sm_90")
-    parser.add_argument("--tiny", action="store_true", help="two cases of each op")
+    parser.add_argument("--tiny", action="store_true", help="two cases of each part")
     options = parser.parse_args()
     if "TRITON_CACHE_DIR" not in os.environ:
         parser.error("set TRITON_CACHE_DIR to the folder that is to be filled")

@@ -113,7 +113,7 @@ def _form_step(make: Callable[[], nn.Module], n: int) -> Callable[[], object]:
 
 
 def kernels(run: Run) -> None:
-    """Every kernel of a call by itself, on the default problems."""
+    """The 30 longest kernels of a call, each by itself, on the default problems."""
     n, k, d = size(run)
     x, codebook = problem(n, k, d)
     p = head_problem(*TINY_HEAD) if run.tiny else head_problem()

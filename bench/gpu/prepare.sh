@@ -8,7 +8,7 @@
 #   triton.tar.xz Triton's cache with the kernels of the default problems
 #
 # --dali makes .gpu/dali/part-*, which travel one at a time (run.sh keep). --offline leaves out what pip would fetch,
-# --tiny compiles two cases of each op only; --target names another card than sm_90, --out another folder than .gpu.
+# --tiny compiles two cases of each part only; --target names another card than sm_90, --out another folder than .gpu.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=python3 out=.gpu wheels=yes dali=no tiny=() target=sm_90

@@ -43,7 +43,7 @@ def goal_rows(records: Records) -> Iterator[str]:
     yield from header("what", "goal", "measured", "met")
     found = goals.rows(records)
     yield from (row(r.what, r.goal, r.measured, "yes" if r.met else "**no**") for r in found if r.met is not None)
-    if missing := "; ".join(f"{r.what} ({r.goal})" for r in found if r.met is None):
+    if missing := "; ".join(f"{r.what} (goal: {r.goal})" for r in found if r.met is None):
         yield f"\nNot measured: {missing}."
 
 
@@ -154,7 +154,7 @@ def kernels(records: Records) -> Iterator[str]:
         if "launches" in r:
             calls.setdefault(r["op"], []).append(r)
     if calls:
-        yield f"Those that take {LEAST_SHARE:.0%} of their call and more.\n"
+        yield f"Those that take {LEAST_SHARE:.0%} of their call's 30 longest and more.\n"
         yield from header("call", "kernel", "us", "launches")
     for op, found in calls.items():
         least = LEAST_SHARE * sum(r["ms"] for r in found)

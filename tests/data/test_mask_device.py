@@ -49,8 +49,10 @@ def test_they_follow_from_the_seed_and_not_from_the_number_of_ranks(images):
     assert not torch.equal(drawn(batches(images, seed=1)), drawn(batches(images)))
 
 
-def test_a_pre_training_with_them_ends_with_the_same_bits(images, tmp_path, monkeypatch):
-    options = [*TINY, *PRETRAIN, "--data", images, "--tokenizer", small_tokenizer(tmp_path / "tokenizer")]
+@pytest.mark.parametrize("kind", ["block", "random"])
+def test_a_pre_training_with_them_ends_with_the_same_bits(images, tmp_path, monkeypatch, kind):
+    tokenizer = small_tokenizer(tmp_path / "tokenizer")
+    options = [*TINY, *PRETRAIN, "--mask", kind, "--data", images, "--tokenizer", tokenizer]
     assert call("pretrain", *options, "--out", tmp_path / "loader") == 0
     where, loss = [], PretrainTask.loss
     monkeypatch.setattr(

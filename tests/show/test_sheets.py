@@ -18,7 +18,7 @@ from beitv2_fast.pictures import HIDDEN, code_colors, heat_map, masked_picture, 
 from beitv2_fast.show.codes import CodeUsage, choose_codes, choose_patches
 from beitv2_fast.show.plots import Curve, Panel, _draw_curves
 from beitv2_fast.show.sheets import LABEL, Label, Sheet, code_sheet, patch_picture, token_map_sheet
-from beitv2_fast.show.theme import LIGHT, lettering
+from beitv2_fast.show.theme import LIGHT, _installed, lettering, shortened
 
 COLORS = [(220, 40, 40), (40, 200, 60), (50, 70, 230), (230, 210, 40)]
 
@@ -71,43 +71,54 @@ def test_the_labels_of_a_token_map_sheet_are_not_cut_short(monkeypatch):
         [torch.rand(3, 16, 16)], torch.zeros(1, 2, 2, dtype=torch.int64), torch.rand(1, 3), ["a"], LIGHT, 2.0
     )
     assert {"photograph", "token map", "both"} <= set(drawn)
-    assert not [line for line in drawn if line.endswith("…")]
+    assert not [line for line in drawn if "..." in line]
 
 
 @pytest.fixture
 def installed(monkeypatch, tmp_path):
-    """The fonts of the system: a file that is none, and one that has a watch, which DejaVu Sans has not."""
-    fonts = [tmp_path / "a.ttf", Path(get_data_path(), "fonts", "ttf", "STIXGeneral.ttf")]
+    """The fonts of the system, all but the first of which have a watch, which DejaVu Sans has not."""
+    fonts = [tmp_path / f"{name}.ttf" for name in ("a", "LastResort", "b-BoldItalic", "c-Bold", "d-Regular")]
     fonts[0].write_text("no font")
+    for font in fonts[1:]:
+        font.symlink_to(Path(get_data_path(), "fonts", "ttf", "STIXGeneral.ttf"))
     monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: [str(font) for font in fonts])
-    lettering.cache_clear()
-    yield str(fonts[1])
-    lettering.cache_clear()
+    _installed.cache_clear()
+    yield [str(font) for font in fonts[3:]]
+    _installed.cache_clear()
 
 
 @pytest.mark.parametrize("bold", [False, True])
 def test_a_name_is_drawn_with_a_font_that_has_its_letters_and_escaped_where_none_has(installed, bold):
-    usual, text = lettering("Gürtel $x_1$ 😀", bold)
-    assert Path(usual).name == ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf") and text == "Gürtel $x_1$ 😀"
-    assert lettering("⌚ watch", bold) == (installed, "⌚ watch")
-    assert lettering("⌚ 猫", bold) == (usual, r"\u231a \u732b") and lettering("a\nb", bold) == (usual, r"a\nb")
+    usual, letters = lettering("Gürtel $x_1$ 😀", bold)
+    assert Path(usual).name == ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf")
+    assert "".join(letters) == "Gürtel $x_1$ 😀"
+    assert lettering("⌚ a\nb", bold) == (installed[not bold], ["⌚", " ", "a", r"\n", "b"])
+    assert lettering("⌚ 猫", bold) == (usual, [r"\u231a", " ", r"\u732b"])
+    assert lettering("a\n", bold) == (usual, ["a", r"\n"])
+
+
+def test_of_a_long_name_the_beginning_and_the_end_are_kept_and_no_escape_is_cut():
+    assert shortened(["a"] * 9, 9) == "a" * 9
+    assert shortened(["a", "b", *"xxxx", r"\u732b", "c"], 11) == "a...c" and shortened([*"abcdefgh"], 7) == "ab...gh"
 
 
 def test_a_sheet_draws_a_name_with_the_font_that_has_its_letters(installed, monkeypatch):
     drawn = {}
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, at, line, **how: drawn.update({line: how["font"]}))
     Sheet(LIGHT, 2.0).draw([[None]], [Label(["猫"])], ["⌚"], 100)
-    assert drawn["⌚"].path == installed and Path(drawn[r"\u732b"].path).name == "DejaVuSans-Bold.ttf"
+    assert drawn["⌚"].path == installed[1] and Path(drawn[r"\u732b"].path).name == "DejaVuSans-Bold.ttf"
 
 
 def test_a_legend_has_the_names_of_the_runs_as_they_are_and_long_ones_without_their_middle(installed):
     axes = Figure().subplots()
-    names = ["_a", "cost$1$", "⌚", "run_" + "x" * 60 + "_lr_0.1"]
+    names = ["_a", "cost$1$", "⌚", "run_" + "x" * 60 + "_lr_0.1", "猫" * 40]
     _draw_curves(axes, Panel("loss", [Curve(name, [1.0, 2.0], [1.0, 2.0]) for name in names]), LIGHT)
     texts = axes.get_legend().get_texts()
     assert [text.get_text() for text in texts[:3]] == names[:3]
-    assert texts[3].get_text() == "run_" + "x" * 12 + "…" + "x" * 8 + "_lr_0.1"
-    assert not any(text.get_parse_math() for text in texts) and texts[2].get_fontproperties().get_file() == installed
+    assert texts[3].get_text() == "run_" + "x" * 10 + "..." + "x" * 7 + "_lr_0.1"
+    assert texts[4].get_text() == r"\u732b\u732b...\u732b\u732b"
+    assert not any(text.get_parse_math() for text in texts)
+    assert texts[2].get_fontproperties().get_file() == installed[1]
 
 
 def test_a_color_bar_goes_from_the_color_of_0_to_that_of_1():
