@@ -124,13 +124,14 @@ def test_rates_stand_beside_what_the_card_reached():
 def test_the_page_of_a_gpu_has_its_name_the_command_and_no_warning(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "PAGE", tmp_path / "docs" / "gpu.md")
     (tmp_path / "docs").mkdir()
-    skipped = {"section": "head", "what": "Liger", "group": "g", "skipped": "No module named 'liger_kernel'"}
-    assert report.main([str(write(tmp_path / "A.jsonl", *measured(), skipped)), "--note", "First of two."]) == 0
+    missing = {"section": "head", "what": "Liger", "skipped": "No module named 'liger_kernel'"}
+    skipped = [{**missing, "group": group} for group in ("g", "h")]
+    assert report.main([str(write(tmp_path / "A.jsonl", *measured(), *skipped)), "--note", "First of two."]) == 0
     text = (tmp_path / "docs" / "gpu.md").read_text()
     assert text.startswith("# Measured on NVIDIA H100 80GB HBM3\n\nFirst of two.\n") and "NOT A MEASUREMENT" not in text
     for part in ("| driver | 580.1 |", "| torch | 2.11.0 |", "`python -m bench.gpu --part A`", "| 0.6 ms | **no** |"):
         assert part in text
-    assert "- head: Liger (g): skipped: No module named 'liger_kernel'" in text
+    assert "- head: Liger: skipped: No module named 'liger_kernel' (g; h)" in text
     folder, plotted = tmp_path / "docs" / "gpu", find_spec("matplotlib") is not None
     assert (folder / "ops.png").is_file() == plotted and (folder / "results.jsonl").is_file()
 
