@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 
 
 def _keys(*names: str) -> int:
@@ -24,7 +26,7 @@ def _keys(*names: str) -> int:
 # The dispatcher's keys of an ordinary thread and of ordinary tensors. Modes, transforms and traces change them, and so
 # do subclasses, wrappers, and tensors that are negated, zeros or inference mode's.
 try:
-    from torch._C import DispatchKey, DispatchKeySet, _is_torch_function_mode_enabled
+    from torch._C import DispatchKey, DispatchKeySet, _any_requires_grad, _is_torch_function_mode_enabled
     from torch._C import _dispatch_keys as _keys_of
     from torch._C import _dispatch_tls_local_include_set as _keys_of_thread
     from torch._C._autograd import _profiler_enabled
@@ -42,13 +44,15 @@ def _ordinary(arguments: tuple[Any, ...]) -> bool:
         or _keys_of_thread().raw_repr() != THREAD
         or _is_torch_function_mode_enabled()
         or _profiler_enabled()  # it names the ops
+        or forward_ad._current_level >= 0
+        or has_torch_function(arguments)
     ):
         return False
     for argument in arguments:
         if isinstance(argument, Tensor):
             if _keys_of(argument).raw_repr() not in TENSORS:
                 return False
-        elif isinstance(argument, list):
+        elif isinstance(argument, (list, tuple)):
             return False
     return True
 
@@ -68,7 +72,7 @@ class Op(CustomOpDef):
         if not torch.compiler.is_compiling() and not named and _ordinary(arguments):
             device = arguments[0].device.type
             if not (self.casts and torch.is_autocast_enabled(device)):
-                if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+                if not (torch.is_grad_enabled() and _any_requires_grad(*arguments)):
                     return self._run(*arguments)
                 if self._backward_fn is not None:
                     return self._function.apply(*arguments)

@@ -337,7 +337,8 @@ class FusedVectorQuantizer(QuantizerState):
         if snapshot is not None:
             snapshot.draw = key
         options: dict[str, Any] = {"metric": self.metric, "temperature": self.temperature}
-        return draw_codes(rows, codebook, seed=key, process_group=self._group, **options)
+        codebooks = codebook.view(self.groups, self.num_codes, -1)
+        return draw_codes(rows, codebooks, seed=key, process_group=self._group, **options)
 
     def _codebooks(self) -> Tensor:
         """``_searched`` as [G, K, D]."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..kernels import codebook_search
 from ..kernels.checks import METRICS, check_indices, check_range, check_temperature, check_vectors
 from ..kernels.codebook_search.reference import CHUNK_SCORES, NEAREST
+from ..kernels.registration import custom_op
 
 IN_CACHE = 1 << 18  # scores of a chunk on the CPU, or K D if those are more
 LEAST = 1e-5  # probability of which the logarithm is taken
@@ -171,7 +172,7 @@ def _add_gradients(
         by_b.addmm_(by_logits.T, a)
 
 
-@torch.library.custom_op("beitv2_fast::soft_assignment", mutates_args=())
+@custom_op("beitv2_fast::soft_assignment")
 def _assign(a: Tensor, b: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
     """(log-sum-exp [N], entropy [N], mean p [K]) of the logits of ``_operands``."""
     log_sum_exp, entropy, total = a.new_empty(len(a)), a.new_empty(len(a)), b.new_zeros(len(b))
@@ -188,7 +189,7 @@ def _assign_fake(a: Tensor, b: Tensor, floor: float) -> tuple[Tensor, Tensor, Te
     return a.new_empty(a.shape[0]), a.new_empty(a.shape[0]), b.new_empty(b.shape[0])
 
 
-@torch.library.custom_op("beitv2_fast::soft_assignment_backward", mutates_args=())
+@custom_op("beitv2_fast::soft_assignment_backward")
 def _assign_backward(
     a: Tensor,
     b: Tensor,
@@ -238,7 +239,7 @@ def _gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
 _assign.register_autograd(_gradients, setup_context=_save)
 
 
-@torch.library.custom_op("beitv2_fast::soft_cross_entropy", mutates_args=())
+@custom_op("beitv2_fast::soft_cross_entropy")
 def _cross_entropy(
     a: Tensor, b: Tensor, codes: Tensor, floor: float, gradients: bool, of_b: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,7 +257,7 @@ def _cross_entropy(
     return loss, by_a, by_b
 
 
-@torch.library.custom_op("beitv2_fast::soft_diversity", mutates_args=())
+@custom_op("beitv2_fast::soft_diversity")
 def _diversity(
     a: Tensor, b: Tensor, batch: int, floor: float, gradients: bool, of_b: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -300,7 +301,7 @@ def _losses_fake(a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tens
     return b.new_empty(1), _like(a, gradients), _like(b, of_b)
 
 
-@torch.library.custom_op("beitv2_fast::soft_losses_backward", mutates_args=())
+@custom_op("beitv2_fast::soft_losses_backward")
 def _losses_backward(upstream: Tensor, gradient: Tensor, of: Tensor) -> Tensor:
     """The product; ``of`` is what the gradient depends on: differentiating twice is an error, not a wrong number."""
     return upstream * gradient

@@ -31,9 +31,12 @@ template <int LANES>
 inline typename Registers<LANES>::Floats load(const Half* p) {
   typedef typename Registers<LANES>::Floats Floats;
   typedef typename Registers<LANES>::Ints Ints;
-  const Ints bits = load_bits<LANES>(p), magnitude = (bits & 0x7fff) << 13;
-  const Ints infinite = (magnitude >= 0x0f800000) & 0x7f800000;  // NaN as well: neither is searched here
-  return (Floats)((Ints)((Floats)magnitude * 0x1p112f) | infinite | (bits & 0x8000) << 16);
+  const Ints bits = load_bits<LANES>(p), magnitude = bits & 0x7fff;
+  const Ints infinite = (magnitude >= 0x7c00) & 0x7f800000;  // NaN as well: neither is searched here
+  const Ints normal = (Ints)((Floats)(magnitude << 13) * 0x1p112f);
+  // Subnormal in fp32 as well, which a thread may read as 0.
+  const Ints small = (Ints)(__builtin_convertvector(magnitude, Floats) * 0x1p-24f), is_small = magnitude < 0x0400;
+  return (Floats)((is_small & small) | (~is_small & normal) | infinite | (bits & 0x8000) << 16);
 }
 
 template <int LANES>

@@ -118,7 +118,7 @@ inline Row scale_row(float* row, const Codes& codes, float scale) {
   if (info.finite && !info.zero) {
     if (codes.bias) {
       multiply(row, codes.dim, scale);
-      info.far = max_magnitude(row, codes.dim) > 0x5d800000;  // 2^60
+      info.far = !(sum_of_squares(row, codes.dim) < 0x1p120f);
     } else {
       if (largest < 0x00800000) {  // subnormal
         multiply(row, codes.dim, 0x1p100f);

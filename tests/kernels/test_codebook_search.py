@@ -190,6 +190,27 @@ def test_codes_of_any_size_beside_some_with_nan_or_inf(version, metric, exponent
         assert torch.equal(found, good[exact_indices(rows, codebook[good], metric)])
 
 
+@pytest.mark.parametrize("rows", (4, 32))
+def test_subnormal_codes_are_told_apart_where_a_thread_takes_those_of_fp32_for_zero(version, rows):
+    x, codebook = torch.randn(rows, 32, generator=seeded()), 2e-5 * torch.randn(512, 32, generator=seeded(1))
+    codebook[0, 0] = 2e-4
+    expected = exact_indices(x, codebook.half(), "cosine")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot")
+    try:
+        assert torch.equal(codebook_search(x, codebook.half()).indices, expected)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("rows", (3, 12, 200))
+def test_vectors_whose_squares_overflow_only_together_find_the_first_of_zero_codes(version, rows):
+    x, codebook = torch.full((rows, 512), 2**59.9), torch.zeros(512, 512)
+    assert not codebook_search(x, codebook, metric="euclidean").indices.any()
+    few = codebook_search(x, codebook, metric="euclidean", k=3).indices
+    assert torch.equal(few, torch.arange(3).expand(rows, 3))
+
+
 def test_zero_vectors_and_zero_codes(version):
     x, codebook = torch.zeros(5, 8), torch.randn(50, 8, generator=seeded())
     codebook[[20, 30]] = 0.0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from beitv2_fast import FusedVectorQuantizer
 from beitv2_fast.kernels.codebook_search.ops import codebook_search_op
 from beitv2_fast.kernels.codebook_update.ops import codebook_statistics
+from beitv2_fast.kernels.masked_cross_entropy.ops import with_gradients
 from beitv2_fast.kernels.registration import Op
 from beitv2_fast.kernels.vector_quantize.ops import quantize
 from beitv2_fast.quantize.collapse import REPLACE_EVERY
@@ -87,7 +89,7 @@ class Functions(TorchFunctionMode):
 
 @pytest.mark.parametrize(
     "watcher",
-    [FakeTensorMode, Dispatched, Functions, torch.inference_mode, torch.profiler.profile],
+    [FakeTensorMode, Dispatched, Functions, torch.inference_mode, torch.profiler.profile, forward_ad.dual_level],
     ids=lambda w: w.__name__,
 )
 def test_whoever_watches_sees_the_op(watcher: Callable[[], AbstractContextManager[object]]):
@@ -106,6 +108,26 @@ def test_tensors_that_are_no_plain_memory_go_by_the_dispatcher():
         fake = torch.ones(6, 4)
     assert codebook_statistics(fake, mode.from_tensor(indices), 3, "cosine").shape == (3, 5)  # outside of its mode
     assert codebook_statistics(x.to("meta"), indices.to("meta"), 3, "cosine").is_meta
+
+
+class Named(Tensor):
+    """A subclass that has functions of its own."""
+
+
+def test_subclasses_go_by_the_dispatcher():
+    x, codebook = noise(6, 4), noise(5, 4)
+    outputs = quantize(x.as_subclass(Named), codebook, "euclidean", 1.0, 0.0, True)
+    expected = quantize._opoverload(x.as_subclass(Named), codebook, "euclidean", 1.0, 0.0, True)
+    assert [type(t) for t in outputs] == [type(t) for t in expected]
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_tensors_in_a_sequence_keep_their_gradient(kind):
+    x = noise(2, 3, 4).requires_grad_()
+    losses = with_gradients(torch.ones(1), kind([x]), kind([torch.ones(1, 2, 3, 4)]), 2, None)
+    losses.sum().backward()
+    assert torch.equal(x.grad, torch.full((2, 3, 4), 0.5))
 
 
 def test_autocast_casts_what_has_a_rule_for_it():
