@@ -36,11 +36,10 @@ def look(clock: Tensor, initialized: Tensor, steps: Tensor) -> bool:
     step (compiled code advances it in every step, by the same number each time). Writes through ``.data``, which count
     no version, are noticed on the CPU only.
     """
-    known = clock.tolist()
     if not host_waits_for(initialized):
-        if known[: STEPS + 1] != [int(initialized), int(steps)]:
-            clock[STARTED], clock[STEPS] = initialized, steps
-        return bool(initialized)
+        clock[STARTED], clock[STEPS] = initialized, steps
+        return bool(clock[STARTED])
+    known = clock.tolist()
     address, version = initialized.data_ptr(), 0 if initialized.is_inference() else initialized._version
     stride = version - known[VERSION]
     started_here = bool(known[STARTED]) and address == known[ADDRESS]
