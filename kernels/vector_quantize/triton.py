@@ -21,6 +21,8 @@ def vector_quantize_backward_triton(
     out = x.new_empty(x.shape)
     if count == 0:
         return out
+    if grad_quantized is not None and 0 in grad_quantized.stride():
+        grad_quantized = grad_quantized.contiguous()  # Triton would sum a broadcast one in another order
     block_n, block_d = tile_shape(dim)
     with device_of(x):
         backward_kernel[(cdiv(count, block_n),)](

@@ -35,9 +35,11 @@ def launched_kernels() -> set[str]:
     """The names in the modules of ``kernels`` that are launched: ``name[grid](...)``."""
     names = set(INDIRECTLY)
     for path in Path(kernels.__file__).parent.glob("*/triton*.py"):
-        calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        calls = (node.func for node in nodes if isinstance(node, ast.Call))
         launched = (func.value for func in calls if isinstance(func, ast.Subscript))
-        names |= {value.id for value in launched if isinstance(value, ast.Name)}
+        variables = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        names |= {value.id for value in launched if isinstance(value, ast.Name)} - variables
     return names
 
 

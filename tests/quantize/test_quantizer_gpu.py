@@ -246,7 +246,8 @@ def test_a_replaced_embedding_quantizer_keeps_its_device_and_values():
             self.unknown_index = 0
 
     torch.manual_seed(1)
-    ours, theirs = EmbeddingAdapter(here(original := Original())), EmbeddingAdapter(original)
+    theirs = EmbeddingAdapter(original := Original())  # which shares its tensors, as ours those of a copy
+    ours = EmbeddingAdapter(here(copy.deepcopy(original)))
     z = vectors(0, 60).view(2, 5, 6, D).movedim(-1, 1)
     found, expected = ours(here(z)), theirs(z)
     assert found[0].device.type == HERE and torch.equal(found[2][2].cpu(), expected[2][2])
