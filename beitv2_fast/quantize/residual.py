@@ -89,9 +89,9 @@ class ResidualVectorQuantizer(nn.Module):
         """
         if depth is None:
             depth = self.draw_depth(z)
-        elif not isinstance(depth, Tensor) or depth.shape != z.shape[:-1][:1]:
+        elif not isinstance(depth, Tensor) or depth.shape != _samples(z):
             got = list(depth.shape) if isinstance(depth, Tensor) else repr(depth)
-            raise ValueError(f"depth must be a tensor {list(z.shape[:-1][:1])}, stages for each sample; got {got}")
+            raise ValueError(f"depth must be a tensor {list(_samples(z))}, stages for each sample; got {got}")
         residual = _wide(z)
         total = torch.zeros_like(residual)
         beam = None if self.training or self.eval_beam_size == 1 else self._search(z, depth)
@@ -185,7 +185,7 @@ class ResidualVectorQuantizer(nn.Module):
         """How many stages each sample takes part in by ``dropout``, [B]; None: all in all."""
         if not self.training or not self.dropout or self.num_quantizers == 1:
             return None
-        depth = torch.randint(1, self.num_quantizers, z.shape[:-1][:1], device=z.device)
+        depth = torch.randint(1, self.num_quantizers, _samples(z), device=z.device)
         return torch.where(torch.rand(depth.shape, device=z.device) < self.dropout, depth, self.num_quantizers)
 
     def _taking_part(self, z: Tensor, mask: Tensor | None, depth: Tensor | None, i: int) -> Tensor | None:
@@ -219,3 +219,8 @@ class GroupedResidualVectorQuantizer(ResidualVectorQuantizer):
 def _wide(z: Tensor) -> Tensor:
     """Half precision in fp32; what no quantizer takes is left for the stages to refuse."""
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+
+
+def _samples(z: Tensor) -> torch.Size:
+    """[B], or [] of a single vector [D]."""
+    return z.shape[:-1][:1]
