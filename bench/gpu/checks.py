@@ -42,7 +42,7 @@ def tests(run: Run) -> None:
         if _has("pytest_timeout"):
             command += ["--timeout=100", f"--session-timeout={max(limit - 15, 10):.0f}"]
     with run.item("pytest -m gpu"):
-        done = run.command("pytest -m gpu", command, limit=limit, env=SHARE)
+        done = run.command("pytest -m gpu", command, limit=limit, env={**SHARE, "COLUMNS": "300"})  # whole reasons
         if done is not None:
             run.say(
                 "pytest -m gpu", code=done.returncode, seconds_of_tests=round(done.seconds, 1), **summary(done.stdout)

@@ -113,7 +113,7 @@ def correctness(records: Records) -> Iterator[str]:
         if "counts" in r:
             counts = ", ".join(f"{n} {kind}" for kind, n in r["counts"].items()) or r["last"]
             yield f"\n`pytest -m gpu`: {counts}, {r['seconds_of_tests']:.0f} s."
-            yield from (f"- {line}" for line in r["failed"])
+            yield from (f"- {line.split(' - ')[0]}" for line in r["failed"])
     for r in records.of("sanitizer"):
         if "found" in r:
             yield f"\ncompute-sanitizer, {r['what']}: {r['found']} found."
