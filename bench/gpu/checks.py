@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.gpu.run import ROOT, Run
 
-PROCESSES = 14
+PROCESSES = 12
 SHARE = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # of the cores, for each process
 ONCE = "every_kernel_once"  # the tests that launch every kernel with small, odd sizes
 SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"  # where CUDA's toolkit puts it when it is not on the PATH

@@ -36,6 +36,7 @@ def correct(run: Run) -> None:
 
 def _student(run: Run, small: dict[str, int], batch: int, attention: str) -> None:
     with run.item("student", batch=batch, attention=attention):
+        run.need_time()
         config = replace(PRETRAIN["base"], **small, early_layer=2, num_masked=MASKED, attention="math")
         cpu = build_student(config, NUM_CODES).train()
         _fill_tables(cpu)
@@ -83,6 +84,7 @@ def _difference(found: Tensor, exact: Tensor) -> float:
 def _tokenizer(run: Run, small: dict[str, int]) -> None:
     """Steps of forward and backward, in which the codebook learns: the codes that agree, and the worst gradient."""
     with run.item("tokenizer"):
+        run.need_time()
         config = replace(TOKENIZER["base"], **small, num_codes=500, decoder_depth=1, attention="math")
         cpu = build_tokenizer(config, TARGET_DIM).train()
         there = copy.deepcopy(cpu).to(DEVICE)

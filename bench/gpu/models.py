@@ -75,9 +75,11 @@ def steps(run: Run) -> None:
             del both, step
     for stage in STAGES if run.on_gpu else ():
         with run.item("host waits", group=stage):
+            run.need_time()
             run.say("host waits", group=stage, count=host_waits(Shape(stage, "B/16", 64).both(run.tiny)[OURS]))
     if run.on_gpu:  # last, since a capture that fails may leave the process unfit for more
         with run.item("CUDA graph of a step"):
+            run.need_time()
             step = Shape("pre-training", "B/16", 64).both(run.tiny)[OURS]
             times = clocks.all_times(step, seconds=0.3)
             run.tainted |= times.graph_error is not None
@@ -117,6 +119,7 @@ def profile(run: Run) -> None:
     for stage in STAGES:
         shape = Shape(stage, "tiny", 2) if run.tiny else Shape(stage, "B/16", 64)
         with run.item("parts", group=shape.group):
+            run.need_time()
             both = shape.both(run.tiny)
             for name, step in both.items():
                 found = seconds_by_part(step, stage)

@@ -52,9 +52,9 @@ class Run:
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def need_time(self) -> None:
-        """Raises Unavailable when the section's time is over, for an ``item`` to write down."""
-        if self.left() <= 0:
+    def need_time(self, seconds: float = 0.0) -> None:
+        """Raises Unavailable when no more than that is left of the section's time, for an ``item`` to write down."""
+        if self.left() <= seconds:
             raise Unavailable("no time is left in this section")
 
     def say(self, what: str, **values: Any) -> None:

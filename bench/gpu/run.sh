@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On the GPU machine, in the carried tree: bash bench/gpu/run.sh A   (or B, C, D, or sections; options may follow)
+# On the GPU machine, in the carried tree: bash bench/gpu/run.sh MINUTES SECTION ...   (options may follow)
 #
 # Needs a Python with torch, Triton and pytest, and no network: what else is wanted lies in .gpu/ (prepare.sh makes it;
 # without it, what is installed is used). Results go to $OUT (runs/gpu), everything else to $WORK (/tmp/beitv2_gpu).
@@ -15,12 +15,9 @@ if [ "${1:-}" = keep ]; then
     cp -- "${@:2}" "$WORK/kept/" && ls -l "$WORK/kept"
     exit
 fi
-case ${1:-} in
-    A | B) minutes=5 chosen=(--part "$1") ;;
-    C) minutes=8 chosen=(--part "$1") ;;
-    D) minutes=6 chosen=(--part "$1") ;;
-    "" | -*) sed -n '2,8s/^# \?//p' "$0"; exit 2 ;;
-    *) minutes=5 chosen=(--minutes 5 "$1") ;;
+case ${1:-}${2:+ } in
+    [0-9]*" ") minutes=$1 ;;
+    *) sed -n '2,7s/^# \?//p' "$0"; exit 2 ;;
 esac
 
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 TOKENIZERS_PARALLELISM=false
@@ -57,9 +54,9 @@ carried=$(ls "$TRITON_CACHE_DIR" 2>/dev/null | wc -l)
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.used,clocks.sm --format=csv,noheader
 
 photographs=$(ls "$WORK"/kept/*.npz 2>/dev/null | head -1)
-say "$1, $minutes minutes"
-# The program keeps to its minutes; should it not, it is ended a minute later.
-timeout -k 10 $((minutes * 60 + 60)) "$PYTHON" -m bench.gpu "${chosen[@]}" "${@:2}" \
+say "${*:2}"
+# The program keeps to its minutes; should it not, it is ended half a minute later.
+timeout -k 10 "$(awk "BEGIN {print 60 * $minutes + 30}")" "$PYTHON" -m bench.gpu "${@:2}" --minutes "$minutes" \
     --out "$OUT" ${photographs:+--data "$photographs"}
 code=$?
 say "ended with code $code; kernels in Triton's cache: $carried carried, $(ls "$TRITON_CACHE_DIR" 2>/dev/null | wc -l) now"

@@ -24,6 +24,7 @@ from bench.gpu.plan import Section, limit_of, reason_to_skip
 MARK = "\x02"  # begins a line of results: whatever else a library prints is no result
 WORKER = (sys.executable, "-m", "bench.gpu.worker")
 START_SECONDS = 120  # for a new worker to import torch
+OVERRUN = 15.0  # seconds after its limit in which a section may end what it is at
 GRACE = 5.0  # seconds between asking a worker to end and killing it
 
 
@@ -58,7 +59,7 @@ class Worker:
         try:
             line = self.lines.get(timeout=max(until - time.monotonic(), 0.0))
         except queue.Empty:
-            raise Lost("it hung and was ended") from None
+            raise Lost("it did not end in its time") from None
         if line is None:
             raise Lost(f"its process ended with code {self.process.wait()}")
         return line
@@ -76,11 +77,11 @@ class Results:
     """The file of results and the terminal."""
 
     def __init__(self, file: Path, about: dict[str, Any]) -> None:
-        self.out, self.about, self.started = file.open("a", encoding="utf-8"), about, time.monotonic()
+        # Without a buffer each line is one write, which those of other programs do not cut.
+        self.out, self.about, self.started = file.open("ab", buffering=0), about, time.monotonic()
 
     def write(self, record: dict[str, Any]) -> None:
-        self.out.write(json.dumps(record) + "\n")
-        self.out.flush()
+        self.out.write(f"{json.dumps(record)}\n".encode())
         print(short(record), flush=True)
 
     def say(self, section: str, what: str, **values: Any) -> None:
@@ -89,26 +90,25 @@ class Results:
 
 def short(record: dict[str, Any], most: int = 240) -> str:
     """A result as a person reads it while it runs; the file has all of it."""
-    left = {k: v for k, v in record.items() if k not in ("section", "what", "at_s", "sections") and v is not None}
+    left = {k: v for k, v in record.items() if k not in ("section", "what", "at_s") and v is not None}
     values = " ".join(f"{k}={f'{v:.4g}' if isinstance(v, float) else v}" for k, v in left.items())
     text = f"{record['section']}: {record['what']}  {values}".replace("\n", " ")
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def run_sections(
-    sections: Sequence[Section], results: Results, log: TextIO, *, minutes: float | None, tiny: bool, data: Path | None
+    sections: Sequence[Section], results: Results, log: TextIO, *, minutes: float, tiny: bool, data: Path | None
 ) -> list[str]:
-    """Run what fits in ``minutes``, in order; the names of the sections that were lost."""
-    end = time.monotonic() + 60 * minutes if minutes else float("inf")
+    """Run them in order, for ``minutes``; the names of the sections that were lost."""
+    end = time.monotonic() + 60 * minutes
     arguments = [*(["--tiny"] if tiny else []), *(["--data", str(data)] if data else [])]
-    plan = [{"section": s.name, "expected_s": s.seconds, "what": s.what} for s in sections]
-    results.say("run", "plan", minutes=minutes, sections=plan, **results.about)
+    results.say("run", "plan", minutes=minutes, sections=[s.name for s in sections], **results.about)
     worker: Worker | None = None
     lost = []
     try:
         for section in sections:
             left = end - time.monotonic()
-            if reason := reason_to_skip(section, left, tiny):
+            if reason := reason_to_skip(left, tiny):
                 results.say(section.name, "section", skipped=reason)
                 continue
             started = time.monotonic()
@@ -116,7 +116,7 @@ def run_sections(
                 worker = worker or _start(log, arguments, results)
                 limit = limit_of(section, end - time.monotonic(), tiny)
                 worker.ask(section, limit)
-                fresh = _follow(worker, results, log, time.monotonic() + limit + GRACE)
+                fresh = _follow(worker, results, log, time.monotonic() + limit + OVERRUN)
                 if not fresh:
                     worker.end()
                     worker = None

@@ -126,6 +126,7 @@ def dali(run: Run) -> None:
     with _pictures(run) as folder:
         for loader, device in kinds:
             with run.item("loader", loader=loader, device=device.type):
+                run.need_time()
                 dataset = ImageFolder(find_images(folder / "pictures", "train"), view, 0, loader=loader, device=device)
                 batches = train_loader(dataset, batch_size=batch, total_steps=steps, workers=workers)
                 times, started = [], time.perf_counter()
@@ -160,6 +161,7 @@ def deepspeed(run: Run) -> None:
             given = ["--data", folder / "pictures", "--tokenizer", folder / "tokenizer", *settings]
             command = [*launcher, ROOT / "train" / "pretrain.py", *_options(run, tokenizer=False), *given]
             with run.item("pretrain", zero=stage):
+                run.need_time(20)
                 _train(run, "pretrain", command, folder / f"zero{stage}", 45, zero=stage)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from beitv2_fast.train.experiments import downstream
+from beitv2_fast.train.experiments.runner import is_done, record_file
 from bench import harness, test_masks
 from bench.gpu import checks, clocks, learning, ops, plan, run, runner
 from bench.gpu.__main__ import main
@@ -41,7 +43,7 @@ def tiny(tmp_path_factory) -> Path:
     command = [sys.executable, "-m", "bench.gpu", "--all", "--tiny", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return out / "all.jsonl"
+    return out / "results.jsonl"
 
 
 @pytest.mark.slow
@@ -88,6 +90,7 @@ def sections(*names: str) -> list[plan.Section]:
 @pytest.fixture
 def results(tmp_path, monkeypatch) -> runner.Results:
     monkeypatch.setattr(runner, "WORKER", (sys.executable, "-m", "tests.support.gpu_worker"))
+    monkeypatch.setattr(runner, "OVERRUN", 1.0)
     monkeypatch.setattr(runner, "GRACE", 1.0)
     monkeypatch.setenv("CHILD", str(tmp_path / "child"))
     return runner.Results(tmp_path / "results.jsonl", {"command": "test"})
@@ -95,7 +98,7 @@ def results(tmp_path, monkeypatch) -> runner.Results:
 
 def run_them(results: runner.Results, tmp_path: Path, *names: str, **options) -> tuple[list[str], list[dict], str]:
     log = (tmp_path / "log").open("w+")
-    given = {"minutes": None, "tiny": True, "data": None} | options
+    given = {"minutes": 60.0, "tiny": True, "data": None} | options
     lost = runner.run_sections(sections(*names), results, log, **given)
     log.seek(0)
     return lost, read(tmp_path / "results.jsonl"), log.read()
@@ -107,7 +110,7 @@ def test_a_section_that_hangs_or_dies_leaves_the_others(results, tmp_path, monke
     assert lost == ["env", "search"]
     ends = {r["section"]: r.get("error") for r in records if r["what"] == "section"}
     assert ends == {
-        "env": "lost: it hung and was ended", "correct": None, "search": "lost: its process ended with code 3",
+        "env": "lost: it did not end in its time", "correct": None, "search": "lost: its process ended with code 3",
         "quantizer": None,
     }  # fmt: skip
     assert [r["section"] for r in records if r["what"] == "result"] == ["correct", "quantizer"]
@@ -133,7 +136,7 @@ def test_a_program_that_is_asked_to_end_takes_what_it_started_along(tmp_path):
     assert program.wait(30) == 128 + signal.SIGTERM
     assert select.select([held], [], [], 30)[0], "a process that a section had started outlived the program"
     os.close(held)
-    results = tmp_path / "sections.jsonl"
+    results = tmp_path / "results.jsonl"
     assert read(results)[0]["command"] == f"python -m bench.gpu env --out {tmp_path.name}", "it names a folder"
 
 
@@ -143,21 +146,29 @@ def test_a_worker_that_lost_the_gpu_is_replaced_and_others_are_kept(results, tmp
     assert process["correct"] == process["vectors"] == process["head"] != process["quantizer"]
 
 
-def test_what_does_not_fit_in_the_minutes_is_said_and_what_fits_runs(results, tmp_path):
-    fitting = BY_NAME["masks"].seconds / 60 + 0.1
-    _, records, _ = run_them(results, tmp_path, "tests", "masks", tiny=False, minutes=fitting)
-    ends = {r["section"]: r.get("skipped", "ran") for r in records if r["what"] == "section"}
-    assert ends["masks"] == "ran" and ends["tests"].startswith("no time: it is expected to take 110 s, 1")
-    assert records[0]["what"] == "plan" and [s["section"] for s in records[0]["sections"]] == ["tests", "masks"]
+def test_what_does_not_fit_in_the_minutes_is_said_and_what_fits_runs(results, tmp_path, monkeypatch):
+    _, records, _ = run_them(results, tmp_path, "masks", tiny=False, minutes=1.0)
+    monkeypatch.setattr(plan, "LEAST_SECONDS", 100.0)
+    run_them(results, tmp_path, "tests", tiny=False, minutes=1.0)
+    ends = {r["section"]: r.get("skipped", "ran") for r in read(tmp_path / "results.jsonl") if r["what"] == "section"}
+    assert ends == {"masks": "ran", "tests": "no time: 60 s are left"}
+    assert records[0]["what"] == "plan" and records[0]["sections"] == ["masks"]
 
 
-def test_the_parts_fit_in_their_minutes_and_every_section_can_be_loaded():
-    for part, minutes in plan.PART_MINUTES.items():
-        assert sum(s.seconds for s in SECTIONS if s.part == part) <= 60 * minutes, part
+def test_sections_run_in_the_order_of_their_names_and_each_can_be_loaded():
+    assert [s.name for s in plan.chosen(["steps", "env"])] == ["steps", "env"]
     assert len(BY_NAME) == len(SECTIONS)
     for section in SECTIONS:
         assert callable(section.load()), section.name
-        assert section.limit == 0 or section.limit > section.seconds
+        assert plan.limit_of(section, 1e6, False) == (section.limit or 1e6) and plan.limit_of(section, 9.0, False) == 9
+
+
+def test_results_of_programs_side_by_side_are_whole_lines_of_one_file(tmp_path):
+    both = [runner.Results(tmp_path / "r.jsonl", {}) for _ in range(2)]
+    sizes = [100_000, 3]
+    for result, size in zip(both * 2, sizes * 2, strict=True):
+        result.say("learn", "curve", curve="x" * size)
+    assert [len(r["curve"]) for r in read(tmp_path / "r.jsonl")] == sizes * 2
 
 
 def test_an_unknown_section_is_named_beside_those_that_there_are(capsys, tmp_path):
@@ -287,21 +298,60 @@ def test_results_of_a_gpu_lie_beside_the_cpu_s(monkeypatch, tmp_path):
     assert harness.results_folder().is_dir()
 
 
-def test_the_epochs_are_those_that_fit_in_the_time():
-    short, long = learning.fitting_scale(120.0), learning.fitting_scale(1e6)
+def test_the_epochs_are_those_that_fit_in_the_time_and_stay_what_they_were(tmp_path):
+    short = learning.scale_of(tmp_path / "a", 120.0)
     for field, rate in learning.EPOCHS_PER_MINUTE.items():
-        assert getattr(short, field) == round(2 * rate) and getattr(long, field) == getattr(learning.SCALE, field)
-    assert learning.fitting_scale(1.0).pretrain_epochs == 1
+        assert getattr(short, field) == round(2 * rate)
+    students = learning.scale_of(tmp_path / "a", learning.STUDENT_START + 100.0, images=20_000)
+    assert students == dataclasses.replace(short, pretrain_epochs=round(100 * learning.STUDENT_RATE / 20_000))
+    assert learning.scale_of(tmp_path / "a", 9e9, images=1) == students
+    assert learning.scale_of(tmp_path / "b", 1.0, images=40_000).pretrain_epochs == 1
+
+
+def test_students_that_are_cut_short_are_judged_as_they_are_and_again_when_they_have_gone_on(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "data" / "train" / "class").mkdir(parents=True)
+    (tmp_path / "data" / "train" / "class" / "0.jpg").touch()
+    asked: list[list[str]] = []
+    started, whole = ["tokenizer", "pretrain", "finetune_pretrain"], ["tokenizer", "finetune_pretrain"]
+
+    def run_some(seconds, steps, root, jobs):
+        """A checkpoint of each that is started, whose record says whether it is whole."""
+        waiting = [step for step in steps if not is_done(root, step)]
+        asked.append([step.name.removeprefix("seed0/") for step in waiting])
+        for step, name in zip(waiting, asked[-1], strict=True):
+            if name in started:
+                (root / step.name / "checkpoints" / "step_00000001").mkdir(parents=True, exist_ok=True)
+                about = {"command": list(step.command), "done": name in whole, "attempts": []}
+                record_file(root, step.name).parent.mkdir(parents=True, exist_ok=True)
+                record_file(root, step.name).write_text(json.dumps(about))
+
+    monkeypatch.setattr(learning, "run_until", run_some)
+    monkeypatch.setattr(learning, "say_tables", lambda *_: None)
+    section = run.Run("learn", False, time.monotonic() + 540, tmp_path / "data")
+    learning.learn(section)
+    judges = ["finetune_tokenizer", "finetune_pretrain", "probe_tokenizer", "probe_pretrain", "probe_random",
+              "tokenizer_quality"]  # fmt: skip
+    assert asked == [["tokenizer", "finetune_random"], ["finetune_random", "pretrain", "pretrain_plain"], judges]
+    result = tmp_path / "data_learned" / "runs" / "seed0" / "finetune_pretrain"
+    assert result.is_dir()
+    asked.clear()
+    whole.append("pretrain")
+    learning.learn(section)
+    assert "finetune_pretrain" in asked[2], "its result is of the student before"
+    asked.clear()
+    learning.learn(section)
+    assert "pretrain" not in asked[1] and "finetune_pretrain" not in asked[2]
 
 
 @pytest.mark.slow
-def test_every_step_of_the_learning_ends_in_the_tables(tmp_path, capsys):
+def test_every_step_of_the_learning_ends_in_the_tables(tmp_path, capsys, monkeypatch):
     for split, count in (("train", 8), ("val", 3)):
         write_colors(tmp_path / "images" / split, count)
-    steps = learning.steps_of(tmp_path / "runs", tmp_path / "images", learning.TINY_SCALE)
-    outcome = run_here(steps, tmp_path / "runs")
-    capsys.readouterr()
-    learning.say_tables(run.Run("learn", True, time.monotonic() + 60), tmp_path / "runs", steps, outcome)
+    monkeypatch.setattr(learning, "SCALE", learning.TINY_SCALE)
+    monkeypatch.setattr(learning, "run_until", lambda seconds, steps, root, jobs: run_here(steps, root))
+    learning.learn(run.Run("learn", False, time.monotonic() + 50, tmp_path / "images"))
     said = spoken(capsys)
     rows = {r["what"]: r.keys() for r in said if r.get("table") == "backbones"}
     everything = {"probe_cls", "probe_mean", "knn_cls", "knn_mean", "finetune"}
@@ -312,10 +362,11 @@ def test_every_step_of_the_learning_ends_in_the_tables(tmp_path, capsys):
     assert sum("not measured" in line for line in lines) == 1  # segmentation
     curves = {r["what"]: r["curve"] for r in said if "curve" in r}
     assert len(curves) == 7 and all(points[-1]["loss"] > 0 for points in curves.values())
+    assert not [r for r in said if "error" in r]
 
 
 def test_large_batches_have_a_learning_rate_that_is_meant_for_them():
-    for step in learning.steps_of(Path("root"), Path("data"), learning.SCALE):
+    for step in itertools.chain(*learning.phases_of(Path("root"), Path("data"), learning.SCALE)):
         command = list(step.command)
         if "--lr" in command:
             assert command[command.index("--lr-batch") + 1] == command[command.index("--batch-size") + 1] == "512"

@@ -59,11 +59,11 @@ def measured() -> Iterator[Record]:
 
 
 def records(*more: Record, machine: Record = H100) -> Records:
-    return Records([*measured(), *more], machine, ["python -m bench.gpu --part A"])
+    return Records([*measured(), *more], machine, ["python -m bench.gpu search"])
 
 
 def write(file: Path, *lines: Record, machine: Record = H100) -> Path:
-    command = {"section": "run", "what": "plan", "command": "python -m bench.gpu --part A"}
+    command = {"section": "run", "what": "plan", "command": "python -m bench.gpu search"}
     file.write_text("".join(json.dumps(line) + "\n" for line in (command, machine, *lines)))
     return file
 
@@ -126,10 +126,10 @@ def test_the_page_of_a_gpu_has_its_name_the_command_and_no_warning(monkeypatch, 
     (tmp_path / "docs").mkdir()
     missing = {"section": "head", "what": "Liger", "skipped": "No module named 'liger_kernel'"}
     skipped = [{**missing, "group": group} for group in ("g", "h")]
-    assert report.main([str(write(tmp_path / "A.jsonl", *measured(), *skipped)), "--note", "First of two."]) == 0
+    assert report.main([str(write(tmp_path / "results.jsonl", *measured(), *skipped)), "--note", "First of two."]) == 0
     text = (tmp_path / "docs" / "gpu.md").read_text()
     assert text.startswith("# Measured on NVIDIA H100 80GB HBM3\n\nFirst of two.\n") and "NOT A MEASUREMENT" not in text
-    for part in ("| driver | 580.1 |", "| torch | 2.11.0 |", "`python -m bench.gpu --part A`", "| 0.6 ms | **no** |"):
+    for part in ("| driver | 580.1 |", "| torch | 2.11.0 |", "`python -m bench.gpu search`", "| 0.6 ms | **no** |"):
         assert part in text
     assert "- head: Liger: skipped: No module named 'liger_kernel' (g; h)" in text
     folder, plotted = tmp_path / "docs" / "gpu", find_spec("matplotlib") is not None
@@ -137,7 +137,7 @@ def test_the_page_of_a_gpu_has_its_name_the_command_and_no_warning(monkeypatch, 
 
 
 def test_tiny_results_of_a_gpu_are_no_measurement_either(tmp_path):
-    assert report.main([str(write(tmp_path / "A.jsonl", machine={**H100, "tiny": True}))]) == 0
+    assert report.main([str(write(tmp_path / "results.jsonl", machine={**H100, "tiny": True}))]) == 0
     assert "NOT A MEASUREMENT" in (tmp_path / "gpu.md").read_text()
 
 

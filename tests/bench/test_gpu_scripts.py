@@ -50,11 +50,11 @@ def test_the_ops_and_the_compiled_kernels_are_packed(carried):
 @pytest.mark.slow
 def test_the_other_script_finds_them_there_and_writes_its_results(carried, tmp_path):
     work, out = tmp_path / "work", tmp_path / "out"
-    done = script("run.sh", "masks", "env", "--tiny", CARRIED=carried, WORK=work, OUT=out)
+    done = script("run.sh", 9, "env", "masks", "--tiny", CARRIED=carried, WORK=work, OUT=out)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = [json.loads(line) for line in (out / "sections.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [r["section"] for r in found if r["what"] == "section"] == ["env", "masks"]
-    assert sorted(path.name for path in out.iterdir()) == ["sections.jsonl", "sections.log"]
+    assert sorted(path.name for path in out.iterdir()) == ["results.jsonl", "results.log"]
     count = sum(1 for _ in (work / "triton").iterdir())
     assert count > 10 and f"kernels in Triton's cache: {count} carried" in done.stdout
     # Triton finds a kernel's files where this says that they are.
@@ -70,15 +70,15 @@ def test_files_are_kept_for_later_calls_and_photographs_are_given_to_the_program
     python.chmod(0o755)
     there = {"WORK": tmp_path / "work", "OUT": tmp_path / "out", "CARRIED": tmp_path / "none", "PYTHON": python}
     assert script("run.sh", "keep", pack, **there).returncode == 0
-    done = script("run.sh", "C", "--minutes", "7", **there)
+    done = script("run.sh", "8.5", "learn", **there)
     kept = tmp_path / "work" / "kept" / pack.name
     assert kept.read_bytes() == b"packed"
-    assert f"ran: -m bench.gpu --part C --minutes 7 --out {tmp_path / 'out'} --data {kept}" in done.stdout
-    done = script("run.sh", "steps", "profile", **there)
-    assert "ran: -m bench.gpu --minutes 5 steps profile --out" in done.stdout, "what it says is the time that it has"
+    assert f"ran: -m bench.gpu learn --minutes 8.5 --out {tmp_path / 'out'} --data {kept}" in done.stdout
 
 
-@pytest.mark.parametrize(("name", "arguments"), [("run.sh", []), ("prepare.sh", ["--what"])])
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("run.sh", []), ("run.sh", ["steps"]), ("run.sh", ["5"]), ("prepare.sh", ["--what"])]
+)
 def test_a_wrong_call_says_how_and_does_nothing(name, arguments, tmp_path):
     done = script(name, *arguments, WORK=tmp_path / "work", OUT=tmp_path / "out")
     assert done.returncode == 2
