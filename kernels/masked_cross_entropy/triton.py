@@ -20,7 +20,7 @@ from .triton_backward import scatter_rows_kernel, weigh
 from .triton_loss import combine_parts, linear_loss, softmax_gradient, softmax_rows
 from .triton_norm import normalize_rows, normalize_rows_backward
 
-CHUNK_LOGITS = 1 << 25  # logits in memory at once: two chunks per branch of 4,800 tokens and 8192 classes
+CHUNK_BYTES = 1 << 27  # logits in memory at once: a branch of 4,800 tokens and 8192 classes in bf16, half of it in fp32
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -68,15 +68,15 @@ def head_losses_triton(
     """``head_losses`` by kernels: all branches at once if their logits are one chunk, else branch after branch."""
     count, rows, (classes, dim) = len(branches), len(positions), head.weight.shape
     if dtype == torch.float64 or not rows:
-        return head_losses(branches, positions, labels, head, dtype, wanted, Device(CHUNK_LOGITS))
+        return head_losses(branches, positions, labels, head, dtype, wanted, Device(CHUNK_BYTES // dtype.itemsize))
     out = empty_results(branches, positions, head, dtype, wanted, zero=False)
     gamma, beta, weight = head.norm_weight.float().contiguous(), head.norm_bias.float().contiguous(), head.weight
     weight = weight.to(dtype).contiguous()
     bias = None if head.bias is None else head.bias.float().contiguous()
     positions, labels = positions.contiguous(), labels.contiguous()
     logits_free = dtype in LOW_PRECISION and not any(wanted)
-    whole = classes <= WHOLE_ROW and count * rows * classes <= CHUNK_LOGITS
-    group, size = (count, rows) if whole and not logits_free else (1, chunk_rows(rows, classes))
+    whole = classes <= WHOLE_ROW and count * rows * classes * dtype.itemsize <= CHUNK_BYTES
+    group, size = (count, rows) if whole and not logits_free else (1, chunk_rows(rows, classes, dtype))
     buffer = weight.new_empty(0 if logits_free else group * size, classes)
     for first in range(0, count, group):
         normalized = normalize_triton(branches[first : first + group], positions, gamma, beta, head.eps, dtype)
@@ -113,9 +113,9 @@ def head_losses_triton(
     return out._replace(losses=out.losses.sum(1) / rows, correct=out.correct.sum(1))
 
 
-def chunk_rows(rows: int, classes: int) -> int:
-    """Rows of a chunk: chunks of nearly the same size, of whole blocks of 128 rows, of about CHUNK_LOGITS at most."""
-    chunks = cdiv(rows, max(CHUNK_LOGITS // classes, 128))
+def chunk_rows(rows: int, classes: int, dtype: torch.dtype) -> int:
+    """Rows of a chunk: chunks of nearly the same size, of whole blocks of 128 rows, of about CHUNK_BYTES at most."""
+    chunks = cdiv(rows, max(CHUNK_BYTES // (classes * dtype.itemsize), 128))
     return min(cdiv(cdiv(rows, chunks), 128) * 128, rows)
 
 

@@ -161,7 +161,7 @@ def test_the_update_and_the_gradient_fit_with_strides(launches) -> None:
     ],
 )
 def test_the_head_fits(images, patches, masked, width, classes, bias, dtype, wanted, launches, monkeypatch) -> None:
-    monkeypatch.setattr(head, "CHUNK_LOGITS", 128 * classes)  # the last problem has two chunks
+    monkeypatch.setattr(head, "CHUNK_BYTES", 128 * classes * dtype.itemsize)  # the last problem has two chunks
     count = images * masked
     branches = [torch.zeros(images, 1 + patches, width, dtype=dtype)[:, 1:] for _ in range(2)]
     weight = torch.zeros(classes, width, dtype=dtype)

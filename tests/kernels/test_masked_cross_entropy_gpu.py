@@ -115,7 +115,7 @@ def test_many_chunks_are_near_fp64(dtype, monkeypatch):
     if not DRY:
         from beitv2_fast.kernels.masked_cross_entropy import triton as host
 
-        monkeypatch.setattr(host, "CHUNK_LOGITS", 1)  # as few tokens as a chunk may have: 128
+        monkeypatch.setattr(host, "CHUNK_BYTES", 1)  # as few tokens as a chunk may have: 128
     assert_near_fp64(middle_sized(images=50, patches=16, num_masked=11), dtype)
 
 

@@ -190,7 +190,7 @@ def test_nan_logits_are_a_nan_loss_and_never_correct():
     ],
 )
 def test_the_whole_op(monkeypatch, dtype, wanted, chunk, images):
-    monkeypatch.setattr(gpu, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(gpu, "CHUNK_BYTES", chunk)
     p = problem(images, 11, 5, dim=24, classes=83).to(torch.float32)
     p.labels, p.bias = p.labels.repeat_interleave(2)[::2], p.bias.repeat_interleave(2)[::2]  # kernels know no strides
     head = Head(p.norm_weight, p.norm_bias, 1e-6, p.weight, p.bias)
@@ -203,6 +203,14 @@ def test_the_whole_op(monkeypatch, dtype, wanted, chunk, images):
     floats = [[r.losses, *r.grad_rows, r.grad_norm, r.grad_weight, r.grad_bias] for r in (ours, plain)]
     for a, b in zip(*floats, strict=True):
         assert_close(a, b, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.bfloat16, 4800), (torch.float16, 4800), (torch.float32, 2432)])
+def test_a_chunk_of_the_default_problem_is_a_branch_in_low_precision_and_half_of_it_in_fp32(dtype, rows):
+    assert gpu.chunk_rows(4800, 8192, dtype) == rows
+    assert rows * 8192 * dtype.itemsize <= gpu.CHUNK_BYTES
+    assert gpu.chunk_rows(4800, 1 << 24, dtype) == 128  # of as many classes as it may be
+    assert gpu.chunk_rows(9, 100, dtype) == 9
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
