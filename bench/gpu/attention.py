@@ -32,7 +32,7 @@ def implementations() -> Iterator[tuple[str, Callable[[Tensor, Tensor], Tensor],
     """(name, function of qkv and bias, whose form of the bias)."""
     for name in IMPLEMENTATIONS[1:]:
         yield name, partial(by_name, implementation=name), name
-    yield "flex_attention, compiled", flex, "math"
+    yield "flex_attention, compiled", flex, "sdpa"
 
 
 def attention(run: Run) -> None:

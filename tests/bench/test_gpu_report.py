@@ -8,8 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import test_masked_cross_entropy
+from bench import test_attention, test_masked_cross_entropy
 from bench.gpu import attention, goals, head, models, ops, report, tables
 from bench.gpu.records import Record, Records, read
 from bench.harness import OURS
@@ -148,3 +149,17 @@ def test_results_of_two_machines_or_of_something_else_are_refused(tmp_path, caps
     (tmp_path / "c.jsonl").write_text("[1, 2]\n")
     assert report.main([str(tmp_path / "c.jsonl")]) == 2
     assert "line 1: no result of python -m bench.gpu" in capsys.readouterr().err
+
+
+def test_flex_attention_adds_a_bias_of_its_vectors_dtype_whose_tiles_fit_a_gpu(monkeypatch):
+    def flex(q, k, v, score_mod):
+        at = torch.zeros((), dtype=torch.int64)
+        assert score_mod(torch.zeros((), dtype=q.dtype), at, at, at, at).dtype == q.dtype == torch.bfloat16
+        return v
+
+    monkeypatch.setattr(test_attention, "_flex", flex)
+    qkv = torch.randn(2, 5, 3, 2, 4, dtype=torch.bfloat16)
+    out = test_attention.flex(qkv, torch.randn(1, 2, 5, 5))
+    assert torch.equal(out, qkv[:, :, 2].flatten(2))
+    forms = {name: form for name, _, form in attention.implementations()}
+    assert forms["flex_attention, compiled"] == forms["sdpa"]  # prepared before the clocks start
