@@ -26,7 +26,6 @@ from bench.training_steps import REFERENCE, STAGES, Step
 from bench.training_steps import steps as training_steps
 
 BF16 = torch.bfloat16
-BATCHES = (64, 128, 256)
 TINY_MODEL = {"dim": 48, "depth": 2, "heads": 3, "image_size": 64}
 TINY_CODES = {"num_codes": 64, "decoder_depth": 1}
 
@@ -58,13 +57,16 @@ def shapes(tiny: bool) -> Iterator[Shape]:
     if tiny:
         yield from (Shape(stage, "tiny", 2) for stage in STAGES)
         return
-    yield Shape("pre-training", "B/16", 256)
     yield Shape("VQ-KD", "B/16", 256)
     yield Shape("pre-training", "L/16", 64)
-    yield from (Shape(stage, "B/16", batch) for batch in BATCHES[:2] for stage in reversed(STAGES))
+    yield from (Shape("pre-training", "B/16", batch) for batch in (64, 256, 128))
+    yield from (Shape("VQ-KD", "B/16", batch) for batch in (64, 128))
 
 
 def steps(run: Run) -> None:
+    for stage in STAGES if run.on_gpu else ():
+        with run.item("host waits", group=stage):
+            run.say("host waits", group=stage, count=host_waits(Shape(stage, "B/16", 64).both(run.tiny)[OURS]))
     for shape in shapes(run.tiny):
         about = {"group": shape.group, "images": shape.batch}
         with run.item("building", **about):
@@ -73,10 +75,6 @@ def steps(run: Run) -> None:
             for name, step in both.items():
                 _measure(run, name, step, about)
             del both, step
-    for stage in STAGES if run.on_gpu else ():
-        with run.item("host waits", group=stage):
-            run.need_time()
-            run.say("host waits", group=stage, count=host_waits(Shape(stage, "B/16", 64).both(run.tiny)[OURS]))
     if run.on_gpu:  # last, since a capture that fails may leave the process unfit for more
         with run.item("CUDA graph of a step"):
             run.need_time()

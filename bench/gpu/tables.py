@@ -194,6 +194,9 @@ def learning(records: Records) -> Iterator[str]:
             yield ""
             yield from header(table, *keys)
             yield from (row(r["what"], *(number(r.get(key)) for key in keys)) for r in found)
+    cut = [r["what"] for r in records.of("learn") if "error" in r and "/pretrain" in r["what"]]
+    if cut:
+        yield f"\nCut short by the time, and judged as they were: {', '.join(cut)}.\n"
     lines = records.find("learn", "orderings")
     yield from (f"- {line}" for line in (lines or {}).get("lines", ()))
     plan = records.find("learn", "plan")

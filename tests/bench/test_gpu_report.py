@@ -137,6 +137,14 @@ def test_the_page_of_a_gpu_has_its_name_the_command_and_no_warning(monkeypatch, 
     assert (folder / "ops.png").is_file() == plotted and (folder / "results.jsonl").is_file()
 
 
+def test_students_that_the_time_cut_short_are_named_with_their_results():
+    steps = [{"section": "learn", "what": f"seed0/{n}", "attempts": []} for n in ("pretrain", "finetune_pretrain")]
+    whole = list(tables.learning(records(*steps)))
+    cut = list(tables.learning(records({**steps[0], "error": "stopped at step 9"}, steps[1])))
+    assert not any("Cut short" in line for line in whole)
+    assert "\nCut short by the time, and judged as they were: seed0/pretrain.\n" in cut
+
+
 def test_tiny_results_of_a_gpu_are_no_measurement_either(tmp_path):
     assert report.main([str(write(tmp_path / "results.jsonl", machine={**H100, "tiny": True}))]) == 0
     assert "NOT A MEASUREMENT" in (tmp_path / "gpu.md").read_text()
