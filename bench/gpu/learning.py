@@ -57,19 +57,24 @@ def learn(run: Run) -> None:
         scale = TINY_SCALE if run.tiny else scale_of(root, run.left())
         tokenizer, students, judges = phases_of(runs, data, scale, tiny=run.tiny)
         forget_early_judgments(runs, students, judges)
-        said = threading.Timer(run.left() - 3, say_tables, (run, runs, scale, [*tokenizer, *students, *judges]))
-        said.daemon = True
-        said.start()  # should a step not stop, what is done is said all the same
-        reserved = END + JUDGES + JUDGES_EPOCH * scale.finetune_epochs
+
+        def tell() -> None:
+            say_tables(run, runs, scale, [*tokenizer, *students, *judges])
+
+        last = threading.Timer(run.left() - 3, tell)  # should a step not stop, what is done is said all the same
+        last.daemon = True
+        last.start()
+        reserved = END if run.tiny else END + JUDGES + JUDGES_EPOCH * scale.finetune_epochs
         run_until(run.left() - reserved, tokenizer, runs, scale.jobs)
-        if not run.tiny and is_done(runs, tokenizer[0]):
-            scale = scale_of(root, run.left() - reserved, sum(1 for _ in (data / "train").glob("*/*")))
-            _, students, judges = phases_of(runs, data, scale)
+        if is_done(runs, tokenizer[0]):
+            if not run.tiny:
+                scale = scale_of(root, run.left() - reserved, sum(1 for _ in (data / "train").glob("*/*")))
+                _, students, judges = phases_of(runs, data, scale)
             run_until(run.left() - reserved, [*tokenizer, *students], runs, scale.jobs)
         ready = [dataclasses.replace(step, needs=()) for step in judges if has_weights(runs, step.needs)]
         run_until(run.left() - END, ready, runs, len(ready))
-        said.cancel()
-        say_tables(run, runs, scale, [*tokenizer, *students, *judges])
+        last.cancel()
+        tell()
 
 
 @contextlib.contextmanager
