@@ -32,13 +32,13 @@ try:
     from torch._C._autograd import _profiler_enabled
 
     THREAD = _keys("BackendSelect", "ADInplaceOrView")
-    TENSORS = frozenset(_keys(d, f"Autograd{d}", f"Autocast{d}", "ADInplaceOrView") for d in ("CPU", "CUDA"))
+    TENSORS = {_keys(d, f"Autograd{d}", f"Autocast{d}", "ADInplaceOrView"): d.lower() for d in ("CPU", "CUDA")}
 except (ImportError, AttributeError):  # a torch in which these private names changed: its dispatcher is asked
-    TENSORS = frozenset()
+    TENSORS = {}
 
 
-def _ordinary(arguments: tuple[Any, ...]) -> bool:
-    """Whether the dispatcher would do no more than autograd and the call of the device's kernel."""
+def _ordinary(arguments: Sequence[Any]) -> str | None:
+    """The first tensor's device, if the dispatcher would do no more than autograd and the call of its kernel."""
     if (
         not TENSORS
         or _keys_of_thread().raw_repr() != THREAD
@@ -47,14 +47,9 @@ def _ordinary(arguments: tuple[Any, ...]) -> bool:
         or forward_ad._current_level >= 0
         or has_torch_function(arguments)
     ):
-        return False
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            if _keys_of(argument).raw_repr() not in TENSORS:
-                return False
-        elif isinstance(argument, (list, tuple)):
-            return False
-    return True
+        return None
+    found = [TENSORS.get(_keys_of(argument).raw_repr()) for argument in arguments if isinstance(argument, Tensor)]
+    return None if None in found else found[0]
 
 
 class Op(CustomOpDef):
@@ -69,12 +64,15 @@ class Op(CustomOpDef):
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         # Dynamo reads no further than is_compiling.
-        if not torch.compiler.is_compiling() and not named and _ordinary(arguments):
-            device = arguments[0].device.type
-            if not (self.casts and torch.is_autocast_enabled(device)):
-                if not (torch.is_grad_enabled() and _any_requires_grad(*arguments)):
-                    return self._run(*arguments)
-                if self._backward_fn is not None:
+        if not torch.compiler.is_compiling() and not named:
+            each: Sequence[Any] = arguments
+            if self._takes_lists:
+                each = [t for a in arguments for t in (a if isinstance(a, (list, tuple)) else (a,))]
+            device = _ordinary(each)
+            if device and not (self.casts and torch.is_autocast_enabled(device)):
+                if not (torch.is_grad_enabled() and _any_requires_grad(*each)):
+                    return self._run(device, *arguments)
+                if self._backward_fn is not None and not self._takes_lists:
                     return self._function.apply(*arguments)
         return self._opoverload(*arguments, **named)
 
@@ -90,13 +88,13 @@ class Op(CustomOpDef):
         self.casts = True
         return super().register_autocast(*rule)
 
-    def _run(self, *arguments: Any) -> Any:
+    def _run(self, device: str, *arguments: Any) -> Any:
         if any(self._written):
             written = [
                 a for a, is_written in zip(arguments, self._written, strict=False) if is_written and a is not None
             ]
             torch.autograd.graph.increment_version(written)
-        return self.kernels.get(arguments[0].device.type, self._init_fn)(*arguments)
+        return self.kernels.get(device, self._init_fn)(*arguments)
 
     @cached_property
     def _written(self) -> list[bool]:
@@ -104,11 +102,15 @@ class Op(CustomOpDef):
         return [argument.is_write for argument in self._opoverload._schema.arguments]
 
     @cached_property
+    def _takes_lists(self) -> bool:
+        return any(isinstance(argument.type, torch.ListType) for argument in self._opoverload._schema.arguments)
+
+    @cached_property
     def _function(self) -> Any:
         run, save, backward = self._run, cast(Any, self._setup_context_fn), cast(Any, self._backward_fn)
 
         def forward(ctx: Any, *arguments: Any) -> Any:
-            output = run(*arguments)
+            output = run(arguments[0].device.type, *arguments)
             save(ctx, arguments, output)
             return output
 

@@ -107,14 +107,14 @@ def gradient_cases() -> Iterator[Case]:
     from beitv2_fast.kernels.masked_cross_entropy import triton as host
 
     images, patches, masked, width, vocabulary = 64, 196, 75, 768, 8192
-    rows, upstream = torch.zeros(images * masked, width), torch.ones(1).expand(2)
-    positions = torch.arange(images * masked)
-    yield "masked scatter", partial(host.scatter_rows_triton, rows, positions, images, patches)
-    for known in (torch.zeros(2, vocabulary, width), torch.zeros(2, vocabulary), rows[None]):
-        yield (
-            f"known gradients {len(known)}",
-            partial(host.weigh_triton, upstream[: len(known)], known, 7, torch.float32),
-        )
+    rows, upstream, fp32 = torch.zeros(images * masked, width), torch.ones(2), torch.float32
+    scatter = partial(host.scatter_rows_triton, rows, torch.arange(images * masked), images, patches)
+    yield "masked scatter", scatter
+    for factor in upstream.split(1):
+        yield "masked scatter of known gradients", partial(scatter, factor, 0.1, fp32)
+    for given in (upstream, upstream[:1].expand(2)):
+        known = torch.zeros(2, vocabulary * (width + 1) + 2 * width)
+        yield "known gradients of parameters", partial(host.weigh_triton, given, known, 7, fp32)
 
 
 def residual_norm_cases() -> Iterator[Case]:

@@ -1,32 +1,26 @@
-"""gelu_and_gradient as an op, without the wrapper of ``torch.library.custom_op`` and its time on the host."""
+"""gelu_and_gradient as a custom op."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ..registration import custom_op
 from .reference import gelu_and_gradient_reference
 
-NAME = "beitv2_fast::gelu_and_gradient"
-torch.library.define(NAME, "(Tensor x, Tensor grad) -> (Tensor, Tensor)")
 
-
-@torch.library.impl(NAME, "CPU")
-def _cpu(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+@custom_op("beitv2_fast::gelu_and_gradient")
+def gelu_and_gradient_op(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     out, of_x = gelu_and_gradient_reference(x, grad)
     return out.contiguous(), of_x.contiguous()  # as the kernel's
 
 
-@torch.library.impl(NAME, "CUDA")
-def _cuda(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+@gelu_and_gradient_op.register_kernel("cuda")
+def _gelu_and_gradient_cuda(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     from .triton import gelu_and_gradient_triton
 
     return gelu_and_gradient_triton(x, grad)
 
 
-@torch.library.register_fake(NAME)
-def _fake(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+@gelu_and_gradient_op.register_fake
+def _gelu_and_gradient_fake(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-gelu_and_gradient_op = torch.ops.beitv2_fast.gelu_and_gradient.default

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ops import gather_rows, masked_cross_entropy_op, masked_positions, with_gradients
+from .ops import ParameterGradients, TokenGradients, gather_rows, masked_cross_entropy_op, masked_positions
 
 
 def masked_gather(tokens: Tensor, mask: Tensor, *, num_masked: int | None = None) -> Tensor:
@@ -82,20 +82,14 @@ def masked_cross_entropy(
     wanted = [tracked and any(t.requires_grad for t in group) for group in (branches, norm, head)]
     positions = masked_positions(mask, num_masked)
     with torch.no_grad():
-        losses, correct, grad_rows, grad_norm, grad_weight, grad_bias = masked_cross_entropy_op(
+        losses, correct, grad_rows, of_parameters = masked_cross_entropy_op(
             list(branches), positions, labels, *norm, weight, bias, eps, _product_dtype(branches, weight), *wanted
         )
     rows = positions.shape[0]  # an int to the op: 1 / rows of a ragged mask is no number yet when it is compiled
     if wanted[0]:
-        losses = with_gradients(
-            losses, list(branches), [rows_of_branch[None] for rows_of_branch in grad_rows], rows, positions
-        )
-    parameters: list[tuple[Tensor | None, Tensor]] = []
-    parameters += [(norm_weight, grad_norm[:, 0]), (norm_bias, grad_norm[:, 1])] if wanted[1] else []
-    parameters += [(weight, grad_weight), (bias, grad_bias)] if wanted[2] else []
-    trained = [(p, gradient) for p, gradient in parameters if p is not None and p.requires_grad]
-    if trained:
-        losses = with_gradients(losses, *(list(group) for group in zip(*trained, strict=True)), rows, None)
+        losses = TokenGradients.apply(losses, rows, positions, *branches, *grad_rows)
+    if wanted[1] or wanted[2]:
+        losses = ParameterGradients.apply(losses, rows, of_parameters, *head * wanted[2], *norm * wanted[1])
     return losses, correct
 
 

@@ -122,16 +122,17 @@ class Device(NamedTuple):
 class Results(NamedTuple):
     """losses, correct [branches]; the gradients of M times each loss, [branches, ...], of size 0 if not wanted.
 
-    The factor M keeps them in the range of fp16; with_gradients divides by it. Each branch's rows are a tensor of their
-    own, so that none is copied to become that branch's gradient.
+    The factor M keeps them in the range of fp16; the backward divides by it. Each branch's rows are a tensor of their
+    own; those of all parameters lie side by side, so that one launch weighs them. The op returns the first four.
     """
 
     losses: Tensor
     correct: Tensor
     grad_rows: list[Tensor]  # branches x [M, C]
-    grad_norm: Tensor  # [branches, 2, C]
+    grad_parameters: Tensor  # [branches, V C + V + 2 C], of which the others are views
     grad_weight: Tensor  # [branches, V, C]
     grad_bias: Tensor  # [branches, V]
+    grad_norm: Tensor  # [branches, 2, C]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -151,17 +152,18 @@ def empty_results(
     count, rows, (classes, dim) = len(branches), positions.shape[0], head.weight.shape
     wide = accumulation_dtype(dtype)
     new = branches[0].new_zeros if zero else branches[0].new_empty
-
-    def result(when: bool, *shape: int) -> Tensor:
-        return new(shape if when else 0, dtype=wide)
-
+    sizes = [classes * dim if wanted.head else 0, classes if wanted.head and head.bias is not None else 0]
+    sizes.append(2 * dim if wanted.norm else 0)
+    of_parameters = new((count, sum(sizes)), dtype=wide)
+    weight, bias, norm = of_parameters.split(sizes, 1)
     return Results(
-        result(True, count, rows),
+        new((count, rows), dtype=wide),
         new((count, rows), dtype=torch.bool),
-        [result(True, rows, dim) for _ in branches if wanted.tokens],
-        result(wanted.norm, count, 2, dim),
-        result(wanted.head, count, classes, dim),
-        result(wanted.head and head.bias is not None, count, classes),
+        [new((rows, dim), dtype=wide) for _ in branches if wanted.tokens],
+        of_parameters,
+        weight.view(count, -1, dim),
+        bias,
+        norm.view(count, -1, dim),
     )
 
 

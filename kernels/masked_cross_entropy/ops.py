@@ -6,7 +6,8 @@ device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
+from math import prod
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..native import native_ops
 from ..registration import custom_op
 from .chunked import Device, Head, Results, Wanted, accumulation_dtype, empty_results, head_losses, rows_at, softmax_
 
-Outputs = tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, list[Tensor], Tensor]
 
 
 @custom_op("beitv2_fast::masked_positions")
@@ -153,7 +154,7 @@ def _masked_cross_entropy_fake(branches: Sequence[Tensor], positions: Tensor, la
     return shapes._replace(
         losses=branches[0].new_empty(count, dtype=accumulation_dtype(dtype)),
         correct=branches[0].new_empty(count, dtype=torch.int64),
-    )[:]  # a plain tuple
+    )[:4]
 
 
 def _run(
@@ -163,7 +164,7 @@ def _run(
     head = Head(norm_weight, norm_bias, eps, weight, bias)
     # Every cast is written out: an enclosing autocast has been heard already, when ``dtype`` was chosen.
     with torch.autocast(labels.device.type, enabled=False):
-        return run(branches, positions, labels, head, dtype, Wanted(*wanted))[:]
+        return run(branches, positions, labels, head, dtype, Wanted(*wanted))[:4]
 
 
 def _wrong_label_count(labels: Tensor, rows: int) -> str:
@@ -201,67 +202,95 @@ def softmax_native_(
         logits.copy_(wide)
 
 
-@custom_op("beitv2_fast::with_gradients")
-def with_gradients(
-    losses: Tensor, xs: Sequence[Tensor], gradients: Sequence[Tensor], rows: int, positions: Tensor | None
-) -> Tensor:
-    """losses [L], whose gradient by each x is known: gradient [L, *x.shape] / max(rows, 1). Or by positions: losses[b]
-    has by branch x_b [B, N, C] the rows gradient_b [1, M, C] / max(rows, 1) at the positions and elsewhere 0.
+class TokenGradients(torch.autograd.Function):
+    """losses [L], whose gradient by each branch [B, N, C] is known, times max(rows, 1): its rows [M, C] at the
+    positions, and elsewhere 0.
 
-    One node for several, as each costs the host as much as a kernel; two in all, tokens and parameters, as a node frees
-    what it keeps when all its gradients are there.
+    One node for all branches and one for all parameters, as each costs the host as much as kernels do; not one in all,
+    as a node frees what it keeps when all its gradients are there.
     """
-    return losses.clone()
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, rows: int, positions: Tensor, *tokens_and_rows: Tensor) -> Tensor:
+        count = len(tokens_and_rows) // 2
+        ctx.rows, ctx.like = rows, [(t.shape, t.dtype) for t in tokens_and_rows[:count]]
+        ctx.save_for_backward(positions, *tokens_and_rows[count:])
+        return losses.detach()  # it may be changed in place, which a view made here may not
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        positions, *rows = ctx.saved_tensors
+        grads = [
+            with_gradient_backward(upstream[b : b + 1], of_branch[None], ctx.rows, dtype, positions, *shape[:2])
+            if ctx.needs_input_grad[3 + b]
+            else None
+            for b, (of_branch, (shape, dtype)) in enumerate(zip(rows, ctx.like, strict=True))
+        ]
+        return upstream, None, None, *grads, *[None] * len(rows)
 
 
-@with_gradients.register_fake
-def _with_gradients_fake(losses: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(losses)
+class ParameterGradients(torch.autograd.Function):
+    """losses [L], whose gradients by the parameters are known, times max(rows, 1): gradient [L, their elements]."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, rows: int, gradient: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.rows, ctx.like = rows, [(p.shape, p.dtype) for p in parameters]
+        ctx.save_for_backward(gradient)
+        return losses.detach()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        (gradient,) = ctx.saved_tensors
+        dtype = reduce(torch.promote_types, [dtype for _, dtype in ctx.like])
+        weighed = with_gradient_backward(upstream, gradient, ctx.rows, dtype).split([prod(s) for s, _ in ctx.like])
+        return upstream, None, None, *(w.view(s).to(d) for w, (s, d) in zip(weighed, ctx.like, strict=True))
 
 
 @custom_op("beitv2_fast::with_gradient_backward")
-def with_gradient_backward(upstream: Tensor, gradient: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    """sum_l upstream_l / max(rows, 1) * gradient_l in fp32 (fp64 stays), then rounded to dtype; an op of its own,
-    without a derivative, so that differentiating twice is an error and not a wrong number."""
+def with_gradient_backward(
+    upstream: Tensor,
+    gradient: Tensor,
+    rows: int,
+    dtype: torch.dtype,
+    positions: Tensor | None = None,
+    images: int = 0,
+    patches: int = 0,
+) -> Tensor:
+    """sum_l upstream_l / max(rows, 1) * gradient_l in fp32 (fp64 stays), then rounded to dtype; with positions [M] of
+    one gradient's rows [1, M, C] scattered to [images, patches, C]. An op of its own, without a derivative, so that
+    differentiating twice is an error and not a wrong number."""
     factors = upstream.to(gradient.dtype) * (1.0 / max(rows, 1))
     if len(factors) == 1:
-        return (gradient[0] * factors).to(dtype)
-    return torch.mv(gradient.flatten(1).t(), factors).view(gradient.shape[1:]).to(dtype)
+        weighed = (gradient[0] * factors).to(dtype)
+    else:
+        weighed = torch.mv(gradient.flatten(1).t(), factors).view(gradient.shape[1:]).to(dtype)
+    scattered: Tensor = weighed if positions is None else scatter_rows._init_fn(weighed, positions, images, patches)
+    return scattered
 
 
 @with_gradient_backward.register_kernel("cuda")
-def _with_gradient_backward_cuda(upstream: Tensor, gradient: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    from .triton import weigh_triton
+def _with_gradient_backward_cuda(
+    upstream: Tensor,
+    gradient: Tensor,
+    rows: int,
+    dtype: torch.dtype,
+    positions: Tensor | None = None,
+    images: int = 0,
+    patches: int = 0,
+) -> Tensor:
+    from .triton import scatter_rows_triton, weigh_triton
 
     if gradient.dtype == torch.float64 or not gradient[0].is_contiguous():
-        by_definition: Tensor = with_gradient_backward._init_fn(upstream, gradient, rows, dtype)
+        arguments = upstream, gradient, rows, dtype, positions, images, patches
+        by_definition: Tensor = with_gradient_backward._init_fn(*arguments)
         return by_definition
-    return weigh_triton(upstream, gradient, rows, dtype)
+    if positions is None:
+        return weigh_triton(upstream, gradient, rows, dtype)
+    return scatter_rows_triton(gradient[0], positions, images, patches, upstream, 1.0 / max(rows, 1), dtype)
 
 
 @with_gradient_backward.register_fake
-def _with_gradient_backward_fake(upstream: Tensor, gradient: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    return gradient.new_empty(gradient.shape[1:], dtype=dtype)
-
-
-def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, xs, gradients, ctx.rows, positions = inputs
-    ctx.save_for_backward(*gradients, positions)
-    ctx.wanted = [(x.shape, x.dtype) if x.requires_grad else None for x in xs]
-
-
-def _known_gradients(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-    *gradients, positions = ctx.saved_tensors
-    grads: list[Tensor | None] = []
-    for b, (gradient, wanted) in enumerate(zip(gradients, ctx.wanted, strict=True)):
-        if wanted is None:
-            grads.append(None)
-            continue
-        shape, dtype = wanted
-        factors = upstream if positions is None else upstream[b : b + 1]
-        grad = with_gradient_backward(factors, gradient, ctx.rows, dtype)
-        grads.append(grad if positions is None else scatter_rows(grad, positions, *shape[:2]))
-    return upstream, grads, [None] * len(gradients), None, None
-
-
-with_gradients.register_autograd(_known_gradients, setup_context=_save_gradients)
+def _with_gradient_backward_fake(
+    upstream: Tensor, gradient: Tensor, rows: int, dtype: torch.dtype, positions: Tensor | None = None, *shape: int
+) -> Tensor:
+    return gradient.new_empty(gradient.shape[1:] if positions is None else (*shape, gradient.shape[2]), dtype=dtype)

@@ -110,7 +110,7 @@ def head_losses_triton(
                 out.grad_rows[first : first + group],
                 out.grad_norm[first : first + group] if wanted.norm else None,
             )
-    return out._replace(losses=out.losses.sum(1) / rows, correct=out.correct.sum(1))
+    return out._replace(losses=out.losses.mean(1), correct=out.correct.sum(1))
 
 
 def chunk_rows(rows: int, classes: int, dtype: torch.dtype) -> int:
@@ -275,14 +275,23 @@ def weigh_triton(upstream: Tensor, gradient: Tensor, rows: int, dtype: torch.dty
     return out
 
 
-def scatter_rows_triton(rows: Tensor, positions: Tensor, images: int, patches: int) -> Tensor:
-    """``masked_scatter`` in one kernel that writes rows and zeros alike."""
+def scatter_rows_triton(
+    rows: Tensor,
+    positions: Tensor,
+    images: int,
+    patches: int,
+    factor: Tensor | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``masked_scatter`` in one kernel that writes rows and zeros alike; of factor * scale * rows, if a factor of one
+    element is given, as ``with_gradient_backward``."""
     (count, dim), tokens = rows.shape, images * patches
-    out = rows.new_empty(images, patches, dim)
+    out = rows.new_empty(images, patches, dim, dtype=dtype)
     if out.numel():
         with device_of(rows):
             scatter_rows_kernel[(cdiv(tokens, SCATTER_ROWS),)](
-                rows.contiguous(), positions.contiguous(), out, count, tokens, dim, count.bit_length(),
-                BLOCK_T=SCATTER_ROWS, BLOCK_C=min(next_power_of_2(dim), 1024),
+                rows.contiguous(), positions.contiguous(), factor, out, count, tokens, dim, scale, count.bit_length(),
+                WEIGH=factor is not None, BLOCK_T=SCATTER_ROWS, BLOCK_C=min(next_power_of_2(dim), 1024),
             )  # fmt: skip
     return out

@@ -19,10 +19,12 @@ def weigh(gradient, upstream, out, L, size, scale, stride_l, stride_u, BLOCK: tl
 
 @triton.jit
 def scatter_rows_kernel(
-    rows, positions, out, M, tokens, C, steps, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
+    rows, positions, factor, out, M, tokens, C, scale, steps,
+    WEIGH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out [tokens, C]: the row whose position it is, or 0. The M positions ascend, so that ``steps`` halvings find a
-    token's; -1, which a mask short of tokens leaves at the end, is the last token, and its last row stays."""
+    """out [tokens, C]: the row whose position it is (WEIGH: times factor and scale, in fp32), or 0. The M positions
+    ascend, so that ``steps`` halvings find a token's; -1, which a mask short of tokens leaves at the end, is the last
+    token, and its last row stays."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     low = tl.zeros((BLOCK_T,), tl.int32)
     high = tl.zeros((BLOCK_T,), tl.int32) + M
@@ -40,6 +42,8 @@ def scatter_rows_kernel(
         columns = start + tl.arange(0, BLOCK_C)
         inside = (columns < C)[None, :]
         values = tl.load(rows + row.to(tl.int64)[:, None] * C + columns[None, :], mask=found[:, None] & inside, other=0)
+        if WEIGH:
+            values = (values * (tl.load(factor).to(tl.float32) * scale)).to(out.dtype.element_ty)
         tl.store(
             out + token.to(tl.int64)[:, None] * C + columns[None, :], values, mask=(token < tokens)[:, None] & inside
         )

@@ -1,8 +1,4 @@
-"""residual_norm and its derivative as ops, and the autograd function between them.
-
-A training step calls them some eighty times: they are registered without the wrapper of ``torch.library.custom_op``,
-which costs the host more than the kernels cost a GPU.
-"""
+"""residual_norm and its derivative as custom ops, and the autograd function between them."""
 
 from __future__ import annotations
 
@@ -11,57 +7,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..registration import custom_op
 from .reference import residual_norm_backward_reference, residual_norm_reference
 
-FORWARD, BACKWARD = "beitv2_fast::residual_norm", "beitv2_fast::residual_norm_backward"
-torch.library.define(
-    FORWARD,
-    "(Tensor x, Tensor? branch, Tensor? gamma, Tensor? keep, float keep_rate, Tensor? weight, Tensor? bias, float eps, "
-    "ScalarType sum_dtype, ScalarType norm_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    BACKWARD,
-    "(Tensor? grad_sum, Tensor? grad_norm, Tensor? total, Tensor? mean, Tensor? rstd, Tensor? branch, Tensor? gamma, "
-    "Tensor? keep, float keep_rate, Tensor? weight, ScalarType x_dtype, ScalarType? branch_dtype) "
-    "-> (Tensor, Tensor, Tensor)",
-)
 
-
-@torch.library.impl(FORWARD, "CPU")
-def _forward_cpu(x: Tensor, branch: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@custom_op("beitv2_fast::residual_norm")
+def forward_op(
+    x: Tensor,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    keep_rate: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    sum_dtype: torch.dtype,
+    norm_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a GPU's kernel returns, in plain PyTorch: the sum (empty without a branch), the norm, and mean and 1/std of
     its rows (empty without a norm)."""
-    gamma, keep, keep_rate, weight, bias, eps, sum_dtype, norm_dtype = rest
     total, _ = residual_norm_reference(x, branch, gamma, keep, keep_rate, None, None, eps)
     total, empty = total.to(sum_dtype).contiguous(), x.new_empty(0, dtype=torch.float32)
     out = total if branch is not None else x.new_empty(0, dtype=sum_dtype)
-    if weight is None:
+    if weight is None or bias is None:
         return out, x.new_empty(0, dtype=norm_dtype), empty, empty.clone()
     parameters = (weight.float(), bias.float())
     norm, mean, rstd = torch.native_layer_norm(total.float(), total.shape[-1:], *parameters, eps)
     return out, norm.to(norm_dtype).contiguous(), mean.flatten(), rstd.flatten()
 
 
-@torch.library.impl(FORWARD, "CUDA")
-def _forward_cuda(*arguments: Any) -> tuple[Tensor, ...]:
+@forward_op.register_kernel("cuda")
+def _forward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from .triton import residual_norm_triton
 
     return residual_norm_triton(*arguments)
 
 
-@torch.library.impl(BACKWARD, "CPU")
-def _backward_cpu(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(t.contiguous() for t in residual_norm_backward_reference(*arguments))
-
-
-@torch.library.impl(BACKWARD, "CUDA")
-def _backward_cuda(*arguments: Any) -> tuple[Tensor, ...]:
-    from .triton import residual_norm_backward_triton
-
-    return residual_norm_backward_triton(*arguments)
-
-
-@torch.library.register_fake(FORWARD)
+@forward_op.register_fake
 def _forward_fake(x: Tensor, branch: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     _, _, _, weight, _, _, sum_dtype, norm_dtype = rest
     rows = 0 if weight is None else x.numel() // x.shape[-1]
@@ -72,7 +54,34 @@ def _forward_fake(x: Tensor, branch: Tensor | None, *rest: Any) -> tuple[Tensor,
     )
 
 
-@torch.library.register_fake(BACKWARD)
+@custom_op("beitv2_fast::residual_norm_backward")
+def backward_op(
+    grad_sum: Tensor | None,
+    grad_norm: Tensor | None,
+    total: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    keep_rate: float,
+    weight: Tensor | None,
+    x_dtype: torch.dtype,
+    branch_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = grad_sum, grad_norm, total, mean, rstd, branch, gamma, keep, keep_rate, weight, x_dtype, branch_dtype
+    grad_x, grad_branch, of_parameters = residual_norm_backward_reference(*arguments)
+    return grad_x.contiguous(), grad_branch.contiguous(), of_parameters
+
+
+@backward_op.register_kernel("cuda")
+def _backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from .triton import residual_norm_backward_triton
+
+    return residual_norm_backward_triton(*arguments)
+
+
+@backward_op.register_fake
 def _backward_fake(grad_sum: Tensor | None, grad_norm: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     _, _, _, _, gamma, _, _, _, x_dtype, branch_dtype = rest
     given = grad_sum if grad_norm is None else grad_norm
@@ -83,10 +92,6 @@ def _backward_fake(grad_sum: Tensor | None, grad_norm: Tensor | None, *rest: Any
         given.new_empty(0 if branch_dtype is None else given.shape, dtype=branch_dtype),
         given.new_empty((gamma is not None) + 2 * (grad_norm is not None), given.shape[-1], dtype=dtype),
     )
-
-
-forward_op = torch.ops.beitv2_fast.residual_norm.default
-backward_op = torch.ops.beitv2_fast.residual_norm_backward.default
 
 
 def residual_norm_op(

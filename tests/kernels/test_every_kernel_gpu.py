@@ -126,6 +126,8 @@ def head(monkeypatch) -> None:
     rows = torch.randn(12, 100, device=HERE)
     assert torch.equal(scatter_rows_triton(rows, positions, 3, 9).flatten(0, 1)[positions], rows)
     upstream, known = torch.randn(2, device=HERE), torch.randn(2, 83, 100, device=HERE)
+    weighed = scatter_rows_triton(rows, positions, 3, 9, upstream[1:], 0.5, torch.float32)
+    torch.testing.assert_close(weighed.flatten(0, 1)[positions], rows * (upstream[1] * 0.5))
     torch.testing.assert_close(
         weigh_triton(upstream, known, 1, torch.float32), torch.einsum("l,lvc->vc", upstream, known)
     )

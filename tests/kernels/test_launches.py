@@ -7,6 +7,7 @@ its arguments give it: sizes of 1, strides, absent tensors, addresses that are n
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor
 from beitv2_fast import FusedVectorQuantizer
 from beitv2_fast.kernels.codebook_search.ops import codebook_search_op
 from beitv2_fast.kernels.codebook_update import ops as update_ops
+from beitv2_fast.kernels.masked_cross_entropy import ops as head_ops
 from beitv2_fast.kernels.masked_cross_entropy.chunked import Head, Wanted
+from beitv2_fast.kernels.registration import Op
 from beitv2_fast.kernels.vector_quantize import ops as quantize_ops
 from beitv2_fast.quantize import collapse
 
 from ..support.dispatched import READS, Dispatched
 from ..support.launches import Launch, launching
+from ..support.masked_problem import problem
 
 pytest.importorskip("triton")
 from beitv2_fast.kernels.attention import triton as attention
@@ -114,15 +118,43 @@ def test_an_update_is_two_kernels_and_one_more_with_averages(groups, launches) -
     assert names == ["statistics_kernel", "codes_kernel", "sizes_kernel", "codes_kernel"]
 
 
+def within(ops: tuple[Op, ...], monkeypatch) -> Dispatched:
+    """Sees what a GPU's implementations of the ops ask torch for."""
+    seen = Dispatched()
+    for op in ops:
+        for device, own in tuple(op._backend_fns.items()):
+            monkeypatch.setitem(op._backend_fns, device, seen.within(op._backend_fns.get("cuda", own)))
+    return seen
+
+
+def of_torch_alone(seen: Dispatched) -> list[str]:
+    names = seen.counts.elements()
+    return sorted(name for name in names if not name.startswith("beitv2_fast") and name not in READS)
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+@pytest.mark.parametrize(("chunks", "most"), [(1, 16), (2, 29)])
+def test_launches_of_the_head_do_not_creep_up(chunks, most, launches, monkeypatch) -> None:
+    """Forward and backward in fp32; of both branches in one chunk, and of each in two."""
+    seen = within((head_ops.masked_cross_entropy_op, head_ops.with_gradient_backward), monkeypatch)
+    monkeypatch.setattr(head, "CHUNK_BYTES", (2 * 256 if chunks == 1 else 128) * 64 * 4)
+    p = problem(2, 130, 128, dim=32, classes=64)
+    p = replace(p, tokens=[branch.detach().requires_grad_() for branch in p.branches])
+    monkeypatch.setattr(type(p), "branches", p.tokens)
+    upstream = torch.ones(2)
+    with seen:
+        torch.autograd.grad(p.ours()[0], p.leaves, upstream)
+    of_kernels, of_torch = [launch.kernel for launch in launches], of_torch_alone(seen)
+    assert len(of_kernels) >= 8 and len(of_kernels) + len(of_torch) <= most, (of_kernels, of_torch)
+
+
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 def test_a_training_step_of_the_quantizer_is_at_most_twelve_launches_with_any_heads(launches, monkeypatch) -> None:
     """Those of kernels, and of torch's ops, also within the package's, but for the one that counts the host's clock."""
     monkeypatch.setattr(collapse, "host_waits_for", lambda x: True)
-    seen = Dispatched()
-    for op in (quantize_ops.quantize, quantize_ops.quantize_backward, collapse.replace_dead_codes, codebook_search_op,
-               update_ops.codebook_statistics, update_ops.apply_statistics, update_ops.count_uses):  # fmt: skip
-        for device, own in tuple(op._backend_fns.items()):
-            monkeypatch.setitem(op._backend_fns, device, seen.within(op._backend_fns.get("cuda", own)))
+    ops = (quantize_ops.quantize, quantize_ops.quantize_backward, collapse.replace_dead_codes, codebook_search_op,
+           update_ops.codebook_statistics, update_ops.apply_statistics, update_ops.count_uses)  # fmt: skip
+    seen = within(ops, monkeypatch)
     x, steps = torch.randn(40, 8, requires_grad=True), []
     for heads in (1, 4):
         quantizer = FusedVectorQuantizer(64, 8, heads=heads, kmeans_init=False)
@@ -131,8 +163,7 @@ def test_a_training_step_of_the_quantizer_is_at_most_twelve_launches_with_any_he
             seen.counts.clear()
             with seen:
                 torch.autograd.grad(quantizer(x).loss, x, torch.ones(()))
-        names = [name for name in seen.counts.elements() if not name.startswith("beitv2_fast") and name not in READS]
-        steps.append(([launch.kernel for launch in launches], sorted(names)))
+        steps.append(([launch.kernel for launch in launches], of_torch_alone(seen)))
     (of_kernels, of_torch), with_heads = steps
     assert len(of_kernels) >= 8 and len(of_kernels) + len(of_torch) - 1 <= 12, (of_kernels, of_torch)
     assert with_heads == (of_kernels, of_torch)
@@ -193,7 +224,9 @@ def test_residual_and_norm_fit(images, tokens, width, stream, branch, launches) 
 @pytest.mark.parametrize(("images", "patches", "masked", "width"), [(1, 1, 1, 1), (64, 196, 75, 768), (2, 9, 0, 33)])
 def test_the_gradients_fit(images, patches, masked, width, dtype, launches) -> None:
     rows, upstream = torch.zeros(images * masked, width, dtype=dtype), torch.ones(1).expand(2)
-    head.scatter_rows_triton(rows, torch.arange(len(rows)), images, patches)
+    scattered = rows, torch.arange(len(rows)), images, patches
+    head.scatter_rows_triton(*scattered)
+    head.scatter_rows_triton(*scattered, upstream[1:], 0.1, FP32)
     head.weigh_triton(upstream, torch.zeros(2, patches, width), 7, dtype)
 
 

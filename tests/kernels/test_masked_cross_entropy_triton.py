@@ -222,6 +222,9 @@ def test_rows_are_scattered_among_zeros(positions, dim, dtype):
     expected[at] = rows
     ours = gpu.scatter_rows_triton(guarded(rows), guarded(at), 2, 7)
     assert torch.equal(ours, expected.view(2, 7, dim))
+    for factor in (guarded(torch.randn(1)), torch.randn(1, dtype=torch.float64).to(dtype)):
+        ours = gpu.scatter_rows_triton(guarded(rows), guarded(at), 2, 7, factor, 0.3, torch.float16)
+        assert torch.equal(ours, (expected.float() * (factor.float() * 0.3)).half().view(2, 7, dim))
 
 
 def test_of_several_missing_positions_the_last_row_stays():

@@ -82,8 +82,8 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "masked_gather": (tokens[0], positions),
         "masked_scatter": (noise(4, 3), positions, 2, 3),
         "masked_cross_entropy": (tokens, positions, labels, *head, 1e-6, torch.float32, True, True, True),
-        "with_gradients": (noise(2), tokens, [noise(1, 4, 4), noise(1, 4, 4)], 3, positions),
         "with_gradient_backward": (noise(2), noise(2, 4, 4), 3, torch.bfloat16),
+        "with_gradient_backward scattered": (noise(1), noise(1, 4, 3), 3, torch.bfloat16, positions, 2, 3),
         "residual_norm": (*stream, *rows[:1], keep, 0.8, *rows[1:], 1e-5, torch.float32, torch.float32),
         "residual_norm_backward": (
             *noise(2, 2, 3, 4), stream[0], noise(6), noise(6).abs(), stream[1], rows[0], keep, 0.8, rows[1],
