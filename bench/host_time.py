@@ -1,4 +1,4 @@
-"""Host time of a quantizer step on a GPU, told without one: `python -m bench.host_time`.
+"""Host time on a GPU, told without one, of a quantizer step and of the head: `python -m bench.host_time`.
 
 All runs but the driver: the GPU's implementation of each op, on small CPU tensors, launches kernels that were compiled
 for sm_90 and that nothing starts (tests/support/launches.py). Torch's own ops run on the CPU. So the times are lower
@@ -22,10 +22,13 @@ from torch import Tensor
 
 from beitv2_fast.kernels.codebook_search import ops as search_ops
 from beitv2_fast.kernels.codebook_update import ops as update_ops
+from beitv2_fast.kernels.masked_cross_entropy import ops as head_ops
 from beitv2_fast.kernels.vector_quantize import ops as quantize_ops
 from beitv2_fast.quantize import collapse
 from bench.harness import OURS, machine
 from bench.test_codebook_search import problem
+from bench.test_masked_cross_entropy import IMPLEMENTATIONS as HEADS
+from bench.test_masked_cross_entropy import problem as head_problem
 from bench.test_quantizer_step import only_ops, ours, reference_structure
 from tests.support.launches import NoDevice
 
@@ -33,7 +36,8 @@ N = K = 256  # few, so that what torch does on the CPU costs little
 D = 32
 ON_GPU = (
     search_ops.codebook_search_op, update_ops.codebook_statistics, update_ops.apply_statistics, update_ops.count_uses,
-    quantize_ops.quantize_backward,
+    quantize_ops.quantize_backward, head_ops.masked_positions, head_ops.masked_cross_entropy_op,
+    head_ops.with_gradient_backward,
 )  # fmt: skip
 
 
@@ -75,6 +79,16 @@ def steps() -> dict[str, Callable[[], object]]:
     }
 
 
+def heads() -> dict[str, Callable[[], object]]:
+    """Forward and backward in fp32, of two branches in one chunk."""
+    p = head_problem(2, 8, 3, 16, 64)
+
+    def step(name: str) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(HEADS[name](p), p.leaves)
+
+    return {OURS: step(OURS), "the launches of its kernels": again(step(OURS), launches), "eager": step("eager")}
+
+
 Calls = list[Callable[[], object]]
 
 
@@ -91,7 +105,7 @@ def again(step: Callable[[], object], kept: Callable[[Calls], AbstractContextMan
 def implementations(calls: Calls) -> Iterator[None]:
     with ExitStack() as stack:
         for op in ON_GPU:
-            run = op.kernels["cuda"]
+            run = op.kernels["cpu"]
 
             def run_and_keep(*arguments: Any, run: Callable = run) -> Any:
                 calls.append(partial(run, *arguments))
@@ -122,7 +136,7 @@ def pretend() -> None:
     driver._active = Loaded("sm_90")
     collapse.host_waits_for = lambda x: True
     for op in ON_GPU:
-        op.kernels["cpu"] = op.kernels["cuda"]
+        op.kernels["cpu"] = op.kernels.get("cuda", op._init_fn)
 
 
 def main() -> None:
@@ -134,12 +148,13 @@ def main() -> None:
     torch.set_num_threads(1)
     pretend()
     print(machine(), f"torch {torch.__version__}, Triton {triton.__version__}, Python {platform.python_version()}")
-    print("\n| quantizer step | host us |\n|---|---|")
-    for name, step in steps().items():
-        shortest(step, 20)
-        gc.disable()
-        print(f"| {name} | {shortest(step, calls):.0f} |")
-        gc.enable()
+    for what, rows in (("quantizer step", steps()), ("head, forward and backward", heads())):
+        print(f"\n| {what} | host us |\n|---|---|")
+        for name, step in rows.items():
+            shortest(step, 20)
+            gc.disable()
+            print(f"| {name} | {shortest(step, calls):.0f} |")
+            gc.enable()
 
 
 if __name__ == "__main__":
