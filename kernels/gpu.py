@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 from torch import Tensor
@@ -12,6 +14,12 @@ def target_name() -> str:
     everywhere."""
     if triton.knobs.runtime.interpret:
         return "interpreter"
+    return _family(triton.runtime.driver.active.get_current_device())
+
+
+@cache
+def _family(device: int) -> str:
+    """Asked once, as every answer takes torch some microseconds; ``device`` is the current one."""
     target = triton.runtime.driver.active.get_current_target()
     if target.backend == "hip":
         return "gfx942"
