@@ -55,7 +55,7 @@ def search_cases(
     block_d, num_d = host.screen_chunks(d)
     row_block_d, row_num_d = host.row_chunks(d)
     pack_d = host.pack_chunk(block_d * num_d)
-    common = {"EUCLIDEAN": euclidean, "POSITIVE": plan.positive, "INDEX_BITS": bits, "SPLIT": split}
+    common = {"EUCLIDEAN": euclidean, "INDEX_BITS": bits, "SPLIT": split}
     common |= {"LANES": plan.lanes, "BLOCK_K": host.BLOCK_K, "groups": 1}
     aligned = ("N", "D", "K", "num_blocks", "stride_k", "x_stride_n", "codebook_stride_k", "part_size")
     screened = {"center": "*fp32", "bounds": "*fp32", "N": "i32", "D": "i32", "num_blocks": "i32"}
@@ -93,7 +93,7 @@ def search_cases(
         "codebook_search", "resolve", triton_resolve.resolve,
         {**screened, **rows, "keys": "*fp32", "rest": "*fp32"},
         {**common, **wanted, "BLOCK_R": plan.resolve_rows},
-        4, 3, aligned, options=plan.resolve_options,
+        1, 3, aligned, options=plan.resolve_options,
     )  # fmt: skip
     yield Case(
         "codebook_search", "scan", triton_scan.scan, {**rows, "x": "*fp32", "partial": "*fp64", "part_size": "i32"},

@@ -39,10 +39,9 @@ class ScreenPlan:
     """How a family of GPUs screens. LANES follows the tensor core's accumulator: a group's scores lie in one thread."""
 
     lanes: int
-    positive: bool  # integer maxima, see ``screen``
     configs: tuple[Config, ...]
     wide: tuple[Config, ...] = ()  # in place of ``configs`` where D > 32, if given
-    resolve_rows: int = 8  # BLOCK_R of ``resolve``
+    resolve_rows: int = 4  # BLOCK_R of ``resolve``
     scan_rows: int = 32  # BLOCK_R of ``scan``, not less
     # Without a limit of its own, ptxas spills registers of resolve, nearest and draw to reach the next occupancy.
     resolve_options: dict[str, int] = field(default_factory=lambda: {"maxnreg": 255})
@@ -54,14 +53,13 @@ class ScreenPlan:
 PLANS = {
     "sm_80": ScreenPlan(
         16,
-        False,
         (Config(128, 4, 3), Config(64, 4, 3)),
         wide=(Config(128, 8, 3), Config(64, 8, 3), Config(64, 8, 2)),  # the last for cards with less shared memory
     ),
-    "sm_90": ScreenPlan(8, False, (Config(128, 8, 3), Config(64, 4, 3)), wide=(Config(128, 8, 3), Config(64, 8, 3))),
-    "sm_100": ScreenPlan(8, False, (Config(128, 4, 3),), wide=(Config(128, 8, 3),)),
-    "gfx942": ScreenPlan(8, True, (Config(128, 4, 2), Config(64, 4, 2)), resolve_options={}),
-    "interpreter": ScreenPlan(8, False, (Config(256, 4, 1),), resolve_rows=64, scan_rows=64),
+    "sm_90": ScreenPlan(8, (Config(128, 8, 3), Config(64, 4, 3)), wide=(Config(128, 8, 3), Config(64, 8, 3))),
+    "sm_100": ScreenPlan(8, (Config(128, 4, 3),), wide=(Config(128, 8, 3),)),
+    "gfx942": ScreenPlan(8, (Config(128, 4, 2), Config(64, 4, 2)), resolve_options={}),
+    "interpreter": ScreenPlan(8, (Config(256, 4, 1),), resolve_rows=64, scan_rows=64),
 }
 
 
@@ -82,17 +80,18 @@ def pack_chunk(width: int) -> int:
 
 
 def resolve_warps(codebook: Tensor) -> int:
-    """Codes that cannot be read 16 bytes at a time need one address per element: more than the registers of 4 warps."""
+    """One, so that nothing waits at a barrier. Codes that cannot be read 16 bytes at a time need one address per
+    element: more than its registers."""
     aligned = codebook.stride(1) == 1 and not any(
         size % 16 for size in (codebook.shape[1], codebook.stride(0), codebook.data_ptr())
     )
-    return 4 if aligned else 8
+    return 1 if aligned else 4
 
 
 def choose_split(row_blocks: int, num_blocks: int, multiprocessors: int) -> int:
-    """Into how many parts the codebook is cut so that every multiprocessor has four programs or more to overlap."""
+    """Into how many parts the codebook is cut so that every multiprocessor has two programs or more to overlap."""
     split = 1
-    while split < MAX_SPLIT and row_blocks * split < 4 * multiprocessors and num_blocks >= 8 * split:
+    while split < MAX_SPLIT and row_blocks * split < 2 * multiprocessors and num_blocks >= 8 * split:
         split *= 2
     return split
 
@@ -173,7 +172,7 @@ def codebook_search_triton(
         resolve[(row_blocks,)](
             x, codebook, center, bounds, keys, rest, hard, indices, normalized, codes, distances,
             n, k, d, num_blocks, groups, *x.stride(), *codebook.stride(),
-            POSITIVE=chosen.positive, INDEX_BITS=bits, SPLIT=split, LANES=lanes, BLOCK_R=block_r, BLOCK_K=BLOCK_K,
+            INDEX_BITS=bits, SPLIT=split, LANES=lanes, BLOCK_R=block_r, BLOCK_K=BLOCK_K,
             **wanted, num_warps=resolve_warps(codebook), **chosen.resolve_options,
         )  # fmt: skip
         parts = scan_parts(k, split)
@@ -234,7 +233,7 @@ def _pack(
     block_d, num_d = screen_chunks(d)
     width = block_d * num_d
     packed = codebook.new_empty(groups * num_blocks * BLOCK_K, width, dtype=torch.float16)
-    sizes = (num_blocks * BLOCK_K, 128 * cdiv(d, 128), 4 * num_blocks + 4)
+    sizes = (num_blocks * BLOCK_K, 128 * cdiv(d, 128), 4 * num_blocks + 8)
     bias, center, bounds = [codebook.new_empty(groups * size, dtype=torch.float32) for size in sizes]
     chunk = pack_chunk(width)
     pack_codebook[(groups * num_blocks,)](
@@ -253,7 +252,7 @@ def _screen(
     block_d, num_d = screen_chunks(d)
     arguments = (x, packed, bias, center, bounds, keys, rest, n, d, num_blocks, groups, *x.stride())
     constants = {
-        "EUCLIDEAN": euclidean, "POSITIVE": PLANS[plan].positive, "INDEX_BITS": bits, "SPLIT": split,
+        "EUCLIDEAN": euclidean, "INDEX_BITS": bits, "SPLIT": split,
         "LANES": PLANS[plan].lanes, "BLOCK_K": BLOCK_K, "BLOCK_D": block_d, "NUM_D": num_d,
     }  # fmt: skip
     configs = PLANS[plan].configs_for(d)

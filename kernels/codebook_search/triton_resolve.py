@@ -6,7 +6,8 @@ groups of one lane are that close than were kept, or the codebook cannot be scre
 ``triton_scan``.
 
 Costs: about 2 N D (group size) float64 FLOPs and (group size) D reads of the codebook (L2) per row; reads x and the
-keys once, writes the outputs. Bound by latency and L2.
+keys once, writes the outputs. Bound by issued instructions and latency: on sm_90 at D = 32 a row has 125 of a warp, and
+165 for every group that is scored for any of the program's rows, which is why a program has few.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_screen import codebook_bound, frame_of, in_turn, load_centered, load_rows, row_frame, rows_of
+from .triton_screen import frame_of, in_turn, load_centered, load_rows, row_frame, rows_of
 
 
 @triton.jit
@@ -57,18 +58,17 @@ def exact_scores(
     EUCLIDEAN: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
 ):  # fmt: skip
     """Float64 scores [R, G] of the rows (pointers [R]) with their own codes (pointers [R, G]); -Inf where masked."""
-    dots = tl.zeros(codes.shape, tl.float64)
-    squares = tl.zeros(codes.shape, tl.float64)
+    R: tl.constexpr = codes.shape[0]
+    G: tl.constexpr = codes.shape[1]
+    scores = tl.zeros((R, G, BLOCK_D), tl.float64)
     for chunk in range(NUM_D):
         offs_d = (chunk * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
         mask_d = offs_d < D
         x = tl.load(rows[:, None] + offs_d[None, :] * x_stride_d, mask=mask_d[None, :], other=0.0).to(tl.float64)
         at = codes[:, :, None] + offs_d[None, None, :] * codebook_stride_d
         values = tl.load(at, mask=mask[:, :, None] & mask_d[None, None, :], other=0.0).to(tl.float64)
-        dots += tl.sum(x[:, None, :] * values, axis=2)
-        if EUCLIDEAN:
-            squares += tl.sum(values * values, axis=2)
-    scores = 2 * dots - squares if EUCLIDEAN else dots
+        scores += 2 * x[:, None, :] * values - values * values if EUCLIDEAN else x[:, None, :] * values
+    scores = tl.sum(scores, axis=2)
     return tl.where(mask, finite_or_least(scores), -float("inf"))
 
 
@@ -141,7 +141,6 @@ def resolve(
     codebook_stride_k,
     codebook_stride_d,
     EUCLIDEAN: tl.constexpr,
-    POSITIVE: tl.constexpr,
     INDEX_BITS: tl.constexpr,
     SPLIT: tl.constexpr,
     LANES: tl.constexpr,
@@ -167,8 +166,8 @@ def resolve(
         rows, mask_n, center, bounds, D, x_stride_d, EUCLIDEAN, BLOCK_D, NUM_D
     )
     finite = largest < float("inf")
-    code_norm, code_loss = codebook_bound(bounds, 0, num_blocks), codebook_bound(bounds, 1, num_blocks)
-    largest_bias, odd_codes = codebook_bound(bounds, 2, num_blocks), codebook_bound(bounds, 3, num_blocks)
+    code_norm, code_loss = tl.load(bounds + 4), tl.load(bounds + 5)
+    largest_bias, odd_codes = tl.load(bounds + 6), tl.load(bounds + 7)
     screened = code_norm < float("inf")
     error = screening_error(
         rows, mask_n, center, before, shift, scale, weight, bounds, code_norm, code_loss, largest_bias, D, x_stride_d,
@@ -187,12 +186,13 @@ def resolve(
     dropped = tl.max(dropped, axis=1)
     if not EUCLIDEAN:  # and so has a zero row, whose scores all tie
         searched = searched & ((largest > 0) | (odd_codes > 0))
-    undecided = searched & ((dropped >= threshold) | (screened == 0))
+    undecided = searched & ((dropped >= threshold) | (threshold <= 0) | (screened == 0))
     searched = searched & (undecided == 0)
     best_score = tl.full((BLOCK_R,), -float("inf"), tl.float64)
     best_index = tl.zeros((BLOCK_R,), tl.int32)
 
     GROUP: tl.constexpr = BLOCK_K // LANES
+    CHUNK: tl.constexpr = BLOCK_D // 4
     low_bits: tl.constexpr = (1 << INDEX_BITS) - 1
     while tl.max((searched & (top >= threshold)).to(tl.int32), axis=0) > 0:
         slot = tl.min(tl.where(left == top[:, None], slot_ids[None, :], SLOTS), axis=1)
@@ -201,7 +201,7 @@ def resolve(
         ids = (block * BLOCK_K + slot % LANES)[:, None] + (tl.arange(0, GROUP) * LANES)[None, :]
         mask = (searched & (top >= threshold))[:, None] & (ids < K)
         pointers = codebook + tl.where(mask, ids, 0).to(tl.int64) * codebook_stride_k
-        scores = exact_scores(rows, pointers, mask, D, x_stride_d, codebook_stride_d, EUCLIDEAN, BLOCK_D, NUM_D)
+        scores = exact_scores(rows, pointers, mask, D, x_stride_d, codebook_stride_d, EUCLIDEAN, CHUNK, 4 * NUM_D)
         best_score, best_index = better(scores, ids, best_score, best_index)
         left = tl.where(slot_ids[None, :] == slot[:, None], -float("inf"), left)
         top = tl.max(left, axis=1)

@@ -5,9 +5,11 @@ BLOCK_K / LANES codes of one block that share a lane (index modulo LANES). For e
 survive, as a score whose low mantissa bits hold the block's number, and the third best score bounds what was dropped.
 ``triton_resolve`` scores the groups that may hold the nearest code again, exactly.
 
-Costs of ``screen`` for N rows, K codes, D dimensions: 2 N K D tensor-core FLOPs; 1 + 4 / group size maxima per score
-(no index is carried along); reads the packed codebook (2 K D bytes, from L2) once per block of rows, writes
-4 N SPLIT (2 LANES + 1) bytes. Bound by the maxima for D <= 64, by the tensor cores above.
+Costs of ``screen`` for N rows, K codes, D dimensions: 2 N K D tensor-core FLOPs; reads the packed codebook (2 K D
+bytes, from L2) once per block of rows, writes 4 N SPLIT (2 LANES + 1) bytes. On sm_90 at D = 32 a lane has 98
+instructions per 64 scores, 52 of them maxima (no index is carried along), of which a multiprocessor issues two warps'
+per cycle; and 500 per program, with two trips to memory before the first product. Bound by the maxima for D <= 64 where
+a multiprocessor's programs hide these trips, by the tensor cores above.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def rows_of(group, block, groups, BLOCK: tl.constexpr):
 @triton.jit
 def frame_of(center, bounds, group, num_blocks, D):
     """Where the center and the bounds of a codebook lie: centers in whole chunks of 128, the widest of any kernel."""
-    return center + group * ((D + 127) // 128 * 128), bounds + group * (4 * num_blocks + 4)
+    return center + group * ((D + 127) // 128 * 128), bounds + group * (4 * num_blocks + 8)
 
 
 @triton.jit
@@ -152,9 +154,12 @@ def pack_codebook(
     large, and beyond them, or where no sampled code is finite, nothing is screened. Codes that are not finite, or
     beyond K, repeat another.
 
-    center: m; for cosine m times a power of two, a. bias[k] = -||scale (c_k - m)||^2 / 2, or <a, scale (c_k - m)>.
-    bounds[0 .. 2] = scale, whether this is a cone, ||a||^2; from bounds[4], for every block the maxima of
-    ||scale (c - m)|| (Inf: do not screen), of what rounding took from it, of |bias|, and whether a code is not finite.
+    center: m; for cosine m times a power of two, a. bias[k] = <a, scale (c_k - m)>; for euclidean
+    lift - ||scale (c_k - m)||^2 / 2, ``lift`` the most that is so taken from a sampled code. The mean of their
+    <x, c - m> is 0 if all are finite: every row has a score >= 0, of which alone ``best_groups`` keeps the order.
+    bounds[0 .. 2] = scale, whether this is a cone, ||a||^2; from bounds[8], for every block the maxima of
+    ||scale (c - m)|| (Inf: do not screen), of what rounding took from it, of |bias| + lift, and whether a code is not
+    finite; bounds[4 .. 7], from ``screen``: the maxima of all blocks.
     hard[N + group], the number of rows that the screening cannot decide, becomes 0.
     """
     group, block = in_turn(groups)
@@ -190,9 +195,13 @@ def pack_codebook(
     squares = tl.zeros((BLOCK_K,), tl.float32)
     losses = tl.zeros((BLOCK_K,), tl.float32)
     largest_packed = tl.zeros((BLOCK_K,), tl.float32)
+    spread = tl.zeros((SAMPLE,), tl.float32)
     for chunk in range(NUM_D):
         offs_d = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
-        middle = sample_center(load_rows(sample_rows, everywhere, chunk * BLOCK_D, D, stride_d, BLOCK_D))
+        sample = load_rows(sample_rows, everywhere, chunk * BLOCK_D, D, stride_d, BLOCK_D)
+        middle = sample_center(sample)
+        sample = (sample - middle[None, :]) * scale
+        spread += tl.sum(sample * sample, axis=1)
         if block == 0:
             tl.store(center + offs_d, middle * to_axis)
         values = (load_rows(rows, mask, chunk * BLOCK_D, D, stride_d, BLOCK_D) - middle[None, :]) * scale
@@ -204,13 +213,14 @@ def pack_codebook(
         losses += tl.sum(loss * loss, axis=1)
         largest_packed = tl.maximum(largest_packed, tl.max(magnitude(values), axis=1))
         tl.store(packed + places.to(tl.int64)[:, None] * (BLOCK_D * NUM_D) + offs_d[None, :], rounded)
-    biases = -0.5 * squares if EUCLIDEAN else along
+    lift = 0.5 * tl.max(tl.where(finite, spread, 0.0), axis=0) if EUCLIDEAN else 0.0
+    biases = lift - 0.5 * squares if EUCLIDEAN else along
     tl.store(bias + places, biases)
     screened = (tl.max(largest_packed, axis=0) < 65504.0) & (other < K)
-    of_block = bounds + 4 + block
+    of_block = bounds + 8 + block
     tl.store(of_block, tl.where(screened, tl.sqrt(tl.max(squares, axis=0)), float("inf")))
     tl.store(of_block + num_blocks, tl.sqrt(tl.max(losses, axis=0)))
-    tl.store(of_block + 2 * num_blocks, tl.max(tl.abs(biases), axis=0))
+    tl.store(of_block + 2 * num_blocks, tl.max(tl.abs(biases), axis=0) + lift)
     tl.store(of_block + 3 * num_blocks, tl.max(((ids < K) & (largest == float("inf"))).to(tl.float32), axis=0))
     if block == 0:
         of_axis = tl.max(length, axis=0)
@@ -222,26 +232,29 @@ def pack_codebook(
 
 
 @triton.jit
-def codebook_bound(bounds, which: tl.constexpr, num_blocks):
-    """The maximum over all blocks of one of the four that ``pack_codebook`` wrote."""
-    largest = tl.zeros((128,), tl.float32)
+def reduce_bounds(bounds, num_blocks):
+    """To bounds[4 .. 7] the maxima over all blocks of the four that ``pack_codebook`` wrote."""
+    which, largest = tl.arange(0, 4), tl.zeros((4, 128), tl.float32)
     for start in range(0, num_blocks, 128):
         offs = start + tl.arange(0, 128)
-        mine = tl.load(bounds + 4 + which * num_blocks + offs, mask=offs < num_blocks, other=0.0)
-        largest = tl.maximum(largest, mine)
-    return tl.max(largest, axis=0)
+        at = bounds + 8 + which[:, None] * num_blocks + offs[None, :]
+        largest = tl.maximum(largest, tl.load(at, mask=(offs < num_blocks)[None, :], other=0.0))
+    tl.store(bounds + 4 + which, tl.max(largest, axis=1))
 
 
 @triton.jit
 def best_groups(
-    tile, rows, mask_n, packed, bias, center, before, shift, scale, weight, offset, first, last, D, stride_d,
-    BIASED: tl.constexpr, POSITIVE: tl.constexpr, INDEX_BITS: tl.constexpr, LANES: tl.constexpr,
+    tile, rows, mask_n, packed, bias, center, before, shift, scale, weight, first, last, D, stride_d,
+    BIASED: tl.constexpr, INDEX_BITS: tl.constexpr, LANES: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
 ):  # fmt: skip
-    """Keys of the three best groups of every row and lane [N, LANES] over blocks first .. last - 1 of codes."""
+    """Keys of the three best groups of every row and lane [N, LANES] over blocks first .. last - 1 of codes, int32.
+
+    The bits of scores >= 0 order as integers do, above those of all others, whose order is lost: a row that might need
+    them is left to ``scan``. Hopper and AMD have an integer maximum of three; AMD's of floats quiets operands first.
+    """
     BLOCK_N: tl.constexpr = mask_n.shape[0]
-    KEY: tl.constexpr = tl.int32 if POSITIVE else tl.float32
-    best = tl.full((BLOCK_N, LANES), 0 if POSITIVE else -float("inf"), KEY)
+    best = tl.full((BLOCK_N, LANES), -(2**31), tl.int32)
     second = best
     third = best
     low_bits: tl.constexpr = (1 << INDEX_BITS) - 1
@@ -251,8 +264,6 @@ def best_groups(
         scores = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         if BIASED:
             scores += tl.load(bias + (first + block) * BLOCK_K + offs_k)[None, :] * weight[:, None]
-        if POSITIVE:
-            scores += offset[:, None]
         if NUM_D == 1:
             scores = tl.dot(tile, tl.load(codes).T, scores)
         else:
@@ -260,9 +271,8 @@ def best_groups(
                 part = load_centered(rows, mask_n, center, before, shift, chunk * BLOCK_D, D, stride_d, BLOCK_D)
                 part = (part * scale[:, None]).to(tl.float16)
                 scores = tl.dot(part, tl.load(codes + chunk * BLOCK_D).T, scores)
-        scores = scores.to(KEY, bitcast=True)
-        group = tl.max(tl.reshape(scores, (BLOCK_N, BLOCK_K // LANES, LANES)), axis=1)
-        key = ((group.to(tl.int32, bitcast=True) & ~low_bits) | block).to(KEY, bitcast=True)
+        scores = scores.to(tl.int32, bitcast=True)
+        key = (tl.max(tl.reshape(scores, (BLOCK_N, BLOCK_K // LANES, LANES)), axis=1) & ~low_bits) | block
         lower = tl.minimum(best, key)
         best = tl.maximum(best, key)
         third = tl.maximum(third, tl.minimum(second, lower))
@@ -287,7 +297,6 @@ def screen(
     x_stride_n,
     x_stride_d,
     EUCLIDEAN: tl.constexpr,
-    POSITIVE: tl.constexpr,
     INDEX_BITS: tl.constexpr,
     SPLIT: tl.constexpr,
     LANES: tl.constexpr,
@@ -296,11 +305,7 @@ def screen(
     BLOCK_D: tl.constexpr,
     NUM_D: tl.constexpr,
 ):
-    """keys [N, SPLIT, 2, LANES]: best and second best group of every lane; rest [N, SPLIT]: the best one dropped.
-
-    POSITIVE adds to the scores of a row what makes all of them >= 0, whose bits order as integers do: AMD's integer
-    maximum is one instruction, its float maximum three (both operands are quieted first).
-    """
+    """keys [N, SPLIT, 2, LANES]: best and second best group of every lane; rest [N, SPLIT]: the best one dropped."""
     part = tl.program_id(1)
     group, row_block = in_turn(groups)
     first = group * num_blocks + num_blocks * part // SPLIT
@@ -310,11 +315,6 @@ def screen(
     mask_n = offs_n < N
     rows = x + offs_n * x_stride_n
     before, shift, scale, weight, _ = row_frame(rows, mask_n, center, bounds, D, x_stride_d, EUCLIDEAN, BLOCK_D, NUM_D)
-    offset = weight
-    if POSITIVE:
-        offset = score_offset(
-            rows, mask_n, center, before, shift, scale, weight, bounds, num_blocks, D, x_stride_d, BLOCK_D, NUM_D
-        )
     tile = load_centered(rows, mask_n, center, before, shift, 0, D, x_stride_d, BLOCK_D) * scale[:, None]
     tile = tile.to(tl.float16)
     biased = EUCLIDEAN
@@ -322,29 +322,17 @@ def screen(
         biased = tl.load(bounds + 1) > 0
     if biased:
         best, second, third = best_groups(
-            tile, rows, mask_n, packed, bias, center, before, shift, scale, weight, offset, first, last, D, x_stride_d,
-            True, POSITIVE, INDEX_BITS, LANES, BLOCK_K, BLOCK_D, NUM_D,
+            tile, rows, mask_n, packed, bias, center, before, shift, scale, weight, first, last, D, x_stride_d,
+            True, INDEX_BITS, LANES, BLOCK_K, BLOCK_D, NUM_D,
         )  # fmt: skip
     else:  # a loop of its own, which is spared a sum per score
         best, second, third = best_groups(
-            tile, rows, mask_n, packed, bias, center, before, shift, scale, weight, offset, first, last, D, x_stride_d,
-            False, POSITIVE, INDEX_BITS, LANES, BLOCK_K, BLOCK_D, NUM_D,
+            tile, rows, mask_n, packed, bias, center, before, shift, scale, weight, first, last, D, x_stride_d,
+            False, INDEX_BITS, LANES, BLOCK_K, BLOCK_D, NUM_D,
         )  # fmt: skip
     slots = keys + (offs_n[:, None] * SPLIT + part) * (2 * LANES) + tl.arange(0, LANES)[None, :]
     tl.store(slots, best.to(tl.float32, bitcast=True), mask=mask_n[:, None])
     tl.store(slots + LANES, second.to(tl.float32, bitcast=True), mask=mask_n[:, None])
     tl.store(rest + offs_n * SPLIT + part, tl.max(third, axis=1).to(tl.float32, bitcast=True), mask=mask_n)
-
-
-@triton.jit
-def score_offset(
-    rows, mask_rows, center, before, shift, scale, weight, bounds, num_blocks, D, stride_d,
-    BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
-):  # fmt: skip
-    """A bound of |score| of every row: with it added, no score is negative."""
-    squares = tl.zeros(mask_rows.shape, tl.float32)
-    for chunk in range(NUM_D):
-        x = load_centered(rows, mask_rows, center, before, shift, chunk * BLOCK_D, D, stride_d, BLOCK_D)
-        squares += tl.sum(x * scale[:, None] * (x * scale[:, None]), axis=1)
-    bound = tl.sqrt(squares) * codebook_bound(bounds, 0, num_blocks)
-    return 1.01 * (bound + tl.abs(weight) * codebook_bound(bounds, 2, num_blocks))
+    if row_block + part == 0:
+        reduce_bounds(bounds, num_blocks)

@@ -141,6 +141,16 @@ def test_a_cone_of_vectors_and_codes_is_decided_by_the_screening(metric: str, an
     assert undecided(x, codebook, metric, monkeypatch) <= 3
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_rows_away_from_all_codes_are_decided_by_the_screening(metric: str, monkeypatch) -> None:
+    """All products are below 0, or the middle of the codes is nearer than any code: yet no row is left to ``scan``."""
+    x, codebook = torch.randn(64, 32) / 4, torch.randn(1300, 32)
+    if metric == "cosine":
+        x, codebook = -x.abs(), codebook.abs()
+    assert exact_scores(x, codebook, metric).max() < 0
+    assert undecided(x, codebook, metric, monkeypatch) <= 3
+
+
 @pytest.mark.parametrize("scale", [1e-38, 1.0, 1e37])
 @pytest.mark.parametrize(("plan", "d"), [("sm_90", 32), ("gfx942", 32), ("sm_90", 130)])
 def test_rows_from_anywhere_meet_a_cone_of_codes(plan: str, d: int, scale: float) -> None:
