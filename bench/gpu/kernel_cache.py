@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from bench.aot import TARGETS
+from bench.gpu import tune
 from tests.support.launches import launching
 
 Case = tuple[str, Callable[[], object]]
@@ -153,6 +154,19 @@ def mask_cases() -> Iterator[Case]:
         yield f"block_masks {side}x{side}", partial(block_masks_triton, keys, side, side, masked, 4, 0.3, masked)
 
 
+def tune_cases(processors: int) -> Iterator[Case]:
+    from beitv2_fast.kernels.codebook_search import triton as host
+
+    def compile_as(call: Callable[[], object], patches: tune.Patches) -> None:
+        with tune.patched([(host, "choose_split", lambda *sizes: split(*sizes[:2], processors)), *patches]):
+            call()
+
+    split = host.choose_split
+    for each in tune.tunings(torch.device("cpu")):
+        for shape, patches in each.candidates.items():
+            yield f"{each.kernel}: {shape}", partial(compile_as, each.call, patches)
+
+
 PARTS = (
     quantizer_cases, head_cases, gradient_cases, attention_cases, residual_norm_cases, gelu_cases, mask_cases,
 )  # fmt: skip
@@ -162,6 +176,8 @@ def cases(target: str, each: int | None) -> list[Case]:
     """Of each part so many; None: all."""
     with launching(target):  # the host code asks for the target here, too
         parts = (search_cases(PROCESSORS[target]), *(part() for part in PARTS))
+        if target == tune.TARGET:
+            parts = (*parts, tune_cases(PROCESSORS[target]))
         return [case for part in parts for case in itertools.islice(part, each)]
 
 

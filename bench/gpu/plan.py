@@ -44,6 +44,7 @@ SECTIONS = (
     Section("files", "trainings", 110, "both trainings from image files, with the loaders that are there"),
     Section("compiled", "models", 130, "training steps under torch.compile"),
     Section("learn", "learning", 0, "does it learn: tokenizer, students, probes, fine-tuning"),
+    Section("tune", "tune", 60, "launch shapes of the kernels beside the ones they have"),
     Section("xformers", "attention", 40, "xformers is installed, and chosen"),
     Section("teacher", "models", 50, "CLIP's teacher of open_clip, random weights"),
     Section("dali", "trainings", 90, "loaders of pre-training views: pixels and images/s"),

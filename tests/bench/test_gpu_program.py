@@ -21,11 +21,12 @@ import torch
 from beitv2_fast.train.experiments import downstream
 from beitv2_fast.train.experiments.runner import is_done, record_file
 from bench import harness, test_masks
-from bench.gpu import checks, clocks, learning, ops, plan, run, runner
+from bench.gpu import checks, clocks, learning, ops, plan, run, runner, tune
 from bench.gpu.__main__ import main
 from bench.gpu.plan import BY_NAME, SECTIONS
 
 from ..support.downstream import write_colors
+from ..support.launches import launching
 from ..train.test_downstream import run_here
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -287,6 +288,48 @@ def test_of_the_block_masks_those_of_the_cpu_have_no_time_on_the_device(monkeypa
     ops.masks(run.Run("masks", True, time.monotonic() + 60))
     blocks = {name: options["on_device"] for name, options in timed if options["group"] == test_masks.GROUP}
     assert [name for name, there in blocks.items() if there] == [harness.OURS, test_masks.BATCHED] and len(blocks) == 4
+
+
+def test_the_fastest_launch_shape_is_one_whose_results_are_right(monkeypatch, capsys):
+    host = SimpleNamespace(BLOCK=1, WARPS=4)
+    times = {1: 3.0, 2: 2.0, 3: 1.0, 4: 9.0}
+
+    def call() -> list[torch.Tensor]:
+        if host.BLOCK == 5:
+            raise RuntimeError("out of resource: shared memory")
+        return [torch.tensor([8.0, 7.0 if host.BLOCK == 3 else 4.0]), torch.empty(0)]
+
+    shapes = {str(block): [(host, "BLOCK", block), (host, "WARPS", 8)] for block in (2, 3, 4, 5)}
+    monkeypatch.setattr(tune, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(tune, "target_name", lambda: tune.TARGET)
+    monkeypatch.setattr(run.Run, "on_gpu", True)
+    monkeypatch.setattr(run.Run, "tidy", lambda self: None)
+    monkeypatch.setattr(tune, "tunings", lambda device: [tune.Tuning("a kernel", call, shapes)])
+    monkeypatch.setattr(clocks, "all_times", lambda *_, **__: clocks.Times(times[host.BLOCK], None, 1.0, 1.0, 0))
+    tune.tune(run.Run("tune", False, time.monotonic() + 60))
+    *tried, fastest = spoken(capsys)
+    assert {r["what"]: (r.get("gpu_ms"), r.get("right"), r.get("difference")) for r in tried} == {
+        tune.DEFAULT: (3.0, True, 0.0), "2": (2.0, True, 0.0), "3": (1.0, False, 0.375), "4": (9.0, True, 0.0),
+        "5": (None, None, None),
+    }  # fmt: skip
+    assert "out of resource" in tried[-1]["error"] and all(r["group"] == "a kernel" for r in tried)
+    assert (fastest["what"], fastest["shape"], fastest["gpu_ms"], fastest["default_ms"]) == ("fastest", "2", 2.0, 3.0)
+    assert (host.BLOCK, host.WARPS) == (1, 4)
+
+
+@pytest.mark.parametrize("kernel", ["residual_norm", "gelu_and_gradient"])
+def test_every_launch_shape_to_try_is_another_than_the_kernel_s(kernel, monkeypatch):
+    monkeypatch.setattr(tune, "IMAGES", 4)
+    with launching(tune.TARGET) as launches:
+        (each,) = [t for t in tune.row_tunings(torch.device("cpu")) if t.kernel == kernel]
+        tried = []
+        for patches in ((), *each.candidates.values()):
+            launches.clear()
+            with tune.patched(patches):
+                each.call()
+            assert all(launch.fits for launch in launches)
+            tried.append([(launch.num_warps, launch.grid, launch.registers) for launch in launches])
+    assert len({str(shape) for shape in tried}) == len(tried) > 2
 
 
 def test_results_of_a_gpu_lie_beside_the_cpu_s(monkeypatch, tmp_path):
