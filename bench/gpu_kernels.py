@@ -69,7 +69,7 @@ def search_cases(
             "stride_d": 1, "LANES": plan.lanes, "BLOCK_K": host.BLOCK_K, "SAMPLE": host.SAMPLE, "EUCLIDEAN": euclidean,
             "groups": 1, "BLOCK_D": pack_d, "NUM_D": block_d * num_d // pack_d,
         },
-        host.PACK_WARPS, 3, aligned,
+        host.PACK_WARPS, 3, aligned, options=plan.resolve_options,
     )  # fmt: skip
     for config in plan.configs_for(d):
         yield Case(

@@ -43,7 +43,7 @@ class ScreenPlan:
     wide: tuple[Config, ...] = ()  # in place of ``configs`` where D > 32, if given
     resolve_rows: int = 4  # BLOCK_R of ``resolve``
     scan_rows: int = 32  # BLOCK_R of ``scan``, not less
-    # Without a limit of its own, ptxas spills registers of resolve, nearest and draw to reach the next occupancy.
+    # Without a limit of its own, ptxas spills registers of pack, resolve, nearest and draw to reach the next occupancy.
     resolve_options: dict[str, int] = field(default_factory=lambda: {"maxnreg": 255})
 
     def configs_for(self, d: int) -> tuple[Config, ...]:
@@ -159,7 +159,7 @@ def codebook_search_triton(
         bits = index_bits(num_blocks, split)
         row_blocks = row_programs(n, groups, block_r)
         hard = x.new_empty(n + groups + row_blocks, dtype=torch.int64)
-        packed, bias, center, bounds = _pack(codebook, groups, hard, n, lanes, num_blocks, euclidean)
+        packed, bias, center, bounds = _pack(codebook, groups, hard, n, chosen, num_blocks, euclidean)
         keys = x.new_empty(n, split, 2, lanes, dtype=torch.float32)
         rest = x.new_empty(n, split, dtype=torch.float32)
         _screen(x, packed, bias, center, bounds, keys, rest, num_blocks, groups, euclidean, bits, split, plan)
@@ -226,7 +226,7 @@ def _as_rows(codebook: Tensor) -> tuple[Tensor, int, int]:
 
 
 def _pack(
-    codebook: Tensor, groups: int, hard: Tensor, rows: int, lanes: int, num_blocks: int, euclidean: bool
+    codebook: Tensor, groups: int, hard: Tensor, rows: int, plan: ScreenPlan, num_blocks: int, euclidean: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(packed codes, biases, center, bounds): see ``pack_codebook``."""
     k, d = len(codebook) // groups, codebook.shape[1]
@@ -238,8 +238,8 @@ def _pack(
     chunk = pack_chunk(width)
     pack_codebook[(groups * num_blocks,)](
         codebook, packed, bias, center, bounds, hard, rows, k, d, num_blocks, groups, *codebook.stride(),
-        LANES=lanes, BLOCK_K=BLOCK_K, SAMPLE=SAMPLE, EUCLIDEAN=euclidean, BLOCK_D=chunk,
-        NUM_D=width // chunk, num_warps=PACK_WARPS,
+        LANES=plan.lanes, BLOCK_K=BLOCK_K, SAMPLE=SAMPLE, EUCLIDEAN=euclidean, BLOCK_D=chunk,
+        NUM_D=width // chunk, num_warps=PACK_WARPS, **plan.resolve_options,
     )  # fmt: skip
     return packed, bias, center, bounds
 

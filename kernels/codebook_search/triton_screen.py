@@ -311,6 +311,8 @@ def screen(
     first = group * num_blocks + num_blocks * part // SPLIT
     last = group * num_blocks + num_blocks * (part + 1) // SPLIT
     center, bounds = frame_of(center, bounds, group, num_blocks, D)
+    if row_block + part == 0:
+        reduce_bounds(bounds, num_blocks)
     offs_n = rows_of(group, row_block, groups, BLOCK_N)
     mask_n = offs_n < N
     rows = x + offs_n * x_stride_n
@@ -334,5 +336,3 @@ def screen(
     tl.store(slots, best.to(tl.float32, bitcast=True), mask=mask_n[:, None])
     tl.store(slots + LANES, second.to(tl.float32, bitcast=True), mask=mask_n[:, None])
     tl.store(rest + offs_n * SPLIT + part, tl.max(third, axis=1).to(tl.float32, bitcast=True), mask=mask_n)
-    if row_block + part == 0:
-        reduce_bounds(bounds, num_blocks)
