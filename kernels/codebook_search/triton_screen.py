@@ -311,14 +311,14 @@ def screen(
     first = group * num_blocks + num_blocks * part // SPLIT
     last = group * num_blocks + num_blocks * (part + 1) // SPLIT
     center, bounds = frame_of(center, bounds, group, num_blocks, D)
-    if row_block + part == 0:
-        reduce_bounds(bounds, num_blocks)
     offs_n = rows_of(group, row_block, groups, BLOCK_N)
     mask_n = offs_n < N
     rows = x + offs_n * x_stride_n
     before, shift, scale, weight, _ = row_frame(rows, mask_n, center, bounds, D, x_stride_d, EUCLIDEAN, BLOCK_D, NUM_D)
     tile = load_centered(rows, mask_n, center, before, shift, 0, D, x_stride_d, BLOCK_D) * scale[:, None]
     tile = tile.to(tl.float16)
+    if row_block + part == 0:
+        reduce_bounds(bounds, num_blocks)
     biased = EUCLIDEAN
     if not EUCLIDEAN:
         biased = tl.load(bounds + 1) > 0
