@@ -67,36 +67,28 @@ def codebook_search(
     """
     check_metric(metric)
     check_vectors("codebook_search", x, codebook, several=True)
-    if k is not None:
-        return _nearest_codes(
-            x.detach(), codebook.detach(), metric, k, return_normalized, return_codes, return_distances
-        )
     # Detached, and not under no_grad(), which torch.export makes a region of its own that it cannot save.
-    indices, normalized, codes, distances = codebook_search_op(
-        x.detach(), codebook.detach(), metric, return_normalized, return_codes, return_distances
-    )
-    return CodebookSearch(
-        indices,
-        normalized if return_normalized else None,
-        codes if return_codes else None,
-        distances if return_distances else None,
-    )
-
-
-def _nearest_codes(
-    x: Tensor, codebook: Tensor, metric: str, k: int, normalized: bool, codes: bool, distances: bool
-) -> CodebookSearch:
-    if not 1 <= k <= codebook.shape[-2]:
+    x, codebook, wanted = x.detach(), codebook.detach(), (return_normalized, return_codes, return_distances)
+    if k is None:
+        indices, *rest = codebook_search_op(x, codebook, metric, *wanted)
+    elif 1 <= k <= codebook.shape[-2]:
+        indices = nearest_codes_op(x, codebook, metric, k)
+        rest = _beside_several(x, codebook, metric, indices, *wanted)
+    else:
         raise ValueError(f"codebook_search: k must lie between 1 and the {codebook.shape[-2]} codes there are; got {k}")
-    indices: Tensor = nearest_codes_op(x, codebook, metric, k)
+    return CodebookSearch(indices, *(out if asked else None for out, asked in zip(rest, wanted, strict=True)))
+
+
+def _beside_several(x: Tensor, codebook: Tensor, metric: str, indices: Tensor, *wanted: bool) -> list[Tensor | None]:
+    """normalized, codes and distances of the k codes of every vector."""
+    of_vectors, of_codes, of_distances = wanted
     compared = apart = None
-    if normalized or distances:
+    if of_vectors or of_distances:
         compared = F.normalize(x.double(), dim=-1).float() if metric == "cosine" else x.float()
-    if distances and compared is not None:  # one code per vector at a time: all at once would be [N, k, D]
+    if of_distances and compared is not None:  # one code per vector at a time: all at once would be [N, k, D]
         squares = [(compared - look_up(codebook, of).float()).square().sum(-1) for of in indices.unbind(-1)]
         apart = torch.stack(squares, dim=-1).masked_fill(~x.isfinite().all(-1, keepdim=True), torch.nan)
-    chosen = look_up(codebook, indices) if codes else None
-    return CodebookSearch(indices, compared if normalized else None, chosen, apart)
+    return [compared, look_up(codebook, indices) if of_codes else None, apart]
 
 
 def draw_codes(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..counter_random import random_bits
 from ..native import native_ops
-from ..registration import custom_op
+from ..registration import Op, custom_op
 from .reference import codebook_search_reference, draw_codes_reference
 
 TRITON = find_spec("triton") is not None
@@ -41,8 +41,32 @@ def _one_by_one(search: Search) -> Search:
     return cast(Search, search_each)
 
 
+def _register_kernels(
+    op: Op, fits: Callable[..., bool] = lambda *rest: True, given: Callable[..., tuple[Any, ...]] = lambda *rest: rest
+) -> None:
+    """The versions in C++ and Triton of ``op(x, codebook, metric, *rest)``, which get ``given(*rest)``; its definition
+    serves float64, and what does not fit the GPU's kernel."""
+    name = op._name
+
+    @op.register_kernel("cpu")
+    @_one_by_one
+    def on_cpu(x: Tensor, codebook: Tensor, metric: str, *rest: Any) -> Any:
+        if torch.float64 in (x.dtype, codebook.dtype) or not native_ops():
+            return op._init_fn(x, codebook, metric, *rest)
+        return getattr(torch.ops.beitv2_fast_cpu, name)(x, codebook, metric == "cosine", *given(*rest))
+
+    @op.register_kernel("cuda")
+    def on_cuda(x: Tensor, codebook: Tensor, metric: str, *rest: Any) -> Any:
+        if torch.float64 in (x.dtype, codebook.dtype) or not TRITON or not fits(*rest):
+            return op._init_fn(x, codebook, metric, *rest)
+        from . import triton  # here, so that the package imports without triton
+
+        return getattr(triton, f"{name}_triton")(x, codebook, metric, *given(*rest))
+
+
+@custom_op("beitv2_fast::codebook_search")
 @_one_by_one
-def _by_definition(
+def codebook_search_op(
     x: Tensor, codebook: Tensor, metric: str, return_normalized: bool, return_codes: bool, return_distances: bool
 ) -> Outputs:
     indices, normalized = codebook_search_reference(x, codebook, metric)
@@ -59,27 +83,6 @@ def _by_definition(
     )
 
 
-codebook_search_op = custom_op("beitv2_fast::codebook_search")(_by_definition)
-
-
-@codebook_search_op.register_kernel("cpu")
-@_one_by_one
-def _codebook_search_cpu(x: Tensor, codebook: Tensor, metric: str, *wanted: bool) -> Outputs:
-    if torch.float64 in (x.dtype, codebook.dtype) or not native_ops():
-        return _by_definition(x, codebook, metric, *wanted)
-    outputs: Outputs = torch.ops.beitv2_fast_cpu.codebook_search(x, codebook, metric == "cosine", *wanted)
-    return outputs
-
-
-@codebook_search_op.register_kernel("cuda")
-def _codebook_search_cuda(x: Tensor, codebook: Tensor, metric: str, *wanted: bool) -> Outputs:
-    if torch.float64 in (x.dtype, codebook.dtype) or not TRITON:
-        return _by_definition(x, codebook, metric, *wanted)
-    from .triton import codebook_search_triton  # here, so that the package imports without triton
-
-    return codebook_search_triton(x, codebook, metric, *wanted)
-
-
 @codebook_search_op.register_fake
 def _codebook_search_fake(
     x: Tensor, codebook: Tensor, metric: str, return_normalized: bool, return_codes: bool, return_distances: bool
@@ -93,30 +96,10 @@ def _codebook_search_fake(
     )
 
 
+@custom_op("beitv2_fast::nearest_codes")
 @_one_by_one
-def _nearest_by_definition(x: Tensor, codebook: Tensor, metric: str, k: int) -> Tensor:
+def nearest_codes_op(x: Tensor, codebook: Tensor, metric: str, k: int) -> Tensor:
     return codebook_search_reference(x, codebook, metric, k)[0]
-
-
-nearest_codes_op = custom_op("beitv2_fast::nearest_codes")(_nearest_by_definition)
-
-
-@nearest_codes_op.register_kernel("cpu")
-@_one_by_one
-def _nearest_codes_cpu(x: Tensor, codebook: Tensor, metric: str, k: int) -> Tensor:
-    if torch.float64 in (x.dtype, codebook.dtype) or not native_ops():
-        return _nearest_by_definition(x, codebook, metric, k)
-    indices: Tensor = torch.ops.beitv2_fast_cpu.nearest_codes(x, codebook, metric == "cosine", k)
-    return indices
-
-
-@nearest_codes_op.register_kernel("cuda")
-def _nearest_codes_cuda(x: Tensor, codebook: Tensor, metric: str, k: int) -> Tensor:
-    if torch.float64 in (x.dtype, codebook.dtype) or k > MOST_NEAREST or not TRITON:
-        return _nearest_by_definition(x, codebook, metric, k)
-    from .triton import nearest_codes_triton
-
-    return nearest_codes_triton(x, codebook, metric, k)
 
 
 @nearest_codes_op.register_fake
@@ -124,35 +107,15 @@ def _nearest_codes_fake(x: Tensor, codebook: Tensor, metric: str, k: int) -> Ten
     return x.new_empty((x.shape[0], k), dtype=torch.int64)
 
 
-_draw_by_definition = _one_by_one(draw_codes_reference)
-draw_codes_op = custom_op("beitv2_fast::draw_codes")(_draw_by_definition)
-
-
-@draw_codes_op.register_kernel("cpu")
-@_one_by_one
-def _draw_codes_cpu(
-    x: Tensor, codebook: Tensor, metric: str, temperature: float, key: Tensor, numbers: Tensor
-) -> Tensor:
-    if torch.float64 in (x.dtype, codebook.dtype) or not native_ops():
-        return draw_codes_reference(x, codebook, metric, temperature, key, numbers)
-    keys = random_bits(key, numbers)
-    drawn: Tensor = torch.ops.beitv2_fast_cpu.draw_codes(x, codebook, metric == "cosine", temperature, keys)
-    return drawn
-
-
-@draw_codes_op.register_kernel("cuda")
-def _draw_codes_cuda(
-    x: Tensor, codebook: Tensor, metric: str, temperature: float, key: Tensor, numbers: Tensor
-) -> Tensor:
-    if torch.float64 in (x.dtype, codebook.dtype) or not TRITON:
-        return _draw_by_definition(x, codebook, metric, temperature, key, numbers)
-    from .triton import draw_codes_triton
-
-    return draw_codes_triton(x, codebook, metric, temperature, random_bits(key, numbers))
+draw_codes_op = custom_op("beitv2_fast::draw_codes")(_one_by_one(draw_codes_reference))
 
 
 @draw_codes_op.register_fake
-def _draw_codes_fake(
-    x: Tensor, codebook: Tensor, metric: str, temperature: float, key: Tensor, numbers: Tensor
-) -> Tensor:
+def _draw_codes_fake(x: Tensor, codebook: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+_register_kernels(codebook_search_op)
+_register_kernels(nearest_codes_op, lambda k: k <= MOST_NEAREST)
+# Within the op, for inductor compiles the arithmetic of keys, which wraps around, to other numbers.
+_register_kernels(draw_codes_op, given=lambda temperature, key, numbers: (temperature, random_bits(key, numbers)))

@@ -21,16 +21,15 @@ def codebook_search_reference(x: Tensor, codebook: Tensor, metric: str, k: int =
     """
     compared = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     indices = torch.empty((len(x), k) if k else len(x), dtype=torch.int64, device=x.device)
-    v = codebook.double().contiguous()  # sums of strided rows are added in another order, row by row
-    unusable = ~v.isfinite().all(-1)  # [K]
+    v, unusable = _finite(codebook)
     # Powers of two divide the codebook, and each row, where their squares would overflow or vanish: exact, and no score
     # changes its place.
-    exponent = _exponent(v.where(~unusable[:, None], 0).reshape(-1))
+    exponent = _exponent(v.view(-1))
     scale = exponent - exponent.clamp(*EXPONENTS)
     v = torch.ldexp(v, -scale)
     half_squares = v.square().sum(-1) / 2
     rows = max(1, CHUNK_SCORES // len(v))
-    longest = v.where(~unusable[:, None], 0).norm(dim=-1).max()
+    longest = v.norm(dim=-1).max()
     for start in range(0, len(x), rows):
         chunk = x[start : start + rows].double()
         row_scale = torch.maximum(scale, _exponent(chunk) - EXPONENTS[1])
@@ -49,6 +48,13 @@ def codebook_search_reference(x: Tensor, codebook: Tensor, metric: str, k: int =
         indices[start : start + rows] = best if k else best[:, 0]
         compared[start : start + rows] = F.normalize(chunk, dim=-1) if metric == "cosine" else chunk
     return indices, compared
+
+
+def _finite(codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes in float64 [K, D], zeros in the place of those with NaN or Inf, and which these are [K]."""
+    unusable = ~codebook.isfinite().all(-1)
+    v = codebook.double().where(~unusable[:, None], 0)
+    return v.contiguous(), unusable  # sums of strided rows are added in another order, row by row
 
 
 def _exponent(t: Tensor) -> Tensor:
@@ -99,7 +105,7 @@ def look_up(codebook: Tensor, indices: Tensor) -> Tensor:
 
 def _distances(x: Tensor, v: Tensor) -> Tensor:
     """||x_i - v_j||, from the differences: squares that are expanded lose what vectors far from zero differ by."""
-    scale = (torch.maximum(_exponent(x), _exponent(v.reshape(-1))) - EXPONENTS[1]).clamp(min=0)
+    scale = (torch.maximum(_exponent(x), _exponent(v.view(-1))) - EXPONENTS[1]).clamp(min=0)
     distances = x.new_empty(len(x), len(v))
     for s in scale.unique():  # 0 where no square overflows
         pair = torch.ldexp(x[scale == s], -s), torch.ldexp(v, -s)
@@ -115,9 +121,7 @@ def draw_codes_reference(
     key: [], or [N], one for each row."""
     bits = random_bits(key, numbers)
     indices = torch.empty(len(x), dtype=torch.int64, device=x.device)
-    v = codebook.double()
-    unusable = ~v.isfinite().all(-1)
-    v = v.where(~unusable[:, None], 0)
+    v, unusable = _finite(codebook)
     columns = torch.arange(len(v), device=x.device)
     rows = max(1, CHUNK_SCORES // len(v))
     for start in range(0, len(x), rows):
@@ -128,8 +132,7 @@ def draw_codes_reference(
         else:
             scores = -_distances(chunk, v).clamp(min=NEAREST**0.5)
         scores.div_(temperature)
-        keys = bits[start : start + rows]
-        scores -= as_uniform(random_bits(keys[:, None], columns)).log_().neg_().log_()
+        scores -= as_uniform(random_bits(bits[start : start + rows, None], columns)).log_().neg_().log_()
         scores.masked_fill_(unusable, -torch.inf)
         indices[start : start + rows] = scores.argmax(-1).where(chunk.isfinite().all(-1), 0)
     return indices

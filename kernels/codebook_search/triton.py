@@ -177,7 +177,7 @@ def codebook_search_triton(
         )  # fmt: skip
         parts = scan_parts(k, split)
         programs = min(row_programs(n, groups, chosen.scan_rows) * parts, groups * SCAN_PROGRAMS * processors)
-        x, codebook = x.float(), codebook.float()  # Triton does not compile float64 products of 16-bit operands
+        x, codebook = x.float(), codebook.float()  # as in ``_score_all``
         scan[(programs,)](
             x, codebook, hard, keys.view(torch.float64), indices, normalized, codes, distances,
             n, k, d, cdiv(k, parts), groups, *x.stride(), *codebook.stride(),
@@ -188,34 +188,29 @@ def codebook_search_triton(
 
 def draw_codes_triton(x: Tensor, codebook: Tensor, metric: str, temperature: float, keys: Tensor) -> Tensor:
     """indices as ``beitv2_fast::draw_codes``, for the rows' keys [N] int64, contiguous; fp32, fp16 and bf16."""
-    (n, d), (codebook, groups, k), plan = x.shape, _as_rows(codebook), PLANS[target_name()]
-    indices = x.new_empty(n, dtype=torch.int64)
-    if n:
-        with device_of(x):
-            rows, (block_d, num_d) = plan.scan_rows, row_chunks(d)
-            bits = torch.tensor(temperature, dtype=torch.float64, device="cpu").view(torch.int64).item()  # not fp32
-            x, codebook = x.float(), codebook.float()  # as for ``scan``
-            draw[(row_programs(n, groups, rows),)](
-                x, codebook, keys, indices, n, k, d, groups, bits, *x.stride(), *codebook.stride(),
-                EUCLIDEAN=metric == "euclidean", BLOCK_R=rows, BLOCK_C=BLOCK_SCAN, BLOCK_D=block_d, NUM_D=num_d,
-                num_warps=SCAN_WARPS, **plan.resolve_options,
-            )  # fmt: skip
-    return indices
+    bits = torch.tensor(temperature, dtype=torch.float64, device="cpu").view(torch.int64).item()  # not fp32
+    return _score_all(draw, x, codebook, metric, x.new_empty(len(x), dtype=torch.int64), keys, bits)
 
 
 def nearest_codes_triton(x: Tensor, codebook: Tensor, metric: str, k: int) -> Tensor:
     """indices [N, k] as ``beitv2_fast::nearest_codes``; fp32, fp16 and bf16."""
-    (n, d), (codebook, groups, count), plan = x.shape, _as_rows(codebook), PLANS[target_name()]
-    indices = x.new_empty((n, k), dtype=torch.int64)
+    indices = x.new_empty((len(x), k), dtype=torch.int64)
+    return _score_all(nearest, x, codebook, metric, indices, TOP=k, SLOTS=next_power_of_2(k))
+
+
+def _score_all(
+    kernel: Any, x: Tensor, codebook: Tensor, metric: str, indices: Tensor, *arguments: Any, **constants: int
+) -> Tensor:
+    """Fills the indices by a kernel that scores all codes in float64."""
+    (n, d), (codebook, groups, k), plan = x.shape, _as_rows(codebook), PLANS[target_name()]
     block_d, num_d = row_chunks(d)
     x, codebook = x.float(), codebook.float()  # Triton does not compile float64 products of 16-bit operands
     if n:
         with device_of(x):
-            nearest[(row_programs(n, groups, plan.scan_rows),)](
-                x, codebook, indices, n, count, d, groups, *x.stride(), *codebook.stride(),
-                EUCLIDEAN=metric == "euclidean", TOP=k, SLOTS=next_power_of_2(k),
-                BLOCK_R=plan.scan_rows, BLOCK_C=BLOCK_SCAN, BLOCK_D=block_d, NUM_D=num_d, num_warps=SCAN_WARPS,
-                **plan.resolve_options,
+            kernel[(row_programs(n, groups, plan.scan_rows),)](
+                x, codebook, indices, n, k, d, groups, *x.stride(), *codebook.stride(), *arguments,
+                EUCLIDEAN=metric == "euclidean", BLOCK_R=plan.scan_rows, BLOCK_C=BLOCK_SCAN, BLOCK_D=block_d,
+                NUM_D=num_d, num_warps=SCAN_WARPS, **constants, **plan.resolve_options,
             )  # fmt: skip
     return indices
 

@@ -178,8 +178,8 @@ def scan(
 
 @triton.jit(do_not_specialize=["temperature"])
 def draw(
-    x, codebook, keys, indices, N, K, D, groups, temperature,
-    x_stride_n, x_stride_d, codebook_stride_k, codebook_stride_d,
+    x, codebook, indices, N, K, D, groups, x_stride_n, x_stride_d, codebook_stride_k, codebook_stride_d,
+    keys, temperature,
     EUCLIDEAN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
 ):  # fmt: skip
     """indices [N] of ``draw_codes``: BLOCK_R rows of a program against all codes. temperature: float64 as an int64.
