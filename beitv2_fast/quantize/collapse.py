@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.codebook_update.dead_codes import find_dead, restart_dead_codes
-from ..kernels.codebook_update.ops import count_uses
+from ..kernels.codebook_update.ops import count_uses, of_each
 from ..kernels.registration import custom_op
 from ..kernels.sampling import salt
 from .kmeans import kmeans
@@ -88,7 +88,7 @@ def start_codebook(
         group: the name of the process group over whose ranks all is summed and drawn; by default the default one.
     """
     started, count = look(clock, initialized, steps), int(clock[STEPS])
-    books = _of_each(codebook, cluster_size, embed_avg, idle)
+    books = of_each(codebook, cluster_size, embed_avg, idle)
     due = [not started] * len(books)
     if restart_below > 0 and is_capturing(x):
         raise RuntimeError("restart_below looks at the device, which a CUDA graph cannot: use 0 to capture this step")
@@ -155,18 +155,11 @@ def replace_dead_codes(
         clock[STRIDE] = -1  # look again
     elif not host_waits_for(dead) and not dead.any():
         return  # the same answer on every rank; on a GPU the question would cost more than the work
-    books = _of_each(codebook, cluster_size, embed_avg, idle, dead)
+    books = of_each(codebook, cluster_size, embed_avg, idle, dead)
     for g, (*state, dead_of) in enumerate(books):
         options: dict[str, Any] = {"metric": metric, "least_size": dead_below, "process_group": group}
         rows = x[g :: len(books)]
         replaced += restart_dead_codes(dead_of, rows, *state, salt=salt(seed, count, g), **options).sum()
-
-
-def _of_each(codebook: Tensor, *state: Tensor | None) -> list[list[Any]]:
-    """What several codebooks [G, K, D] have in [G, ...], or one [K, D] without G -> that of each."""
-    if codebook.dim() == 2:
-        return [[codebook, *state]]
-    return [[None if t is None else t[g] for t in (codebook, *state)] for g in range(len(codebook))]
 
 
 def host_waits_for(x: Tensor) -> bool:

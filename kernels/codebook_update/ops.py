@@ -142,23 +142,22 @@ def apply_statistics(
     eps: float,
 ) -> Tensor:
     """The second pass, in place; also for several codebooks [G, K, D] with the statistics of [G K, D]. Returns bins."""
-    return _of_each(apply_statistics_reference, statistics, codebook, cluster_size, embed_avg, decay, metric, eps)
+    return _apply_to_each(apply_statistics_reference, statistics, codebook, cluster_size, embed_avg, decay, metric, eps)
 
 
-def _of_each(
-    apply: Callable[..., Tensor],
-    statistics: Tensor,
-    codebook: Tensor,
-    cluster_size: Tensor,
-    embed_avg: Tensor | None,
-    *options: Any,
-) -> Tensor:
-    """``apply``, which knows one codebook."""
+def of_each(codebook: Tensor, *state: Tensor | None) -> list[list[Any]]:
+    """What several codebooks [G, K, D] have in [G, ...], or one [K, D] without G -> that of each."""
     if codebook.dim() == 2:
-        return apply(statistics, codebook, cluster_size, embed_avg, *options)
-    averages = [None] * len(codebook) if embed_avg is None else embed_avg
-    parts = zip(statistics.unflatten(0, cluster_size.shape), codebook, cluster_size, averages, strict=True)
-    return torch.cat([apply(*part, *options) for part in parts])
+        return [[codebook, *state]]
+    return [[None if t is None else t[g] for t in (codebook, *state)] for g in range(codebook.shape[0])]
+
+
+def _apply_to_each(apply: Callable[..., Tensor], statistics: Tensor, *state_and_options: Any) -> Tensor:
+    """``apply``, which knows one codebook."""
+    codebook, cluster_size, embed_avg, *options = state_and_options
+    parts = of_each(codebook, statistics.unflatten(0, cluster_size.shape), cluster_size, embed_avg)
+    bins = [apply(own, codes, *averages, *options) for codes, own, *averages in parts]
+    return bins[0] if len(bins) == 1 else torch.cat(bins)
 
 
 @apply_statistics.register_fake
@@ -170,17 +169,17 @@ def _apply_statistics_fake(statistics: Tensor, *_: Any) -> Tensor:
 def _apply_statistics_cpu(statistics: Tensor, *state_and_options: Any) -> Tensor:
     codebook, cluster_size, embed_avg, decay, metric, eps = state_and_options
     if not native_ops() or not _all_contiguous(codebook, cluster_size, embed_avg):
-        return _of_each(apply_statistics_reference, statistics, *state_and_options)
+        return _apply_to_each(apply_statistics_reference, statistics, *state_and_options)
     if embed_avg is None:  # a code moves by itself
         codebook, cluster_size = codebook.flatten(0, -2), cluster_size.flatten()
     move, options = torch.ops.beitv2_fast_cpu.move_codebook, (decay, metric == "cosine", eps)
-    return _of_each(move, statistics.contiguous(), codebook, cluster_size, embed_avg, *options)
+    return _apply_to_each(move, statistics.contiguous(), codebook, cluster_size, embed_avg, *options)
 
 
 @apply_statistics.register_kernel("cuda")
 def _apply_statistics_cuda(statistics: Tensor, *state_and_options: Any) -> Tensor:
     if not _all_contiguous(*state_and_options[:3]):
-        return _of_each(apply_statistics_reference, statistics, *state_and_options)
+        return _apply_to_each(apply_statistics_reference, statistics, *state_and_options)
     from .triton import apply_statistics_triton
 
     return apply_statistics_triton(statistics.contiguous(), *state_and_options)
