@@ -199,7 +199,7 @@ class FusedVectorQuantizer(QuantizerState):
             z: [..., dim], or [B, dim, ...] with ``channel_last=False``, e.g. image maps [B, C, H, W]. Any float dtype.
             mask: bool, the shape of z without the channels: True for the vectors that count. The others influence
                 nothing and come out as zeros with index -1.
-            chosen: int64 [codebooks, N], in eval mode: the codes to take in place of the nearest.
+            chosen: int64 [N G], of the codebooks in turn, in eval mode: the codes to take in place of the nearest.
 
         Raises:
             ValueError: z or mask of another shape, z on another device. TypeError: z or mask of another dtype.
@@ -225,7 +225,6 @@ class FusedVectorQuantizer(QuantizerState):
                 if (self._learns or self._draws) and not compiling and to_be_recomputed():
                     snapshot = self.snapshots.keep(x, self.codebook)
             codebook = self._searched(snapshot)
-            chosen = None if chosen is None else chosen.T.flatten()
             drawn = self._drawn(x, codebook, snapshot) if self._draws else chosen
             quantized, indices, loss = self._quantize(x, codebook, keep, drawn)
             if again:

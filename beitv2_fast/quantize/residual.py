@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import codebook_search
+from ..kernels.codebook_search.reference import look_up
 from .options import QuantizerOptions
 from .quantizer import FusedVectorQuantizer, Quantized
 
@@ -97,7 +98,7 @@ class ResidualVectorQuantizer(nn.Module):
         beam = None if self.training or self.eval_beam_size == 1 else self._search(z, depth)
         stages = []
         for i in range(self.num_quantizers):
-            chosen = None if beam is None else beam[..., i]
+            chosen = None if beam is None else beam[:, i]
             out = self.stage(i)(residual, self._taking_part(z, mask, depth, i), chosen)
             stages.append(out)
             code = out.quantized.detach()
@@ -126,39 +127,36 @@ class ResidualVectorQuantizer(nn.Module):
         if self.eval_beam_size > 1:
             stage = self.stage(0)
             keep, found = stage._row_mask(mask, z), self._search(z, None)
-            return torch.stack([stage._index_map(part.T.flatten(), keep, z) for part in found.unbind(-1)], dim=-1)
+            return torch.stack([stage._index_map(part, keep, z) for part in found.unbind(-1)], dim=-1)
         residual, indices = _wide(z), []
         for i in range(self.num_quantizers):
             indices.append(self.stage(i).encode(residual, mask))
             residual = residual - self.stage(i).decode(indices[-1])
         return torch.stack(indices, dim=-1)
 
-    def _search(self, z: Tensor, depth: Tensor | None) -> Tensor:
-        """``_search_head`` with every codebook, [G, N, Q]."""
-        return torch.stack([self._search_head(z, depth, g) for g in range(self.stage(0).groups)])
-
     @torch.no_grad()
-    def _search_head(self, z: Tensor, depth: Tensor | None, g: int) -> Tensor:
-        """Indices [N, Q] of the best of ``eval_beam_size`` sums; 0 behind a sample's depth, and of vectors with NaN."""
-        rest = self.stage(0)._rows(_wide(z))[g].unsqueeze(1)  # [N, beam, D]
+    def _search(self, z: Tensor, depth: Tensor | None) -> Tensor:
+        """Indices [N G, Q], of the codebooks in turn, of the best of ``eval_beam_size`` sums; 0 behind a sample's
+        depth, and of vectors with NaN."""
+        rest = self.stage(0)._in_turn(_wide(z)).unsqueeze(1)  # [N G, beam, D]
         cost, paths = torch.zeros_like(rest[..., 0]), torch.zeros_like(rest[..., :0], dtype=torch.int64)
         unknown = rest[:, 0].isnan().any(-1, keepdim=True)
         best = torch.zeros(rest.shape[0], self.num_quantizers, dtype=torch.int64, device=z.device)
         for i in range(self.num_quantizers):
-            codes, beam = self.stage(i)._codebooks()[g], rest.shape[1]
-            k = min(self.eval_beam_size, len(codes))
-            found = codebook_search(rest.flatten(0, 1), codes, metric="euclidean", k=k).indices.view(-1, beam, k)
-            # One code per beam at a time: all rests at once would be [N, beam, k, D].
-            more = [(rest - F.embedding(code, codes)).square().mean(-1) for code in found.unbind(-1)]
+            codes, (rows, beam, dim) = self.stage(i)._searched(), rest.shape
+            k = min(self.eval_beam_size, codes.shape[-2])
+            in_turn = rest.transpose(0, 1).flatten(0, 1)
+            found = codebook_search(in_turn, codes, metric="euclidean", k=k).indices.view(beam, rows, k).transpose(0, 1)
+            # One code per beam at a time: all rests at once would be [N G, beam, k, D].
+            more = [(rest - look_up(codes, code)).square().mean(-1) for code in found.unbind(-1)]
             cost = (cost[..., None] + torch.stack(more, dim=-1)).flatten(1)
             cost, kept = cost.topk(min(self.eval_beam_size, beam * k), largest=False)
             found, parent = found.flatten(1).gather(1, kept), (kept // k)[..., None]
-            rest = rest.gather(1, parent.expand(-1, -1, rest.shape[-1])) - F.embedding(found, codes)
+            rest = rest.gather(1, parent.expand(-1, -1, dim)) - look_up(codes, found)
             paths = torch.cat([paths.gather(1, parent.expand(-1, -1, i)), found[..., None]], dim=-1)
             deep = self.stage(i)._row_mask(self._taking_part(z, None, depth, i), z)
             found = paths[:, 0]
-            deep = None if deep is None else deep[g :: self.stage(0).groups, None]
-            best[:, : i + 1] = found if deep is None else torch.where(deep, found, best[:, : i + 1])
+            best[:, : i + 1] = found if deep is None else torch.where(deep[:, None], found, best[:, : i + 1])
         return best.masked_fill(unknown, 0)
 
     def decode(self, indices: Tensor) -> Tensor:
