@@ -59,8 +59,8 @@ class FusedVectorQuantizer(QuantizerState):
         out = quantizer(z)  # z [..., 32] -> out.quantized, out.indices, out.loss, out.counts, out.perplexity
 
     With ``y = l2(z)`` (cosine) or ``y = z`` (euclidean) and code ``v`` nearest to ``y``: ``quantized = y + sg(v - y)``,
-    ``loss = commitment_weight mean((sg(v) - y)^2)``, and with a codebook learned by gradient
-    ``+ codebook_weight mean((v - sg(y))^2)``.
+    ``loss = commitment_weight mean((sg(v) - y)^2)``, and where the codebook, or a transform of it, learns by gradient
+    ``+ codebook_weight mean((v - sg(y))^2)`` (VQ-VAE eq. 3).
 
     State (float buffers stay fp32 whatever ``.to(dtype)`` says): ``codebook`` [K, D], or [heads, K, D] with separate
     codebooks; ``cluster_size`` [K], EMA of how often each code is chosen (for the learning rules that do not need it
@@ -74,17 +74,16 @@ class FusedVectorQuantizer(QuantizerState):
         metric: "cosine" (vectors and codes at unit length) or "euclidean".
         learning: how the codebook follows the vectors in training mode. "code_ema": moving average of the codes
             themselves (BEiT v2; cosine only, its default). "sum_ema": moving averages of counts and sums; their ratio
-            is the code (VQ-VAE appendix A.1; default for euclidean). "gradient": a parameter with the loss
-            ``codebook_weight mean((v - sg(y))^2)`` (VQ-VAE eq. 3), for your optimizer. "frozen": not at all.
+            is the code (VQ-VAE appendix A.1; default for euclidean). "gradient": a parameter, for your optimizer.
+            "frozen": not at all.
         transform: of the codebook before it is searched (SimVQ, arXiv 2411.02038): a module, [G, K, C] -> [G, K, D],
-            that learns by the gradient of ``codebook_weight mean((v - sg(y))^2)``. The codebook itself stays as drawn
-            (``C^-1/2`` times standard normal), or with learning="gradient" gets its gradient through the transform. As
-            no vector of a batch can become a code, k-means and restarts are off.
+            that learns by gradient. The codebook itself stays as drawn (``C^-1/2`` times standard normal), or with
+            learning="gradient" gets its gradient through the transform. As no vector of a batch can become a code,
+            k-means and restarts are off.
         stored_dim: C, by default D.
         decay: of the moving averages.
         eps: Laplace smoothing of sum_ema's counts.
-        commitment_weight: beta.
-        codebook_weight: see "gradient".
+        commitment_weight, codebook_weight: of the two terms of the loss.
         gradient: how it passes to the vectors: "straight_through", or by "rotation" (arXiv 2410.06424). "codes": not to
             them but to the codes that were chosen, where the codebook learns by gradient.
         temperature: in training, codes are drawn with probability softmax(similarity / temperature) (``draw_codes`` of
