@@ -31,8 +31,8 @@ def soft_assignment(
 
     The entropy of the mean is a loss against collapse; the cross entropy to codes is ``code_cross_entropy``.
     """
-    _check("soft_assignment", x, codebook, metric, temperature)
-    log_sum_exp, _, p = _assign(*_operands(x, codebook, metric, temperature))
+    check_vectors("soft_assignment", x, codebook)
+    log_sum_exp, _, p = _assign(*_operands("soft_assignment", x, codebook, metric, temperature))
     return log_sum_exp, p
 
 
@@ -43,8 +43,8 @@ def entropies(
 
     The first less the second is the entropy loss of MAGVIT-v2 and IBQ: sure of each vector, all codes in use.
     """
-    _check("entropies", x, codebook, metric, temperature)
-    _, entropy, p = _assign(*_operands(x, codebook, metric, temperature))
+    check_vectors("entropies", x, codebook)
+    _, entropy, p = _assign(*_operands("entropies", x, codebook, metric, temperature))
     # Divided before they are added: 0 of no vectors, in programs for any number of them, too. log 0 has no gradient.
     return (entropy / x.shape[0]).sum(), -(p * (p + eps).log()).sum()
 
@@ -71,9 +71,9 @@ def index_backpropagation(x: Tensor, codebook: Tensor, *, temperature: float = 1
     temperature)``: every code gets one, not only those that were chosen (IBQ, arXiv 2412.02692 section 3). For cosine
     normalize both.
     """
-    _check("index_backpropagation", x, codebook, "dot", temperature)
+    check_vectors("index_backpropagation", x, codebook)
+    rows, codes, _ = _operands("index_backpropagation", x, codebook, "dot", temperature)
     indices = codebook_search(x, codebook).indices
-    rows, codes, _ = _operands(x, codebook, "dot", temperature)
     quantized: Tensor = _Backpropagation.apply(rows, codes, indices)
     return quantized, indices
 
@@ -85,10 +85,10 @@ def code_cross_entropy(
 
     Any other code outside 0..K-1 is an IndexError on the CPU; on a GPU, for which nobody waits, a failed assertion.
     """
-    _check("code_cross_entropy", x, codebook, metric, temperature)
+    check_vectors("code_cross_entropy", x, codebook)
     check_indices("code_cross_entropy", codes, x.shape[0])
     none = (codes < 0)[:, None]
-    rows, book, floor = _operands(x.masked_fill(none, 0), codebook, metric, temperature)
+    rows, book, floor = _operands("code_cross_entropy", x.masked_fill(none, 0), codebook, metric, temperature)
     rows = rows.masked_fill(none, 0)  # the codes' gradient is a product with these
     return _loss(_cross_entropy, rows, book, codes, floor) / (codes >= 0).sum().clamp(min=1)
 
@@ -98,22 +98,17 @@ def diversity_loss(x: Tensor, codebooks: Tensor, *, metric: str, temperature: fl
 
     As vector-quantize-pytorch's, whose logarithm is of at least 1e-5. Of nothing it is 0.
     """
-    check_temperature("diversity_loss", temperature)
     rows = x.transpose(0, 1).flatten(1, 2)  # [G, P B, D]
-    a, b, floor = _operands(rows, codebooks, metric, temperature)
+    a, b, floor = _operands("diversity_loss", rows, codebooks, metric, temperature)
     return _loss(_diversity, a, b, x.shape[2], floor)
 
 
-def _check(op: str, x: Tensor, codebook: Tensor, metric: str, temperature: float) -> None:
-    if metric not in (*METRICS, "dot"):
-        raise ValueError(f"{op}: metric must be one of {', '.join(METRICS)}, dot; got {metric!r}")
-    check_vectors(op, x, codebook)
-    check_temperature(op, temperature)
-
-
-def _operands(x: Tensor, codebook: Tensor, metric: str, temperature: float) -> tuple[Tensor, Tensor, float]:
+def _operands(op: str, x: Tensor, codebook: Tensor, metric: str, temperature: float) -> tuple[Tensor, Tensor, float]:
     """a [..., N, E] and b [..., K, E] whose product is the logits (floor 0), or the squares of the logits, at least
     ``floor``, of which these are minus the root."""
+    if metric not in (*METRICS, "dot"):
+        raise ValueError(f"{op}: metric must be one of {', '.join(METRICS)}, dot; got {metric!r}")
+    check_temperature(op, temperature)
     dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
     x, codebook = x.to(dtype), codebook.to(dtype)
     if metric == "euclidean":  # |x|^2 - 2 <x, v> + |v|^2

@@ -261,6 +261,8 @@ def test_without_vectors_or_codes_to_find_the_loss_is_0():
         code_cross_entropy(x, noise(5, 8), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="cosine, euclidean, dot; got 'l1'"):
         entropies(x, noise(5, 8), metric="l1")
+    with pytest.raises(ValueError, match=r"diversity_loss: metric must be one of .* got 'l1'"):
+        diversity_loss(x[None, None], noise(1, 5, 8), metric="l1", temperature=1.0)
 
 
 LOSSES = [
