@@ -211,8 +211,7 @@ class FusedVectorQuantizer(QuantizerState):
         with torch.autocast(device, enabled=False) if casts else nullcontext():
             if keep is not None:
                 x = torch.where(keep[:, None], x, 1.0)  # padding may hold NaN, and zeros have no direction
-            # The update leaves out vectors of NaN: so padding does not count.
-            seen = x.detach() if keep is None else x.detach().masked_fill(~keep[:, None], torch.nan)
+            seen = self._seen(x, keep)
             again, snapshot = not compiling and recomputing(), None
             if again and (self._learns or self._draws):
                 snapshot = self.snapshots.find(x)
@@ -239,9 +238,9 @@ class FusedVectorQuantizer(QuantizerState):
         return Quantized(quantized, self._index_map(indices, keep, z), loss, counts)
 
     @torch.no_grad()
-    def start(self, z: Tensor) -> None:
-        """k-means on these vectors [..., dim], if it is due: where several forwards make the first step."""
-        self._start(self._in_turn(z).detach())
+    def start(self, z: Tensor, mask: Tensor | None = None) -> None:
+        """k-means on vectors as ``forward`` takes them, if it is due: where several forwards make the first step."""
+        self._start(self._seen(self._in_turn(z), self._row_mask(mask, z)))
 
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """Vectors -> indices as in ``forward``, and nothing else changes."""
@@ -308,6 +307,11 @@ class FusedVectorQuantizer(QuantizerState):
             expected = list(self._places(z))
             raise ValueError(f"mask must be {expected} for vectors {list(z.shape)}; got {list(mask.shape)}")
         return mask.reshape(-1, 1).expand(-1, self.heads).reshape(-1)
+
+    @staticmethod
+    def _seen(x: Tensor, keep: Tensor | None) -> Tensor:
+        """The rows to learn from: the update leaves out vectors of NaN, so padding does not count."""
+        return x.detach() if keep is None else x.detach().masked_fill(~keep[:, None], torch.nan)
 
     @property
     def _group(self) -> str | None:

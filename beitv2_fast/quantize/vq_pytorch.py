@@ -32,16 +32,12 @@ Weight = float | Tensor | Callable[[Tensor, Tensor], Tensor]
 class VectorQuantizeAdapter(FusedVectorQuantizer):
     """For VectorQuantize of vector-quantize-pytorch, cosine and Euclidean, learned by EMA or by gradient, or frozen.
 
-    Kept: heads with one or with separate codebooks, projections, layouts, mask and lens, commitment weight, decay, eps,
-    straight-through and rotation trick, stochastic codes, diversity and cross-entropy losses, dead-code threshold,
-    k-means start, loss breakdown, ``freeze_codebook`` of the module (``freeze()``) and of a call, learnable codebooks
-    with their optimizer in place, ``sync_update_v`` and vq_bridge, the beams of ResidualVQ (``topk``), orthogonal
-    regularization, manual and weighted EMA updates, statistics of one rank or of all. Different: a masked cosine
-    quantizer's commitment loss compares unit vectors, as its unmasked one does; the diversity and cross-entropy losses
-    have the gradient of the codes that were searched, not of those that the EMA made of them since; with a mask the
-    codes of padding are not among the active ones of the orthogonal regularization; the codes of indices are those of
-    ``forward``, so behind a vq_bridge; k-means waits for the first batch in training mode; a vector shorter than 1e-6
-    passes the rotation straight through; losses of no vectors are 0.
+    docs/quantizer_compatibility.md lists the options that are kept. Different: a masked cosine quantizer's commitment
+    loss compares unit vectors, as its unmasked one does; the diversity and cross-entropy losses have the gradient of
+    the codes that were searched, not of those that the EMA made of them since; with a mask the codes of padding are not
+    among the active ones of the orthogonal regularization; the codes of indices are those of ``forward``, so behind a
+    vq_bridge; k-means waits for the first batch in training mode; a vector shorter than 1e-6 passes the rotation
+    straight through; losses of no vectors are 0.
     """
 
     any_length = True
@@ -50,31 +46,26 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         refuse_hidden(module, "forward")
         book = module._codebook
         stochastic = getattr(book.gumbel_sample, "keywords", {}).get("stochastic", False)
+        optimizer, learnable = module.in_place_codebook_optimizer, module.learnable_codebook
+        bridged, restarts = book.vq_bridge is not None, book.has_dead_code_replacement
+        diversity = module.codebook_diversity_loss_weight, module.codebook_diversity_temperature
         refuse(
             {
-                "stochastic_sample_codes with in_place_codebook_optimizer": (
-                    stochastic and module.in_place_codebook_optimizer
-                ),
+                "stochastic_sample_codes with in_place_codebook_optimizer": stochastic and optimizer,
                 "directional_reparam": module.directional_reparam,
-                "in_place_codebook_optimizer without learnable_codebook": (
-                    module.in_place_codebook_optimizer and not module.learnable_codebook
-                ),
+                "in_place_codebook_optimizer without learnable_codebook": optimizer and not learnable,
                 "affine_param": book.affine_param,
-                "threshold_ema_dead_code with vq_bridge": book.vq_bridge is not None and book.has_dead_code_replacement,
-                "kmeans_init with vq_bridge": book.vq_bridge is not None and not book.initted,
-                "ema_update=False with threshold_ema_dead_code": (
-                    not (book.ema_update or module.learnable_codebook) and book.has_dead_code_replacement
-                ),
+                "threshold_ema_dead_code with vq_bridge": bridged and restarts,
+                "kmeans_init with vq_bridge": bridged and not book.initted,
+                "ema_update=False with threshold_ema_dead_code": not (book.ema_update or learnable) and restarts,
                 "sync_kmeans=False": book.use_ddp and book.kmeans_all_reduce_fn is not dist.all_reduce,
-                "codebook_diversity_temperature of 0 or less": (
-                    module.has_codebook_diversity_loss and not module.codebook_diversity_temperature > 0
-                ),
+                "codebook_diversity_temperature of 0 or less": diversity[0] > 0 and not diversity[1] > 0,
             }
         )
         commitment = max(float(module.commitment_weight), 0.0)
         kept: dict[str, Any] = {
             "metric": "cosine" if module.use_cosine_sim else "euclidean",
-            "learning": "gradient" if module.learnable_codebook else "sum_ema" if book.ema_update else "frozen",
+            "learning": "gradient" if learnable else "sum_ema" if book.ema_update else "frozen",
             "transform": book.vq_bridge,
             "decay": book.decay,
             "eps": book.eps,
@@ -98,19 +89,14 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             self.codebook = nn.Parameter(start)
         self.project_in, self.project_out = module.project_in, module.project_out
         self.codebook_size, self.sync_update_v = module.codebook_size, module.sync_update_v
-        self.separate_codebook_per_head, self.ema_update = module.separate_codebook_per_head, book.ema_update
         self.channels_first = not module.channel_last or module.accept_image_fmap or module.accept_3d_fmap
         self.zeros_for_padding = module.return_zeros_for_masked_padding
         self.manual_ema_update: bool = book.manual_ema_update
         self.ema_update_weight: Weight | None = None
         self.stochastic = stochastic
         self.routes_gradients = module.route_gradients_to_input
-        self.orthogonal = (
-            module.orthogonal_reg_weight,
-            module.orthogonal_reg_active_codes_only,
-            module.orthogonal_reg_max_codes,
-        )
-        self.diversity = module.codebook_diversity_loss_weight, module.codebook_diversity_temperature
+        self.diversity, self.orthogonal = diversity, module.orthogonal_reg_weight
+        self.orthogonal_of = module.orthogonal_reg_active_codes_only, module.orthogonal_reg_max_codes
         self.by_cross_entropy = module.commitment_use_cross_entropy_loss
         self.breakdown = sys.modules[type(module).__module__].LossBreakdown
         self.to(book.embed.device)
@@ -119,7 +105,6 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             self.cluster_size.copy_(book.cluster_size.view_as(self.cluster_size))
             if self.embed_avg is not None:
                 self.embed_avg.copy_(book.embed_avg.view_as(self.embed_avg))
-        optimizer = module.in_place_codebook_optimizer
         self.in_place_codebook_optimizer = None if optimizer is None else _moved(optimizer, book.embed, self.codebook)
         self.manual_in_place_optimizer_update = module.manual_in_place_optimizer_update
         if module.freeze_codebook:
@@ -162,7 +147,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             codes: Any = None
             if indices is not None or (self.training and (self.by_cross_entropy or self.diversity[0] > 0)):
                 if self.training:
-                    self.start(inside)
+                    self.start(inside, mask)
                 codes = self._codebooks().clone()  # as they are searched, before they learn
             out = super().forward(inside, mask)
             losses = self._losses(out, in_place, inside, codes)
@@ -173,7 +158,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         quantized = self._outside(out.quantized, mask, last)
         if last is not x:
             quantized = quantized.movedim(-1, 1)
-        weights = self.breakdown(self.commitment_weight, self.diversity[0], self.orthogonal[0], 0.0)
+        weights = self.breakdown(self.commitment_weight, self.diversity[0], self.orthogonal, 0.0)
         loss: Any = sum(weight * part for weight, part in zip(weights, losses, strict=True))
         if self.training and not (loss.requires_grad or torch.compiler.is_compiling()):
             loss.requires_grad_()  # also of vectors and codes that need no gradient, as the original's
@@ -182,15 +167,15 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
 
     def _nearest_few(self, z: Tensor, inside: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, ...]:
         """The k nearest codes of every vector and what each would cost; the codebook learns in ``update_indices``."""
-        more = self.stochastic or self.by_cross_entropy or max(self.diversity[0], self.orthogonal[0]) > 0
+        more = self.stochastic or self.by_cross_entropy or max(self.diversity[0], self.orthogonal) > 0
         more = self.training and (more or self.in_place_codebook_optimizer is not None)
-        refuse({"topk with heads": self.heads > 1})
-        refuse({"topk in training with stochastic codes, an optimizer in place or losses beside commitment": more})
+        beside = "topk in training with stochastic codes, an optimizer in place or losses beside commitment"
+        refuse({"topk with heads": self.heads > 1, beside: more})
         k, shape = min(k, self.num_codes), z.shape[:-1]
         keep = None if mask is None else mask.view(*mask.shape, *[1] * (len(shape) - mask.dim())).expand(shape)
         x = self._in_turn(inside)
         if self.training:
-            self._start(x.detach() if keep is None else x.detach().masked_fill(~keep.reshape(-1, 1), torch.nan))
+            self.start(inside, keep)
         codes = self._codebooks()[0]
         indices = codebook_search(x, codes, metric=self.metric, k=k).indices.flatten()
         with torch.autocast(z.device.type, enabled=False):
@@ -219,8 +204,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         """Learn from vectors and the codes that a beam search chose for them."""
         rows = self._in_turn(self.project_in(x))
         keep = None if mask is None else mask.reshape(-1)
-        seen = rows if keep is None else rows.masked_fill(~keep[:, None], torch.nan)
-        self._learn(seen, indices.reshape(-1).clamp(min=0), keep)
+        self._learn(self._seen(rows, keep), indices.reshape(-1).clamp(min=0), keep)
 
     def _losses(self, out: Quantized, in_place: Tensor, z: Tensor, codes: Any) -> tuple[Tensor, ...]:
         """LossBreakdown, without weights; all zero in eval mode."""
@@ -238,7 +222,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
             rows = rows.permute(2, 0, 1, 3, 4).flatten(2, 3)
             options = {"metric": self.metric, "temperature": 1 / self.diversity[1]}
             diversity = diversity_loss(rows, codes, **options)
-        if self.training and self.orthogonal[0] > 0:
+        if self.training and self.orthogonal > 0:
             orthogonal = self._orthogonal_loss(out.indices)
         losses: tuple[Tensor, ...] = self.breakdown(commitment, diversity, orthogonal, in_place.to(out.loss))
         return losses
@@ -252,7 +236,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
 
     def _orthogonal_loss(self, indices: Tensor) -> Tensor:
         """Eq. 2 of arXiv 2112.00384 over the codes, those of the batch, or at most so many drawn at random."""
-        _, active, most = self.orthogonal
+        active, most = self.orthogonal_of
         codes = self._codebook.embed
         codes = copy_codebook(codes, codes.detach())
         if active:
@@ -271,9 +255,8 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         optimizer = self.in_place_codebook_optimizer
         if optimizer is None or not self.training or self.frozen or recomputing():
             return torch.zeros((), device=z.device)
-        x = self._in_turn(z.detach())
-        keep = self._row_mask(mask, z)
-        self._start(x if keep is None else x.masked_fill(~keep[:, None], torch.nan))
+        x, keep = self._in_turn(z.detach()), self._row_mask(mask, z)
+        self.start(z, mask)
         options: dict[str, Any] = {"metric": self.metric, "commitment_weight": 0.0, "codebook_weight": 1.0}
         with torch.autocast(z.device.type, enabled=False):
             rows = x if keep is None else x[keep]

@@ -327,6 +327,15 @@ def test_padding_takes_no_part_in_the_cross_entropy():
     assert_same_training(theirs, ours, steps=3, mask=mask, freeze_codebook=True)
 
 
+def test_padding_takes_no_part_in_the_start_before_it():
+    codebooks, mask = [], torch.arange(20) < torch.tensor([[20], [7], [1]])
+    for padding in (0.0, 9.0):
+        _, ours = swapped(commitment_use_cross_entropy_loss=True, kmeans_init=True)
+        ours(torch.where(mask[..., None], noise(3, 20, 16), padding), mask=mask)
+        codebooks.append(ours.codebook)
+    assert torch.equal(*codebooks)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_call_with_indices_returns_the_cross_entropy_to_them(training):
     theirs = vector_quantize().train(training)
