@@ -187,10 +187,11 @@ class NormEMAAdapter(FusedVectorQuantizer):
         y = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
         return codebook_search(y, codes, metric="euclidean").indices
 
-    def _quantize(self, x: Tensor, codebook: Tensor, keep: Tensor | None, *drawn: Any) -> tuple[Tensor, Tensor, Tensor]:
-        if self.by_distance and keep is None:  # with a mask, _nearest is asked
-            keep = torch.ones_like(x[:, 0], dtype=torch.bool)
-        return super()._quantize(x, codebook, keep, *drawn)
+    def _quantize(
+        self, x: Tensor, codebook: Tensor, keep: Tensor | None, drawn: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found = self._nearest(x, codebook) if self.by_distance and drawn is None else drawn
+        return super()._quantize(x, codebook, keep, found)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]  # as the original's
         out = super().forward(z)
