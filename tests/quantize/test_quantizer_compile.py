@@ -19,7 +19,10 @@ CASES = {  # a covering set: rule, metric, gradient, heads, restarts, with a mas
     "sum_ema, heads": ({"metric": "euclidean", "heads": 2, "dead_below": 0.5}, True),
     "gradient, cosine": ({"learning": "gradient"}, False),
     "gradient, euclidean": ({"learning": "gradient", "metric": "euclidean", "dead_after": 1.0}, False),
-    "gradient, rotation, heads": ({"learning": "gradient", "gradient": "rotation", "heads": 2}, True),
+    "gradient, rotation, heads, drawn": (
+        {"learning": "gradient", "gradient": "rotation", "heads": 2, "temperature": 0.5},
+        True,
+    ),
     "rotation, shared heads": ({"gradient": "rotation", "heads": 2, "share_codebook": True, "dead_after": 1.0}, False),
     "frozen": ({"learning": "frozen", "metric": "euclidean"}, True),
     "residual": ({"num_quantizers": 3}, True),
