@@ -117,5 +117,5 @@ def _draw_codes_fake(x: Tensor, codebook: Tensor, *rest: Any) -> Tensor:
 
 _register_kernels(codebook_search_op)
 _register_kernels(nearest_codes_op, lambda k: k <= MOST_NEAREST)
-# Within the op, for inductor compiles the arithmetic of keys, which wraps around, to other numbers.
+# Keys are made within the op: traced by inductor, compiled draws failed, with torch 2.11 by a corrupted heap.
 _register_kernels(draw_codes_op, given=lambda temperature, key, numbers: (temperature, random_bits(key, numbers)))
