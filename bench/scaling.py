@@ -21,7 +21,7 @@ from bench.test_codebook_search import IMPLEMENTATIONS, problem
 
 DEFAULT = {"N": 12_544, "K": 8192, "D": 32, "threads": torch.get_num_threads()}
 AXES = {
-    "N": (1, 8, 32, 196, 784, 3136, 12_544, 50_176, 200_704),
+    "N": (1, 8, 16, 32, 196, 784, 3136, 12_544, 50_176, 200_704),
     "K": (512, 2048, 8192, 32_768, 131_072),
     "D": (4, 8, 16, 32, 64, 128, 256, 512, 1024),
     "threads": tuple(range(1, (os.cpu_count() or 1) + 1)),

@@ -1,11 +1,11 @@
 // codebook_search on the CPU. FLOPs 2 N K D in the screening. Memory: a copy of the codes in bytes, a quarter of the
 // codebook in fp32, where bytes_pay; a copy in fp32 of fp16 and bf16 codes, of those with NaN, Inf or a largest element
 // beyond 2^20 or below 2^-20, and of those that are not contiguous; at most a few MB per thread; the outputs. Nothing
-// grows with N K. Up to 8 vectors: no copy of ordinary contiguous codes, of fp16 and bf16 neither.
+// grows with N K. Few vectors (8 to 64): no copy of ordinary contiguous codes, of fp16 and bf16 neither.
 //
 //   cpu.cpp               the op: outputs, choice of the instruction set, threads
 //   cpu_search.h          how a search goes, its error bounds, and what its pieces hand each other
-//   cpu_few.h, .cpp, cpu_few_kernels.h  up to 8 vectors: one pass over the codebook as it is
+//   cpu_few.h, .cpp, cpu_few_kernels.h  few vectors: one pass over the codebook as it is
 //   cpu_codes.h, .cpp     measures the codebook and packs it into bytes, once per call
 //   cpu_block.h, .cpp     one thread's part: blocks of vectors, screened, then resolved
 //   cpu_draw.cpp, cpu_draw_kernels.h  draw_codes, from the screening's bounds
@@ -67,7 +67,7 @@ Outputs search(const at::Tensor& x, const at::Tensor& codebook, bool cosine, int
                          return_codes ? static_cast<char*>(codes.mutable_data_ptr()) : nullptr,
                          contiguous};
   if (search_few(shared)) return {indices, normalized, codes, distances};
-  book = pack_codebook(contiguous, cosine, bytes_pay(rows, codebook.size(0), k), kernels);
+  book = pack_codebook(contiguous, cosine, bytes_pay(rows, codebook, k), kernels);
   run_blocks<Block>(shared);
   return {indices, normalized, codes, distances};
 }

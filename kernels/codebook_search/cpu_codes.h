@@ -28,8 +28,11 @@ struct PackedCodebook {
 };
 
 constexpr int64_t FEWEST_CODES = 128;  // per code sought; of fewer, resolving costs what screening in bytes saves
+constexpr int64_t FEWEST_VALUES = 1152;  // of vectors behind the first panel; of fewer, packing costs what it saves
 
-inline bool bytes_pay(int64_t rows, int64_t codes, int64_t k) { return rows > PANEL && codes > FEWEST_CODES * k; }
+inline bool bytes_pay(int64_t rows, const at::Tensor& codebook, int64_t k) {
+  return (rows - PANEL) * codebook.size(1) > FEWEST_VALUES && codebook.size(0) > FEWEST_CODES * k;
+}
 
 PackedCodebook pack_codebook(const at::Tensor& codebook, bool cosine, bool bytes, const Kernels& kernels);
 

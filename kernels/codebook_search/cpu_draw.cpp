@@ -165,7 +165,7 @@ at::Tensor draw_codes(const at::Tensor& x, const at::Tensor& codebook, bool cosi
                       const at::Tensor& keys) {
   at::Tensor indices = at::empty({x.size(0)}, x.options().dtype(at::kLong));
   const Kernels& kernels = chosen_kernels();
-  const PackedCodebook book = pack_codebook(codebook, cosine, bytes_pay(x.size(0), codebook.size(0), 1), kernels);
+  const PackedCodebook book = pack_codebook(codebook, cosine, bytes_pay(x.size(0), codebook, 1), kernels);
   const Search search = {kernels, book, x, cosine, 1, indices.mutable_data_ptr<int64_t>()};
   Draw draw = {BEITV2_FAST_PICK(draw_kernels), keys.const_data_ptr<int64_t>(), {}, temperature};
   for (int64_t p = 0; p < book.codes.groups * GROUP; ++p)

@@ -15,7 +15,7 @@
 namespace beitv2_fast {
 namespace {
 
-constexpr int64_t FEW = 8;                // vectors; more are faster side by side in the lanes
+constexpr int64_t FEW = 64;               // vectors at most: see most_vectors
 constexpr int64_t MOST = 16;              // codes to find, for each of which an exact score is cheap
 constexpr int64_t RUN = 64;               // codes that are scored before their scores are looked at
 constexpr float LEAST_SQUARE = 0x1p-40f;  // of the longest code; the greatest: its inverse
@@ -23,12 +23,20 @@ constexpr float LEAST_SQUARE = 0x1p-40f;  // of the longest code; the greatest: 
 typedef float Four __attribute__((vector_size(16)));
 typedef int32_t FourInts __attribute__((vector_size(16)));
 
+using Widen = void (*)(const void* codes, int64_t count, float* out);
+
 struct Run {
-  int64_t count, rows;     // of codes and vectors
-  float scores[FEW][RUN];  // of <vector, code>, less |code|^2 / 2 for euclidean
+  int64_t count, rows;   // of codes and vectors
+  int64_t width;         // of a code in bytes
+  Widen widen;           // to fp32, or null
+  float* widened;        // room for four codes
+  float largest, total;  // of |code|^2; the total is NaN or Inf if a code has one
   float highest[FEW];
-  float largest, total;    // of |code|^2; the total is NaN or Inf if a code has one
-  float* widened;          // room for four codes in fp32
+  float scores[FEW][RUN];  // of <vector, code>, less |code|^2 / 2 for euclidean
+};
+
+struct alignas(64) Line {  // of a cache: registers of AVX-512 are loaded from two at half the speed
+  float values[16];
 };
 
 // Of an fp16 or bf16 number.
@@ -39,10 +47,9 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
-using Score = void (*)(const void* codes, int64_t dim, const float* vectors, bool cosine, Run& run);
-
 struct FewKernels {
-  Score of_float, of_half, of_bfloat16;
+  void (*score)(const char* codes, int64_t dim, const float* vectors, bool cosine, Run& run);
+  Widen half, bfloat16;
 };
 
 }  // namespace
@@ -122,22 +129,20 @@ bool scan(const Search& search, const float* vectors, const Row* info, Nearest& 
   const at::Tensor& codebook = search.codebook;
   const int64_t codes = codebook.size(0), dim = codebook.size(1);
   const at::ScalarType type = codebook.scalar_type();
-  const Score score = type == at::kFloat  ? kernels.of_float
-                      : type == at::kHalf ? kernels.of_half
-                                          : kernels.of_bfloat16;
   const char* values = static_cast<const char*>(codebook.const_data_ptr());
-  const int64_t bytes = dim * static_cast<int64_t>(codebook.element_size());
+  const int64_t width = dim * static_cast<int64_t>(codebook.element_size());
   std::atomic<bool> ordinary = true;
   std::mutex mutex;
   const int64_t grain = std::max<int64_t>(1, 65536 / (RUN * dim));
   at::parallel_for(0, (codes + RUN - 1) / RUN, grain, [&](int64_t begin, int64_t end) {
     Nearest mine(nearest.k);
+    std::vector<Line> widened(dim / 4 + 1);
     Run run;
-    std::vector<float> widened(type == at::kFloat ? 0 : 4 * dim);
-    run.widened = widened.data(), run.rows = search.x.size(0);
+    run.rows = search.x.size(0), run.width = width, run.widened = widened.data()->values;
+    run.widen = type == at::kFloat ? nullptr : type == at::kHalf ? kernels.half : kernels.bfloat16;
     for (int64_t first = begin * RUN; first < std::min(end * RUN, codes) && ordinary; first += RUN) {
       run.count = std::min(RUN, codes - first);
-      score(values + first * bytes, dim, vectors, search.cosine, run);
+      kernels.score(values + first * width, dim, vectors, search.cosine, run);
       if (!(run.total < 1 / LEAST_SQUARE)) ordinary = false;
       mine.add(run, first, info, dim, search.cosine);
     }
@@ -147,22 +152,31 @@ bool scan(const Search& search, const float* vectors, const Row* info, Nearest& 
   return ordinary;
 }
 
+// Packing costs a pass over the codes and, of fp16 and bf16, a copy; here each score costs a sum across the lanes. The
+// numbers are measured.
+int64_t most_vectors(const Search& search) {
+  if (search.k > 1) return 8;  // each of the k is scored exactly
+  const bool portable = cpu_capability() == Capability::portable, copies = search.codebook.scalar_type() != at::kFloat;
+  return std::min(FEW, 8 + search.codebook.size(1) / (portable ? 1 : copies ? 8 : 64));
+}
+
 }  // namespace
 
 bool search_few(const Search& search) {
   const int64_t rows = search.x.size(0), dim = search.x.size(1);
-  if (rows > FEW || search.k > MOST || dim < 4) return false;
+  if (rows > most_vectors(search) || search.k > MOST || dim < 4) return false;
   RowReader reader(search.x), codes[2] = {RowReader(search.codebook), RowReader(search.codebook)};
-  std::vector<float> vectors(PANEL * dim);
-  Row info[PANEL];
+  std::vector<Line> lines((rows + 3) * dim / 16 + 1);  // a pass reads up to 3 vectors behind the last
+  float* vectors = lines.data()->values;
+  Row info[FEW];
   for (int64_t i = 0; i < rows; ++i) std::copy_n(reader.row(i), dim, &vectors[i * dim]);
   float bias;
   Codes shape = {};
   shape.dim = dim, shape.bias = search.cosine ? nullptr : &bias;
-  search.kernels.pack_rows(vectors.data(), rows, shape, 1, false, nullptr, info);
+  search.kernels.pack_rows(vectors, rows, shape, 1, false, nullptr, info);
   Nearest nearest(search.k);
   if (std::any_of(info, info + rows, [](const Row& row) { return row.far; })) return false;
-  if (!scan(search, vectors.data(), info, nearest) || nearest.square <= LEAST_SQUARE) return false;
+  if (!scan(search, vectors, info, nearest) || nearest.square <= LEAST_SQUARE) return false;
   int64_t calls = 0;  // two codes are compared at a time
   const auto code = [&](int64_t index) { return codes[calls++ % 2].row(index); };
   for (int64_t i = 0; i < rows; ++i) {
@@ -173,7 +187,7 @@ bool search_few(const Search& search) {
       if (left.size() > 1) exact_order(reader.row(i), left, search.k, code, dim, search.cosine);
       for (int64_t n = 0; n < search.k; ++n) found[n] = left[n].position;
     }
-    if (search.k == 1) finish(search, reader.row(i), code(*found), i, *found, vectors.data());
+    if (search.k == 1) finish(search, reader.row(i), code(*found), i, *found, vectors);
   }
   return true;
 }

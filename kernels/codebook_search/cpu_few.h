@@ -5,8 +5,8 @@
 
 namespace beitv2_fast {
 
-// False, with nothing written, where it is not the way: more than 8 vectors or k > 16, widths below 4, codes that are
-// not finite, vectors or codes so long or short that fp32 does not hold their scores.
+// False, with nothing written, where it is not the way: more than 8 vectors (64 of wide ones), k > 16, widths below 4,
+// codes that are not finite, vectors or codes so long or short that fp32 does not hold their scores.
 bool search_few(const Search& search);
 
 }  // namespace beitv2_fast

@@ -5,7 +5,6 @@ template <int LANES>
 struct Registers {
   typedef float Floats __attribute__((vector_size(4 * LANES)));
   typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-  typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
 };
 
 template <int LANES>
@@ -15,28 +14,28 @@ inline typename Registers<LANES>::Floats load(const float* p) {
   return values;
 }
 
-template <int LANES>
-inline typename Registers<LANES>::Ints load_bits(const void* p) {
-  typename Registers<LANES>::Shorts bits;
-  memcpy(&bits, p, sizeof bits);
-  return __builtin_convertvector(bits, typename Registers<LANES>::Ints);
+template <class To, class From>
+inline To bits_as(From from) {
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
 }
 
-template <int LANES>
-inline typename Registers<LANES>::Floats load(const Bfloat16* p) {
-  return (typename Registers<LANES>::Floats)(load_bits<LANES>(p) << 16);
-}
+inline float widened(Bfloat16 value) { return bits_as<float>(value.bits << 16); }
 
-template <int LANES>
-inline typename Registers<LANES>::Floats load(const Half* p) {
-  typedef typename Registers<LANES>::Floats Floats;
-  typedef typename Registers<LANES>::Ints Ints;
-  const Ints bits = load_bits<LANES>(p), magnitude = bits & 0x7fff;
-  const Ints infinite = (magnitude >= 0x7c00) & 0x7f800000;  // NaN as well: neither is searched here
-  const Ints normal = (Ints)((Floats)(magnitude << 13) * 0x1p112f);
+inline float widened(Half value) {
+  const int32_t magnitude = value.bits & 0x7fff, infinite = (0x7bff - magnitude) >> 31 & 0x7f800000;  // and NaN
+  const int32_t normal = bits_as<int32_t>(bits_as<float>(magnitude << 13) * 0x1p112f);
   // Subnormal in fp32 as well, which a thread may read as 0.
-  const Ints small = (Ints)(__builtin_convertvector(magnitude, Floats) * 0x1p-24f), is_small = magnitude < 0x0400;
-  return (Floats)((is_small & small) | (~is_small & normal) | infinite | (bits & 0x8000) << 16);
+  const int32_t small = bits_as<int32_t>(static_cast<float>(magnitude) * 0x1p-24f);
+  const int32_t is_small = (magnitude - 0x400) >> 31;
+  return bits_as<float>((is_small & small) | (~is_small & normal) | infinite | (value.bits & 0x8000) << 16);
+}
+
+template <class T>
+void widen(const void* codes, int64_t count, float* out) {
+  const T* values = static_cast<const T*>(codes);
+  for (int64_t i = 0; i < count; ++i) out[i] = widened(values[i]);
 }
 
 template <int LANES>
@@ -59,10 +58,9 @@ inline Four sums(const typename Registers<LANES>::Floats* lanes) {
   return BEITV2_FAST_SHUFFLE(ab, cd, 0, 1, 4, 5) + BEITV2_FAST_SHUFFLE(ab, cd, 2, 3, 6, 7);
 }
 
-// <vector, code> of ROWS vectors and four codes, and with SQUARES <code, code> behind them. LANES <= dim. Writes the
-// codes [4, dim] in fp32 unless they are that, or widened is null.
-template <int LANES, int ROWS, bool SQUARES, class T>
-inline void dots(const T* const* codes, int64_t dim, const float* vectors, Four* out, float* widened = nullptr) {
+// <vector, code> of ROWS vectors and four codes, and with SQUARES <code, code> behind them. LANES <= dim.
+template <int LANES, int ROWS, bool SQUARES>
+inline void dots(const float* const* codes, int64_t dim, const float* vectors, Four* out) {
   typedef typename Registers<LANES>::Floats Floats;
   typedef typename Registers<LANES>::Ints Ints;
   constexpr int OUTS = ROWS + SQUARES;
@@ -74,7 +72,6 @@ inline void dots(const T* const* codes, int64_t dim, const float* vectors, Four*
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
       Floats code = load<LANES>(codes[c] + d);
-      if (sizeof(T) < sizeof(float) && widened) memcpy(widened + c * dim + d, &code, sizeof code);
       code = (Floats)((Ints)code & mask);
 #pragma GCC unroll 16
       for (int o = 0; o < OUTS; ++o) total[o][c] += (o < ROWS ? x[o] : code) * code;
@@ -91,21 +88,22 @@ inline void dots(const T* const* codes, int64_t dim, const float* vectors, Four*
   for (int o = 0; o < OUTS; ++o) out[o] = sums<LANES>(total[o]);
 }
 
-template <int LANES, int ROWS, class T>
-void score_run(const T* codes, int64_t dim, const float* vectors, bool cosine, Run& run) {
+// The squares are of the first ROWS vectors' pass over four codes; LATER vectors share each of the others.
+template <int LANES, int ROWS, int LATER>
+void score_run(const char* codes, int64_t dim, const float* vectors, bool cosine, Run& run) {
   Four largest = {}, total = {}, highest[FEW];
   for (Four& score : highest) score = Four{} - __builtin_inff();
   for (int64_t j = 0; j < run.count; j += 4) {
-    const T* four[4];
-    const float* wide[4];
-    for (int64_t c = 0; c < 4; ++c) {
-      four[c] = codes + (j + c < run.count ? j + c : run.count - 1) * dim;
-      wide[c] = sizeof(T) < sizeof(float) ? run.widened + c * dim : reinterpret_cast<const float*>(four[c]);
-    }
-    Four scores[FEW + 1];
-    dots<LANES, ROWS, true>(four, dim, vectors, scores, run.rows > ROWS ? run.widened : nullptr);
+    const int64_t count = run.count - j < 4 ? run.count - j : 4;
+    const char* first = codes + j * run.width;
+    if (run.widen) run.widen(first, count * dim, run.widened);
+    const float *values = run.widen ? run.widened : reinterpret_cast<const float*>(first), *four[4];
+    for (int64_t c = 0; c < 4; ++c) four[c] = values + (c < count ? c : count - 1) * dim;
+    Four scores[FEW + LATER];
+    dots<LANES, ROWS, true>(four, dim, vectors, scores);
     const Four square = scores[ROWS];
-    for (int64_t r = ROWS; r < run.rows; r += ROWS) dots<LANES, ROWS, false>(wide, dim, vectors + r * dim, scores + r);
+    for (int64_t r = ROWS; r < run.rows; r += LATER)
+      dots<LANES, LATER, false>(four, dim, vectors + r * dim, scores + r);
     largest = square > largest ? square : largest;
     total += square;
     for (int64_t r = 0; r < run.rows; ++r) {
@@ -124,22 +122,22 @@ void score_run(const T* codes, int64_t dim, const float* vectors, bool cosine, R
   for (int64_t r = 0; r < run.rows; ++r) run.highest[r] = most(highest[r]);
 }
 
-template <int LANES, class T>
-void score_lanes(const void* codes, int64_t dim, const float* vectors, bool cosine, Run& run) {
-  const T* first = static_cast<const T*>(codes);
-  if (run.rows == 1) return score_run<LANES, 1>(first, dim, vectors, cosine, run);
+template <int LANES>
+void score_lanes(const char* codes, int64_t dim, const float* vectors, bool cosine, Run& run) {
+  if (run.rows == 1) return score_run<LANES, 1, 1>(codes, dim, vectors, cosine, run);
   if constexpr (REGISTER_FLOATS == 16)  // and 32 of them: for 4 vectors, a code, and 4 codes times 4 sums and a square
-    if (run.rows > 2) return score_run<LANES, 4>(first, dim, vectors, cosine, run);
-  score_run<LANES, 2>(first, dim, vectors, cosine, run);
+    if (run.rows > 2) return score_run<LANES, 4, 4>(codes, dim, vectors, cosine, run);
+  if constexpr (REGISTER_FLOATS == 8)
+    if (run.rows > 4) return score_run<LANES, 2, 3>(codes, dim, vectors, cosine, run);
+  score_run<LANES, 2, 2>(codes, dim, vectors, cosine, run);
 }
 
-template <class T>
-void score(const void* codes, int64_t dim, const float* vectors, bool cosine, Run& run) {
+void score(const char* codes, int64_t dim, const float* vectors, bool cosine, Run& run) {
   if constexpr (REGISTER_FLOATS >= 16)
-    if (dim >= 64) return score_lanes<16, T>(codes, dim, vectors, cosine, run);
+    if (dim >= 64) return score_lanes<16>(codes, dim, vectors, cosine, run);
   if constexpr (REGISTER_FLOATS >= 8)
-    if (dim >= 8) return score_lanes<8, T>(codes, dim, vectors, cosine, run);
-  score_lanes<4, T>(codes, dim, vectors, cosine, run);
+    if (dim >= 8) return score_lanes<8>(codes, dim, vectors, cosine, run);
+  score_lanes<4>(codes, dim, vectors, cosine, run);
 }
 
-static const FewKernels few_kernels = {score<float>, score<Half>, score<Bfloat16>};
+static const FewKernels few_kernels = {score, widen<Half>, widen<Bfloat16>};

@@ -53,12 +53,29 @@ def test_every_width(version, metric, width):
     "name", ("random", "clustered", "duplicated", "integers", "last bits", "one code", "unequal lengths")
 )
 def test_every_number_of_vectors(version, name, metric):
-    """Up to eight take one pass over the codes; more are screened in fp32, many in bytes where the CPU has them."""
+    """Few take one pass over the codes; more are screened in fp32, many in bytes where the CPU has them."""
     x, codebook = PROBLEMS[name](seeded())
     want = exact_indices(x, codebook, metric)
     for rows in (1, 2, 4, 5, 8, 9, 16, 17, 33):
         strided = x[-rows:].T.contiguous().T
         assert torch.equal(codebook_search(strided, codebook, metric=metric).indices, want[-rows:]), rows
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("codes", (2, 5, 134))
+def test_every_number_of_wide_vectors(version, metric, dtype, codes):
+    """The wider, the more of them take one pass over the codes. The second half of these are copies of the first."""
+    codebook = torch.randn((codes + 1) // 2, 1796, generator=seeded()).to(dtype).repeat(2, 1)[:codes]
+    x = codebook[torch.arange(70) % codes] + torch.randn(70, 1796, generator=seeded(1))
+    x[[13, 50], [5, 1795]] = torch.tensor([NAN, INF])
+    finite, distinct = x.isfinite().all(-1), codebook[: (codes + 1) // 2]
+    want = torch.zeros(70, dtype=torch.int64).index_put((finite,), exact_indices(x[finite], distinct, metric))
+    for rows in range(1, 71) if version != "reference" else (7, 70):
+        assert torch.equal(codebook_search(x[-rows:], codebook, metric=metric).indices, want[-rows:]), rows
+    codebook[0, 1790] = NAN
+    for rows in (9, 40, 64):
+        assert (codebook_search(codebook[1:2].expand(rows, -1), codebook, metric=metric).indices == 1).all(), rows
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -190,7 +207,7 @@ def test_codes_of_any_size_beside_some_with_nan_or_inf(version, metric, exponent
         assert torch.equal(found, good[exact_indices(rows, codebook[good], metric)])
 
 
-@pytest.mark.parametrize("rows", (4, 32))
+@pytest.mark.parametrize("rows", (4, 12, 32))
 def test_subnormal_codes_are_told_apart_where_a_thread_takes_those_of_fp32_for_zero(version, rows):
     x, codebook = torch.randn(rows, 32, generator=seeded()), 2e-5 * torch.randn(512, 32, generator=seeded(1))
     codebook[0, 0] = 2e-4
@@ -300,11 +317,13 @@ def test_memory_does_not_grow_with_vectors_times_codes(rows):
     assert peak < 8 * rows + 10e6  # indices, packed codes, a thread's buffers; one byte per score would be 1.6 GB
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
-def test_few_vectors_make_no_copy_of_the_codebook(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "rows"), [(torch.float32, 16), (torch.float16, 40), (torch.bfloat16, 8), (torch.bfloat16, 40)]
+)
+def test_few_vectors_make_no_copy_of_the_codebook(dtype, rows):
     if not native_ops():
         pytest.skip("the C++ ops are not compiled")
-    x, codebook = torch.randn(8, 256, generator=seeded()), torch.randn(16_384, 256, generator=seeded(1)).to(dtype)
+    x, codebook = torch.randn(rows, 256, generator=seeded()), torch.randn(16_384, 256, generator=seeded(1)).to(dtype)
     peak = peak_memory(lambda: codebook_search(x, codebook))
     if peak is None:
         pytest.skip("nobody counts this process's memory")
