@@ -16,6 +16,7 @@ OPS = (
     "attention",
     "attention_backward",
     "block_masks",
+    "codebook_gradient",
     "codebook_search",
     "codebook_statistics",
     "draw_codes",

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..kernels import codebook_search, vector_quantize
 from ..kernels.codebook_update.ops import ema_step
 from ..kernels.sampling import ALONE
-from ..kernels.vector_quantize.reference import rotate_to
 from .adapters import EmbeddingAdapter, embed_code, quantize_map, with_methods
 from .soft import entropies, index_backpropagation
 
@@ -124,10 +123,10 @@ def sim_vq(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     last = x.movedim(1, -1) if module.channel_first else x
     rows, weight = last.reshape(-1, last.shape[-1]), module.commitment_weight
     options = {"commitment_weight": weight * module.input_to_quantize_commit_loss_weight, "codebook_weight": weight}
+    gradient = "rotation" if module.rotation_trick else "straight_through"
     with torch.autocast(x.device.type, enabled=False):
-        out = vector_quantize(rows, module.codebook, metric="euclidean", **options)
-        quantized = rotate_to(rows, out.quantized.detach()) if module.rotation_trick else out.quantized
-    quantized = quantized.view(last.shape).to(x.dtype)
+        out = vector_quantize(rows, module.codebook, metric="euclidean", gradient=gradient, **options)
+    quantized = out.quantized.view(last.shape).to(x.dtype)
     quantized = quantized.movedim(-1, 1) if module.channel_first else quantized
     return quantized, out.indices.view(last.shape[:-1]), out.loss
 

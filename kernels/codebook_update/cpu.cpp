@@ -3,7 +3,7 @@
 // Statistics read N (D + 1) elements and write K (1 + D) integers; no buffer per thread. The second pass reads these and
 // reads and writes the state once. Integers are added, so neither the threads' shares nor their order show in the bits.
 //
-//   cpu.cpp             the two ops, one for each pass
+//   cpu.cpp             the two ops, one for each pass, and the sums as vector_quantize's gradient of a codebook
 //   cpu_rows.h          the kernels' table
 //   cpu_rows_kernels.h  the kernels: the arithmetic of reference.py on one row
 //   cpu_rows.cpp        compiles them for each instruction set and picks (../cpu_variants.h)
@@ -86,6 +86,33 @@ at::Tensor statistics(const at::Tensor& x, const at::Tensor& indices, int64_t nu
   return result;
 }
 
+// vector_quantize's codebook_gradient: of each code [K, D] scale * (how many vectors chose it * code - their sum).
+at::Tensor codebook_gradient(const at::Tensor& x, const at::Tensor& indices, const at::Tensor& codes, double scale,
+                             bool cosine) {
+  const int64_t dim = x.size(1), num_codes = codes.size(0);
+  TORCH_CHECK_VALUE(x.size(0) <= INT32_MAX, "vector_quantize: at most 2^31 - 1 vectors; got ", x.size(0));
+  at::Tensor result = at::zeros(codes.sizes(), codes.options());
+  const float* code = codes.const_data_ptr<float>();
+  float* out = result.mutable_data_ptr<float>();
+  const auto add = cosine ? update_rows().add_cosine : update_rows().add_euclidean;
+  const auto pull = cosine ? update_rows().pull_cosine : update_rows().pull_euclidean;
+  const SortedRows sorted = sort_by_code(indices, num_codes);
+  at::parallel_for(0, num_codes, grain(dim), [&](int64_t begin, int64_t end) {
+    RowReader reader(x);
+    std::vector<int64_t> sums(2 * dim);
+    for (int64_t j = begin; j < end; ++j) {
+      int64_t count = 0;
+      std::fill(sums.begin(), sums.end(), 0);
+      for (int32_t i = sorted.begin[j]; i < sorted.begin[j + 1]; ++i) {
+        if (i + AHEAD < sorted.begin[end]) reader.prefetch(sorted.rows[i + AHEAD]);
+        count += add(reader.row(sorted.rows[i]), dim, sums.data());
+      }
+      if (count) pull(sums.data(), code + j * dim, dim, static_cast<double>(count), scale, out + j * dim);
+    }
+  });
+  return result;
+}
+
 using MaybeTensor = std::optional<at::Tensor>;
 
 struct Update {
@@ -156,6 +183,7 @@ at::Tensor apply(const at::Tensor& statistics, const at::Tensor& codebook, const
 }
 
 TORCH_LIBRARY_FRAGMENT(beitv2_fast_cpu, m) {
+  m.def("codebook_gradient(Tensor x, Tensor indices, Tensor codes, float scale, bool cosine) -> Tensor");
   m.def("codebook_statistics(Tensor x, Tensor indices, int num_codes, bool cosine) -> Tensor");
   m.def(
       "move_codebook(Tensor statistics, Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!)? embed_avg, "
@@ -163,6 +191,7 @@ TORCH_LIBRARY_FRAGMENT(beitv2_fast_cpu, m) {
 }
 
 TORCH_LIBRARY_IMPL(beitv2_fast_cpu, CPU, m) {
+  m.impl("codebook_gradient", codebook_gradient);
   m.impl("codebook_statistics", statistics);
   m.impl("move_codebook", apply);
 }

@@ -12,6 +12,9 @@ struct UpdateRows {
   // The double that a row of sums stands for, times `factor`, as fp32.
   void (*mean_cosine)(const int64_t* sums, int64_t dim, double factor, float* out);
   void (*mean_euclidean)(const int64_t* sums, int64_t dim, double factor, float* out);
+  // scale * (count * code - sums): the gradient of a loss that draws the code to its vectors, as fp32.
+  void (*pull_cosine)(const int64_t* sums, const float* code, int64_t dim, double count, double scale, float* out);
+  void (*pull_euclidean)(const int64_t* sums, const float* code, int64_t dim, double count, double scale, float* out);
   void (*l2)(const float* row, int64_t dim, float* out);                                     // out may be row
   void (*mix)(const float* old, const float* next, int64_t dim, float decay, float rest, float* out);  // out may be old
   void (*scale)(const float* row, int64_t dim, double factor, float* out);

@@ -64,14 +64,31 @@ static bool add_euclidean(const float* __restrict row, int64_t dim, int64_t* __r
   return true;
 }
 
+static inline double sum_cosine(const int64_t* sums, int64_t, int64_t d) {
+  return static_cast<double>(sums[d]) * 0x1p-36;
+}
+
+static inline double sum_euclidean(const int64_t* sums, int64_t dim, int64_t d) {
+  return static_cast<double>(sums[d]) * 0x1p-4 + static_cast<double>(sums[dim + d]) * 0x1p-40;
+}
+
 static void mean_cosine(const int64_t* __restrict sums, int64_t dim, double factor, float* __restrict out) {
-  for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<float>(static_cast<double>(sums[d]) * 0x1p-36 * factor);
+  for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<float>(sum_cosine(sums, dim, d) * factor);
 }
 
 static void mean_euclidean(const int64_t* __restrict sums, int64_t dim, double factor, float* __restrict out) {
+  for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<float>(sum_euclidean(sums, dim, d) * factor);
+}
+
+static void pull_cosine(const int64_t* __restrict sums, const float* __restrict code, int64_t dim, double count,
+                        double scale, float* __restrict out) {
+  for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<float>(scale * (count * code[d] - sum_cosine(sums, dim, d)));
+}
+
+static void pull_euclidean(const int64_t* __restrict sums, const float* __restrict code, int64_t dim, double count,
+                           double scale, float* __restrict out) {
   for (int64_t d = 0; d < dim; ++d)
-    out[d] = static_cast<float>(
-        (static_cast<double>(sums[d]) * 0x1p-4 + static_cast<double>(sums[dim + d]) * 0x1p-40) * factor);
+    out[d] = static_cast<float>(scale * (count * code[d] - sum_euclidean(sums, dim, d)));
 }
 
 static void scale(const float* row, int64_t dim, double factor, float* out) {
@@ -88,4 +105,5 @@ static void mix(const float* old, const float* next, int64_t dim, float decay, f
   for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<float>(d0 * old[d] + d1 * next[d]);
 }
 
-static const UpdateRows rows = {add_cosine, add_euclidean, mean_cosine, mean_euclidean, l2, mix, scale};
+static const UpdateRows rows = {add_cosine, add_euclidean, mean_cosine, mean_euclidean,
+                                pull_cosine, pull_euclidean, l2, mix, scale};

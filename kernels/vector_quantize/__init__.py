@@ -27,6 +27,7 @@ def vector_quantize(
     commitment_weight: float = 1.0,
     codebook_weight: float = 0.0,
     return_compared: bool = False,
+    gradient: str = "straight_through",
 ) -> VectorQuantize:
     """Replace every vector by its nearest code, with a gradient for x.
 
@@ -46,19 +47,22 @@ def vector_quantize(
         commitment_weight: beta.
         codebook_weight: of VQ-VAE's codebook loss.
         return_compared: also return y, in fp32.
+        gradient: "straight_through", or "rotation" (arXiv 2410.06424): of the rotation and scaling that take y to its
+            code, constant for the gradient. A y shorter than 1e-6 (fp16: 6e-5) has no direction to rotate.
 
     Returns:
         VectorQuantize(quantized, indices, loss, compared): fp32 (fp64 for fp64 x). With N = 0 the loss is 0. A vector
         with NaN or Inf makes the loss NaN.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit, naming them.
+        ValueError, TypeError: shapes, dtypes, devices or a gradient that do not fit, naming them.
 
     Source: arXiv 2208.06366 eq. 2 and 3 (cosine); arXiv 1711.00937 eq. 2 and 3.
     """
     check_metric(metric)
     check_vectors("vector_quantize", x, codebook, several=True)
-    quantized, indices, loss, compared = quantize(
-        x, codebook, metric, commitment_weight, codebook_weight, return_compared
-    )
+    if gradient not in ("straight_through", "rotation"):
+        raise ValueError(f"vector_quantize: gradient must be 'straight_through' or 'rotation'; got {gradient!r}")
+    weights = commitment_weight, codebook_weight
+    quantized, indices, loss, compared = quantize(x, codebook, metric, *weights, return_compared, gradient)
     return VectorQuantize(quantized, indices, loss, compared if return_compared else None)

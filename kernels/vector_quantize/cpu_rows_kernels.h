@@ -46,4 +46,23 @@ static void backward_cosine(const float* __restrict x, const float* __restrict c
     for (int64_t d = 0; d < dim; ++d) out[d] = (g[d] - weight * code[d] + of_y * out[d]) * scale;
 }
 
-static const QuantizeRows rows = {backward_cosine, backward_euclidean};
+static void rotate_back(const float* __restrict x, const float* __restrict code, const float* __restrict g,
+                        double shortest, bool cosine, int64_t dim, float* __restrict out) {
+  const double least = 1e-6, norm = __builtin_sqrt(sum_of_squares(x, dim));
+  const double unit = cosine ? (norm > 1e-12 ? norm : 1e-12) : 1, length = norm / unit;  // |y|, y = x / unit
+  if (length < shortest) {
+    memcpy(out, g, dim * sizeof(float));
+    return;
+  }
+  const double of_code = __builtin_sqrt(sum_of_squares(code, dim));
+  const double divisor = length > least ? length : least;
+  const float to_u = static_cast<float>(1 / (divisor * unit));
+  const float to_q = static_cast<float>(1 / (of_code > least ? of_code : least));
+  for (int64_t d = 0; d < dim; ++d) out[d] = x[d] * to_u + code[d] * to_q;
+  const float square = dot(out, out, dim), along = dot(g, out, dim);
+  const float a = 2 * along / (square > 1e-12f ? square : 1e-12f), b = 2 * dot(g, code, dim) * to_q * to_u;
+  const float scale = static_cast<float>(of_code / divisor);
+  for (int64_t d = 0; d < dim; ++d) out[d] = (g[d] - a * out[d] + b * x[d]) * scale;
+}
+
+static const QuantizeRows rows = {backward_cosine, backward_euclidean, rotate_back};

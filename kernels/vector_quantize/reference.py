@@ -29,10 +29,9 @@ def vector_quantize_reference(
     """Return (quantized, indices, loss, compared); autograd differentiates it.
 
     The fast versions have no ``indices`` [N] of codes that were chosen otherwise, no ``keep`` [N], False for vectors
-    that do not count and come out as zeros, and no other gradient than "straight_through": by "rotation", or that of
-    the "codes" themselves.
+    that do not count and come out as zeros, and no gradient of the "codes" themselves.
     """
-    shortest = max(SHORTEST, torch.finfo(x.dtype).smallest_normal)  # of fp16, 6e-5: below, few bits are left
+    shortest = shortest_of(x)
     x = x if x.dtype == torch.float64 else x.float()
     y = F.normalize(x, dim=-1) if metric == "cosine" else x
     if indices is None:
@@ -73,15 +72,24 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        with torch.no_grad():
-            x, target = ctx.saved_tensors
-            norm, target_norm = (t.norm(dim=-1, keepdim=True) for t in (x, target))
-            u, q = x / norm.clamp(min=SHORTEST), target / target_norm.clamp(min=SHORTEST)
-            half = F.normalize(u + q, dim=-1, eps=SHORTEST)
-            scale = target_norm / norm.clamp(min=SHORTEST)
-        along_half, along_q = ((grad * t).sum(-1, keepdim=True) for t in (half, q))
-        rotated = (grad - 2 * along_half * half + 2 * along_q * u) * scale
-        return torch.where(norm < ctx.shortest, grad, rotated), None, None
+        x, target = ctx.saved_tensors
+        return _rotate_back(grad, x, target, ctx.shortest), None, None
+
+
+def _rotate_back(grad: Tensor, x: Tensor, target: Tensor, shortest: float) -> Tensor:
+    with torch.no_grad():
+        norm, target_norm = (t.norm(dim=-1, keepdim=True) for t in (x, target))
+        u, q = x / norm.clamp(min=SHORTEST), target / target_norm.clamp(min=SHORTEST)
+        half = F.normalize(u + q, dim=-1, eps=SHORTEST)
+        scale = target_norm / norm.clamp(min=SHORTEST)
+    along_half, along_q = ((grad * t).sum(-1, keepdim=True) for t in (half, q))
+    rotated = (grad - 2 * along_half * half + 2 * along_q * u) * scale
+    return torch.where(norm < shortest, grad, rotated)
+
+
+def shortest_of(x: Tensor) -> float:
+    """The length below which a vector has no direction; in fp16 6e-5, below which few bits are left."""
+    return max(SHORTEST, torch.finfo(x.dtype).smallest_normal)
 
 
 def rotate_to(x: Tensor, target: Tensor, shortest: float = SHORTEST) -> Tensor:
@@ -102,14 +110,17 @@ def vector_quantize_backward_reference(
     grad_loss: Tensor | None,
     commitment_weight: float,
     metric: str,
+    gradient: str = "straight_through",
 ) -> Tensor:
     """The gradient for x. With y = l2(x): g = grad_quantized + grad_loss 2 beta / (N D) (y - quantized), and
-    ``dx = (g - y <g, y>) / |x|``; without the projection where |x| < 1e-12, where l2 divides by a constant."""
-    dtype, quantized = x.dtype, quantized.detach()
+    ``dx = (g - y <g, y>) / |x|``; without the projection where |x| < 1e-12, where l2 divides by a constant. With
+    gradient="rotation" grad_quantized passes ``rotate_to`` first."""
+    dtype, quantized, shortest = x.dtype, quantized.detach(), shortest_of(x)
     x = x if dtype == torch.float64 else x.float()
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)  # squares overflow fp32
     y = (x / norm.clamp(min=EPS)).to(x.dtype) if metric == "cosine" else x
     g = torch.zeros_like(x) if grad_quantized is None else grad_quantized.to(x.dtype, copy=True)  # no op's result
+    g = _rotate_back(g, y, quantized, shortest) if gradient == "rotation" else g
     if grad_loss is not None:
         g = g + grad_loss.to(x.dtype) * (2 * commitment_weight / max(1, x.numel())) * (y - quantized)
     if metric == "cosine":

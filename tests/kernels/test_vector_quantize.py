@@ -11,7 +11,7 @@ from torch import Tensor
 
 from beitv2_fast.kernels import codebook_search, vector_quantize
 from beitv2_fast.kernels.native import native_ops
-from beitv2_fast.kernels.vector_quantize.ops import quantize, quantize_backward
+from beitv2_fast.kernels.vector_quantize.ops import codebook_gradient, quantize, quantize_backward
 from beitv2_fast.kernels.vector_quantize.reference import (
     rotate_to,
     vector_quantize_backward_reference,
@@ -153,7 +153,7 @@ def test_only_gradients_that_somebody_needs_are_computed(of_x, of_codebook):
         loss.backward()
     counts = dispatched.counts
     assert counts["beitv2_fast::vector_quantize_backward"] == of_x == (x.grad is not None)
-    assert counts["beitv2_fast::codebook_statistics"] == of_codebook == (codebook.grad is not None)
+    assert counts["beitv2_fast::codebook_gradient"] == of_codebook == (codebook.grad is not None)
 
 
 def test_vectors_shorter_than_eps_get_the_gradient_of_a_division_by_a_constant():
@@ -192,6 +192,49 @@ def test_the_gradient_of_the_codebook_does_not_depend_on_the_order_of_the_rows()
     # The loss is a mean of the same numbers, its gradient a constant: the codes' sums are the same bits.
     assert torch.equal(gradients[0], gradients[1])
     assert torch.equal(gradients[0], gradients[2])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_gradient_of_the_codebook_has_the_bits_of_the_definition_and_that_of_an_unused_code_is_zero(metric):
+    x, codebook, _ = make(500, 60, 19)
+    indices = codebook_search(x, codebook, metric=metric).indices % 30
+    codebook[50] = torch.nan
+    arguments = (x, indices, codebook, torch.tensor(0.3), 0.7, metric)
+    gradient = codebook_gradient(*arguments)
+    assert torch.equal(gradient, codebook_gradient._init_fn(*arguments))
+    assert gradient[:30].any(-1).all()
+    assert not gradient[30:].any()
+    in_turn = codebook_gradient(x, indices, torch.stack([codebook, 2 * codebook]), *arguments[3:])
+    alone = [
+        codebook_gradient(x[g::2], indices[g::2], (g + 1) * codebook, torch.tensor(0.15), 0.7, metric) for g in (0, 1)
+    ]
+    torch.testing.assert_close(in_turn, torch.stack(alone))
+
+
+def turned(x, codebook, metric, *weights):
+    return vector_quantize(x, codebook, metric=metric, commitment_weight=weights[0], gradient="rotation")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_gradient_by_rotation_agrees_with_autograd_on_the_definition(metric, dtype):
+    x, codebook, upstream = make(60, 9, 20, dtype)
+    codebook[:3] *= 0.1
+    x[0] = 0  # no direction to rotate
+    x[1:] += codebook[torch.arange(59) % 9].to(dtype)  # no vector against its code, where the plane is in doubt
+
+    def definition(x, codebook, metric, *weights):
+        return vector_quantize_reference(x, codebook, metric, *weights, gradient="rotation")
+
+    actual = run(turned, x, codebook, upstream, 0.25, metric=metric)
+    expected = run(definition, x.double(), codebook, upstream, 0.25, metric=metric)
+    assert torch.equal(actual[0], codebook[actual[1]].to(actual[0].dtype))
+    assert actual[3].dtype == dtype
+    assert_near(actual[3][1:], expected[3][1:], 2 * TOLERANCE[dtype])
+    if metric == "euclidean":
+        assert_near(actual[3][0], expected[3][0], TOLERANCE[dtype])
+    with pytest.raises(ValueError, match="gradient must be 'straight_through' or 'rotation'"):
+        vector_quantize(x, codebook, gradient="rotated")
 
 
 def test_compared_vectors_are_returned_on_request():
@@ -247,7 +290,9 @@ def test_opcheck(metric):
         torch.library.opcheck(quantize, (x.clone().requires_grad_(), codebook, metric, 0.25, weight, True))
     quantized = ours(x, codebook.detach(), metric, 0.25).quantized
     torch.library.opcheck(quantize_backward, (x, quantized, upstream, torch.tensor(0.5), 0.25, metric))
-    torch.library.opcheck(quantize_backward, (x.bfloat16(), quantized, upstream, None, 0.25, metric))
+    torch.library.opcheck(quantize_backward, (x.bfloat16(), quantized, upstream, None, 0.25, metric, "rotation"))
+    indices = torch.arange(12) % 5
+    torch.library.opcheck(codebook_gradient, (x, indices, codebook.detach(), torch.tensor(0.5), 0.5, metric))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
