@@ -381,7 +381,8 @@ class FusedVectorQuantizer(QuantizerState):
         by_gradient = not self.frozen and (self.learning == "gradient" or self.transform is not None)
         weights = self.commitment_weight, self.codebook_weight if by_gradient else 0.0
         if keep is None and drawn is None and self.gradient != "codes":
-            out, indices, loss, _ = quantize(x, codebook, self.metric, *weights, False, self.gradient)
+            codes = codebook if weights[1] else codebook.detach()  # no gradient, which is not one of zeros
+            out, indices, loss, _ = quantize(x, codes, self.metric, *weights, False, self.gradient)
             return out, indices, loss
         indices = self._nearest(x, codebook) if drawn is None else drawn
         how: dict[str, Any] = {"indices": indices, "keep": keep, "gradient": self.gradient}

@@ -76,6 +76,7 @@ def swapped(**options: object) -> tuple[nn.Module, nn.Module]:
     [
         {},
         {"commitment_weight": 0.0},
+        {"commitment_weight": 0.0, "rotation_trick": False},
         {"commitment_weight": 0.25, "rotation_trick": False},
         {"sync_update_v": 0.5, "rotation_trick": False},
         {"sync_update_v": 1.0, "heads": 2, "codebook_dim": 4},
