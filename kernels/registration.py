@@ -60,7 +60,6 @@ class Op(CustomOpDef):
     """
 
     kernels: dict[str, Callable[..., Any]]
-    casts = False  # under autocast
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         # Dynamo reads no further than is_compiling.
@@ -69,7 +68,7 @@ class Op(CustomOpDef):
             if self._takes_lists:
                 each = [t for a in arguments for t in (a if isinstance(a, (list, tuple)) else (a,))]
             device = _ordinary(each)
-            if device and not (self.casts and torch.is_autocast_enabled(device)):
+            if device:
                 if not (torch.is_grad_enabled() and _any_requires_grad(*each)):
                     return self._run(device, *arguments)
                 if self._backward_fn is not None and not self._takes_lists:
@@ -83,10 +82,6 @@ class Op(CustomOpDef):
             return kernel
 
         return register
-
-    def register_autocast(self, *rule: Any) -> Any:
-        self.casts = True
-        return super().register_autocast(*rule)
 
     def _run(self, device: str, *arguments: Any) -> Any:
         if any(self._written):

@@ -1,4 +1,4 @@
-"""vector_quantize and its derivative as custom ops, with their autograd and autocast rules."""
+"""vector_quantize and its derivative as custom ops, with their autograd rules."""
 
 from __future__ import annotations
 
@@ -150,5 +150,3 @@ def _backward(
 
 
 quantize.register_autograd(_backward, setup_context=_setup_context)
-quantize.register_autocast("cpu", torch.float32)
-quantize.register_autocast("cuda", torch.float32)

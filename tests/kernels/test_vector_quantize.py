@@ -282,6 +282,14 @@ def test_under_autocast_it_computes_in_fp32(dtype):
     assert torch.equal(actual.quantized, expected.quantized)
 
 
+def test_under_autocast_a_short_vector_of_fp16_has_no_direction_to_rotate_either():
+    x, upstream = torch.full((1, 4), 1e-5).half().requires_grad_(), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = vector_quantize(x, torch.eye(4)[-1:], metric="euclidean", commitment_weight=0.0, gradient="rotation")
+    (out.quantized * upstream).sum().backward()
+    assert torch.equal(x.grad, upstream.half())
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_opcheck(metric):
     x, codebook, upstream = make(12, 5, 8)
