@@ -43,7 +43,8 @@ def scatter_rows_kernel(
         inside = (columns < C)[None, :]
         values = tl.load(rows + row.to(tl.int64)[:, None] * C + columns[None, :], mask=found[:, None] & inside, other=0)
         if WEIGH:
-            values = (values * (tl.load(factor).to(tl.float32) * scale)).to(out.dtype.element_ty)
+            weighed = values * (tl.load(factor).to(tl.float32) * scale)
+            values = tl.where(found[:, None], weighed, 0.0).to(out.dtype.element_ty)  # 0 Inf is NaN
         tl.store(
             out + token.to(tl.int64)[:, None] * C + columns[None, :], values, mask=(token < tokens)[:, None] & inside
         )

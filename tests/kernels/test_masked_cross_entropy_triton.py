@@ -225,6 +225,9 @@ def test_rows_are_scattered_among_zeros(positions, dim, dtype):
     for factor in (guarded(torch.randn(1)), torch.randn(1, dtype=torch.float64).to(dtype)):
         ours = gpu.scatter_rows_triton(guarded(rows), guarded(at), 2, 7, factor, 0.3, torch.float16)
         assert torch.equal(ours, (expected.float() * (factor.float() * 0.3)).half().view(2, 7, dim))
+    overflown = gpu.scatter_rows_triton(rows, at, 2, 7, torch.tensor([torch.inf]), 0.3, torch.float32).view(14, dim)
+    kept = torch.ones(14, dtype=torch.bool).index_fill(0, at, False)
+    assert not overflown[kept].any() and not overflown[at].isfinite().any()
 
 
 def test_of_several_missing_positions_the_last_row_stays():
