@@ -202,6 +202,12 @@ def softmax_native_(
         logits.copy_(wide)
 
 
+def watched(upstream: Tensor) -> Tensor:
+    """The upstream gradient; while a graph is made of the backward, one that requires a gradient: so differentiating
+    what is computed of it is an error, where it would be taken for a constant."""
+    return upstream.detach().requires_grad_() if torch.is_grad_enabled() and not upstream.requires_grad else upstream
+
+
 class TokenGradients(torch.autograd.Function):
     """losses [L], whose gradient by each branch [B, N, C] is known, times max(rows, 1): its rows [M, C] at the
     positions, and elsewhere 0.
@@ -220,8 +226,9 @@ class TokenGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         positions, *rows = ctx.saved_tensors
+        factors = watched(upstream)
         grads = [
-            with_gradient_backward(upstream[b : b + 1], of_branch[None], ctx.rows, dtype, positions, *shape[:2])
+            with_gradient_backward(factors[b : b + 1], of_branch[None], ctx.rows, dtype, positions, *shape[:2])
             if ctx.needs_input_grad[3 + b]
             else None
             for b, (of_branch, (shape, dtype)) in enumerate(zip(rows, ctx.like, strict=True))
@@ -242,8 +249,9 @@ class ParameterGradients(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
         dtype = reduce(torch.promote_types, [dtype for _, dtype in ctx.like])
-        weighed = with_gradient_backward(upstream, gradient, ctx.rows, dtype).split([prod(s) for s, _ in ctx.like])
-        return upstream, None, None, *(w.view(s).to(d) for w, (s, d) in zip(weighed, ctx.like, strict=True))
+        weighed = with_gradient_backward(watched(upstream), gradient, ctx.rows, dtype)
+        parts = weighed.split([prod(s) for s, _ in ctx.like])
+        return upstream, None, None, *(w.view(s).to(d) for w, (s, d) in zip(parts, ctx.like, strict=True))
 
 
 @custom_op("beitv2_fast::with_gradient_backward")

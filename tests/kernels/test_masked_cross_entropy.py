@@ -272,9 +272,11 @@ def test_losses_may_be_weighted_in_place():
 
 def test_differentiating_twice_is_an_error_not_a_wrong_number():
     p = problem()
-    (gradient,) = torch.autograd.grad(p.ours()[0].square().sum(), p.weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        gradient.sum().backward()
+    for weigh, of in ((torch.square, p.weight), (torch.clone, p.weight), (torch.clone, p.tokens[0])):
+        losses = weigh(p.ours()[0])
+        (gradient,) = torch.autograd.grad(losses.sum(), of, create_graph=True)
+        with pytest.raises(RuntimeError, match="no autograd formula"):
+            (losses.sum() + gradient.square().sum()).backward()
 
 
 @pytest.mark.parametrize(("autocast", "num_masked"), [(False, 4), (True, None)])
