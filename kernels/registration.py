@@ -49,7 +49,7 @@ def _ordinary(arguments: Sequence[Any]) -> str | None:
     ):
         return None
     found = [TENSORS.get(_keys_of(argument).raw_repr()) for argument in arguments if isinstance(argument, Tensor)]
-    return None if None in found else found[0]
+    return found[0] if found and None not in found else None
 
 
 class Op(CustomOpDef):

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from beitv2_fast import FusedVectorQuantizer
 from beitv2_fast.kernels.codebook_search.ops import codebook_search_op
 from beitv2_fast.kernels.codebook_update.ops import codebook_statistics
-from beitv2_fast.kernels.masked_cross_entropy.ops import masked_cross_entropy_op
+from beitv2_fast.kernels.masked_cross_entropy.ops import gather_rows, masked_cross_entropy_op
 from beitv2_fast.kernels.registration import Op
 from beitv2_fast.kernels.vector_quantize.ops import quantize
 from beitv2_fast.quantize.collapse import REPLACE_EVERY
@@ -131,6 +131,12 @@ def test_tensors_in_a_sequence_are_looked_at(kind):
         masked_cross_entropy_op(kind(tokens), *rest)[0].sum().backward()
     subclass = [tokens[0], tokens[1].detach().as_subclass(Named)]
     assert asks_the_dispatcher(lambda: masked_cross_entropy_op(kind(subclass), *rest))
+
+
+@pytest.mark.parametrize("arguments", [([1.0], [0]), ()])
+def test_without_a_tensor_the_dispatcher_says_what_is_wrong(arguments):
+    with pytest.raises(RuntimeError, match="beitv2_fast::masked_gather"):
+        gather_rows(*arguments)
 
 
 def test_autocast_casts_what_has_a_rule_for_it():
