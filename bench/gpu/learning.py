@@ -56,7 +56,7 @@ def learn(run: Run) -> None:
             return
         scale = TINY_SCALE if run.tiny else scale_of(root, run.left())
         tokenizer, students, judges = phases_of(runs, data, scale, tiny=run.tiny)
-        forget_early_judgments(runs, students, judges)
+        forget_early_judgments(runs, [*tokenizer, *students], judges)
 
         def tell() -> None:
             say_tables(run, runs, scale, [*tokenizer, *students, *judges])
@@ -117,9 +117,9 @@ def has_weights(runs: Path, names: Sequence[str]) -> bool:
     return all(any((runs / name).glob("checkpoints/step_*")) for name in names)
 
 
-def forget_early_judgments(runs: Path, students: Sequence[Step], judges: Sequence[Step]) -> None:
-    """Those of students whose training was cut short, and goes on now."""
-    cut = {step.name for step in students if not is_done(runs, step)}
+def forget_early_judgments(runs: Path, trainings: Sequence[Step], judges: Sequence[Step]) -> None:
+    """Those of trainings that were cut short, and go on now."""
+    cut = {step.name for step in trainings if not is_done(runs, step)}
     for step in judges:
         if cut.intersection(step.needs):
             record_file(runs, step.name).unlink(missing_ok=True)

@@ -351,13 +351,14 @@ def test_the_epochs_are_those_that_fit_in_the_time_and_stay_what_they_were(tmp_p
     assert learning.scale_of(tmp_path / "b", 1.0, images=40_000).pretrain_epochs == 1
 
 
-def test_students_that_are_cut_short_are_judged_as_they_are_and_again_when_they_have_gone_on(
+def test_trainings_that_are_cut_short_are_judged_as_they_are_and_again_when_they_have_gone_on(
     tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "data" / "train" / "class").mkdir(parents=True)
     (tmp_path / "data" / "train" / "class" / "0.jpg").touch()
     asked: list[list[str]] = []
-    started, whole = ["tokenizer", "pretrain", "finetune_pretrain"], ["tokenizer", "finetune_pretrain"]
+    whole = ["finetune_tokenizer", "finetune_pretrain"]
+    started = ["tokenizer", "pretrain", *whole]
 
     def run_some(seconds, steps, root, jobs):
         """A checkpoint of each that is started, whose record says whether it is whole."""
@@ -373,6 +374,11 @@ def test_students_that_are_cut_short_are_judged_as_they_are_and_again_when_they_
     monkeypatch.setattr(learning, "run_until", run_some)
     monkeypatch.setattr(learning, "say_tables", lambda *_: None)
     section = run.Run("learn", False, time.monotonic() + 540, tmp_path / "data")
+    learning.learn(section)
+    of_tokenizer = ["finetune_tokenizer", "probe_tokenizer", "tokenizer_quality"]
+    assert asked == [["tokenizer", "finetune_random"], of_tokenizer]
+    asked.clear()
+    whole.append("tokenizer")
     learning.learn(section)
     judges = ["finetune_tokenizer", "finetune_pretrain", "probe_tokenizer", "probe_pretrain", "probe_random",
               "tokenizer_quality"]  # fmt: skip
