@@ -26,6 +26,7 @@ site=$WORK/site
 install() { "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "$@"; }
 
 say setup
+exec 9>"$WORK/lock" && flock 9 # one of several at a time
 if ls "$CARRIED"/wheels/*.whl >/dev/null 2>&1 && [ ! -e "$site/.wheels" ]; then
     install "$CARRIED"/wheels/*.whl && touch "$site/.wheels" || say "the wheels could not be installed"
 fi
@@ -50,6 +51,7 @@ if [ -e "$CARRIED/triton.tar.xz" ] && [ ! -d "$TRITON_CACHE_DIR" ]; then
     # Triton 3.6 writes down where each file lay, and compiles again what is not there.
     sed -i -E "s|\"[^\"]*/([^\"/]+/[^\"/]+)\"|\"$TRITON_CACHE_DIR/\1\"|g" "$TRITON_CACHE_DIR"/*/__grp__*
 fi
+exec 9>&-
 carried=$(ls "$TRITON_CACHE_DIR" 2>/dev/null | wc -l)
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.used,clocks.sm --format=csv,noheader
 
