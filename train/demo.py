@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -36,11 +35,9 @@ MEANING = (
 )
 
 
-def commands(root: Path, data: Path, probes: Mapping[str, Path], *, seed: int = 0) -> list[tuple[str, list[str]]]:
-    """(what it does, command) of every stage. Pre-training runs under the DeepSpeed launcher, on one process.
-
-    Args:
-        data: the images of the trainings. probes: those that are probed, labeled, by the name of the probe's folder.
+def commands(root: Path, data: Path, *, labeled: bool, seed: int = 0) -> list[tuple[str, list[str]]]:
+    """(what it does, command) of every stage, the probe only of labeled images. Pre-training runs under the DeepSpeed
+    launcher, on one process.
     """
     python = sys.executable
     with socket.create_server(("127.0.0.1", 0)) as free:  # the launcher's own port serves one training per machine
@@ -48,10 +45,9 @@ def commands(root: Path, data: Path, probes: Mapping[str, Path], *, seed: int = 
     deepspeed = [python, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", port]
     deepspeed += ["--log_level", "critical"]
     preset = ["--preset", "demo"]
-    seeded = [*preset, "--seed", str(seed)]
-    common = [*seeded, "--data", str(data)]
-    tokenizer, pretrain = root / "tokenizer", root / "pretrain"
-    return [
+    common = [*preset, "--seed", str(seed), "--data", str(data)]
+    tokenizer, pretrain, probe = (root / name for name in ("tokenizer", "pretrain", "probe"))
+    stages = [
         (
             "tokenizer: VQ-KD, from the teacher EfficientNet-Lite0",
             [python, "-m", f"{STAGES}.tokenizer", *common, "--out", str(tokenizer)],
@@ -61,20 +57,18 @@ def commands(root: Path, data: Path, probes: Mapping[str, Path], *, seed: int = 
             [*deepspeed, "--module", f"{STAGES}.pretrain", *common, "--tokenizer", str(tokenizer),
              "--out", str(pretrain)],
         ),
-        *(
-            (
-                "linear probe of the frozen backbone",
-                [python, "-m", f"{STAGES}.linear_probe", *seeded, "--data", str(labeled), "--run", str(pretrain),
-                 "--tokenizer", str(tokenizer), "--out", str(root / name)],
-            )
-            for name, labeled in probes.items()
+        (
+            "linear probe of the frozen backbone",
+            [python, "-m", f"{STAGES}.linear_probe", *common, "--run", str(pretrain), "--tokenizer", str(tokenizer),
+             "--out", str(probe)],
         ),
         (
             "report: curves, codes, pictures",
             [python, "-m", f"{STAGES}.report", *preset, "--data", str(data), "--tokenizer", str(tokenizer),
-             "--pretrain", str(pretrain), "--probe", str(root / "probe"), "--out", str(root / "report")],
+             "--pretrain", str(pretrain), "--probe", str(probe), "--out", str(root / "report")],
         ),
     ]  # fmt: skip
+    return stages if labeled else [*stages[:2], stages[3]]
 
 
 def environment() -> dict[str, str]:
@@ -158,12 +152,10 @@ def main() -> int:
     data = split_images(args.data, root / "data") if args.data else write_demo_images(root / "data")
     if data == root / "data" and args.data:
         print(f"{find_images(args.data).summary}; a quarter is held out, in {data}/test")
-    probes = {"probe": data} if len(find_images(data, "train").classes) > 1 else {}
-    if not probes:
+    labeled = len(find_images(data, "train").classes) > 1
+    if not labeled:
         print(f"{data} has no two class folders, so there is nothing to probe: tokenizer, pre-training and report")
-    if not args.data:
-        probes["probe_of_defects"] = write_demo_images(root / "defects", kinds=False)
-    stages = commands(root, data, probes, seed=args.seed)
+    stages = commands(root, data, labeled=labeled, seed=args.seed)
     for number, (title, command) in enumerate(stages, 1):
         print(f"\n== {number}/{len(stages)}  {title}\n   {shlex.join(command)}", flush=True)
         code = run_stage(command)
@@ -171,12 +163,12 @@ def main() -> int:
             if code != USER_ERROR:
                 print("stopped; the same command goes on from here", file=sys.stderr)
             return code if code > 0 else 128 - code  # as shells tell a signal, of which a launcher dies
-    for name in probes:
-        print_table(root / name / "results.json")
-    print(f"\n{MEANING}" * bool(probes))
+    if labeled:
+        print_table(root / "probe" / "results.json")
+        print(f"\n{MEANING}")
     print(f"\nreport: {(root / 'report' / 'report.html').resolve()}")
     print(f"logs, metrics and checkpoints: {root.resolve()}")
-    print("next:", *next_commands(root, data, classes=bool(probes)), sep="\n  ")
+    print("next:", *next_commands(root, data, classes=labeled), sep="\n  ")
     return 0
 
 

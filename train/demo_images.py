@@ -26,14 +26,15 @@ from beitv2_fast.errors import UserError, require
 SPLIT_SEED = 2208_06366
 TEST_SHARE = 0.25
 DEFECTIVE_FROM = 0.5
+LABELS = ["mono_defective", "mono_intact", "poly_defective", "poly_intact"]  # cell type and defect
 README = "README.md"
 
 README_TEXT = """# Photographs of solar cells
 
 {count} electroluminescence photographs of solar cells (300x300, gray) from the PyPI package elpv-dataset {version},
 unchanged, arranged as an image folder: `train` and `test` (25 %, stratified by label and cell type), in them folders
-of the label, `defective` where the annotated probability of a defect is at least 0.5, else `intact`, with the cell's
-type before it where that is asked for: `mono_defective`, `poly_intact`, ... (mono- and polycrystalline).
+of the cell's type (mono- and polycrystalline) and label: `mono_defective`, `poly_intact`, ..., defective where the
+annotated probability of a defect is at least 0.5.
 
 License: Creative Commons Attribution-NonCommercial-ShareAlike 4.0 International (CC BY-NC-SA 4.0),
 https://creativecommons.org/licenses/by-nc-sa/4.0/. Not for commercial use.
@@ -50,9 +51,9 @@ Jens Hauch, Christian Camus, Christoph J. Brabec; https://github.com/zae-bayern/
 """
 
 
-def write_demo_images(out: str | Path, *, kinds: bool = True) -> Path:
-    """Writes out/{train,test}/{mono,poly}_{defective,intact}/*.png, or without ``kinds`` of cells
-    out/{train,test}/{defective,intact}/*.png, and a README.md with source and license; returns ``out``.
+def write_demo_images(out: str | Path) -> Path:
+    """Writes out/{train,test}/{mono,poly}_{defective,intact}/*.png and a README.md with source and license; returns
+    ``out``.
 
     A quarter of each (label, cell type) goes to test, by a fixed seed: every machine gets the same split. The folder
     is made under another name and renamed when complete, so ``out`` is either whole or not there; if it is there
@@ -63,7 +64,7 @@ def write_demo_images(out: str | Path, *, kinds: bool = True) -> Path:
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if all(sorted(p.name for p in out.glob(f"{split}/*")) == _labels(kinds) for split in ("train", "test")):
+        if all(sorted(p.name for p in out.glob(f"{split}/*")) == LABELS for split in ("train", "test")):
             return out
         raise UserError(
             f"The demo's photographs should be written to {out}, but that exists and is something else. "
@@ -71,7 +72,7 @@ def write_demo_images(out: str | Path, *, kinds: bool = True) -> Path:
         )
     package = Path(str(require("elpv_dataset", "demo", "Writing the demo's photographs").__file__)).parent
     cells = _read_labels(package / "data" / "labels.csv")
-    files = {f"{place}/{Path(path).name}": package / "data" / path for path, place in _arranged(cells, kinds).items()}
+    files = {f"{place}/{Path(path).name}": package / "data" / path for path, place in _arranged(cells).items()}
     _write(out, files, shutil.copyfile, README_TEXT.format(count=len(cells), version=_version()))
     return out
 
@@ -149,17 +150,7 @@ def _read_labels(file: Path) -> list[tuple[str, bool, str]]:
     return [(path, float(probability) >= DEFECTIVE_FROM, kind.strip()) for path, probability, kind in rows]
 
 
-def _labels(kinds: bool) -> list[str]:
-    return sorted(
-        _label(defective, kind, kinds) for defective in (True, False) for kind in ("mono", "poly")[: 1 + kinds]
-    )
-
-
-def _label(defective: bool, kind: str, kinds: bool) -> str:
-    return f"{kind}_" * kinds + ("defective" if defective else "intact")
-
-
-def _arranged(cells: list[tuple[str, bool, str]], kinds: bool) -> dict[str, str]:
+def _arranged(cells: list[tuple[str, bool, str]]) -> dict[str, str]:
     """Gives each cell its place: {path: "train/mono_defective", ...}."""
     strata = defaultdict(list)
     for path, defective, kind in cells:
@@ -171,7 +162,7 @@ def _arranged(cells: list[tuple[str, bool, str]], kinds: bool) -> dict[str, str]
         generator.shuffle(paths)
         tests = round(len(paths) * TEST_SHARE)
         for i, path in enumerate(paths):
-            place[path] = f"{'test' if i < tests else 'train'}/{_label(defective, kind, kinds)}"
+            place[path] = f"{'test' if i < tests else 'train'}/{kind}_{'defective' if defective else 'intact'}"
     return place
 
 

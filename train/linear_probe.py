@@ -79,8 +79,9 @@ def compared(config: ProbeConfig, run: Run, extract: Extractor) -> Iterator[Prob
     fresh = [untrained(whole, run, seed, extract.device) for seed in seeds]
     found = [extracted(extract, network) for network in fresh]
     yield from rows_of(fresh[0].title, fresh[0].columns, kept_columns(whole, fresh[0]), found)
-    pixels = extract("pixels", PIXELS, lambda images: images.flatten(1))
-    yield f"pixels, {PIXELS}x{PIXELS}", [pixels]
+    pixels = extract("pixels", PIXELS, lambda images: images.flatten(2))
+    gray = all(x.eq(x[:, :1]).all() for x in pixels.values())  # one channel then tells what three do in a third of time
+    yield f"pixels, {PIXELS}x{PIXELS}", [{split: x[:, : 1 if gray else 3].flatten(1) for split, x in pixels.items()}]
     if config.tokenizer is not None:
         known = teacher(config.tokenizer, extract.device)
         yield from rows_of(known.title, known.columns, [0], [extracted(extract, known)])

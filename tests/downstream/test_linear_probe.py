@@ -19,7 +19,7 @@ from beitv2_fast.downstream.probes.features import Extractor, feature_names, glo
 from beitv2_fast.errors import UserError
 from beitv2_fast.models.features import features
 from beitv2_fast.models.vit import normalize
-from beitv2_fast.train.linear_probe import probe_row
+from beitv2_fast.train.linear_probe import compared, probe_row
 from beitv2_fast.weights.build import load_run_model
 from beitv2_fast.weights.create import open_model
 
@@ -116,6 +116,26 @@ def test_every_network_of_a_row_has_its_neighbors():
     row = probe_row(("untrained", by_seed), {"train": labels, "test": labels}, config, torch.device("cpu"))
     assert (row["knn"], row["error"]) == ({"3": 0.5}, 0.0)
     assert row["knn_std"]["3"] == pytest.approx(0.5**0.5)
+
+
+def test_pixels_of_gray_images_are_those_of_one_channel(runs):
+    class Extract:
+        device = torch.device("cpu")
+
+        def __init__(self, images):
+            self.images = images
+
+        def __call__(self, name, size, function, key=""):
+            return {"train": function(self.images), "test": function(self.images[:2])}
+
+    gray = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1, -1)
+    almost = gray.clone()
+    almost[1, 2, 3, 4] += 0.5
+    for images, wanted in ((gray, gray[:, 0].flatten(1)), (almost, almost.flatten(1))):
+        rows = dict(compared(ProbeConfig(seeds=1), open_model(runs / "pretrain"), Extract(images)))
+        (pixels,) = rows["pixels, 32x32"]
+        assert torch.equal(pixels["train"], wanted)
+        assert torch.equal(pixels["test"], wanted[:2])
 
 
 def test_few_shots_see_so_many_images_of_each_class():

@@ -104,22 +104,6 @@ def test_images_of_one_s_own_have_a_run_folder_of_their_own(mine, monkeypatch, c
     assert sorted(path.name for path in (mine / "runs" / "mine" / "data").iterdir()) == ["test", "train"]
 
 
-def test_the_demo_s_own_photographs_are_probed_by_type_and_defect_and_by_defect_only(mine, monkeypatch):
-    asked = []
-
-    def write(out: Path, *, kinds: bool = True) -> Path:
-        asked.append((out.as_posix(), kinds))
-        return mine / "mine"
-
-    monkeypatch.setattr(demo, "write_demo_images", write)
-    assert start(monkeypatch, code=2) == ["tokenizer"]
-    assert asked == [("runs/demo/data", True), ("runs/demo/defects", False)]
-    stages = demo.commands(mine, mine / "data", {"probe": mine / "data", "probe_of_defects": mine / "defects"})
-    probes = [command for _, command in stages if "beitv2_fast.train.linear_probe" in command]
-    found = [tuple(Path(command[command.index(name) + 1]).name for name in ("--data", "--out")) for command in probes]
-    assert found == [("data", "probe"), ("defects", "probe_of_defects")]
-
-
 def test_images_without_classes_are_not_probed(mine, monkeypatch, capsys):
     write_images(mine / "loose", 8)
     assert start(monkeypatch, "--data", "loose", "--out", "there") == ["tokenizer", "pretrain", "report"]
@@ -128,7 +112,7 @@ def test_images_without_classes_are_not_probed(mine, monkeypatch, capsys):
 
 
 def test_a_seed_is_that_of_both_trainings_and_of_the_probe(tmp_path):
-    stages = [command for _, command in demo.commands(tmp_path, tmp_path, {"probe": tmp_path}, seed=7)]
+    stages = [command for _, command in demo.commands(tmp_path, tmp_path, labeled=True, seed=7)]
     seeds = [command[command.index("--seed") + 1] if "--seed" in command else None for command in stages]
     assert seeds == ["7", "7", "7", None]
 
@@ -151,7 +135,7 @@ def test_threads_of_the_stages_sleep_while_they_wait_unless_told_otherwise(monke
 def test_a_mistake_under_the_launcher_is_one_paragraph(tmp_path):
     """No lines of DeepSpeed's before and after ours."""
     pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
-    _, (_, command), *_ = demo.commands(tmp_path, tmp_path / "images", {})
+    _, (_, command), *_ = demo.commands(tmp_path, tmp_path / "images", labeled=False)
     environment = {**demo.environment(), **ENVIRONMENT}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 2 and done.stdout == ""

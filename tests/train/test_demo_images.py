@@ -24,17 +24,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 CELLS = {"mono_defective": 369, "mono_intact": 705, "poly_defective": 452, "poly_intact": 1098}
-DEFECTS = {"defective": 369 + 452, "intact": 705 + 1098}
 
 
-@pytest.mark.parametrize(("kinds", "counts"), [(True, CELLS), (False, DEFECTS)], ids=["with their type", "without it"])
-def test_all_photographs_are_split_three_to_one_with_equal_shares_of_each_class(folder, tmp_path, kinds, counts):
-    folder = folder if kinds else write_demo_images(tmp_path / "cells", kinds=False)
+def test_all_photographs_are_split_three_to_one_with_equal_shares_of_each_class(folder):
     train, test = find_images(folder, "train"), find_images(folder, "test")
-    assert train.classes == test.classes == list(counts)
+    assert train.classes == test.classes == list(CELLS)
     assert (len(train), len(test)) == (1969, 655)
-    of_class = [[images.labels.count(c) for c in range(len(counts))] for images in (train, test)]
-    assert [sum(pair) for pair in zip(*of_class, strict=True)] == list(counts.values())
+    of_class = [[images.labels.count(c) for c in range(len(CELLS))] for images in (train, test)]
+    assert [sum(pair) for pair in zip(*of_class, strict=True)] == list(CELLS.values())
     assert [n / 1969 for n in of_class[0]] == pytest.approx([n / 655 for n in of_class[1]], abs=0.001)
     names = [path.rpartition("/")[2] for images in (train, test) for path in images.paths]
     assert len(set(names)) == 2624
@@ -58,14 +55,6 @@ def test_labels_and_cell_types_of_the_files_are_those_of_the_package(folder):
 def test_the_folder_says_where_the_photographs_are_from_and_their_license(folder):
     text = (folder / "README.md").read_text()
     assert "elpv-dataset" in text and "CC BY-NC-SA 4.0" in text and "doi" in text
-
-
-def test_both_arrangements_have_the_same_split_and_neither_is_taken_for_the_other(folder, tmp_path):
-    defects = write_demo_images(tmp_path / "defects", kinds=False)
-    tests = [{file.name for file in (root / "test").rglob("*.png")} for root in (folder, defects)]
-    assert tests[0] == tests[1]
-    with pytest.raises(UserError, match="something else"):
-        write_demo_images(defects)
 
 
 def test_a_second_call_changes_nothing(folder, monkeypatch):
