@@ -25,7 +25,7 @@ TOKENIZER = {
     "demo": replace(
         _TOKENIZER,
         image_size=128, teacher="efficientnet_lite0@10", teacher_image_size=224, teacher_resize=True, views=1,
-        dim=128, depth=4, heads=2, init_std=0.1, num_codes=256, decay=0.97, epochs=8, batch_size=32,
+        dim=128, depth=4, heads=2, init_std=0.1, decoder_depth=1, num_codes=256, decay=0.97, epochs=8, batch_size=32,
         lr=7e-4, lr_batch=32, warmup_epochs=1, crop_scale=(1.0, 1.0), clip_grad=3.0,
         in_memory=True, workers=0, log_every=20, save_every_minutes=1.0,
     ),
@@ -50,9 +50,10 @@ PRETRAIN = {
     "huge": replace(_LARGE, **SIZES["huge"], early_layer=28, batch_size=32, num_masked=98, tokenizer_image_size=256),
     "demo": replace(
         _PRETRAIN,
-        image_size=128, dim=128, depth=6, heads=2, init_std=0.16, layer_scale=0.0, early_layer=4, num_masked=26,
-        min_mask_patches=4, epochs=12, batch_size=32, lr=1e-3, lr_batch=32, warmup_epochs=2, crop_scale=(1.0, 1.0),
-        color_jitter=0.0, in_memory=True, workers=0, log_every=20, save_every_minutes=1.0,
+        image_size=128, dim=128, depth=6, heads=2, position="absolute_shared_relative", init_std=0.16, layer_scale=0.0,
+        early_layer=4, num_masked=26, min_mask_patches=4, epochs=12, batch_size=32, lr=1e-3, lr_batch=32,
+        warmup_epochs=2, crop_scale=(1.0, 1.0), color_jitter=0.0, in_memory=True, workers=0, log_every=20,
+        save_every_minutes=1.0,
     ),
 }  # fmt: skip
 
