@@ -83,7 +83,8 @@ class FusedVectorQuantizer(QuantizerState):
         stored_dim: C, by default D.
         decay: of the moving averages.
         eps: Laplace smoothing of sum_ema's counts.
-        commitment_weight, codebook_weight: of the two terms of the loss.
+        commitment_weight: of the loss's term that moves the vectors.
+        codebook_weight: of its term that moves the codes, with learning="gradient".
         gradient: how it passes to the vectors: "straight_through", or by "rotation" (arXiv 2410.06424). "codes": not to
             them but to the codes that were chosen, where the codebook learns by gradient.
         temperature: in training, codes are drawn with probability softmax(similarity / temperature) (``draw_codes`` of
