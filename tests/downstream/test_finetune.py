@@ -198,7 +198,7 @@ def test_a_classifier_is_evaluated_at_another_resolution_with_resized_positions(
 
 def test_a_fine_tuned_run_is_read_by_create_model_and_converts(runs):
     model = create_model(None, runs / "tuned")
-    assert model.config.num_classes == 3 and model.vit_config.position == "relative"
+    assert model.config.num_classes == 3 and model.vit_config.position == "absolute_relative"
     stored = last_weights(runs / "tuned")
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
 

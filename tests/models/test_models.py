@@ -65,7 +65,8 @@ def test_every_preset_builds_a_student_whose_mask_fits(preset):
 
     with torch.device("meta"):
         model = build_student(PRETRAIN[preset], 8192)
-    assert model.vit_config.position == "shared_relative" and PRETRAIN[preset].num_masked < model.vit_config.num_patches
+    assert model.vit_config.position == ("absolute_" if preset == "demo" else "") + "shared_relative"
+    assert PRETRAIN[preset].num_masked < model.vit_config.num_patches
 
 
 @pytest.mark.parametrize("decoder_depth", [1, 3])
