@@ -256,7 +256,7 @@ class VectorQuantizeAdapter(FusedVectorQuantizer):
         if optimizer is None or not self.training or self.frozen or recomputing():
             return torch.zeros((), device=z.device)
         x, keep = self._in_turn(z.detach()), self._row_mask(mask, z)
-        self.start(z, mask)
+        self._start(self._seen(x, keep))
         options: dict[str, Any] = {"metric": self.metric, "commitment_weight": 0.0, "codebook_weight": 1.0}
         with torch.autocast(z.device.type, enabled=False):
             rows = x if keep is None else x[keep]

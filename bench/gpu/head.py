@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ def backward(name: str, p: Head, dtype: torch.dtype, tf32: bool = False) -> Call
 
 
 def head(run: Run) -> None:
+    from beitv2_fast.kernels.masked_cross_entropy import triton as host
+
     p = problem(*TINY_HEAD) if run.tiny else problem()
     rows, (vocabulary, width) = 2 * len(p.labels), p.weight.shape
     group = f"M={rows} C={width} V={vocabulary}"
@@ -52,7 +54,7 @@ def head(run: Run) -> None:
         call = torch.no_grad()(partial(_forward, IMPLEMENTATIONS[OURS], p, torch.bfloat16))
         run.time_call(f"{OURS}, no gradient", call, group=f"{group}, bf16 autocast", flops=work["flops"] / 3)
     for bits in CHUNKS[:1] if run.tiny else CHUNKS:
-        with _chunk(1 << bits):
+        with patch.object(host, "CHUNK_BYTES", torch.bfloat16.itemsize << bits):
             make = partial(backward, OURS, p, torch.bfloat16)
             run.time(f"{OURS}, chunks of 2^{bits} logits", make, group=f"{group}, bf16 autocast", **work)
 
@@ -60,16 +62,3 @@ def head(run: Run) -> None:
 def _forward(implementation: Callable[[Head], Tensor], p: Head, dtype: torch.dtype) -> Tensor:
     with torch.autocast(DEVICE.type, dtype=dtype, enabled=dtype != torch.float32):
         return implementation(p)
-
-
-@contextmanager
-def _chunk(logits: int) -> Iterator[None]:
-    """The GPU's host code reads how many bytes of logits, here bf16, it builds at once."""
-    from beitv2_fast.kernels.masked_cross_entropy import triton as host
-
-    before = host.CHUNK_BYTES
-    host.CHUNK_BYTES = torch.bfloat16.itemsize * logits
-    try:
-        yield
-    finally:
-        host.CHUNK_BYTES = before

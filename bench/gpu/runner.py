@@ -26,6 +26,7 @@ WORKER = (sys.executable, "-m", "bench.gpu.worker")
 START_SECONDS = 120  # for a new worker to import torch
 OVERRUN = 15.0  # seconds after its limit in which a section may end what it is at
 GRACE = 5.0  # seconds between asking a worker to end and killing it
+FOLDERS = (sys.prefix, Path(__file__).resolve().parents[2])  # which results do not name
 
 
 class Lost(Exception):
@@ -81,7 +82,10 @@ class Results:
         self.out, self.about, self.started = file.open("ab", buffering=0), about, time.monotonic()
 
     def write(self, record: dict[str, Any]) -> None:
-        self.out.write(f"{json.dumps(record)}\n".encode())
+        line = json.dumps(record)
+        for folder in FOLDERS:
+            line = line.replace(f"{folder}/", "")
+        self.out.write(f"{line}\n".encode())
         print(short(record), flush=True)
 
     def say(self, section: str, what: str, **values: Any) -> None:

@@ -136,9 +136,9 @@ bool scan(const Search& search, const float* vectors, const Row* info, Nearest& 
   const int64_t grain = std::max<int64_t>(1, 65536 / (RUN * dim));
   at::parallel_for(0, (codes + RUN - 1) / RUN, grain, [&](int64_t begin, int64_t end) {
     Nearest mine(nearest.k);
-    std::vector<Line> widened(dim / 4 + 1);
+    std::vector<Line> widened(type == at::kFloat ? 0 : dim / 4 + 1);
     Run run;
-    run.rows = search.x.size(0), run.width = width, run.widened = widened.data()->values;
+    run.rows = search.x.size(0), run.width = width, run.widened = reinterpret_cast<float*>(widened.data());
     run.widen = type == at::kFloat ? nullptr : type == at::kHalf ? kernels.half : kernels.bfloat16;
     for (int64_t first = begin * RUN; first < std::min(end * RUN, codes) && ordinary; first += RUN) {
       run.count = std::min(RUN, codes - first);

@@ -278,22 +278,16 @@ def with_gradient_backward(
 
 @with_gradient_backward.register_kernel("cuda")
 def _with_gradient_backward_cuda(
-    upstream: Tensor,
-    gradient: Tensor,
-    rows: int,
-    dtype: torch.dtype,
-    positions: Tensor | None = None,
-    images: int = 0,
-    patches: int = 0,
+    upstream: Tensor, gradient: Tensor, rows: int, dtype: torch.dtype, positions: Tensor | None = None, *shape: int
 ) -> Tensor:
     from .triton import scatter_rows_triton, weigh_triton
 
     if gradient.dtype == torch.float64 or not gradient[0].is_contiguous():
-        arguments = upstream, gradient, rows, dtype, positions, images, patches
-        by_definition: Tensor = with_gradient_backward._init_fn(*arguments)
+        by_definition: Tensor = with_gradient_backward._init_fn(upstream, gradient, rows, dtype, positions, *shape)
         return by_definition
     if positions is None:
         return weigh_triton(upstream, gradient, rows, dtype)
+    images, patches = shape
     return scatter_rows_triton(gradient[0], positions, images, patches, upstream, 1.0 / max(rows, 1), dtype)
 
 

@@ -54,24 +54,7 @@ def _forward_fake(x: Tensor, branch: Tensor | None, *rest: Any) -> tuple[Tensor,
     )
 
 
-@custom_op("beitv2_fast::residual_norm_backward")
-def backward_op(
-    grad_sum: Tensor | None,
-    grad_norm: Tensor | None,
-    total: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    branch: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-    keep_rate: float,
-    weight: Tensor | None,
-    x_dtype: torch.dtype,
-    branch_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = grad_sum, grad_norm, total, mean, rstd, branch, gamma, keep, keep_rate, weight, x_dtype, branch_dtype
-    grad_x, grad_branch, of_parameters = residual_norm_backward_reference(*arguments)
-    return grad_x.contiguous(), grad_branch.contiguous(), of_parameters
+backward_op = custom_op("beitv2_fast::residual_norm_backward")(residual_norm_backward_reference)
 
 
 @backward_op.register_kernel("cuda")

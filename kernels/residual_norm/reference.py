@@ -67,5 +67,6 @@ def residual_norm_backward_reference(
             of_parameters.insert(0, (dx * branch.to(dtype)).sum(rows))
             dx = dx * gamma.to(dtype)
         grad_branch = dx.to(branch_dtype, copy=True)
-    shape = (len(of_parameters), given.shape[-1])
-    return grad_x, grad_branch, torch.stack(of_parameters) if of_parameters else given.new_empty(shape, dtype=dtype)
+    none = given.new_empty(0, given.shape[-1], dtype=dtype)
+    stacked = torch.stack(of_parameters) if of_parameters else none
+    return grad_x.contiguous(), grad_branch.contiguous(), stacked

@@ -29,7 +29,7 @@ void backward_as(const at::Tensor& x, const at::Tensor& quantized, const std::op
   const auto row_backward = cosine ? quantize_rows().backward_cosine : quantize_rows().backward_euclidean;
   at::parallel_for(0, x.size(0), std::max<int64_t>(1, GRAIN / dim), [&](int64_t begin, int64_t end) {
     RowReader xs(x), codes(quantized), gs(grad ? *grad : x);
-    std::vector<float> buffer(std::is_same_v<T, float> ? 0 : dim), rotated(dim);
+    std::vector<float> buffer(std::is_same_v<T, float> ? 0 : dim), rotated(shortest < 0 ? 0 : dim);
     for (int64_t i = begin; i < end; ++i) {
       const float* g = grad ? gs.row(i) : nullptr;
       if (g && shortest >= 0) {

@@ -172,6 +172,12 @@ def test_results_of_programs_side_by_side_are_whole_lines_of_one_file(tmp_path):
     assert [len(r["curve"]) for r in read(tmp_path / "r.jsonl")] == sizes * 2
 
 
+def test_results_name_no_folder_of_the_machine(tmp_path):
+    tail = f'File "{ROOT}/train/pretrain.py", in {sys.prefix}/lib/torch.py'
+    runner.Results(tmp_path / "r.jsonl", {}).say("deepspeed", "pretrain", tail=tail)
+    assert read(tmp_path / "r.jsonl")[0]["tail"] == 'File "train/pretrain.py", in lib/torch.py'
+
+
 def test_an_unknown_section_is_named_beside_those_that_there_are(capsys, tmp_path):
     assert main(["serch", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
